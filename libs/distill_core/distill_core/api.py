@@ -1,0 +1,244 @@
+"""What Distillery does, as functions: train, evaluate, publish, load, check. Services and commands call these."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill_core.artifacts import ArtifactStore, Manifest
+from distill_core.building import Context, build, load_model
+from distill_core.config import EvaluateConfig, Recipe, load_recipe, recipe_names
+from distill_core.data import Source
+from distill_core.errors import ConfigError, DistilleryError
+from distill_core.evaluation import generator_figures, one_step
+from distill_core.method import Method
+from distill_core.methods import family, find_method, method_names, needs
+from distill_core.networks.denoiser import Denoiser
+from distill_core.pictures import save_sheet
+from distill_core.training.loop import Trainer
+from distill_core.training.run import Listener, Run
+
+__all__ = ["Result", "check", "context", "describe_methods", "evaluate", "load", "publish", "train"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training run left: its folder, its model's folder, its figures; `stopped` if it did not finish."""
+
+    folder: Path
+    step: int
+    stopped: bool
+    figures: dict[str, float] = field(default_factory=dict)
+    manifest: Manifest | None = None
+
+
+def context(store: ArtifactStore | str | Path, cache: Path) -> Context:
+    """Where recipes find their teachers: a store, and a cache of models trained from recipes."""
+    opened = store if isinstance(store, ArtifactStore) else ArtifactStore(store)
+
+    def train_into(recipe: Recipe, folder: Path) -> Path:
+        inner = recipe.model_copy(update={"publish": None, "evaluate": EvaluateConfig()})
+        return train(inner, folder, here).folder / "model"
+
+    here = Context(opened, cache, train_into)
+    return here
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    where: Context,
+    *,
+    listener: Listener | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    job: str = "",
+) -> Result:
+    """Run a recipe in `folder`, resuming what is there; evaluate, save and (if the recipe says so) publish the result.
+
+    Raises:
+        DistilleryError: a mistake in the recipe or its data, a diverged loss, a store that cannot be written.
+    """
+    torch.set_num_threads(recipe.threads or _thread_share())
+    run = Run(folder, listener)
+    method, source = build(recipe, where)
+    run.write_recipe(recipe)
+    trainer = Trainer(method, source, recipe, run)
+    outcome = trainer.train(should_stop)
+    if outcome.stopped:
+        return Result(folder, outcome.step, stopped=True)
+    with trainer.averaged():
+        method.save_result(run.model)
+        pictures = method.preview(recipe.seed)
+        if pictures is not None:
+            save_sheet(pictures, run.model / "preview.png")
+        figures = _figures(method, source, recipe.evaluate, where)
+        (run.model / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+        manifest = publish(method, recipe, run, where, figures, job=job) if recipe.publish else None
+    return Result(folder, outcome.step, stopped=False, figures=figures, manifest=manifest)
+
+
+def publish(
+    method: Method, recipe: Recipe, run: Run, where: Context, figures: dict[str, float], *, job: str
+) -> Manifest:
+    """Publish a finished run's model under the recipe's name, at most once per job."""
+    assert recipe.publish is not None
+    draft = Manifest(
+        name=recipe.publish.name,
+        method=recipe.method,
+        paper=method.paper,
+        title=recipe.title,
+        licence=recipe.publish.licence,
+        parents=(recipe.teacher.artifact,) if recipe.teacher and recipe.teacher.artifact else (),
+        job=job,
+        recipe_sha256=hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
+        step=recipe.steps,
+        metrics=figures,
+        **method.manifest_fields(),
+    )
+    manifest = where.store.publish(run.model, draft, key=job)
+    if recipe.publish.alias:
+        where.store.set_alias(manifest.name, recipe.publish.alias, manifest.version, who=job)
+    return manifest
+
+
+def _figures(method: Method, source: Source, config: EvaluateConfig, where: Context) -> dict[str, float]:
+    """The method's own figures, and those of a generator and its teacher where the recipe names a judge."""
+    from distill_core.metrics.judge import load_judge
+
+    figures = dict(method.evaluate(config))
+    result = getattr(method, method.result)
+    if config.judge is None or not isinstance(result, Denoiser):
+        return figures
+    judge = load_judge(where.folder(config.judge))
+    figures |= generator_figures(result, judge, source, config)
+    teacher = getattr(method, "teacher", None)
+    if isinstance(teacher, Denoiser) and teacher is not result:
+        many = generator_figures(teacher, judge, source, config)
+        once = generator_figures(teacher, judge, source, config, sampler=one_step(teacher, result.sampler))
+        figures |= {f"teacher_{name}": value for name, value in many.items()}
+        figures |= {f"teacher_one_step_{name}": value for name, value in once.items()}
+    return figures
+
+
+def evaluate(ref: str, config: EvaluateConfig, data: dict[str, Any], where: Context) -> dict[str, float]:
+    """Figures of a published generator."""
+    from distill_core.data import build_source
+    from distill_core.metrics.judge import load_judge
+
+    if config.judge is None:
+        raise ConfigError("evaluate needs a judge: set evaluate.judge.recipe, .artifact or .path", field="judge")
+    model = load(ref, where)
+    if not isinstance(model, Denoiser):
+        raise ConfigError(f"{ref} is no generator; evaluate takes denoisers", field="artifact")
+    return generator_figures(model, load_judge(where.folder(config.judge)), build_source(data), config)
+
+
+def load(ref: str, where: Context, *, device: str = "cpu") -> torch.nn.Module:
+    """The model of a store reference, or of a folder's path."""
+    path = Path(ref)
+    folder = path if path.is_dir() else where.store.fetch(ref, where.cache / "artifacts")
+    return load_model(folder, device=device)
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """Name, family, paper, needs and recipes of every method there is."""
+    by_method: dict[str, list[str]] = {}
+    for name in recipe_names():
+        by_method.setdefault(load_recipe(name).method, []).append(name)
+    described = []
+    for name in method_names():
+        cls = find_method(name)
+        described.append(
+            {
+                "name": name,
+                "family": family(cls),
+                "paper": cls.paper,
+                "needs": needs(cls),
+                "recipes": by_method.get(name, []),
+            }
+        )
+    return described
+
+
+def check(name: str, where: Context, *, listener: Listener | None = None) -> dict[str, Any]:
+    """Run a recipe's claim and its ablation: `{name, passed, measured, ablation, seconds, ...}`.
+
+    Raises:
+        ConfigError: the recipe makes no claim.
+    """
+    recipe = load_recipe(name)
+    if recipe.check is None:
+        raise ConfigError(f"recipe {name} has no [check] table, so it claims nothing", field="check")
+    claim = recipe.check
+    sized = recipe.override(claim.set).model_copy(update={"publish": None})
+    build(sized, where)  # a teacher that must be trained first is not this method's time
+    if sized.evaluate.judge is not None:
+        where.folder(sized.evaluate.judge)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="distillery-check-") as scratch:
+        runs = [_measured(sized, seed, Path(scratch) / f"s{seed}", where, listener) for seed in claim.seeds]
+        off: list[dict[str, float]] = []
+        if claim.ablation is not None:
+            changed = sized.override(claim.ablation.set)
+            off = [_measured(changed, seed, Path(scratch) / f"a{seed}", where, listener) for seed in claim.seeds]
+    seconds = time.perf_counter() - began
+    return {"name": name, **_verdict(claim, runs, off), "seconds": round(seconds, 1), "figures": runs[0]}
+
+
+def _measured(
+    recipe: Recipe, seed: int, folder: Path, where: Context, listener: Listener | None
+) -> dict[str, float]:
+    return train(recipe.model_copy(update={"seed": seed}), folder, where, listener=listener).figures
+
+
+def _verdict(claim: Any, runs: list[dict[str, float]], off: list[dict[str, float]]) -> dict[str, Any]:
+    for figures in (*runs, *off):
+        for wanted in filter(None, (claim.metric, claim.reference if figures in runs else None)):
+            if wanted not in figures:
+                raise ConfigError(f"the check's figure {wanted!r} was not measured; known: {', '.join(figures)}")
+    measured = _mean(runs, claim.metric)
+    ablation = _mean(off, claim.metric) if off else None
+    reference = _mean(runs, claim.reference) if claim.reference else None
+    tests = []
+    if claim.ratio_at_most is not None and reference is not None:
+        tests.append(measured <= claim.ratio_at_most * reference)
+    if claim.at_most is not None:
+        tests.append(measured <= claim.at_most)
+    if claim.at_least is not None:
+        tests.append(measured >= claim.at_least)
+    if ablation is not None and claim.ablation.ratio_at_least is not None:
+        tests.append(ablation >= claim.ablation.ratio_at_least * measured)
+    if ablation is not None and claim.ablation.gap_at_least is not None:
+        tests.append(measured - ablation >= claim.ablation.gap_at_least)
+    return {
+        "passed": bool(tests) and all(tests),
+        "metric": claim.metric,
+        "measured": measured,
+        "reference": reference,
+        "ablation": ablation,
+    }
+
+
+def _mean(runs: list[dict[str, float]], name: str) -> float:
+    return sum(figures[name] for figures in runs) / len(runs)
+
+
+def _thread_share() -> int:
+    """CPU threads of this process: what OMP_NUM_THREADS says, else all it may use."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdigit() and int(told) > 0 else len(os.sched_getaffinity(0))
+
+
+def user_message(error: BaseException) -> str:
+    """One sentence for a person."""
+    return str(error) if isinstance(error, DistilleryError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,378 @@
+"""Immutable, versioned, checksummed models in a store (any fsspec URL). Imports no torch.
+
+    <root>/<name>/versions/<n>/.claim          exclusive: two publishers never get one number
+                               manifest.json   written last: a version exists if and only if this file does
+                               model_index.json, unet/ …, exports/<target>/ …, recipe.toml, preview.png
+    <root>/<name>/aliases/<alias>.json         moved atomically
+    <root>/<name>/history/<time>-<alias>.json  every move of an alias
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import fsspec
+from pydantic import Field
+
+from distill_core.config import Config, Name, check_name
+from distill_core.diffusion.sampling import SamplerSpec
+from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable, nearest
+
+MANIFEST = "manifest.json"
+FORBIDDEN_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin", ".npy")  # formats that can execute code
+
+
+class FileEntry(Config):
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class ImageSpec(Config):
+    """What a generator makes: the denoiser's own tensor, and the picture after decoding."""
+
+    channels: int = Field(ge=1)  # of the denoiser's tensor: pixels, or latents
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+    picture: tuple[int, int, int]  # (C, H, W) in [-1, 1] after the decoder; the same for a pixel model
+
+
+class CondSpec(Config):
+    """What a generator is conditioned on."""
+
+    kind: Literal["none", "class_label", "prompt"]
+    num_classes: int | None = None
+    null_label: int | None = None  # the class index that means "no condition"
+    class_names: tuple[str, ...] = ()
+    max_tokens: int | None = None  # prompt: tokens, longer prompts are cut by the tokenizer
+    embed_dim: int | None = None  # prompt: width of prompt_embeds
+
+
+class SceneSpec(Config):
+    """What a radiance field shows: its box and cameras' usual place, in the scene's own units."""
+
+    field: str
+    bound: float = Field(gt=0)
+    radius: float = Field(gt=0)  # usual camera distance from the centre
+    fov_degrees: float = Field(40.0, gt=0, lt=180)
+    background: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+
+class ExportReport(Config):
+    """One converted form of the model, and how it compares with PyTorch on fixed inputs."""
+
+    target: str
+    files: tuple[str, ...]
+    opset: int | None = None
+    max_abs_difference: float
+    rel_l2: float
+    tolerance: float
+    batches: tuple[int, ...]
+    seconds: float
+    tool_versions: dict[str, str] = {}
+
+
+class Manifest(Config):
+    """Everything known of one version. `version`, `created` and `files` are filled in by `publish`."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    version: int = Field(0, ge=0)
+    created: str = ""
+    kind: Literal["denoiser", "field", "classifier", "model"]
+    method: str = ""
+    paper: str = ""
+    title: str = ""
+    licence: str = "Apache-2.0"
+    parents: tuple[str, ...] = ()  # artifacts it was made from, as name@version
+    job: str = ""
+    recipe_sha256: str = ""
+    step: int = 0
+    parameterisation: str = ""
+    sampler: SamplerSpec | None = None
+    image: ImageSpec | None = None
+    cond: CondSpec | None = None
+    scene: SceneSpec | None = None
+    metrics: dict[str, float | int | str] = {}
+    exports: dict[str, ExportReport] = {}
+    files: dict[str, FileEntry] = {}
+
+    @property
+    def ref(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class AliasMove(Config):
+    alias: str
+    version: int
+    previous: int | None = None
+    who: str = ""
+    when: str = ""
+
+
+class ArtifactStore:
+    """A store of models at a local folder or any fsspec URL (`s3://bucket/prefix`)."""
+
+    def __init__(self, url: str | Path) -> None:
+        self.url = str(url)
+        options = {} if "://" not in self.url else {"use_listings_cache": False}
+        try:
+            self.fs, root = fsspec.core.url_to_fs(self.url, **options)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"artifact store {self.url!r} cannot be opened: {error}") from None
+        self.root = root.rstrip("/")
+        self.local = "file" in ((self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol)
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Names of all models with at least one complete version."""
+        return [name for name in self._children("") if self.versions(name)]
+
+    def versions(self, name: str) -> list[int]:
+        """Complete versions of a model, ascending."""
+        check_name(name, what="model", field="model")
+        numbers = [int(child) for child in self._children(f"{name}/versions") if child.isdigit()]
+        return sorted(n for n in numbers if self.fs.exists(self._path(name, "versions", str(n), MANIFEST)))
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Alias -> version; `latest` is always the highest complete version."""
+        check_name(name, what="model", field="model")
+        found = {}
+        for child in self._children(f"{name}/aliases"):
+            if child.endswith(".json"):
+                found[child.removesuffix(".json")] = AliasMove.parse(self._read_json(name, "aliases", child)).version
+        versions = self.versions(name)
+        return {**found, **({"latest": versions[-1]} if versions else {})}
+
+    def resolve(self, ref: str) -> tuple[str, int]:
+        """`name`, `name@3` or `name@alias` as (name, version).
+
+        Raises:
+            ConfigError: not of that form. NotFound: no such model, version or alias.
+        """
+        name, _, wanted = ref.partition("@")
+        check_name(name, what="model", field="model")
+        versions = self.versions(name)
+        if not versions:
+            raise NotFound(f"no model is called {name!r}{nearest(name, self.names())}", field="model")
+        if wanted.isdigit():
+            if int(wanted) not in versions:
+                shown = ", ".join(map(str, versions[-8:]))
+                raise NotFound(f"{name} has no version {wanted}; it has {shown}", field="version")
+            return name, int(wanted)
+        aliases = self.aliases(name)
+        alias = wanted or "latest"
+        if alias not in aliases:
+            raise NotFound(f"{name} has no alias {alias!r}{nearest(alias, aliases)}", field="version")
+        return name, aliases[alias]
+
+    def manifest(self, ref: str) -> Manifest:
+        """The manifest of a version."""
+        name, version = self.resolve(ref)
+        values = self._read_json(name, "versions", str(version), MANIFEST)
+        try:
+            return Manifest.parse(values)
+        except ConfigError as error:
+            raise ArtifactError(f"manifest of {name}@{version} cannot be read: {error}") from None
+
+    def fetch(self, ref: str, cache: Path | None = None) -> Path:
+        """A local folder with the verified files of a version; a remote store is copied into `cache` first.
+
+        Raises:
+            ArtifactError: a file is missing or its checksum differs; the message names the file.
+        """
+        manifest = self.manifest(ref)
+        source = self._path(manifest.name, "versions", str(manifest.version))
+        if self.local:
+            verify(Path(source), manifest)
+            return Path(source)
+        cache = cache or Path(tempfile.gettempdir()) / "distillery-models"
+        target = cache / hashlib.sha256(self.url.encode()).hexdigest()[:12] / manifest.name / str(manifest.version)
+        if not (target / MANIFEST).exists():
+            partial = Path(tempfile.mkdtemp(prefix=".fetch-", dir=_made(target.parent)))
+            for path in manifest.files:
+                local = partial / _inside(path)
+                local.parent.mkdir(parents=True, exist_ok=True)
+                self.fs.get_file(f"{source}/{path}", str(local))
+            (partial / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
+            try:
+                os.replace(partial, target)
+            except OSError:  # another process was first
+                shutil.rmtree(partial, ignore_errors=True)
+        verify(target, manifest)
+        return target
+
+    def read_bytes(self, ref: str, path: str) -> bytes:
+        """One verified file of a version, e.g. its preview."""
+        manifest = self.manifest(ref)
+        if path not in manifest.files:
+            raise NotFound(f"{manifest.ref} has no file {path!r}{nearest(path, manifest.files)}")
+        data = self.fs.cat_file(self._path(manifest.name, "versions", str(manifest.version), path))
+        if hashlib.sha256(data).hexdigest() != manifest.files[path].sha256:
+            raise ArtifactError(f"{manifest.ref}: checksum of {path} differs from its manifest; publish it again")
+        return data
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def publish(self, folder: Path, manifest: Manifest, *, key: str = "") -> Manifest:
+        """Publish `folder` as the next version. The same non-empty `key` (a job's id) never publishes twice.
+
+        Raises:
+            ArtifactError: the folder holds a format that can execute code, or a link that leaves it.
+            Unavailable: the store cannot be written.
+        """
+        files = {path: _entry(folder / path) for path in _publishable(folder)}
+        try:
+            published = self._published_with(manifest.name, key) if key else None
+            if published is not None:
+                return published
+            version = self._claim(manifest.name, key)
+            target = self._path(manifest.name, "versions", str(version))
+            for path in files:
+                self._put(folder / path, f"{target}/{path}")
+            complete = manifest.model_copy(
+                update={"version": version, "created": datetime.now(UTC).isoformat(timespec="seconds"), "files": files}
+            )
+            complete = Manifest.parse(complete.model_dump())
+            self._write_atomically(f"{target}/{MANIFEST}", complete.model_dump_json(indent=1).encode())
+        except OSError as error:
+            raise Unavailable(f"cannot publish to {self.url}: {error.strerror or error}") from None
+        return complete
+
+    def set_alias(self, name: str, alias: str, version: int, *, who: str = "") -> AliasMove:
+        """Move an alias to a version, atomically, and keep the move in the history."""
+        check_name(alias, what="alias", field="alias")
+        if alias == "latest" or alias.isdigit():
+            raise ConfigError(f"alias {alias!r} is reserved; choose another name, e.g. 'prod'", field="alias")
+        _, version = self.resolve(f"{name}@{version}")
+        move = AliasMove(
+            alias=alias,
+            version=version,
+            previous=self.aliases(name).get(alias),
+            who=who,
+            when=datetime.now(UTC).isoformat(timespec="microseconds"),
+        )
+        data = move.model_dump_json().encode()
+        self._write_atomically(self._path(name, "history", f"{time.time_ns()}-{alias}.json"), data)
+        self._write_atomically(self._path(name, "aliases", f"{alias}.json"), data)
+        return move
+
+    def history(self, name: str) -> list[AliasMove]:
+        """All moves of a model's aliases, oldest first."""
+        check_name(name, what="model", field="model")
+        return [AliasMove.parse(self._read_json(name, "history", child)) for child in self._children(f"{name}/history")]
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _path(self, *parts: str) -> str:
+        return "/".join([self.root, *parts])
+
+    def _children(self, path: str) -> list[str]:
+        try:
+            entries = self.fs.ls(self._path(path) if path else self.root, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(PurePosixPath(entry).name for entry in entries)
+
+    def _read_json(self, *parts: str) -> dict[str, Any]:
+        try:
+            return json.loads(self.fs.cat_file(self._path(*parts)))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"{'/'.join(parts)} in {self.url} is damaged: {error}") from None
+
+    def _published_with(self, name: str, key: str) -> Manifest | None:
+        for version in reversed(self.versions(name)):
+            manifest = self.manifest(f"{name}@{version}")
+            if manifest.job == key:
+                return manifest
+        return None
+
+    def _claim(self, name: str, key: str) -> int:
+        """The next free number, taken by an exclusive create. A number left half-published by `key` is taken again."""
+        base = self._path(name, "versions")
+        taken = [int(child) for child in self._children(f"{name}/versions") if child.isdigit()]
+        for number in taken if key else []:
+            claim = f"{base}/{number}/.claim"
+            if self.fs.exists(claim) and self.fs.cat_file(claim).decode() == key:
+                return number
+        number = max(taken, default=0) + 1
+        while True:
+            if self.local:
+                Path(f"{base}/{number}").mkdir(parents=True, exist_ok=True)
+            try:
+                self.fs.pipe_file(f"{base}/{number}/.claim", key.encode() or b"-", mode="create")
+                return number
+            except FileExistsError:
+                number += 1
+
+    def _put(self, source: Path, target: str) -> None:
+        if self.local:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        else:
+            self.fs.put_file(str(source), target)
+
+    def _write_atomically(self, target: str, data: bytes) -> None:
+        if not self.local:
+            self.fs.pipe_file(target, data)  # one PUT is atomic
+            return
+        path = Path(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Compare every file of `folder` with the manifest's sizes and checksums."""
+    for path, entry in manifest.files.items():
+        file = folder / _inside(path)
+        if not file.is_file():
+            raise ArtifactError(f"{manifest.ref}: file {path} is missing; publish the model again")
+        if _entry(file) != entry:
+            raise ArtifactError(f"{manifest.ref}: checksum of {path} differs from its manifest; publish the model again")
+
+
+def _inside(path: str) -> str:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise ArtifactError(f"a manifest names the file {path!r}, which leaves the model's folder")
+    return path
+
+
+def _publishable(folder: Path) -> list[str]:
+    paths = []
+    for file in sorted(folder.rglob("*")):
+        path = file.relative_to(folder).as_posix()
+        if file.is_symlink():
+            raise ArtifactError(f"{path} is a link; a published model holds files only")
+        if file.is_file() and path not in (MANIFEST, ".claim"):
+            if file.suffix in FORBIDDEN_SUFFIXES:
+                raise ArtifactError(f"{path} is refused: {file.suffix} files can execute code; save it as safetensors")
+            paths.append(path)
+    return paths
+
+
+def _entry(file: Path) -> FileEntry:
+    with file.open("rb") as stream:
+        return FileEntry(size=file.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,249 @@
+"""Validated, frozen configuration, and the recipe: the TOML file that says everything about a training run."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from distill_core.errors import ConfigError, NotFound, nearest
+
+NAME_PATTERN = r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, unknown keys are errors, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, where: str = "") -> Self:
+        """Validate `values`; a mistake becomes one `ConfigError` sentence that names the key under `where`."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise _as_config_error(cls, error, where) from None
+
+
+def check_name(name: str, *, what: str, field: str | None = None) -> str:
+    """`name` if it is a plain name (lower case, digits, `.`, `_`, `-`), which can never leave a folder."""
+    if not re.fullmatch(NAME_PATTERN, name) or ".." in name:
+        raise ConfigError(
+            f"{what} {name!r} is not a plain name; allowed are 1 to 64 characters a-z, 0-9, '.', '_', '-', "
+            "beginning and ending with a letter or digit",
+            field=field,
+        )
+    return name
+
+
+def _as_config_error(cls: type[BaseModel], error: ValidationError, where: str) -> ConfigError:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in ([where] if where else []) + list(first["loc"]))
+    if first["type"] == "extra_forbidden":
+        owner = _model_at(cls, first["loc"][:-1])
+        return ConfigError(f"unknown key {path}{nearest(str(first['loc'][-1]), owner.model_fields)}", field=path)
+    if first["type"] == "missing":
+        return ConfigError(f"missing key {path}: it has no default", field=path)
+    if first["type"] == "value_error":
+        return ConfigError(f"{path or cls.__name__}: {first['ctx']['error']}", field=path)
+    given = repr(first.get("input"))
+    given = given if len(given) <= 80 else given[:77] + "..."
+    said = first["msg"][0].lower() + first["msg"][1:]
+    return ConfigError(f"{path} = {given} is not allowed: {said}", field=path)
+
+
+def _model_at(cls: type[BaseModel], path: Iterable[int | str]) -> type[BaseModel]:
+    for part in path:
+        annotation = cls.model_fields[part].annotation if part in cls.model_fields else None
+        for option in (annotation, *getattr(annotation, "__args__", ())):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                cls = option
+    return cls
+
+
+class ModelSource(Config):
+    """Where a frozen model comes from: exactly one of a store artifact, a folder, or a recipe that trains it."""
+
+    artifact: str | None = None  # name@version or name@alias in the artifact store
+    path: str | None = None  # a diffusers folder or an artifact folder on disk
+    recipe: str | None = None  # trained once, then cached under the recipe's content
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum(value is not None for value in (self.artifact, self.path, self.recipe)) != 1:
+            raise ValueError("give exactly one of artifact, path, recipe")
+        return self
+
+
+class NetworkConfig(Config):
+    """A network built from scratch: a class that `networks` knows, and that class's own arguments."""
+
+    name: str
+    args: dict[str, Any] = {}
+
+
+class OptimConfig(Config):
+    """One role's optimiser. The learning rate is a function of the step alone, so a resumed run needs no scheduler state."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = Field(1e-4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    decay: Literal["constant", "cosine", "exponential"] = "constant"
+    final_lr_ratio: float = Field(0.0, ge=0, le=1)  # lr at the last step / lr, for cosine and exponential
+    grad_clip: float | None = Field(None, gt=0)  # norm
+
+
+class EvaluateConfig(Config):
+    """How a run's result is measured at its end and in `check`."""
+
+    judge: ModelSource | None = None  # the classifier whose features and labels the figures use
+    num_samples: int = Field(1797, ge=2, le=100_000)
+    batch_size: int = Field(128, ge=1, le=4096)
+    seed: Seed = 0
+
+
+class CheckAblation(Config):
+    """The same recipe with the method's key part off, which must be worse by a factor or an amount."""
+
+    set: dict[str, Any]
+    ratio_at_least: float | None = None  # ablation / method, for metrics where less is better
+    gap_at_least: float | None = None  # method - ablation, for metrics where more is better
+
+
+class CheckConfig(Config):
+    """The recipe's claim: a metric of the student against a reference measured in the same run."""
+
+    metric: str
+    set: dict[str, Any] = {}  # overrides for the check's size
+    reference: str | None = None  # a key of the method's own `evaluate()` figures, e.g. teacher_frechet_distance
+    ratio_at_most: float | None = None
+    at_most: float | None = None
+    at_least: float | None = None
+    seeds: list[Seed] = [0]
+    ablation: CheckAblation | None = None
+
+
+class PublishConfig(Config):
+    name: Name
+    licence: str = "Apache-2.0"
+    alias: Name | None = None
+
+
+class Recipe(Config):
+    """Everything that decides a run's result. Data only: it travels through the queue and executes nothing."""
+
+    method: str
+    title: str = ""
+    seed: Seed = 0
+    steps: int = Field(ge=1, le=100_000_000)
+    batch_size: int = Field(64, ge=1, le=1_000_000)  # items of one update, over all micro-batches and processes
+    accumulate: int = Field(1, ge=1, le=4096)  # micro-batches per update
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    threads: int | None = Field(None, ge=1, le=1024)  # torch CPU threads; unset: this process's share
+    log_every: int = Field(20, ge=1)
+    sample_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    config: dict[str, Any] = {}
+    data: dict[str, Any] | None = None
+    teacher: ModelSource | None = None
+    network: NetworkConfig | None = None
+    optim: dict[str, OptimConfig] = {}
+    ema: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}
+    evaluate: EvaluateConfig = EvaluateConfig()
+    check: CheckConfig | None = None
+    publish: PublishConfig | None = None
+
+    def to_toml(self) -> str:
+        """The resolved recipe as TOML, defaults written out."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+    def override(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with dotted keys replaced, e.g. `{"config.guidance": 2.0}`; validated again."""
+        values = _without_none(self.model_dump(mode="json"))
+        for key, value in changes.items():
+            _set_dotted(values, key, value)
+        return Recipe.parse(values)
+
+
+_T = TypeVar("_T")
+
+
+def _without_none(value: _T) -> _T:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}  # type: ignore[return-value]
+    return value
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    table = values
+    for parent in parents:
+        nested = table.setdefault(parent, {})
+        if not isinstance(nested, dict):
+            raise ConfigError(f"cannot set {key}: {parent} is a value, not a table", field=key)
+        table = nested
+    if parents == ["teacher"] or parents == ["evaluate", "judge"]:
+        table.clear()  # one source replaces the other
+    table[last] = deepcopy(value)
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """`["config.guidance=2", "data.path=/x"]` as a dictionary; values are TOML, anything else is a string."""
+    changes: dict[str, Any] = {}
+    for item in items:
+        key, separator, text = item.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"override {item!r} is not KEY=VALUE, e.g. config.guidance=2")
+        try:
+            changes[key.strip()] = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            changes[key.strip()] = text.strip()
+    return changes
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the library."""
+    folder = resources.files("distill_core.recipes")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by name, from a .toml file, or from values; then `overrides` by dotted key.
+
+    Raises:
+        NotFound: no such recipe name or file.
+        ConfigError: not TOML, an unknown key, a value of the wrong type or out of range.
+    """
+    values = dict(source) if isinstance(source, Mapping) else _read_toml(str(source))
+    for key, value in (overrides or {}).items():
+        _set_dotted(values, key, value)
+    return Recipe.parse(values)
+
+
+def _read_toml(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise NotFound(f"recipe file {source} does not exist; `distillery methods` lists the recipes by name")
+        text = path.read_text(encoding="utf-8")
+    else:
+        if source not in recipe_names():
+            raise NotFound(f"no recipe is called {source!r}{nearest(source, recipe_names())}", field="recipe")
+        text = (resources.files("distill_core.recipes") / f"{source}.toml").read_text(encoding="utf-8")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {source} is not valid TOML: {error}") from None

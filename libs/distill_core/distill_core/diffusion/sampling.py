@@ -1,0 +1,116 @@
+"""Samplers as plain functions of `denoise(x_sigma, sigma) -> x0`.
+
+Only arithmetic operators are used, so one code samples with torch tensors (training, evaluation) and with NumPy
+arrays (the server's ONNX backend). All noise levels are standard deviations in data units (variance exploding):
+
+    x_sigma = x0 + sigma eps,        dx/dsigma = (x - D(x, sigma)) / sigma        (Karras et al. 2022, Eq. 1 and 3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from distill_core.config import Config
+from distill_core.errors import ConfigError
+
+Array = Any  # torch.Tensor or numpy.ndarray
+Denoise = Callable[[Array, float], Array]  # (x_sigma, sigma) -> x0; condition and guidance are bound by the caller
+
+
+class SamplerSpec(Config):
+    """How a published model is sampled; part of its manifest."""
+
+    kind: Literal["few_step", "heun", "euler"]
+    sigmas: tuple[float, ...] = ()  # few_step: the levels that the student was trained at, descending, data std
+    sigma_min: float = Field(0.002, gt=0)  # heun, euler: last level above 0
+    sigma_max: float = Field(80.0, gt=0)  # heun, euler: first level
+    rho: float = Field(7.0, gt=0)  # heun, euler: Karras et al. 2022, Eq. 5
+    noise_scale: float = Field(gt=0)  # the first x is noise_scale * unit noise
+    num_steps: int = Field(ge=1)  # default
+    max_steps: int = Field(ge=1)
+    guidance: float = 1.0  # default; 1 is off
+    guidable: bool = True  # False: distilled with guidance baked in, other values than the default are refused
+
+    @model_validator(mode="after")
+    def _levels(self) -> SamplerSpec:
+        if self.kind == "few_step" and (not self.sigmas or list(self.sigmas) != sorted(self.sigmas, reverse=True)):
+            raise ValueError("a few_step sampler needs its levels in descending order")
+        return self
+
+    def levels(self, num_steps: int) -> list[float]:
+        """The `num_steps` levels at which the network is evaluated, descending.
+
+        Raises:
+            ConfigError: a number of steps that this model was not made for.
+        """
+        allowed = f"1 to {len(self.sigmas)}" if self.kind == "few_step" else f"1 to {self.max_steps}"
+        limit = len(self.sigmas) if self.kind == "few_step" else self.max_steps
+        if not 1 <= num_steps <= limit:
+            raise ConfigError(f"num_steps = {num_steps} is not allowed for this model: {allowed}", field="num_steps")
+        if self.kind == "few_step":
+            return list(self.sigmas[:1]) if num_steps == 1 else _thin(self.sigmas, num_steps)
+        return karras_levels(num_steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+
+    def check_guidance(self, guidance: float) -> None:
+        """Refuse a guidance scale that this model cannot honour."""
+        if not self.guidable and guidance != self.guidance:
+            raise ConfigError(
+                f"guidance = {guidance:g} is not allowed: this student was distilled at a fixed guidance, "
+                f"leave it out or give {self.guidance:g}",
+                field="guidance",
+            )
+
+
+def _thin(sigmas: tuple[float, ...], count: int) -> list[float]:
+    last = len(sigmas) - 1
+    return [sigmas[round(index * last / (count - 1))] for index in range(count)]
+
+
+def karras_levels(num_steps: int, *, sigma_min: float, sigma_max: float, rho: float = 7.0) -> list[float]:
+    """`num_steps` levels from `sigma_max` down to `sigma_min` (Karras et al. 2022, Eq. 5); the final 0 is not listed."""
+    if num_steps == 1:
+        return [sigma_max]
+    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return [(top + index / (num_steps - 1) * (bottom - top)) ** rho for index in range(num_steps)]
+
+
+def sample(denoise: Denoise, spec: SamplerSpec, draw: Callable[[int], Array], num_steps: int) -> Array:
+    """The sample x0 for the noise stream `draw(k)`: draw 0 starts, draw k re-noises before evaluation k.
+
+    `draw(k)` returns unit normal noise of the batch's shape (B, C, H, W).
+    """
+    levels = spec.levels(num_steps)
+    x = draw(0) * spec.noise_scale
+    if spec.kind == "few_step":
+        return few_step(denoise, x, levels, draw)
+    return (heun if spec.kind == "heun" else euler)(denoise, x, levels)
+
+
+def few_step(denoise: Denoise, x: Array, levels: list[float], draw: Callable[[int], Array]) -> Array:
+    """Stochastic multi-step sampling of a one-step student: predict x0, re-noise to the next level, repeat."""
+    x0 = denoise(x, levels[0])
+    for k, sigma in enumerate(levels[1:], start=1):
+        x0 = denoise(x0 + draw(k) * sigma, sigma)
+    return x0
+
+
+def euler(denoise: Denoise, x: Array, levels: list[float]) -> Array:
+    """First-order solution of the probability-flow ODE down to 0; one evaluation per level."""
+    for sigma, sigma_next in zip(levels, [*levels[1:], 0.0], strict=True):
+        x = x + (x - denoise(x, sigma)) * ((sigma_next - sigma) / sigma)
+    return x
+
+
+def heun(denoise: Denoise, x: Array, levels: list[float]) -> Array:
+    """Second-order solution (Karras et al. 2022, Algorithm 1); 2 * len(levels) - 1 evaluations."""
+    for sigma, sigma_next in zip(levels, [*levels[1:], 0.0], strict=True):
+        slope = (x - denoise(x, sigma)) / sigma
+        x_next = x + slope * (sigma_next - sigma)
+        if sigma_next > 0:
+            slope_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
+            x_next = x + (slope + slope_next) * (0.5 * (sigma_next - sigma))
+        x = x_next
+    return x

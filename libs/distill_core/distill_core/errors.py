@@ -1,0 +1,100 @@
+"""The exception tree, and the one table that says what each class means at every edge.
+
+DistilleryError
+├── ConfigError     a recipe, a request field or a setting is wrong
+├── DataError       data given by the user cannot be used
+├── ArtifactError   a model on disk is damaged, of another kind, or refused
+├── NotFound        a name that does not exist
+├── Unavailable     a dependency (broker, database, server, GPU, package) is not there; trying later may help
+├── Overloaded      a queue is full; carries after how many seconds to try again
+└── DivergedError   a loss became non-finite: role, step, last finite checkpoint
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class DistilleryError(Exception):
+    """Base of all errors a user can act on. `str()` is one sentence; `field` names the offending input, if any."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ConfigError(DistilleryError):
+    pass
+
+
+class DataError(DistilleryError):
+    pass
+
+
+class ArtifactError(DistilleryError):
+    pass
+
+
+class NotFound(DistilleryError):
+    pass
+
+
+class Unavailable(DistilleryError):
+    pass
+
+
+class Overloaded(DistilleryError):
+    def __init__(self, message: str, *, retry_after_s: float, field: str | None = None) -> None:
+        super().__init__(message, field=field)
+        self.retry_after_s = retry_after_s
+
+
+class DivergedError(DistilleryError):
+    pass
+
+
+class Meaning(NamedTuple):
+    """What an error class is at the edges: process exit code, gRPC status name, and may the job be tried again."""
+
+    exit_code: int
+    grpc_status: str
+    retry: bool
+
+
+MEANINGS: dict[type[BaseException], Meaning] = {
+    ConfigError: Meaning(2, "INVALID_ARGUMENT", False),
+    DataError: Meaning(65, "INVALID_ARGUMENT", False),
+    ArtifactError: Meaning(66, "FAILED_PRECONDITION", False),
+    NotFound: Meaning(67, "NOT_FOUND", False),
+    Unavailable: Meaning(75, "UNAVAILABLE", True),
+    Overloaded: Meaning(75, "RESOURCE_EXHAUSTED", True),
+    DivergedError: Meaning(68, "ABORTED", False),
+    DistilleryError: Meaning(1, "INTERNAL", False),
+}
+EXIT_OUT_OF_MEMORY = 70
+EXIT_STOPPED = 143
+
+
+def meaning(error: BaseException) -> Meaning:
+    """The table's row for the nearest class of `error`; anything foreign is an INTERNAL error."""
+    for cls in type(error).__mro__:
+        if cls in MEANINGS:
+            return MEANINGS[cls]
+    return MEANINGS[DistilleryError]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name closest to `name`, else `; known: …`."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    shown = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
+    return f"; known: {shown}" if names else ""
+
+
+def missing_package(package: str, extra: str) -> Unavailable:
+    """The error for an optional package that is not installed."""
+    return Unavailable(f"{package} is not installed; run: pip install 'distillery[{extra}]'")

@@ -1,0 +1,19 @@
+"""Distribution matching: the direction between two scores, and the surrogate whose gradient it is."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def dm_direction(fake_x0: Tensor, teacher_x0: Tensor, x0: Tensor) -> Tensor:
+    """g = (D_fake - D_teacher) / mean|x0 - D_teacher|, per sample (DMD, Yin et al. 2024, Eq. 7 and 8). All (B, ...).
+
+    A step of `x0` along -g lowers KL(student || teacher).
+    """
+    scale = (x0 - teacher_x0).abs().flatten(1).mean(1).clamp_min(1e-6)
+    return (fake_x0 - teacher_x0) / scale.reshape(-1, *([1] * (x0.ndim - 1)))
+
+
+def surrogate_loss(x0: Tensor, direction: Tensor) -> Tensor:
+    """Scalar whose gradient in `x0` is direction / x0.numel(); its value says nothing about progress."""
+    return 0.5 * (x0.float() - (x0 - direction).detach().float()).square().mean()

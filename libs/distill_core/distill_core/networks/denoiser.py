@@ -1,0 +1,60 @@
+"""What every diffusion network looks like to a method: `denoiser(x_sigma, sigma, cond) -> x0`."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor, nn
+
+from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
+from distill_core.diffusion.guidance import guide
+from distill_core.diffusion.schedule import NoiseSchedule
+from distill_core.method import Cond
+
+
+def expand(sigma: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, 1, ...), to broadcast against `like`."""
+    return sigma.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+class Denoiser(nn.Module, abc.ABC):
+    """A network read as an x0 predictor in the variance-exploding form `x_sigma = x0 + sigma eps`.
+
+    Parameterisation (eps, v, x0, flow, EDM), schedule and scaling are converted inside. `cond` maps names to
+    tensors with the batch first; a missing condition means the null condition.
+    """
+
+    image: ImageSpec
+    cond: CondSpec
+    sampler: SamplerSpec  # how this model is sampled by default
+    schedule: NoiseSchedule
+
+    @abc.abstractmethod
+    def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
+        """x0 (B, C, H, W) from `x_sigma` (B, C, H, W), `sigma` (B,) in data units."""
+
+    @abc.abstractmethod
+    def with_features(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> tuple[Tensor, list[Tensor]]:
+        """x0, and the trunk's features (B, D, h, w) that a discriminator head reads."""
+
+    @abc.abstractmethod
+    def null_cond(self, batch: int) -> Cond:
+        """The condition that means "none", for `batch` items."""
+
+    def encode(self, picture: Tensor) -> Tensor:
+        """A picture in [-1, 1] as this model's x0; latent models override it."""
+        return picture
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """The picture (B, C, H, W) in [-1, 1] of x0; latent models override it."""
+        return x0
+
+    def guided(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None, guidance: float) -> Tensor:
+        """x0 under classifier-free guidance, both halves in one pass; `guidance` = 1 costs one evaluation."""
+        if guidance == 1 or not cond:
+            return self(x_sigma, sigma, cond)
+        null = self.null_cond(len(x_sigma))
+        both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
+        with_cond, without = self(x_sigma.repeat(2, *[1] * (x_sigma.ndim - 1)), sigma.repeat(2), both).chunk(2)
+        return guide(with_cond, without, guidance)

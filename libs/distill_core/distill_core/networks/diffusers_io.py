@@ -1,0 +1,398 @@
+"""The only door to diffusers: any UNet or DiT folder as a `Denoiser`, and back to a folder plain diffusers opens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
+from distill_core.config import Config, NetworkConfig
+from distill_core.diffusion.schedule import NoiseSchedule, Parameterisation, to_x0
+from distill_core.errors import ArtifactError, ConfigError, NotFound, nearest
+from distill_core.method import Cond
+from distill_core.networks.denoiser import Denoiser, expand
+from distill_core.networks.generation import preview
+from distill_core.networks.text import TextEncoder
+
+NETWORKS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+SIDECAR = "distillery.json"
+
+
+class Sidecar(Config):
+    """What a diffusers folder cannot say of itself; missing in foreign folders, then derived."""
+
+    image: ImageSpec
+    cond: CondSpec
+    sampler: SamplerSpec
+    parameterisation: Parameterisation
+
+
+class DiffusersDenoiser(Denoiser):
+    """A diffusers network with its schedule, and for text-to-image its text encoder and image decoder."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        scheduler: Any,
+        sidecar: Sidecar,
+        *,
+        codec: nn.Module | None = None,
+        text: TextEncoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network.eval()  # never train(): dropout must be off in teacher, student and fake score alike
+        self.scheduler = scheduler
+        self.schedule = schedule_of(scheduler)
+        self.image, self.cond, self.sampler = sidecar.image, sidecar.cond, sidecar.sampler
+        self.parameterisation: Parameterisation = sidecar.parameterisation
+        # Frozen companions live outside the module tree: they are not trained, copied per role, or averaged.
+        self._companions = {"codec": codec, "text": text}
+
+    def train(self, mode: bool = True) -> DiffusersDenoiser:
+        return super().train(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DiffusersDenoiser:
+        import copy
+
+        network = copy.deepcopy(self.network, memo)
+        sidecar = Sidecar(
+            image=self.image, cond=self.cond, sampler=self.sampler, parameterisation=self.parameterisation
+        )
+        return DiffusersDenoiser(network, self.scheduler, sidecar, **self._companions)
+
+    @property
+    def codec(self) -> nn.Module | None:
+        return self._companions["codec"]
+
+    @property
+    def text(self) -> TextEncoder | None:
+        return self._companions["text"]
+
+    def to_device(self, device: torch.device | str) -> DiffusersDenoiser:
+        """Move the network and its companions."""
+        for companion in (self.codec, self.text):
+            if companion is not None:
+                companion.to(device)
+        return self.to(device)
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
+        scaled = x_sigma * expand(self.schedule.scale(sigma), x_sigma)
+        cond = self._with_null(cond, x_sigma.shape[0])  # len() would bake the batch into an exported graph
+        output = self._call(scaled, self.schedule.network_time(sigma), cond)
+        x0 = to_x0(output.float(), x_sigma, expand(sigma, x_sigma), self.parameterisation, self.schedule.sigma_data)
+        return x0.to(x_sigma.dtype)
+
+    def with_features(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> tuple[Tensor, list[Tensor]]:
+        with _captured(self._trunk()) as features:
+            x0 = self(x_sigma, sigma, cond)
+        return x0, [self._as_map(feature) for feature in features]
+
+    def null_cond(self, batch: int) -> Cond:
+        device = next(self.network.parameters()).device
+        if self.cond.kind == "none":
+            return {}
+        if self.cond.kind == "prompt":
+            return {"prompt_embeds": self.encode_prompts([""])["prompt_embeds"].to(device).expand(batch, -1, -1)}
+        if self.cond.null_label is None:
+            raise ConfigError(
+                "guidance needs a null class, and this model has none; use guidance = 1", field="guidance"
+            )
+        return {"class_label": torch.full((batch,), self.cond.null_label, dtype=torch.long, device=device)}
+
+    def encode_prompts(self, prompts: list[str]) -> Cond:
+        """`prompt_embeds` (B, T, D) of the prompts; a model without text encoder refuses."""
+        if self.text is None:
+            raise ConfigError("this model takes no prompts; give class labels instead", field="prompts")
+        return {"prompt_embeds": self.text.encode(prompts)}
+
+    def encode(self, picture: Tensor) -> Tensor:
+        """A picture in [-1, 1] as the denoiser's x0: the latent of a latent model, the picture itself otherwise."""
+        if self.codec is None:
+            return picture
+        latent = self.codec.encode(picture).latent_dist.mode()
+        return (latent - (self.codec.config.get("shift_factor") or 0.0)) * self.codec.config["scaling_factor"]
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """The picture (B, C, H, W) in [-1, 1] of x0; the inverse of `encode`."""
+        if self.codec is None:
+            return x0
+        latent = x0 / self.codec.config["scaling_factor"] + (self.codec.config.get("shift_factor") or 0.0)
+        return self.codec.decode(latent).sample
+
+    def preview(self, seed: int) -> Tensor:
+        """A sheet of samples, classes in turn."""
+        return preview(self, seed)
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that plain diffusers opens, with our `distillery.json` beside."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.network.save_pretrained(folder / self._slot())
+        self.scheduler.save_pretrained(folder / "scheduler")
+        parts = {self._slot(): self.network, "scheduler": self.scheduler}
+        if self.codec is not None:
+            self.codec.save_pretrained(folder / "vae")
+            parts["vae"] = self.codec
+        if self.text is not None:
+            parts |= self.text.save(folder)
+        sidecar = Sidecar(
+            image=self.image, cond=self.cond, sampler=self.sampler, parameterisation=self.parameterisation
+        )
+        (folder / SIDECAR).write_text(sidecar.model_dump_json(indent=1), encoding="utf-8")
+        pipeline = _pipeline_class(parts, self.cond)
+        if pipeline:  # class-conditional pixel models have no pipeline class in diffusers: they open part by part
+            (folder / "model_index.json").write_text(json.dumps(_model_index(pipeline, parts), indent=1))
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """What a manifest says of this model."""
+        return {
+            "kind": "denoiser",
+            "image": self.image,
+            "cond": self.cond,
+            "sampler": self.sampler,
+            "parameterisation": self.parameterisation,
+        }
+
+    def _slot(self) -> str:
+        return "transformer" if "Transformer" in type(self.network).__name__ else "unet"
+
+    def _with_null(self, cond: Cond | None, batch: int) -> Cond:
+        return cond or self.null_cond(batch)
+
+    def _call(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        if isinstance(self.network, diffusers.UNet2DConditionModel):
+            return self.network(x, time, encoder_hidden_states=cond["prompt_embeds"].to(x.dtype)).sample
+        labels = cond.get("class_label")
+        if self._slot() == "transformer":
+            if labels is None:  # a DiT always has a label table; unconditional ones use their only row
+                labels = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+            return self.network(x, timestep=time, class_labels=labels).sample[:, : x.shape[1]]  # drop learned sigma
+        return self.network(x, time, class_labels=labels).sample
+
+    def _trunk(self) -> nn.Module:
+        if self._slot() == "unet":
+            return self.network.mid_block
+        blocks = self.network.transformer_blocks
+        return blocks[len(blocks) // 2]
+
+    def _as_map(self, feature: Tensor) -> Tensor:
+        if feature.ndim == 4:
+            return feature
+        patch = self.network.config.patch_size
+        size = self.image.height // patch, self.image.width // patch
+        return feature.transpose(1, 2).unflatten(2, size)  # (B, N, D) -> (B, D, h, w)
+
+
+@contextlib.contextmanager
+def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(
+        lambda _module, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def schedule_of(scheduler: Any) -> NoiseSchedule:
+    """The noise schedule that a diffusers scheduler's config describes."""
+    config, name = scheduler.config, type(scheduler).__name__
+    if name.startswith("EDM"):
+        return NoiseSchedule(
+            "edm", sigma_min=config.sigma_min, sigma_max=config.sigma_max, sigma_data=config.sigma_data
+        )
+    if name.startswith("FlowMatch"):
+        return NoiseSchedule("flow", sigma_min=1e-3, sigma_max=999.0)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ArtifactError(f"scheduler {name} is not supported; known: EDM*, FlowMatch*, and those with betas")
+    return NoiseSchedule("vp", alphas_cumprod=scheduler.alphas_cumprod)
+
+
+def _parameterisation_of(scheduler: Any) -> Parameterisation:
+    name = type(scheduler).__name__
+    if name.startswith("EDM"):
+        return "edm"
+    if name.startswith("FlowMatch"):
+        return "flow"
+    names: dict[str, Parameterisation] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+    return names[scheduler.config.prediction_type]
+
+
+def _pipeline_class(parts: dict[str, Any], cond: CondSpec) -> str | None:
+    if "text_encoder" in parts:
+        return "StableDiffusionPipeline"
+    return "DDPMPipeline" if cond.kind == "none" and "unet" in parts else None
+
+
+def _model_index(pipeline: str, parts: dict[str, Any]) -> dict[str, Any]:
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    if pipeline == "StableDiffusionPipeline":
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    for name, part in parts.items():
+        index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
+    return index
+
+
+def build_denoiser(
+    network: NetworkConfig,
+    *,
+    parameterisation: Parameterisation,
+    shape: tuple[int, int, int],
+    num_classes: int | None,
+    class_names: tuple[str, ...] = (),
+    scheduler: dict[str, Any] | None = None,
+    num_steps: int = 32,
+) -> DiffusersDenoiser:
+    """A new network for images of `shape` (C, H, W); `num_classes` None is unconditional.
+
+    The null class has the index `num_classes`. `scheduler` are arguments of the diffusers scheduler.
+
+    Raises:
+        ConfigError: an unknown network class, or arguments that it refuses.
+    """
+    if network.name not in NETWORKS:
+        raise ConfigError(
+            f"network.name = {network.name!r} is unknown{nearest(network.name, NETWORKS)}", field="network.name"
+        )
+    if network.name == "UNet2DConditionModel":
+        raise ConfigError("a text-conditional network comes from a diffusers folder: set teacher.path", field="network")
+    channels, height, width = shape
+    args = {"in_channels": channels, "out_channels": channels, "sample_size": height, **network.args}
+    args |= _class_args(network.name, num_classes)
+    try:
+        module = getattr(diffusers, network.name)(**args)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"network.args are refused by {network.name}: {error}", field="network.args") from None
+    noise = _new_scheduler(parameterisation, scheduler or {})
+    schedule = schedule_of(noise)
+    sampler = SamplerSpec(
+        kind="heun",
+        sigma_min=max(schedule.sigma_min, 0.002),
+        sigma_max=min(schedule.sigma_max, 80.0),
+        noise_scale=schedule.start_scale(min(schedule.sigma_max, 80.0)),
+        num_steps=num_steps,
+        max_steps=1000,
+    )
+    image = ImageSpec(channels=channels, height=height, width=width, picture=shape)
+    cond = CondSpec(kind="none")
+    if num_classes is not None:
+        cond = CondSpec(
+            kind="class_label", num_classes=num_classes, null_label=num_classes, class_names=class_names
+        )
+    return DiffusersDenoiser(
+        module, noise, Sidecar(image=image, cond=cond, sampler=sampler, parameterisation=parameterisation)
+    )
+
+
+def _class_args(name: str, num_classes: int | None) -> dict[str, Any]:
+    if name == "DiTTransformer2DModel":  # its label table has one row more, for the null class
+        return {"num_embeds_ada_norm": 1 if num_classes is None else num_classes, "norm_type": "ada_norm_zero"}
+    return {} if num_classes is None else {"num_class_embeds": num_classes + 1}
+
+
+def _new_scheduler(parameterisation: Parameterisation, args: dict[str, Any]) -> Any:
+    if parameterisation == "edm":
+        return diffusers.EDMEulerScheduler(**args)
+    if parameterisation == "flow":
+        return diffusers.FlowMatchEulerDiscreteScheduler(**args)
+    prediction = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[parameterisation]
+    return diffusers.DDPMScheduler(prediction_type=prediction, **args)
+
+
+def load_denoiser(folder: Path, *, device: torch.device | str = "cpu") -> DiffusersDenoiser:
+    """A denoiser from a diffusers folder, ours or any other's.
+
+    Raises:
+        NotFound: no such folder. ArtifactError: not a supported diffusers folder, damaged, or pickled weights.
+    """
+    if not folder.is_dir():
+        raise NotFound(f"model folder {folder} does not exist", field="path")
+    slot = next((name for name in ("unet", "transformer") if (folder / name / "config.json").is_file()), None)
+    if slot is None:
+        raise ArtifactError(f"{folder} is no diffusers folder: it has neither unet/config.json nor transformer/config.json")
+    network = _load(folder / slot, _class_named(folder / slot), use_safetensors=True)
+    scheduler = _load(folder / "scheduler", _class_named(folder / "scheduler", "scheduler_config.json"))
+    codec = text = None
+    if (folder / "vae" / "config.json").is_file():
+        codec = _load(folder / "vae", diffusers.AutoencoderKL, use_safetensors=True).eval().requires_grad_(False)
+    if (folder / "text_encoder" / "config.json").is_file():
+        text = TextEncoder.load(folder)
+    sidecar = _read_sidecar(folder) or _derived_sidecar(network, scheduler, codec, text)
+    return DiffusersDenoiser(network, scheduler, sidecar, codec=codec, text=text).to_device(device)
+
+
+def _class_named(folder: Path, config: str = "config.json") -> Any:
+    try:
+        name = json.loads((folder / config).read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{folder / config} cannot be read as a diffusers config: {error}") from None
+    known = config != "config.json" or name in NETWORKS
+    if not known or not hasattr(diffusers, str(name)):
+        raise ArtifactError(f"{folder} holds a {name}, which is not supported; known: {', '.join(NETWORKS)}")
+    return getattr(diffusers, name)
+
+
+def _load(folder: Path, cls: Any, **options: Any) -> Any:
+    weights = [file for pattern in ("*.safetensors", "*.bin", "*.ckpt", "*.pt") for file in folder.glob(pattern)]
+    if options.get("use_safetensors") and not any(file.suffix == ".safetensors" for file in weights):
+        held = weights[0].name if weights else "no weights"
+        raise ArtifactError(f"{folder} holds {held}: only safetensors are loaded, since pickles can execute code")
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:  # safetensors, json and diffusers each raise their own kinds on damaged files
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise ArtifactError(f"{folder} is damaged or incomplete: {reason}") from error
+
+
+def _read_sidecar(folder: Path) -> Sidecar | None:
+    path = folder / SIDECAR
+    if not path.is_file():
+        return None
+    try:
+        return Sidecar.parse(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, ConfigError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from None
+
+
+def _derived_sidecar(network: Any, scheduler: Any, codec: Any, text: TextEncoder | None) -> Sidecar:
+    config, schedule = network.config, schedule_of(scheduler)
+    size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+    factor = 2 ** (len(codec.config.block_out_channels) - 1) if codec is not None else 1
+    colours = codec.config.out_channels if codec is not None else config.in_channels
+    sigma_max = min(schedule.sigma_max, 80.0)
+    return Sidecar(
+        image=ImageSpec(
+            channels=config.in_channels, height=size, width=size, picture=(colours, size * factor, size * factor)
+        ),
+        cond=_derived_cond(network, text),
+        sampler=SamplerSpec(
+            kind="euler",
+            sigma_min=max(schedule.sigma_min, 0.002),
+            sigma_max=sigma_max,
+            noise_scale=schedule.start_scale(sigma_max),
+            num_steps=30,
+            max_steps=1000,
+            guidance=7.5 if text is not None else 1.0,
+        ),
+        parameterisation=_parameterisation_of(scheduler),
+    )
+
+
+def _derived_cond(network: Any, text: TextEncoder | None) -> CondSpec:
+    config = network.config
+    if text is not None:
+        return CondSpec(kind="prompt", max_tokens=text.max_tokens, embed_dim=config.cross_attention_dim)
+    classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+    if not classes:
+        return CondSpec(kind="none")
+    null = classes if config.get("num_embeds_ada_norm") else None
+    return CondSpec(kind="class_label", num_classes=classes, null_label=null)
+
+

@@ -1,0 +1,55 @@
+"""The fake score: a diffusion model of the student's own samples, with an optional real/fake head on its trunk."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from distill_core.method import Cond
+from distill_core.networks.denoiser import Denoiser
+
+
+class LogitHead(nn.Module):
+    """Trunk features (B, D, h, w) to one real/fake logit (B,)."""
+
+    def __init__(self, width: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(width, hidden, 1), nn.GroupNorm(8, hidden), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+        self.last = nn.Linear(hidden, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last(self.layers(features)).squeeze(1)
+
+
+class FakeScore(nn.Module):
+    """A trainable copy of the teacher; `discriminate=True` adds the logit head that the GAN loss reads."""
+
+    def __init__(self, teacher: Denoiser, *, discriminate: bool = False) -> None:
+        super().__init__()
+        self.denoiser = copy.deepcopy(teacher).requires_grad_(True)
+        self.head: LogitHead | None = None
+        if discriminate:
+            self.head = LogitHead(_trunk_width(teacher))
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        """x0 (B, C, H, W)."""
+        return self.denoiser(x_sigma, sigma, cond)
+
+    def with_logits(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """x0 (B, C, H, W) and the real/fake logits (B,), from one pass."""
+        assert self.head is not None
+        x0, features = self.denoiser.with_features(x_sigma, sigma, cond)
+        return x0, self.head(features[-1])
+
+
+@torch.no_grad()
+def _trunk_width(teacher: Denoiser) -> int:
+    parameter = next(teacher.parameters())
+    shape = 1, teacher.image.channels, teacher.image.height, teacher.image.width
+    x = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
+    _, features = teacher.with_features(x, x.new_ones(1), teacher.null_cond(1) if teacher.cond.null_label else None)
+    return features[-1].shape[1]

@@ -1,0 +1,73 @@
+"""Pictures from a denoiser: the same sampling functions and noise as the server uses."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill_core.artifacts import CondSpec, SamplerSpec
+from distill_core.diffusion.noise import unit_normal
+from distill_core.diffusion.sampling import sample
+from distill_core.method import Cond
+from distill_core.networks.denoiser import Denoiser
+
+
+def balanced_labels(count: int, num_classes: int) -> Tensor:
+    """(count,) class labels 0, 1, …, K-1, 0, 1, …"""
+    return torch.arange(count) % num_classes
+
+
+def default_cond(spec: CondSpec, count: int, denoiser: Denoiser) -> Cond:
+    """Conditions for `count` pictures when the caller has no wish: balanced classes, or none."""
+    if spec.kind == "class_label" and spec.num_classes:
+        return {"class_label": balanced_labels(count, spec.num_classes)}
+    return denoiser.null_cond(count)
+
+
+@torch.no_grad()
+def generate(
+    denoiser: Denoiser,
+    cond: Cond,
+    count: int,
+    *,
+    seed: int = 0,
+    num_steps: int | None = None,
+    guidance: float | None = None,
+    sampler: SamplerSpec | None = None,
+    batch_size: int = 128,
+) -> Tensor:
+    """`count` pictures (B, C, H, W) in [-1, 1] on the CPU; picture i depends on (seed, i, cond[i]) alone."""
+    spec = sampler or denoiser.sampler
+    guidance = spec.guidance if guidance is None else guidance
+    num_steps = num_steps or spec.num_steps
+    device = next(denoiser.parameters()).device
+    shape = denoiser.image.channels, denoiser.image.height, denoiser.image.width
+    pictures = []
+    for start in range(0, count, batch_size):
+        indices = range(start, min(start + batch_size, count))
+        part = {name: value[start : start + batch_size].to(device) for name, value in cond.items()}
+
+        def draw(k: int, indices: range = indices) -> Tensor:
+            return torch.from_numpy(np.stack([unit_normal(seed, i, k, shape) for i in indices])).to(device)
+
+        def denoise(x: Tensor, sigma: float, part: Cond = part) -> Tensor:
+            return denoiser.guided(x, x.new_full((len(x),), sigma), part, guidance)
+
+        x0 = sample(denoise, spec, draw, num_steps)
+        pictures.append(denoiser.decode(x0).clamp(-1, 1).float().cpu())
+    return torch.cat(pictures)
+
+
+def preview(denoiser: Denoiser, seed: int, count: int = 40) -> Tensor:
+    """A sheet of samples, classes in turn."""
+    return generate(denoiser, default_cond(denoiser.cond, count, denoiser), count, seed=seed)
+
+
+def drop_labels(cond: Cond, spec: CondSpec, share: float) -> Cond:
+    """The condition with a random `share` of the class labels replaced by the null class, for guidance."""
+    if "class_label" not in cond or spec.null_label is None:
+        return cond
+    labels = cond["class_label"]
+    dropped = torch.rand(len(labels), device=labels.device) < share
+    return {**cond, "class_label": labels.masked_fill(dropped, spec.null_label)}

@@ -1,0 +1,97 @@
+"""The job process: `python -m distill_core.run SPEC.json` trains or evaluates and tells its parent in JSON lines.
+
+Exit codes: 0 done, 143 stopped on request with a checkpoint written, 70 out of memory, else errors.MEANINGS.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distill_core.errors import EXIT_OUT_OF_MEMORY, EXIT_STOPPED, DistilleryError, meaning
+
+
+Job = Callable[[dict[str, Any], Callable[[dict[str, Any]], None], Callable[[], bool]], int]
+
+
+def main(argv: list[str] | None = None, *, run: Job | None = None) -> int:
+    """Run the job that SPEC.json describes; the exit code. `run(spec, tell, stop)` is what another service's jobs do."""
+    arguments = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints goes to the log: stdout carries events alone
+
+    def tell(event: dict[str, Any]) -> None:
+        out.write(json.dumps(event) + "\n")
+
+    stop = _StopFlag()
+    try:
+        spec = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+        return (run or _run)(spec, tell, stop)
+    except DistilleryError as error:
+        tell({"event": "error", "type": type(error).__name__, "message": str(error), "field": error.field})
+        return meaning(error).exit_code
+    except MemoryError as error:
+        return _out_of_memory(error, tell)
+    except OSError as error:
+        logging.exception("the job failed")
+        tell({"event": "error", "type": "Unavailable", "message": f"{error.strerror or error}: {error.filename or ''}"})
+        return 75
+    except RuntimeError as error:
+        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+            return _out_of_memory(error, tell)
+        logging.exception("the job failed")
+        tell({"event": "error", "type": "RuntimeError", "message": str(error).splitlines()[0]})
+        return 1
+
+
+class _StopFlag:
+    """True once SIGTERM arrived; the loop looks at it between steps."""
+
+    def __init__(self) -> None:
+        self.set = False
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, *_: Any) -> None:
+        self.set = True
+
+    def __call__(self) -> bool:
+        return self.set
+
+
+def _out_of_memory(error: BaseException, tell: Any) -> int:
+    message = f"out of memory ({str(error).splitlines()[0][:200]}); lower batch_size or raise accumulate"
+    tell({"event": "error", "type": "MemoryError", "message": message})
+    return EXIT_OUT_OF_MEMORY
+
+
+def _run(spec: dict[str, Any], tell: Any, stop: _StopFlag) -> int:
+    from distill_core import api  # after the signal handler: importing torch takes seconds
+    from distill_core.config import EvaluateConfig, Recipe
+
+    run_dir = Path(spec["run_dir"])
+    where = api.context(spec["store"], Path(spec.get("cache") or run_dir / "cache"))
+    if spec["kind"] == "evaluate":
+        values = spec["spec"]
+        config = EvaluateConfig.parse(values.get("evaluate", {}), where="evaluate")
+        figures = api.evaluate(values["artifact"], config, values["data"], where)
+        artifact = values["artifact"]
+    else:
+        recipe = Recipe.parse(spec["spec"]["recipe"])
+        result = api.train(recipe, run_dir, where, listener=tell, should_stop=stop, job=spec["job"])
+        if result.stopped:
+            return EXIT_STOPPED
+        figures, artifact = result.figures, result.manifest.ref if result.manifest else ""
+    (run_dir / "result.json").write_text(json.dumps({"artifact": artifact, "metrics": figures}), encoding="utf-8")
+    tell({"event": "result", "artifact": artifact, "metrics": figures})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""The one training loop: devices, precision, accumulation, clipping, EMA, checkpoints, resume, logging, cancellation."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from distill_core.config import OptimConfig, Recipe
+from distill_core.data.source import Source
+from distill_core.errors import ArtifactError, ConfigError, DivergedError, nearest
+from distill_core.method import Method, Update
+from distill_core.training.checkpoint import (
+    complete_checkpoints,
+    load_latest,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from distill_core.training.ema import EMA
+from distill_core.training.optimizers import build_optimizer, learning_rate
+from distill_core.training.run import Run
+from distill_core.training.seeding import derive, seed_everything
+
+
+@dataclass(frozen=True)
+class Outcome:
+    step: int  # steps done
+    stopped: bool  # True: stopped on request, a checkpoint is written
+
+
+class Trainer:
+    """Runs a method as a recipe says. `train()` resumes by itself from the run folder's last checkpoint."""
+
+    def __init__(self, method: Method, source: Source, recipe: Recipe, run: Run) -> None:
+        _check_roles(method, recipe)
+        mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.precision]
+        self.accelerator = Accelerator(mixed_precision=mixed)
+        self.method, self.source, self.recipe, self.run = method, source, recipe, run
+        method.to(self.accelerator.device)
+        self.parameters = {role: [p for p in _module(method, role).parameters() if p.requires_grad] for role in method.roles}
+        self.configs = {role: recipe.optim.get(role, OptimConfig()) for role in method.roles}
+        self.optimizers = {
+            role: self.accelerator.prepare_optimizer(build_optimizer(self.parameters[role], self.configs[role]))
+            for role in method.roles
+        }
+        self.emas = {role: EMA(_module(method, role), decay) for role, decay in recipe.ema.items()}
+        self.step = 0
+
+    def train(self, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
+        """Train to the recipe's last step, or until `should_stop()`.
+
+        Raises:
+            DivergedError: a loss is NaN or infinite.
+        """
+        self.resume()
+        meter = _Meter(self.run, self.recipe, self.step)
+        while self.step < self.recipe.steps:
+            if should_stop():
+                self.checkpoint()
+                return Outcome(self.step, stopped=True)
+            values = self.train_step()
+            self.step += 1
+            self._after_step(meter, values)
+        if not complete_checkpoints(self.run.checkpoints) or self.step % self.recipe.checkpoint_every:
+            self.checkpoint()
+        return Outcome(self.step, stopped=False)
+
+    def train_step(self) -> dict[str, Tensor]:
+        """All updates of one step; the logged values by name."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        seed_everything(derive(self.recipe.seed, self.step, rank))
+        for role, optimizer in self.optimizers.items():
+            rate = learning_rate(self.configs[role], self.step, self.recipe.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        micro, size = self.recipe.accumulate, self.recipe.batch_size // (self.recipe.accumulate * world)
+        positions = [(self.step * micro + index) * world + rank for index in range(micro)]
+        batches = [self.source.batch(size, epoch_seed=self.recipe.seed, position=position) for position in positions]
+        generators = [self.method.updates(batch.to(self.accelerator.device), self.step) for batch in batches]
+        values: dict[str, Tensor] = {}
+        for together in self._lock_step(generators):
+            values |= self.apply(together)
+        return values
+
+    def _lock_step(self, generators: list[Iterator[Update]]) -> Iterator[tuple[Update, ...]]:
+        """Ask every micro-batch for its next update, under autocast; all of one role."""
+        while True:
+            with self.accelerator.autocast():
+                together = tuple(update for update in (next(generator, None) for generator in generators) if update)
+            if not together:
+                return
+            assert len(together) == len(generators), "micro-batches yield different numbers of updates"
+            assert len({update.role for update in together}) == 1, "micro-batches yield different roles"
+            yield together
+
+    def apply(self, updates: tuple[Update, ...]) -> dict[str, Tensor]:
+        """Step one role on the mean loss of its micro-batches."""
+        role, parameters = updates[0].role, self.parameters[updates[0].role]
+        optimizer, config = self.optimizers[role], self.configs[role]
+        loss = torch.stack([update.loss.detach().float() for update in updates]).mean()
+        if not torch.isfinite(loss):
+            raise self._diverged(role, float(loss))
+        for update in updates:
+            self.accelerator.backward(update.loss / len(updates), inputs=parameters)
+        self._average_gradients(parameters)
+        if config.grad_clip is not None:
+            self.accelerator.clip_grad_norm_(parameters, config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if role in self.emas:
+            self.emas[role].update(_module(self.method, role))
+        logged = {name: torch.as_tensor(value).detach() for name, value in updates[0].metrics.items()}
+        return {f"{role}_loss": loss, **logged}
+
+    def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Mean gradient over processes, in one message. No wrapper, so a method may call its networks any way it likes."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        offset = 0
+        for parameter in parameters:
+            parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+
+    def _diverged(self, role: str, loss: float) -> DivergedError:
+        kept = complete_checkpoints(self.run.checkpoints)
+        last = f"the last checkpoint is of step {int(kept[-1].name)}" if kept else "there is no checkpoint yet"
+        return DivergedError(
+            f"the loss of {role} became {loss} at step {self.step}; {last}; "
+            f"lower optim.{role}.lr (now {self.configs[role].lr:g}) or set optim.{role}.grad_clip"
+        )
+
+    def _after_step(self, meter: _Meter, values: dict[str, Tensor]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        last = self.step == self.recipe.steps
+        meter.tick(self.step)
+        if self.step % self.recipe.log_every == 0 or last:
+            rates = {f"{role}_lr": learning_rate(self.configs[role], self.step, self.recipe.steps) for role in self.optimizers}
+            meter.log(self.step, {name: float(value) for name, value in values.items()} | rates)
+        if self.step % self.recipe.sample_every == 0 or last:
+            with self.averaged():
+                pictures = self.method.preview(self.recipe.seed)
+            if pictures is not None:
+                self.run.sample(self.step, pictures)
+        if self.step % self.recipe.checkpoint_every == 0:
+            self.checkpoint()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """EMA weights in place of the trained ones."""
+        with contextlib.ExitStack() as stack:
+            for role, ema in self.emas.items():
+                stack.enter_context(ema.applied(_module(self.method, role)))
+            yield
+
+    def checkpoint(self) -> None:
+        """Everything that the next steps depend on."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for role in self.method.roles:
+            tensors[role] = _module(self.method, role).state_dict()
+            tensors[f"{role}.optim"] = optimizer_tensors(self.optimizers[role])
+        tensors |= {f"{role}.ema": ema.weights for role, ema in self.emas.items()}
+        tensors["method"] = self.method.state()
+        save_checkpoint(
+            self.run.checkpoints, self.step, tensors, method=self.recipe.method, keep=self.recipe.keep_checkpoints
+        )
+
+    def resume(self) -> None:
+        """Continue from the run folder's newest checkpoint, if there is one."""
+        found = load_latest(self.run.checkpoints, method=self.recipe.method)
+        if found is None:
+            return
+        self.step, tensors = found
+        try:
+            for role in self.method.roles:
+                _module(self.method, role).load_state_dict(tensors[role], strict=True)
+                load_optimizer_tensors(self.optimizers[role], tensors[f"{role}.optim"])
+            for role, ema in self.emas.items():
+                ema.weights = {name: value.to(self.accelerator.device) for name, value in tensors[f"{role}.ema"].items()}
+            self.method.load_state(tensors["method"])
+        except (KeyError, RuntimeError) as error:
+            raise ArtifactError(
+                f"the checkpoint of step {self.step} does not fit this recipe ({str(error).splitlines()[0]}); "
+                "use another run folder or the recipe that made it"
+            ) from None
+        self.run.drop_metrics_after(self.step)
+
+
+def _module(method: Method, role: str) -> torch.nn.Module:
+    return getattr(method, role)
+
+
+def _check_roles(method: Method, recipe: Recipe) -> None:
+    tables: tuple[tuple[str, Iterable[str]], ...] = (("optim", recipe.optim), ("ema", recipe.ema))
+    for table, given in tables:
+        for role in given:
+            if role not in method.roles:
+                raise ConfigError(
+                    f"unknown role {table}.{role}{nearest(role, method.roles)}", field=f"{table}.{role}"
+                )
+    if recipe.batch_size % recipe.accumulate:
+        raise ConfigError(
+            f"batch_size = {recipe.batch_size} is not divisible by accumulate = {recipe.accumulate}", field="accumulate"
+        )
+
+
+class _Meter:
+    """Progress with rate and time left, told at most four times a second; metrics to file and TensorBoard."""
+
+    def __init__(self, run: Run, recipe: Recipe, start: int) -> None:
+        self.run, self.steps, self.start, self.began, self.told = run, recipe.steps, start, time.monotonic(), 0.0
+        self.board = _tensorboard(run)
+
+    def tick(self, step: int) -> None:
+        now = time.monotonic()
+        if now - self.told < 0.25 and step < self.steps:
+            return
+        self.told = now
+        rate = (step - self.start) / max(now - self.began, 1e-9)
+        self.run.tell("progress", step=step, steps=self.steps, rate=round(rate, 3), eta_s=round((self.steps - step) / rate, 1))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self.run.metrics(step, finite)
+        if self.board is not None:
+            for name, value in finite.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
+
+
+def _tensorboard(run: Run) -> object | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # metrics.jsonl has everything; TensorBoard is a convenience
+        return None
+    return SummaryWriter(str(run.folder / "tensorboard"))
