@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,14 +68,17 @@ def train(
     Raises:
         DistilleryError: a mistake in the recipe or its data, a diverged loss, a store that cannot be written.
     """
-    torch.set_num_threads(recipe.threads or _thread_share())
-    run = Run(folder, listener)
+    with _threads(recipe.threads):
+        return _train(recipe, Run(folder, listener), where, should_stop, job)
+
+
+def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], bool], job: str) -> Result:
     method, source = build(recipe, where)
     run.write_recipe(recipe)
     trainer = Trainer(method, source, recipe, run)
     outcome = trainer.train(should_stop)
     if outcome.stopped:
-        return Result(folder, outcome.step, stopped=True)
+        return Result(run.folder, outcome.step, stopped=True)
     with trainer.averaged():
         method.save_result(run.model)
         pictures = method.preview(recipe.seed)
@@ -84,7 +87,7 @@ def train(
         figures = _figures(method, source, recipe.evaluate, where)
         (run.model / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
         manifest = publish(method, recipe, run, where, figures, job=job) if recipe.publish else None
-    return Result(folder, outcome.step, stopped=False, figures=figures, manifest=manifest)
+    return Result(run.folder, outcome.step, stopped=False, figures=figures, manifest=manifest)
 
 
 def publish(
@@ -233,10 +236,15 @@ def _mean(runs: list[dict[str, float]], name: str) -> float:
     return sum(figures[name] for figures in runs) / len(runs)
 
 
-def _thread_share() -> int:
-    """CPU threads of this process: what OMP_NUM_THREADS says, else all it may use."""
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdigit() and int(told) > 0 else len(os.sched_getaffinity(0))
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """The recipe's CPU threads for the duration; a teacher trained on the way must not change its student's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def user_message(error: BaseException) -> str:

@@ -19,9 +19,11 @@ from torch import nn
 from distill_core.artifacts import ArtifactStore
 from distill_core.config import ModelSource, Recipe, load_recipe
 from distill_core.data import Source, build_source
-from distill_core.errors import ArtifactError, ConfigError, NotFound
+from distill_core.data.conditions import Prompts
+from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
 from distill_core.method import Method
 from distill_core.methods import find_method, needs
+from distill_core.networks.denoiser import Denoiser
 from distill_core.training.seeding import derive, seed_everything
 
 log = logging.getLogger(__name__)
@@ -110,6 +112,7 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
         raise ConfigError(f"method {recipe.method} needs a [network] table: name and args", field="network")
     if {"teacher", "student"} & set(wanted):
         arguments["teacher"] = _teacher(recipe, context)
+        fit(source, arguments["teacher"])
         arguments["student"] = copy.deepcopy(arguments["teacher"]).requires_grad_(True)
     unknown = [name for name in wanted if name not in arguments]
     if unknown:
@@ -117,6 +120,33 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
     seed_everything(derive(recipe.seed, "init"))
     method = cls(config, **{name: arguments[name] for name in wanted})
     return method, source
+
+
+def fit(source: Source, teacher: nn.Module) -> None:
+    """Make the data give what the teacher is conditioned on, or say why it cannot.
+
+    Raises:
+        ConfigError, DataError: pictures of another shape, no or too many classes, no prompts.
+    """
+    if not isinstance(teacher, Denoiser):
+        return
+    if source.shape is not None and tuple(source.shape) != tuple(teacher.image.picture):
+        raise DataError(
+            f"the data's pictures have the shape {tuple(source.shape)}, the teacher makes {teacher.image.picture}; "
+            "set data.size and data.channels, or use a teacher trained on such pictures",
+            field="data",
+        )
+    wanted, classes = teacher.cond.kind, source.num_classes
+    if wanted == "class_label" and (classes is None or classes > (teacher.cond.num_classes or 0)):
+        raise ConfigError(
+            f"the teacher knows {teacher.cond.num_classes} classes, the data has {classes or 'no labels'}; "
+            "choose data whose labels the teacher was trained on",
+            field="data",
+        )
+    if wanted == "prompt":
+        if not isinstance(source, Prompts):
+            raise ConfigError("a text-to-image teacher needs prompts: set data.name = 'prompts'", field="data.name")
+        source.encode_with(lambda prompts: teacher.encode_prompts(prompts))
 
 
 def _is_required(cls: type[Method], name: str) -> bool:

@@ -36,7 +36,7 @@ class Config(BaseModel):
 
 def check_name(name: str, *, what: str, field: str | None = None) -> str:
     """`name` if it is a plain name (lower case, digits, `.`, `_`, `-`), which can never leave a folder."""
-    if not re.fullmatch(NAME_PATTERN, name) or ".." in name:
+    if not re.fullmatch(NAME_PATTERN, name):
         raise ConfigError(
             f"{what} {name!r} is not a plain name; allowed are 1 to 64 characters a-z, 0-9, '.', '_', '-', "
             "beginning and ending with a letter or digit",
@@ -151,7 +151,7 @@ class Recipe(Config):
     batch_size: int = Field(64, ge=1, le=1_000_000)  # items of one update, over all micro-batches and processes
     accumulate: int = Field(1, ge=1, le=4096)  # micro-batches per update
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    threads: int | None = Field(None, ge=1, le=1024)  # torch CPU threads; unset: this process's share
+    threads: int | None = Field(None, ge=1, le=1024)  # torch CPU threads; unset: torch's own choice
     log_every: int = Field(20, ge=1)
     sample_every: int = Field(500, ge=1)
     checkpoint_every: int = Field(500, ge=1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.diffusion.guidance import guide
+from distill_core.errors import ConfigError
 from distill_core.diffusion.schedule import NoiseSchedule
 from distill_core.method import Cond
 
@@ -45,6 +46,10 @@ class Denoiser(nn.Module, abc.ABC):
     def encode(self, picture: Tensor) -> Tensor:
         """A picture in [-1, 1] as this model's x0; latent models override it."""
         return picture
+
+    def encode_prompts(self, prompts: list[str]) -> Cond:
+        """`prompt_embeds` (B, T, D); models without a text encoder refuse."""
+        raise ConfigError("this model takes no prompts; give class labels instead", field="prompts")
 
     def decode(self, x0: Tensor) -> Tensor:
         """The picture (B, C, H, W) in [-1, 1] of x0; latent models override it."""

@@ -107,20 +107,17 @@ class DiffusersDenoiser(Denoiser):
         return {"class_label": torch.full((batch,), self.cond.null_label, dtype=torch.long, device=device)}
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
-        """`prompt_embeds` (B, T, D) of the prompts; a model without text encoder refuses."""
         if self.text is None:
-            raise ConfigError("this model takes no prompts; give class labels instead", field="prompts")
+            return super().encode_prompts(prompts)
         return {"prompt_embeds": self.text.encode(prompts)}
 
     def encode(self, picture: Tensor) -> Tensor:
-        """A picture in [-1, 1] as the denoiser's x0: the latent of a latent model, the picture itself otherwise."""
         if self.codec is None:
             return picture
         latent = self.codec.encode(picture).latent_dist.mode()
         return (latent - (self.codec.config.get("shift_factor") or 0.0)) * self.codec.config["scaling_factor"]
 
     def decode(self, x0: Tensor) -> Tensor:
-        """The picture (B, C, H, W) in [-1, 1] of x0; the inverse of `encode`."""
         if self.codec is None:
             return x0
         latent = x0 / self.codec.config["scaling_factor"] + (self.codec.config.get("shift_factor") or 0.0)

@@ -22,6 +22,11 @@ class EMA:
         trained = [value.detach() for value in module.parameters()]
         torch._foreach_lerp_(list(self.weights.values()), trained, 1 - self.decay)
 
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take weights back from a checkpoint, whose order of names is its own."""
+        for name, value in self.weights.items():
+            value.copy_(weights[name])
+
     @contextlib.contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Put the average in place of the trained weights for the duration."""

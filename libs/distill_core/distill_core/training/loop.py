@@ -187,7 +187,7 @@ class Trainer:
                 _module(self.method, role).load_state_dict(tensors[role], strict=True)
                 load_optimizer_tensors(self.optimizers[role], tensors[f"{role}.optim"])
             for role, ema in self.emas.items():
-                ema.weights = {name: value.to(self.accelerator.device) for name, value in tensors[f"{role}.ema"].items()}
+                ema.load(tensors[f"{role}.ema"])
             self.method.load_state(tensors["method"])
         except (KeyError, RuntimeError) as error:
             raise ArtifactError(

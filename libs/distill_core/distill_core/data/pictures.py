@@ -1,0 +1,140 @@
+"""Encoded pictures (PNG, JPEG, WebP, BMP, TIFF) as tensors: decoded once if they fit, else on demand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill_core.data.source import to_unit
+from distill_core.errors import DataError, missing_package
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 64_000_000  # of one encoded picture; beyond it a small file could fill the memory
+MAX_SIDE = 32_768
+IN_MEMORY_BYTES = 2**30
+Encoded = Callable[
+    [int], tuple[Path | bytes, str]
+]  # item -> its file or bytes, and what to call it in an error
+
+
+class EncodedPixels:
+    """Pictures of one shape behind `encoded(index)`.
+
+    Args:
+        encoded: gives a picture's file or bytes and its name.
+        count: how many there are.
+        size: every picture is scaled to a shorter side of `size`, then cropped to its centre; unset: all
+            must have the first one's size already.
+        channels: 1 (grey) or 3 (RGB); unset: as the first picture, and all must agree.
+
+    Raises:
+        DataError: a picture that cannot be read, or that differs from the first one; the message names it.
+    """
+
+    def __init__(self, encoded: Encoded, count: int, *, size: int | None, channels: int | None) -> None:
+        self._encoded, self._count, self._size, self._channels = encoded, count, size, channels
+        self._kept: Tensor | None = None
+        first = self._decode(0)
+        self.shape: tuple[int, int, int] = tuple(first.shape)  # type: ignore[assignment]
+        if count * math.prod(self.shape) <= IN_MEMORY_BYTES:
+            kept = torch.empty(count, *self.shape, dtype=torch.uint8)
+            for index in range(count):
+                kept[index] = self._checked(index)
+            self._kept = kept
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, indices: Tensor) -> Tensor:
+        if self._kept is not None:
+            return to_unit(self._kept[indices])
+        return to_unit(torch.stack([self._checked(index) for index in indices.tolist()]))
+
+    def _decode(self, index: int) -> Tensor:
+        data, name = self._encoded(index)
+        return decode(data, name, size=self._size, channels=self._channels)
+
+    def _checked(self, index: int) -> Tensor:
+        picture = self._decode(index)
+        if tuple(picture.shape) != self.shape:
+            self._refuse(picture, self._encoded(index)[1])
+        return picture
+
+    def _refuse(self, picture: Tensor, name: str) -> None:
+        (channels, height, width), (c, h, w) = picture.shape, self.shape
+        if channels != c:
+            raise DataError(
+                f"picture {name} has {channels} channels, the first has {c}; set data.channels to 1 or 3",
+                field="data.channels",
+            )
+        raise DataError(
+            f"picture {name} is {width}x{height} where the first is {w}x{h}; "
+            "set data.size to scale and crop all of them to one size",
+            field="data.size",
+        )
+
+
+def decode(data: Path | bytes, name: str, *, size: int | None = None, channels: int | None = None) -> Tensor:
+    """One picture as (C, H, W) uint8, transparency put on white and the camera's rotation mark applied."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise missing_package("pillow", "train") from None
+    try:
+        with Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as picture:
+            _check_header(picture, name)
+            return _to_tensor(_fitted(picture, size), channels)
+    except UnidentifiedImageError:
+        kinds = ", ".join(FORMATS)
+        raise DataError(
+            f"{name} is not a picture that can be read; allowed are {kinds}", field="data.path"
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"picture {name} is damaged: {error}; replace or remove it", field="data.path"
+        ) from None
+
+
+def _check_header(picture: Any, name: str) -> None:
+    width, height = picture.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise DataError(
+            f"picture {name} is {width}x{height}; at most {MAX_SIDE} a side and {MAX_PIXELS} pixels are read",
+            field="data.path",
+        )
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        raise DataError(
+            f"picture {name} has {picture.mode} pixels; pictures of 8 bits per channel are read, convert it",
+            field="data.path",
+        )
+
+
+def _fitted(picture: Any, size: int | None) -> Any:
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode not in ("1", "L", "RGB"):
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            with_alpha = picture.convert("RGBA")
+            picture = Image.new("RGBA", picture.size, "white")
+            picture.alpha_composite(with_alpha)
+        picture = picture.convert("RGB")
+    if size is None or picture.size == (size, size):
+        return picture
+    return ImageOps.fit(
+        picture.convert("L" if picture.mode == "1" else picture.mode), (size, size), Image.Resampling.LANCZOS
+    )
+
+
+def _to_tensor(picture: Any, channels: int | None) -> Tensor:
+    grey = picture.mode in ("1", "L") if channels is None else channels == 1
+    values = np.array(picture.convert("L" if grey else "RGB"))
+    return torch.from_numpy(values[None] if grey else values.transpose(2, 0, 1).copy())

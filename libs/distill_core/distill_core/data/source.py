@@ -1,0 +1,209 @@
+"""What a data source is: pictures and labels in an order that depends on (seed, position) alone."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill_core.artifacts import FORBIDDEN_SUFFIXES
+from distill_core.config import Config as SourceConfig
+from distill_core.errors import ConfigError, DataError, nearest
+from distill_core.method import Batch
+
+PICKLE_SUFFIXES = (*FORBIDDEN_SUFFIXES, ".npz", ".joblib")
+MAX_BATCH = 1_000_000
+
+
+class Pixels(Protocol):
+    """Pictures by index, wherever they are kept."""
+
+    shape: tuple[int, int, int]  # (C, H, W)
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Tensor) -> Tensor:
+        """(B, C, H, W) float32 in [-1, 1]."""
+        ...
+
+
+class ArrayPixels:
+    """Pictures in memory: uint8 0..255, or float32 that is in [-1, 1] already. (N, C, H, W)."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.shape: tuple[int, int, int] = tuple(values.shape[1:])  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def take(self, indices: Tensor) -> Tensor:
+        return to_unit(self.values[indices])
+
+
+class Source:
+    """Base of the sources: an endless, reshuffled stream over `size` items, and the whole set for evaluation.
+
+    A source without pictures (labels or prompts alone) has no `shape`, and its batches have no `x0`.
+    """
+
+    Config: ClassVar[type[SourceConfig]] = SourceConfig
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        *,
+        size: int,
+        pixels: Pixels | None = None,
+        labels: Tensor | None = None,
+        class_names: tuple[str, ...] = (),
+    ) -> None:
+        self.config = config
+        self.size = size
+        self.pixels = pixels
+        self.labels = labels  # (N,) int64
+        self.class_names = class_names
+        self.num_classes: int | None = None if labels is None else len(class_names)
+        self.shape: tuple[int, int, int] | None = None if pixels is None else pixels.shape
+
+    def items(self, indices: Tensor) -> Batch:
+        """The items at `indices` (B,), in that order."""
+        x0 = None if self.pixels is None else self.pixels.take(indices)
+        return Batch(len(indices), x0, self.conditions(indices))
+
+    def conditions(self, indices: Tensor) -> dict[str, Tensor]:
+        """What the items are conditioned on, by name, batch first."""
+        return {} if self.labels is None else {"class_label": self.labels[indices]}
+
+    def batch(self, size: int, *, epoch_seed: int, position: int) -> Batch:
+        """Batch number `position` of the endless stream: a function of its arguments, so resuming is exact.
+
+        Epoch e is a permutation seeded by (epoch_seed, e); a batch may reach over the end of an epoch.
+        """
+        if not 1 <= size <= MAX_BATCH or position < 0:
+            raise ConfigError(
+                f"batch of {size} items at position {position}: allowed are 1 to {MAX_BATCH} and >= 0"
+            )
+        return self.items(_stream(self.size, epoch_seed, position * size, (position + 1) * size))
+
+    def all(self, limit: int | None = None) -> Batch:
+        """Every item, or `limit` of them: always the same ones, picked at random, in the set's order."""
+        if limit is None or limit >= self.size:
+            return self.items(torch.arange(self.size))
+        return self.items(_permutation(self.size, 0, 0)[:limit].sort().values)
+
+    def class_frequencies(self) -> Tensor:
+        """Share of each class among the items, (K,), summing to 1."""
+        if self.labels is None:
+            raise DataError("this data has no labels, so it has no class frequencies; choose labelled data")
+        return torch.bincount(self.labels, minlength=len(self.class_names)).double() / self.size
+
+
+def _stream(size: int, seed: int, start: int, stop: int) -> Tensor:
+    parts = []
+    while start < stop:
+        epoch, offset = divmod(start, size)
+        part = _permutation(size, seed, epoch)[offset : offset + stop - start]
+        parts.append(part)
+        start += len(part)
+    return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=4)  # consecutive batches read the same epoch
+def _permutation(size: int, seed: int, epoch: int) -> Tensor:
+    return torch.from_numpy(np.random.Generator(np.random.Philox([seed, epoch])).permutation(size))
+
+
+def to_unit(values: Tensor) -> Tensor:
+    """uint8 0..255 as float32 in [-1, 1]; floating point values pass unchanged."""
+    return values.float() / 127.5 - 1 if values.dtype == torch.uint8 else values
+
+
+def existing(path: str, *, field: str = "data.path") -> Path:
+    """`path` as a file or folder that exists and is not a pickle in disguise."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise DataError(
+            f"data path {path} does not exist; give a file or folder that this process can read", field=field
+        )
+    refuse_pickle(found, field=field)
+    return found
+
+
+def refuse_pickle(path: Path, *, field: str = "data.path") -> None:
+    """Raise for formats that can execute code when they are read."""
+    if path.is_file() and path.suffix.lower() in PICKLE_SUFFIXES:
+        raise DataError(
+            f"{path} is refused: {path.suffix} files can execute code when read; "
+            "convert it to pictures, parquet, arrow or IDX",
+            field=field,
+        )
+
+
+def array_pixels(values: np.ndarray, *, value_range: tuple[float, float] | None, what: str) -> ArrayPixels:
+    """Pictures from numbers (N, C, H, W) in `value_range`; unset: 0..255 for integers, 0..1 for floats.
+
+    Raises:
+        DataError: not numbers, not finite, or outside the range; the message names `what` and the item.
+    """
+    if values.dtype.kind not in "uif":
+        raise DataError(
+            f"{what} holds {values.dtype} values; pictures are unsigned bytes or floats", field="data.path"
+        )
+    low, high = value_range or ((0.0, 1.0) if values.dtype.kind == "f" else (0.0, 255.0))
+    if not (0 not in values.shape and low < high):
+        raise DataError(f"{what} is empty, or its value_range {low:g} to {high:g} is", field="data.path")
+    flat = values.reshape(len(values), -1)
+    if not (finite := np.isfinite(flat).all(axis=1)).all():
+        raise DataError(
+            f"{what} holds NaN or infinity in item {int(finite.argmin())}; repair or remove it",
+            field="data.path",
+        )
+    inside = ((flat >= low) & (flat <= high)).all(axis=1)
+    if not inside.all():
+        raise DataError(
+            f"{what}: item {int(inside.argmin())} is not within {low:g} to {high:g}; set data.value_range",
+            field="data.value_range",
+        )
+    if values.dtype.kind in "ui" and (low, high) == (0, 255):
+        return ArrayPixels(torch.from_numpy(values.astype(np.uint8)))
+    scaled = (values.astype(np.float64) - low) * (2 / (high - low)) - 1
+    return ArrayPixels(torch.from_numpy(scaled.astype(np.float32)))
+
+
+def checked_labels(
+    values: np.ndarray, *, count: int, num_classes: int | None, what: str
+) -> tuple[Tensor, int]:
+    """Class labels (N,) int64 and the number of classes (unset: the highest label + 1).
+
+    Raises:
+        DataError: not integers, another number than `count`, or out of range; the message names the item.
+    """
+    if values.dtype.kind not in "ui" or values.ndim != 1:
+        raise DataError(
+            f"{what} holds {values.dtype} values of shape {values.shape}; a label is one whole number",
+            field="data.label_column",
+        )
+    if len(values) != count:
+        raise DataError(
+            f"{what} holds {len(values)} labels for {count} pictures; give matching files", field="data.path"
+        )
+    classes = num_classes or int(values.max()) + 1
+    wrong = (values < 0) | (values >= classes)
+    if wrong.any():
+        item = int(wrong.argmax())
+        raise DataError(
+            f"{what}: label {values[item]} of item {item} is out of range 0 to {max(classes - 1, 0)}; "
+            "set data.num_classes, or use data without unlabelled items",
+            field="data.num_classes",
+        )
+    return torch.from_numpy(values.astype(np.int64)), classes
+
+
+def unknown_choice(what: str, given: str, known: Any, *, field: str) -> ConfigError:
+    """The error for a column, split or the like that the data does not have."""
+    return ConfigError(f"the data has no {what} {given!r}{nearest(given, known)}", field=field)

@@ -1,0 +1,41 @@
+"""Figures of a classifier's answers. Pure functions of tensors: `logits` (N, K), `labels` (N,)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accuracy(logits: Tensor, labels: Tensor, *, top: int = 1) -> float:
+    """Share of items whose label is among the `top` highest logits."""
+    return float((logits.topk(top, dim=1).indices == labels[:, None]).any(1).double().mean())
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
+    """Mean cross-entropy in nats."""
+    return float(F.cross_entropy(logits.double(), labels))
+
+
+def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> float:
+    """Expected calibration error: mean |accuracy - confidence| over equally wide bins of confidence."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    correct = (predicted == labels).double()
+    index = (confidence * bins).long().clamp_max(bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index.cpu(), (correct - confidence).cpu())
+    return float(gap.abs().sum() / len(labels))
+
+
+def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
+    """(K, K) counts: row = label, column = prediction."""
+    classes = logits.shape[1]
+    return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).reshape(classes, classes)
+
+
+def total_variation(labels_a: Tensor, labels_b: Tensor, num_classes: int) -> float:
+    """Total variation distance between the class histograms of two sets, 0 (equal) to 1 (disjoint)."""
+    a, b = (
+        torch.bincount(labels, minlength=num_classes).double() / len(labels)
+        for labels in (labels_a, labels_b)
+    )
+    return float((a - b).abs().sum() / 2)

@@ -1,0 +1,52 @@
+"""Likeness of two pictures. Both figures are per picture; a set's figure is the mean over its pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from distill_core.errors import DataError
+
+SSIM_WINDOW = 11  # what sigma 1.5 gives
+
+
+def _checked(prediction: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if prediction.shape != target.shape or prediction.ndim != 3:
+        raise DataError(
+            f"pictures of shapes {prediction.shape} and {target.shape} cannot be compared; give (H, W, C)"
+        )
+    return np.clip(prediction, 0, 1).astype(np.float64), np.clip(target, 0, 1).astype(np.float64)
+
+
+def psnr(prediction: np.ndarray, target: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of pictures (H, W, C) in [0, 1], after clamping; infinite if equal."""
+    prediction, target = _checked(prediction, target)
+    if np.array_equal(prediction, target):
+        return float("inf")
+    return float(peak_signal_noise_ratio(target, prediction, data_range=1.0))
+
+
+def ssim(prediction: np.ndarray, target: np.ndarray) -> float:
+    """Structural similarity of pictures (H, W, C) in [0, 1], mean over channels.
+
+    Gaussian window 11x11, sigma 1.5, K 0.01 and 0.03, data range 1.
+
+    Raises:
+        DataError: a picture smaller than the window.
+    """
+    prediction, target = _checked(prediction, target)
+    if min(target.shape[:2]) < SSIM_WINDOW:
+        raise DataError(
+            f"SSIM needs pictures of at least {SSIM_WINDOW} pixels per side, not {target.shape[:2]}"
+        )
+    return float(
+        structural_similarity(
+            target,
+            prediction,
+            channel_axis=-1,
+            data_range=1.0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )

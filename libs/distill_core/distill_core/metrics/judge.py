@@ -1,0 +1,73 @@
+"""The judge: a classifier that tells how far generated pictures are from real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from distill_core.errors import DataError
+from distill_core.method import Batch
+from distill_core.metrics.classification import accuracy
+from distill_core.metrics.frechet import coverage, frechet_distance
+from distill_core.networks.classifier import Classifier, answers, load_classifier
+
+
+class Judge:
+    """Figures of pictures in one classifier's feature space. Figures of two judges cannot be compared."""
+
+    def __init__(self, classifier: Classifier, *, batch_size: int = 256) -> None:
+        self.classifier = classifier.eval()
+        self.batch_size = batch_size
+
+    def figures(self, images: Tensor, labels: Tensor | None, real: Batch) -> dict[str, float]:
+        """`frechet_distance` and `coverage` of `images` (N, C, H, W) in [-1, 1] against `real`.
+
+        With `labels` (N,), also `accuracy`: the share of images in which the judge sees the label asked for.
+
+        Raises:
+            DataError: pictures of another shape than the judge's, not finite, or nothing to compare with.
+        """
+        if real.x0 is None:
+            raise DataError(
+                "the data has no pictures to compare generated ones with; choose data that has",
+                field="data.name",
+            )
+        features, logits = self._answers(images, "generated pictures")
+        real_features, _ = self._answers(real.x0, "the data's pictures")
+        found = {
+            "frechet_distance": frechet_distance(features, real_features),
+            "coverage": coverage(real_features, features),
+        }
+        if labels is not None:
+            found["accuracy"] = self._accuracy(logits, labels)
+        return found
+
+    def _answers(self, images: Tensor, what: str) -> tuple[Tensor, Tensor]:
+        if tuple(images.shape[1:]) != self.classifier.shape:
+            raise DataError(
+                f"{what} have the shape {tuple(images.shape[1:])}, this judge reads {self.classifier.shape}; "
+                "train a judge on data of that shape and set evaluate.judge",
+                field="evaluate.judge",
+            )
+        if not images.isfinite().all():
+            raise DataError(f"{what} hold NaN or infinity and cannot be judged")
+        return answers(self.classifier, images.float(), batch_size=self.batch_size)
+
+    def _accuracy(self, logits: Tensor, labels: Tensor) -> float:
+        if len(labels) != len(logits) or int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
+            raise DataError(
+                f"{len(labels)} labels up to {int(labels.max())} do not fit {len(logits)} pictures "
+                f"and a judge of {logits.shape[1]} classes; train a judge on the same data",
+                field="evaluate.judge",
+            )
+        return accuracy(logits, labels.cpu())
+
+
+def load_judge(folder: Path, *, device: str = "cpu") -> Judge:
+    """The judge in `folder`, as the recipes judge_digits and judge_cifar10 publish it.
+
+    Raises:
+        ArtifactError: not a classifier's folder, or a damaged one.
+    """
+    return Judge(load_classifier(Path(folder), device=device))

@@ -1,0 +1,26 @@
+"""Radiance fields by kind."""
+
+from __future__ import annotations
+
+from distill_core.config import NetworkConfig
+from distill_core.errors import ConfigError, nearest
+from distill_core.networks.fields.base import FieldSample, RadianceField
+from distill_core.networks.fields.hash import HashField
+from distill_core.networks.fields.mlp import MLPField
+
+__all__ = ["FIELDS", "FieldSample", "HashField", "MLPField", "RadianceField", "build_field"]
+
+FIELDS: dict[str, type[RadianceField]] = {cls.kind: cls for cls in (HashField, MLPField)}
+
+
+def build_field(network: NetworkConfig, bound: float) -> RadianceField:
+    """A new field of kind `network.name` in the box [-bound, bound]^3; weights from torch's global generator.
+
+    Raises:
+        ConfigError: an unknown kind, or an argument that the kind does not have.
+    """
+    if network.name not in FIELDS:
+        known = nearest(network.name, FIELDS)
+        raise ConfigError(f"no radiance field is called {network.name!r}{known}", field="network.name")
+    cls = FIELDS[network.name]
+    return cls(cls.Config.parse(network.args, where="network.args"), bound)

@@ -1,0 +1,136 @@
+"""Builders of tiny real objects, shared by all tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from distill_core import api
+from distill_core.building import Context, build
+from distill_core.config import Recipe, load_recipe, recipe_names
+from distill_core.method import Method
+from distill_core.training.loop import Trainer
+from distill_core.training.run import Run
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+TINY = {
+    "steps": 2,
+    "batch_size": 8,
+    "threads": 1,
+    "log_every": 1,
+    "sample_every": 1000,
+    "checkpoint_every": 1000,
+    "evaluate": {"num_samples": 40, "batch_size": 40},
+}
+
+
+def tiny_recipe(name: str, **changes: object) -> Recipe:
+    """A shipped recipe at its smallest: two steps of eight items, nothing published."""
+    recipe = load_recipe(name).override({**TINY, **changes})
+    return recipe.model_copy(update={"publish": None, "evaluate": recipe.evaluate.model_copy(update={"judge": None})})
+
+
+def tiny_context(folder: Path) -> Context:
+    """A context whose teachers are the recipes' own, trained for two steps and kept in `folder`."""
+
+    def train(recipe: Recipe, target: Path) -> Path:
+        small = recipe.override(TINY).model_copy(update={"publish": None})
+        return api.train(small, target, context).folder / "model"
+
+    store = api.context(folder / "store", folder / "cache").store
+    context = Context(store, folder / "cache", train)
+    return context
+
+
+def self_contained_recipes() -> list[str]:
+    """Shipped recipes that run without a path from the user."""
+    return [name for name in recipe_names() if "path" not in (load_recipe(name).data or {})]
+
+
+def recipe_of(method: str) -> str:
+    """A shipped recipe that runs this method without a path from the user."""
+    return next(name for name in self_contained_recipes() if load_recipe(name).method == method)
+
+
+def tiny_trainer(name: str, context: Context, folder: Path, **changes: object) -> Trainer:
+    """The loop around a tiny recipe, ready to step."""
+    torch.set_num_threads(1)
+    recipe = tiny_recipe(name, **changes)
+    method, source = build(recipe, context)
+    return Trainer(method, source, recipe, Run(folder))
+
+
+def parameters_by_module(method: Method) -> dict[str, dict[str, torch.Tensor]]:
+    """Clones of the parameters of every child module: the roles, and whatever must stay frozen."""
+    return {
+        child: {name: value.detach().clone() for name, value in module.named_parameters()}
+        for child, module in method.named_children()
+    }
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def tiny_text_to_image(folder: Path, *, tokens: int = 8) -> Path:
+    """A plain diffusers Stable Diffusion folder with random weights: 8x8 latents, 16x16 pictures, letters as tokens."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokens,
+        bos_token_id=0,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    diffusers.StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=_letter_tokenizer(folder.parent / f"{folder.name}-tokenizer", tokens),
+        scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def _letter_tokenizer(folder: Path, tokens: int) -> object:
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["<|startoftext|>", *letters, *(f"{letter}</w>" for letter in letters), "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=tokens)
+
+

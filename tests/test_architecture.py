@@ -1,0 +1,141 @@
+"""The import order of the tree, walked from the import statements themselves."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import REPOSITORY
+
+CORE = REPOSITORY / "libs/distill_core/distill_core"
+PACKAGES = {
+    "distill_core": CORE,
+    "distill_service": REPOSITORY / "libs/distill_service/distill_service",
+    "distillery_cli": REPOSITORY / "libs/distillery_cli/distillery_cli",
+    "distillery_trainer": REPOSITORY / "services/trainer/distillery_trainer",
+    "distillery_converter": REPOSITORY / "services/converter/distillery_converter",
+    "distillery_sampler": REPOSITORY / "services/sampler/distillery_sampler",
+}
+SERVICES = ("distillery_trainer", "distillery_converter", "distillery_sampler")
+MAY_IMPORT = {
+    "distill_core": (),
+    "distill_service": ("distill_core",),
+    "distillery_cli": ("distill_core", "distill_service"),
+    **{service: ("distill_core", "distill_service") for service in SERVICES},
+}
+CLIENTS = ("distillery_trainer.client", "distillery_sampler.client")  # what the command line may use of services
+
+# A module may import from its own layer and lower ones.
+LAYERS = [
+    ("errors", "config"),
+    ("diffusion", "losses", "metrics.image", "metrics.frechet", "metrics.classification"),
+    ("artifacts", "pictures", "method", "radiance.sh", "radiance.cameras"),
+    ("networks", "data", "radiance", "metrics"),
+    ("methods", "training", "building", "evaluation"),
+    ("api",),
+    ("run",),
+]
+
+
+def modules(package: str) -> list[tuple[str, Path]]:
+    root = PACKAGES[package]
+    names = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        names.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return names
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer(module: str) -> int | None:
+    name = module.removeprefix("distill_core.")
+    best: tuple[int, int] | None = None
+    for index, members in enumerate(LAYERS):
+        for member in members:
+            if (name == member or name.startswith(member + ".")) and (best is None or len(member) > best[0]):
+                best = len(member), index
+    return best[1] if best else None
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_packages_import_only_what_the_table_allows(package):
+    for name, path in modules(package):
+        for imported in imports(path):
+            top = imported.split(".")[0]
+            if top not in PACKAGES or top == package or top in MAY_IMPORT[package]:
+                continue
+            client = package == "distillery_cli" and any(imported.startswith(c) for c in CLIENTS)
+            named_client = package == "distillery_cli" and any(c.startswith(imported + ".") for c in CLIENTS)
+            assert client or named_client, f"{name} imports {imported}"
+
+
+def test_every_module_of_the_library_has_a_layer():
+    for name, _ in modules("distill_core"):
+        if name != "distill_core" and not name.endswith("recipes"):
+            assert layer(name) is not None, f"{name} is in no layer: add it to LAYERS where it belongs"
+
+
+def test_the_library_imports_only_downwards():
+    for name, path in modules("distill_core"):
+        here = layer(name)
+        for imported in imports(path, top_level_only=True):
+            there = layer(imported) if imported.startswith("distill_core.") else None
+            if here is not None and there is not None:
+                assert there <= here, f"{name} (layer {here}) imports {imported} (layer {there})"
+
+
+def test_no_circle_of_imports():
+    graph: dict[str, set[str]] = {}
+    for package in PACKAGES:
+        known = {name for name, _ in modules(package)}
+        for name, path in modules(package):
+            found = imports(path, top_level_only=True) & known
+            # `from package import module` needs the module; the package's own __init__ is already running
+            graph[name] = found - {name} - {other for other in found if any(m.startswith(other + ".") for m in found)}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, "circle of imports: " + " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for following in graph.get(name, ()):
+                visit(following, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_methods_do_not_import_each_other_and_training_knows_no_method():
+    for name, path in modules("distill_core"):
+        for imported in imports(path):
+            if name.startswith("distill_core.training"):
+                assert not imported.startswith("distill_core.methods"), f"{name} imports {imported}"
+
+
+def test_only_settings_read_the_environment():
+    allowed = {"settings", "broker", "supervisor", "child", "stack"}  # these pass the environment on to child processes
+    for package in PACKAGES:
+        for name, path in modules(package):
+            text = path.read_text(encoding="utf-8")
+            if "os.environ" in text or "getenv(" in text:
+                assert name.split(".")[-1] in allowed, f"{name} reads the environment; settings.py does that"
+
+
+def test_only_one_module_imports_diffusers_and_peft():
+    for name, path in modules("distill_core"):
+        tops = {imported.split(".")[0] for imported in imports(path)}
+        if tops & {"diffusers", "peft"}:
+            assert name == "distill_core.networks.diffusers_io"

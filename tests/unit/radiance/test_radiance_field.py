@@ -1,0 +1,145 @@
+"""The method: it learns held-out views, resumes bit for bit, and saves what it renders."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distill_core.config import EvaluateConfig, load_recipe
+from distill_core.data.digits import Digits
+from distill_core.data.scenes import BlenderScene, ProceduralScene
+from distill_core.errors import ConfigError, DataError
+from distill_core.method import Batch
+from distill_core.methods import find_method
+from distill_core.metrics.image import psnr, ssim
+from distill_core.radiance.renderer import load_scene, render
+from distill_core.training.loop import Trainer
+from distill_core.training.run import Run
+
+LEGO = Path(__file__).parents[3].parent / "shared" / "data" / "lego_200"
+NETWORK = {"name": "hash", "args": {"levels": 4, "log2_table_size": 12, "max_resolution": 48}}
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return ProceduralScene(ProceduralScene.Config(num_views=10, num_test_views=2, size=32))
+
+
+def recipe(**changes):
+    values = {
+        "method": "radiance_field",
+        "steps": 40,
+        "batch_size": 256,
+        "threads": 1,
+        "log_every": 5,
+        "data": {"name": "procedural_scene", "num_views": 10, "num_test_views": 2, "size": 32},
+        "network": NETWORK,
+        "config": {
+            "max_samples": 2048,
+            "num_steps": 48,
+            "grid_resolution": 12,
+            "grid_every": 4,
+            "grid_warmup": 8,
+        },
+        "optim": {"field": {"name": "adam", "lr": 2e-2, "betas": [0.9, 0.99], "eps": 1e-15}},
+    }
+    return load_recipe(values | changes)
+
+
+def build(scene, settings):
+    torch.manual_seed(settings.seed)
+    cls = find_method("radiance_field")
+    return cls(cls.Config.parse(settings.config), network=settings.network, data=scene)
+
+
+def trained(scene, settings, folder, **arguments):
+    method = build(scene, settings)
+    Trainer(method, scene, settings, Run(folder)).train(**arguments)
+    return method
+
+
+@pytest.mark.parametrize("kind", ["hash", "mlp"])
+def test_a_trained_field_shows_held_out_views_better_than_before(scene, tmp_path, kind):
+    args = NETWORK["args"] if kind == "hash" else {"width": 48, "layers": 2}
+    settings = recipe(network={"name": kind, "args": args}, steps=80)
+    before = build(scene, settings).evaluate(EvaluateConfig())["psnr"]
+    after = trained(scene, settings, tmp_path).evaluate(EvaluateConfig())["psnr"]
+    assert after > before + (4 if kind == "hash" else 1)
+
+
+def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(scene, tmp_path):
+    settings = recipe()
+    whole = trained(scene, settings, tmp_path / "whole")
+    asked = iter(range(1000))
+    trained(scene, settings, tmp_path / "parts", should_stop=lambda: next(asked) == 17)
+    resumed = trained(scene, settings, tmp_path / "parts")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_the_published_folder_renders_what_the_method_renders(scene, tmp_path):
+    method = trained(scene, recipe(steps=5), tmp_path / "run")
+    method.save_result(tmp_path / "model")
+    loaded = load_scene(tmp_path / "model")
+    fields = method.manifest_fields()
+    assert fields["kind"] == "field"
+    assert fields["scene"] == loaded.spec
+    assert loaded.spec.field == "hash"
+    assert torch.equal(render(loaded, scene.test.camera(0)).rgb, method.render_test(0).rgb)
+
+
+def test_previews_are_pictures_of_held_out_views(scene):
+    pictures = build(scene, recipe()).preview(0)
+    assert pictures.shape == (2, 3, 32, 32)
+    assert float(pictures.min()) >= -1
+    assert float(pictures.max()) <= 1
+
+
+def test_the_sample_budget_is_kept_from_the_first_step(scene):
+    method = build(scene, recipe(config={"max_samples": 1000, "num_steps": 96}))
+    counted = []
+    method.field.register_forward_hook(lambda module, given, result: counted.append(len(given[0])))
+    next(method.updates(Batch(512), 1))
+    assert 0 < counted[0] <= 1000
+
+
+def test_a_step_whose_rays_meet_nothing_still_updates(scene):
+    method = build(scene, recipe())
+    method.grid.occupied.fill_(False)
+    update = next(method.updates(Batch(16), 1))
+    update.loss.backward()
+    assert torch.isfinite(update.loss)
+
+
+def test_data_without_cameras_is_refused():
+    with pytest.raises(ConfigError, match="posed images") as caught:
+        build(Digits(Digits.Config()), recipe())
+    assert caught.value.field == "data.name"
+
+
+def test_psnr_and_ssim_have_their_textbook_values():
+    target = np.full((16, 16, 3), 0.5)
+    assert psnr(target + 0.1, target) == pytest.approx(20)
+    assert psnr(target, target) == float("inf")
+    assert ssim(target, target) == pytest.approx(1)
+    # Constant pictures: only the luminance term (2ab + c1) / (a^2 + b^2 + c1) is left.
+    c1 = 0.01**2
+    expected = (2 * 0.5 * 0.6 + c1) / (0.5**2 + 0.6**2 + c1)
+    assert ssim(target + 0.1, target) == pytest.approx(expected, abs=1e-6)
+
+
+def test_pictures_too_small_or_of_other_sizes_are_not_compared():
+    with pytest.raises(DataError, match="at least 11"):
+        ssim(np.zeros((8, 8, 3)), np.zeros((8, 8, 3)))
+    with pytest.raises(DataError, match="cannot be compared"):
+        psnr(np.zeros((8, 8, 3)), np.zeros((9, 8, 3)))
+
+
+def test_a_real_blender_scene_trains(tmp_path):
+    if not LEGO.is_dir():
+        pytest.skip("the lego_200 scene is not here")
+    data = {"name": "blender", "path": str(LEGO), "factor": 4, "max_test_views": 2}
+    lego = BlenderScene(BlenderScene.Config.parse(data))
+    settings = recipe(steps=60, data=data)
+    before = build(lego, settings).evaluate(EvaluateConfig())["psnr"]
+    assert trained(lego, settings, tmp_path).evaluate(EvaluateConfig())["psnr"] > before + 3

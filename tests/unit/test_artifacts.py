@@ -1,0 +1,146 @@
+"""The artifact store: complete or absent, never twice, never damaged, never outside its folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from distill_core.artifacts import ArtifactStore, Manifest
+from distill_core.errors import ArtifactError, ConfigError, NotFound
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    model = tmp_path / "model"
+    (model / "unet").mkdir(parents=True)
+    (model / "unet" / "weights.safetensors").write_bytes(b"weights")
+    (model / "preview.png").write_bytes(b"png")
+    return model
+
+
+@pytest.fixture
+def store(tmp_path) -> ArtifactStore:
+    return ArtifactStore(tmp_path / "store")
+
+
+def draft(**values: object) -> Manifest:
+    return Manifest(name="digits", kind="denoiser", **values)
+
+
+def test_a_published_version_is_found_verified_and_listed(store, folder):
+    manifest = store.publish(folder, draft(metrics={"frechet_distance": 1.5}))
+    assert manifest.ref == "digits@1"
+    assert store.names() == ["digits"]
+    fetched = store.fetch("digits")
+    assert (fetched / "unet" / "weights.safetensors").read_bytes() == b"weights"
+    assert store.manifest("digits@latest").metrics == {"frechet_distance": 1.5}
+    assert store.read_bytes("digits", "preview.png") == b"png"
+
+
+def test_the_same_job_publishes_once(store, folder):
+    first = store.publish(folder, draft(job="job-1"), key="job-1")
+    assert store.publish(folder, draft(job="job-1"), key="job-1") == first
+    assert store.versions("digits") == [1]
+    assert store.publish(folder, draft(job="job-2"), key="job-2").version == 2
+
+
+def test_a_publisher_killed_half_way_leaves_no_version_and_its_retry_takes_the_number(store, folder, tmp_path):
+    script = f"""
+import os, shutil
+from pathlib import Path
+from distill_core.artifacts import ArtifactStore, Manifest
+store = ArtifactStore({str(tmp_path / "store")!r})
+store._write_atomically = lambda *a: os._exit(9)
+store.publish(Path({str(folder)!r}), Manifest(name="digits", kind="denoiser", job="j"), key="j")
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
+    assert store.versions("digits") == []
+    with pytest.raises(NotFound):
+        store.fetch("digits")
+    assert store.publish(folder, draft(job="j"), key="j").version == 1
+
+
+def test_concurrent_publishers_get_distinct_versions(store, folder):
+    with ThreadPoolExecutor(12) as pool:
+        versions = [m.version for m in pool.map(lambda _: store.publish(folder, draft()), range(12))]
+    assert sorted(versions) == list(range(1, 13))
+
+
+def test_a_damaged_file_is_named(store, folder):
+    store.publish(folder, draft())
+    stored = Path(store.root) / "digits/versions/1/unet/weights.safetensors"
+    stored.write_bytes(b"weighty")
+    with pytest.raises(ArtifactError, match="checksum of unet/weights.safetensors"):
+        store.fetch("digits")
+    stored.unlink()
+    with pytest.raises(ArtifactError, match="unet/weights.safetensors is missing"):
+        store.fetch("digits")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc", "a/b", "", "A", "x" * 65, ".hidden"])
+def test_a_name_that_could_leave_the_store_is_refused(store, folder, name):
+    with pytest.raises(ConfigError):
+        store.resolve(name)
+    with pytest.raises(ConfigError):
+        store.publish(folder, Manifest.parse({"name": name, "kind": "denoiser"}))
+
+
+def test_a_manifest_that_names_a_file_outside_is_refused(store, folder):
+    store.publish(folder, draft())
+    path = Path(store.root) / "digits/versions/1/manifest.json"
+    values = json.loads(path.read_text())
+    values["files"]["../../../../secret"] = values["files"].pop("preview.png")
+    path.write_text(json.dumps(values))
+    with pytest.raises(ArtifactError, match="leaves the model's folder"):
+        store.fetch("digits")
+
+
+@pytest.mark.parametrize("file", ["model.pt", "optimizer.pkl", "pytorch_model.bin"])
+def test_a_pickle_is_not_published(store, folder, file):
+    (folder / file).write_bytes(b"\x80\x04.")
+    with pytest.raises(ArtifactError, match=f"{file} is refused.*safetensors"):
+        store.publish(folder, draft())
+    assert store.versions("digits") == []
+
+
+def test_a_link_is_not_published(store, folder):
+    (folder / "link").symlink_to("/etc/hostname")
+    with pytest.raises(ArtifactError, match="is a link"):
+        store.publish(folder, draft())
+
+
+def test_unknown_names_and_versions_say_what_there_is(store, folder):
+    store.publish(folder, draft())
+    with pytest.raises(NotFound, match="did you mean 'digits'"):
+        store.resolve("digit")
+    with pytest.raises(NotFound, match="no version 7; it has 1"):
+        store.resolve("digits@7")
+    with pytest.raises(NotFound, match="no alias 'prod'"):
+        store.resolve("digits@prod")
+
+
+def test_aliases_move_and_keep_their_history(store, folder):
+    for _ in range(2):
+        store.publish(folder, draft())
+    store.set_alias("digits", "prod", 1, who="ann")
+    store.set_alias("digits", "prod", 2)
+    store.set_alias("digits", "prod", 1)
+    assert store.resolve("digits@prod") == ("digits", 1)
+    assert store.resolve("digits") == ("digits", 2)
+    assert [(move.previous, move.version) for move in store.history("digits")] == [(None, 1), (1, 2), (2, 1)]
+    with pytest.raises(ConfigError, match="reserved"):
+        store.set_alias("digits", "latest", 1)
+
+
+def test_a_store_on_another_file_system_copies_and_verifies(folder, tmp_path):
+    store = ArtifactStore(f"memory://distillery-{tmp_path.name}")
+    store.publish(folder, draft())
+    fetched = store.fetch("digits", tmp_path / "cache")
+    assert (fetched / "unet" / "weights.safetensors").read_bytes() == b"weights"
+    (fetched / "preview.png").write_bytes(b"bad")
+    with pytest.raises(ArtifactError, match="preview.png"):
+        store.fetch("digits", tmp_path / "cache")

@@ -1,0 +1,257 @@
+"""The batcher, with real threads; a gate holds the device so that what waits is known exactly."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from distill_core.errors import Overloaded
+from distillery_sampler.batcher import Batcher, Expired
+
+
+class Device:
+    """Doubles integers, remembers its batches, and works only while the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.batches: list[list[int]] = []
+
+    def __call__(self, key: object, payloads: list[int]) -> list[int]:
+        self.gate.wait(10)
+        self.batches.append(list(payloads))
+        if -1 in payloads:
+            raise ValueError("poison")
+        return [2 * value for value in payloads]
+
+
+class Seen:
+    """Remembers what the batcher tells."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+        self.refusals: list[str] = []
+
+    def batch(self, images: int, reason: str, waits: list[float], seconds: float) -> None:
+        self.reasons.append(reason)
+
+    def queue(self, images: int) -> None:
+        assert images >= 0
+
+    def rejected(self, reason: str) -> None:
+        self.refusals.append(reason)
+
+
+@asynccontextmanager
+async def batcher_of(device: Callable, seen: Seen | None = None, **options: int):
+    batcher = Batcher(device, seen or Seen(), **{"max_batch": 4, "max_queue": 64, **options})
+    try:
+        yield batcher
+    finally:
+        await batcher.close()
+
+
+async def hold(batcher: Batcher) -> asyncio.Future:
+    """Occupy the device with one image, payload 0."""
+    (future,) = batcher.submit("key", [0], client="holder")
+    while batcher.queued:
+        await asyncio.sleep(0)
+    return future
+
+
+def test_the_next_batch_forms_while_the_device_works():
+    async def run() -> None:
+        device, seen = Device(), Seen()
+        async with batcher_of(device, seen) as batcher:
+            held = await hold(batcher)
+            futures = [batcher.submit("key", [value])[0] for value in (1, 2, 3, 4, 5)]
+            device.gate.set()
+            assert await asyncio.gather(held, *futures) == [0, 2, 4, 6, 8, 10]
+        assert device.batches == [[0], [1, 2, 3, 4], [5]]
+        assert seen.reasons == ["idle", "full", "idle"]
+
+    asyncio.run(run())
+
+
+def test_a_large_request_is_split_and_answered_in_order():
+    async def run() -> None:
+        device = Device()
+        device.gate.set()
+        async with batcher_of(device) as batcher:
+            assert await asyncio.gather(*batcher.submit("key", range(11))) == list(range(0, 22, 2))
+        assert [len(batch) for batch in device.batches] == [4, 4, 3]
+
+    asyncio.run(run())
+
+
+def test_images_with_different_keys_never_share_a_batch():
+    async def run() -> None:
+        device = Device()
+        async with batcher_of(device) as batcher:
+            held = await hold(batcher)
+            futures = [batcher.submit(value % 2, [value], client="one")[0] for value in range(1, 7)]
+            device.gate.set()
+            await asyncio.gather(held, *futures)
+        assert sorted(device.batches[1:]) == [[1, 3, 5], [2, 4, 6]]
+
+    asyncio.run(run())
+
+
+def test_a_poison_image_fails_alone():
+    async def run() -> None:
+        device = Device()
+        async with batcher_of(device) as batcher:
+            held = await hold(batcher)
+            futures = [batcher.submit("key", [value])[0] for value in (1, -1, 3)]
+            device.gate.set()
+            await held
+            results = await asyncio.gather(*futures, return_exceptions=True)
+        assert results[0] == 2
+        assert isinstance(results[1], ValueError)
+        assert results[2] == 6
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_image_never_reaches_a_batch_and_frees_its_place():
+    async def run() -> None:
+        device = Device()
+        async with batcher_of(device) as batcher:
+            held = await hold(batcher)
+            futures = batcher.submit("key", [1, 2, 3])
+            futures[1].cancel()
+            await asyncio.sleep(0)
+            assert batcher.queued == 2
+            device.gate.set()
+            await asyncio.gather(held, futures[0], futures[2])
+        assert device.batches == [[0], [1, 3]]
+
+    asyncio.run(run())
+
+
+def test_an_expired_image_never_reaches_a_batch():
+    async def run() -> None:
+        device, seen = Device(), Seen()
+        async with batcher_of(device, seen) as batcher:
+            held = await hold(batcher)
+            now = asyncio.get_running_loop().time()
+            (late,) = batcher.submit("key", [1], deadline=now + 0.01)
+            (patient,) = batcher.submit("key", [2], deadline=now + 60)
+            await asyncio.sleep(0.02)
+            device.gate.set()
+            assert await asyncio.gather(held, patient) == [0, 4]
+            with pytest.raises(Expired):
+                await late
+        assert device.batches == [[0], [2]]
+        assert seen.refusals == ["deadline"]
+
+    asyncio.run(run())
+
+
+def test_a_call_whose_deadline_the_queue_cannot_meet_is_refused_at_once():
+    async def run() -> None:
+        device = Device()
+        async with batcher_of(device) as batcher:
+            held = await hold(batcher)
+            batcher.seconds_per_cost = 2.0
+            waiting = batcher.submit("key", [1])
+            with pytest.raises(Expired, match="longer than the call's deadline"):
+                batcher.submit("key", [2], deadline=asyncio.get_running_loop().time() + 1)
+            device.gate.set()
+            await asyncio.gather(held, *waiting)
+
+    asyncio.run(run())
+
+
+def test_a_full_queue_refuses_the_whole_request_and_says_when_to_come_back():
+    async def run() -> None:
+        device, seen = Device(), Seen()
+        async with batcher_of(device, seen, max_queue=4) as batcher:
+            held = await hold(batcher)
+            batcher.seconds_per_cost = 0.5
+            futures = batcher.submit("key", [1, 2, 3])
+            with pytest.raises(Overloaded) as refusal:
+                batcher.submit("key", [4, 5])
+            assert 1.5 <= refusal.value.retry_after_s <= 2.0  # three wait, one runs
+            assert batcher.queued == 3
+            device.gate.set()
+            await asyncio.gather(held, *futures)
+        assert seen.refusals == ["queue"]
+        assert device.batches == [[0], [1, 2, 3]]
+
+    asyncio.run(run())
+
+
+def test_one_client_cannot_take_the_whole_queue_from_others():
+    async def run() -> None:
+        device, seen = Device(), Seen()
+        async with batcher_of(device, seen, max_queue=8) as batcher:
+            held = await hold(batcher)
+            futures = batcher.submit("key", [1], client="small")
+            futures += batcher.submit("key", [2, 3, 4, 5], client="greedy")
+            with pytest.raises(Overloaded):
+                batcher.submit("key", [6], client="greedy")
+            futures += batcher.submit("key", [7], client="small")
+            device.gate.set()
+            await asyncio.gather(held, *futures)
+        assert seen.refusals == ["client_share"]
+
+    asyncio.run(run())
+
+
+def test_clients_take_turns():
+    async def run() -> None:
+        device = Device()
+        async with batcher_of(device, max_batch=2) as batcher:
+            held = await hold(batcher)
+            futures = batcher.submit("key", [1, 2, 3, 4], client="first")
+            futures += batcher.submit("key", [11, 12], client="second")
+            device.gate.set()
+            await asyncio.gather(held, *futures)
+        assert device.batches == [[0], [1, 11], [2, 12], [3, 4]]
+
+    asyncio.run(run())
+
+
+def test_bulk_work_waits_for_interactive_work_but_never_starves():
+    async def run() -> None:
+        device = Device()
+        async with batcher_of(device, max_batch=1) as batcher:
+            held = await hold(batcher)
+            futures = batcher.submit("key", [100], bulk=True)
+            futures += batcher.submit("key", range(1, 21))
+            device.gate.set()
+            await asyncio.gather(held, *futures)
+        order = [batch[0] for batch in device.batches]
+        assert 1 < order.index(100) <= 8
+        assert order[1] == 1
+
+    asyncio.run(run())
+
+
+def test_several_instances_work_at_once():
+    async def run() -> None:
+        together = threading.Barrier(2, timeout=10)  # breaks, and fails the test, unless two threads meet
+
+        def device(key: object, payloads: list[int]) -> list[int]:
+            together.wait()
+            return payloads
+
+        async with batcher_of(device, max_batch=1, instances=2) as batcher:
+            assert await asyncio.gather(*batcher.submit("key", [1, 2])) == [1, 2]
+
+    asyncio.run(run())
+
+
+def test_closing_cancels_whoever_still_waits():
+    async def run() -> None:
+        device = Device()
+        batcher = Batcher(device, Seen(), max_batch=1, max_queue=8)
+        held = await hold(batcher)
+        (waiting,) = batcher.submit("key", [1])
+        await batcher.close()
+        device.gate.set()
+        assert held.cancelled()
+        assert waiting.cancelled()
+
+    asyncio.run(run())

@@ -1,0 +1,53 @@
+"""A mistake in a recipe becomes one sentence: what was given, what is allowed, where."""
+
+from __future__ import annotations
+
+import pytest
+from distill_core.config import load_recipe, parse_overrides
+from distill_core.errors import ConfigError, NotFound
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence", "field"),
+    [
+        ({"stepz": 3}, r"unknown key stepz; did you mean 'steps'\?", "stepz"),
+        ({"optim.student.learning": 1}, r"unknown key optim.student.learning", "optim.student.learning"),
+        ({"steps": "many"}, r"steps = 'many' is not allowed", "steps"),
+        ({"steps": -1}, r"steps = -1 is not allowed.*greater than or equal to 1", "steps"),
+        ({"seed": 2**63}, r"seed = \d+ is not allowed", "seed"),
+        ({"optim.student.lr": float("nan")}, r"optim.student.lr = nan is not allowed.*finite", "optim.student.lr"),
+        ({"teacher": {}}, r"exactly one of artifact, path, recipe", "teacher"),
+        ({"publish.name": "../x"}, r"publish.name = '../x' is not allowed", "publish.name"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_that_names_its_key(overrides, sentence, field):
+    with pytest.raises(ConfigError, match=sentence) as error:
+        load_recipe("dmd2", overrides)
+    assert error.value.field == field
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(NotFound, match="did you mean 'dmd2'"):
+        load_recipe("dmd")
+
+
+def test_a_missing_or_broken_recipe_file_is_one_sentence(tmp_path):
+    with pytest.raises(NotFound, match="does not exist"):
+        load_recipe(str(tmp_path / "none.toml"))
+    (tmp_path / "broken.toml").write_text("steps = = 3")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_recipe(str(tmp_path / "broken.toml"))
+
+
+def test_overrides_are_toml_values_and_anything_else_is_text():
+    found = parse_overrides(["config.guidance=2.5", "data.path=/a/b c", "x=[1, 2]", "flag=true"])
+    assert found == {"config.guidance": 2.5, "data.path": "/a/b c", "x": [1, 2], "flag": True}
+    with pytest.raises(ConfigError, match="not KEY=VALUE"):
+        parse_overrides(["novalue"])
+
+
+def test_one_teacher_source_replaces_another():
+    recipe = load_recipe("dmd2", {"teacher.path": "/models/x"})
+    assert recipe.teacher.path == "/models/x"
+    assert recipe.teacher.recipe is None
