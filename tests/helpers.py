@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+
 from distill_core import api
 from distill_core.building import Context, build
 from distill_core.config import Recipe, load_recipe, recipe_names
@@ -30,7 +31,9 @@ TINY = {
 def tiny_recipe(name: str, **changes: object) -> Recipe:
     """A shipped recipe at its smallest: two steps of eight items, nothing published."""
     recipe = load_recipe(name).override({**TINY, **changes})
-    return recipe.model_copy(update={"publish": None, "evaluate": recipe.evaluate.model_copy(update={"judge": None})})
+    return recipe.model_copy(
+        update={"publish": None, "evaluate": recipe.evaluate.model_copy(update={"judge": None})}
+    )
 
 
 def tiny_context(folder: Path) -> Context:
@@ -132,5 +135,3 @@ def _letter_tokenizer(folder: Path, tokens: int) -> object:
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=tokens)
-
-

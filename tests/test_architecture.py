@@ -25,7 +25,10 @@ MAY_IMPORT = {
     "distillery_cli": ("distill_core", "distill_service"),
     **{service: ("distill_core", "distill_service") for service in SERVICES},
 }
-CLIENTS = ("distillery_trainer.client", "distillery_sampler.client")  # what the command line may use of services
+CLIENTS = (
+    "distillery_trainer.client",
+    "distillery_sampler.client",
+)  # what the command line may use of services
 
 # A module may import from its own layer and lower ones.
 LAYERS = [
@@ -104,7 +107,9 @@ def test_no_circle_of_imports():
         for name, path in modules(package):
             found = imports(path, top_level_only=True) & known
             # `from package import module` needs the module; the package's own __init__ is already running
-            graph[name] = found - {name} - {other for other in found if any(m.startswith(other + ".") for m in found)}
+            graph[name] = (
+                found - {name} - {other for other in found if any(m.startswith(other + ".") for m in found)}
+            )
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -126,7 +131,13 @@ def test_methods_do_not_import_each_other_and_training_knows_no_method():
 
 
 def test_only_settings_read_the_environment():
-    allowed = {"settings", "broker", "supervisor", "child", "stack"}  # these pass the environment on to child processes
+    allowed = {
+        "settings",
+        "broker",
+        "supervisor",
+        "child",
+        "stack",
+    }  # these pass the environment on to child processes
     for package in PACKAGES:
         for name, path in modules(package):
             text = path.read_text(encoding="utf-8")

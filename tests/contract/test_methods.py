@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
+
 from distill_core.config import load_recipe
 from distill_core.methods import find_method, method_names, needs
 from distill_core.training.checkpoint import load_latest
-
 from tests.helpers import changed, parameters_by_module, recipe_of, tiny_recipe, tiny_trainer
 
 METHODS = method_names()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import tomllib
 
 import pytest
+
 from distill_core.building import build
 from distill_core.config import Recipe, load_recipe, recipe_names
 from distill_core.methods import find_method
-
 from tests.helpers import self_contained_recipes, tiny_recipe
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, ConfigError, NotFound
 
@@ -48,7 +49,9 @@ def test_the_same_job_publishes_once(store, folder):
     assert store.publish(folder, draft(job="job-2"), key="job-2").version == 2
 
 
-def test_a_publisher_killed_half_way_leaves_no_version_and_its_retry_takes_the_number(store, folder, tmp_path):
+def test_a_publisher_killed_half_way_leaves_no_version_and_its_retry_takes_the_number(
+    store, folder, tmp_path
+):
     script = f"""
 import os, shutil
 from pathlib import Path

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import asynccontextmanager
 
 import pytest
+
 from distill_core.errors import Overloaded
 from distillery_sampler.batcher import Batcher, Expired
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from distill_core.config import load_recipe, parse_overrides
 from distill_core.errors import ConfigError, NotFound
 
@@ -15,7 +16,11 @@ from distill_core.errors import ConfigError, NotFound
         ({"steps": "many"}, r"steps = 'many' is not allowed", "steps"),
         ({"steps": -1}, r"steps = -1 is not allowed.*greater than or equal to 1", "steps"),
         ({"seed": 2**63}, r"seed = \d+ is not allowed", "seed"),
-        ({"optim.student.lr": float("nan")}, r"optim.student.lr = nan is not allowed.*finite", "optim.student.lr"),
+        (
+            {"optim.student.lr": float("nan")},
+            r"optim.student.lr = nan is not allowed.*finite",
+            "optim.student.lr",
+        ),
         ({"teacher": {}}, r"exactly one of artifact, path, recipe", "teacher"),
         ({"publish.name": "../x"}, r"publish.name = '../x' is not allowed", "publish.name"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.diffusion.schedule import NoiseSchedule
 from distill_core.errors import ConfigError
@@ -53,7 +54,9 @@ class NoImages:
 
 def train(method: DMD2, steps: int, *, lr: float = 0.02) -> None:
     parameters = {role: list(getattr(method, role).parameters()) for role in method.roles}
-    optimizers = {role: torch.optim.Adam(values, lr, betas=(0.0, 0.99)) for role, values in parameters.items()}
+    optimizers = {
+        role: torch.optim.Adam(values, lr, betas=(0.0, 0.99)) for role, values in parameters.items()
+    }
     for step in range(steps):
         for update in method.updates(Batch(256), step):
             update.loss.backward(inputs=parameters[update.role])
@@ -65,7 +68,9 @@ def train(method: DMD2, steps: int, *, lr: float = 0.02) -> None:
 
 def build(**config: object) -> DMD2:
     teacher = AffineDenoiser(MEAN, STD).requires_grad_(False)
-    return DMD2(DMD2.Config(levels=(5.0,), **config), teacher=teacher, student=Pusher(-0.5, 1.0), data=NoImages())
+    return DMD2(
+        DMD2.Config(levels=(5.0,), **config), teacher=teacher, student=Pusher(-0.5, 1.0), data=NoImages()
+    )
 
 
 def test_the_student_recovers_the_teachers_mean_and_spread():

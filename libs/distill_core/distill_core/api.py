@@ -139,7 +139,9 @@ def evaluate(ref: str, config: EvaluateConfig, data: dict[str, Any], where: Cont
     from distill_core.metrics.judge import load_judge
 
     if config.judge is None:
-        raise ConfigError("evaluate needs a judge: set evaluate.judge.recipe, .artifact or .path", field="judge")
+        raise ConfigError(
+            "evaluate needs a judge: set evaluate.judge.recipe, .artifact or .path", field="judge"
+        )
     model = load(ref, where)
     if not isinstance(model, Denoiser):
         raise ConfigError(f"{ref} is no generator; evaluate takes denoisers", field="artifact")
@@ -193,7 +195,9 @@ def check(name: str, where: Context, *, listener: Listener | None = None) -> dic
         off: list[dict[str, float]] = []
         if claim.ablation is not None:
             changed = sized.override(claim.ablation.set)
-            off = [_measured(changed, seed, Path(scratch) / f"a{seed}", where, listener) for seed in claim.seeds]
+            off = [
+                _measured(changed, seed, Path(scratch) / f"a{seed}", where, listener) for seed in claim.seeds
+            ]
     seconds = time.perf_counter() - began
     return {"name": name, **_verdict(claim, runs, off), "seconds": round(seconds, 1), "figures": runs[0]}
 
@@ -208,7 +212,9 @@ def _verdict(claim: Any, runs: list[dict[str, float]], off: list[dict[str, float
     for figures in (*runs, *off):
         for wanted in filter(None, (claim.metric, claim.reference if figures in runs else None)):
             if wanted not in figures:
-                raise ConfigError(f"the check's figure {wanted!r} was not measured; known: {', '.join(figures)}")
+                raise ConfigError(
+                    f"the check's figure {wanted!r} was not measured; known: {', '.join(figures)}"
+                )
     measured = _mean(runs, claim.metric)
     ablation = _mean(off, claim.metric) if off else None
     reference = _mean(runs, claim.reference) if claim.reference else None

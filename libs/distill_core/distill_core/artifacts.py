@@ -1,10 +1,10 @@
 """Immutable, versioned, checksummed models in a store (any fsspec URL). Imports no torch.
 
-    <root>/<name>/versions/<n>/.claim          exclusive: two publishers never get one number
-                               manifest.json   written last: a version exists if and only if this file does
-                               model_index.json, unet/ …, exports/<target>/ …, recipe.toml, preview.png
-    <root>/<name>/aliases/<alias>.json         moved atomically
-    <root>/<name>/history/<time>-<alias>.json  every move of an alias
+<root>/<name>/versions/<n>/.claim          exclusive: two publishers never get one number
+                           manifest.json   written last: a version exists if and only if this file does
+                           model_index.json, unet/ …, exports/<target>/ …, recipe.toml, preview.png
+<root>/<name>/aliases/<alias>.json         moved atomically
+<root>/<name>/history/<time>-<alias>.json  every move of an alias
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable, nearest
 
 MANIFEST = "manifest.json"
-FORBIDDEN_SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin", ".npy")  # formats that can execute code
+FORBIDDEN_SUFFIXES = (
+    ".pkl",
+    ".pickle",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".bin",
+    ".npy",
+)  # formats that can execute code
 
 
 class FileEntry(Config):
@@ -128,7 +136,9 @@ class ArtifactStore:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"artifact store {self.url!r} cannot be opened: {error}") from None
         self.root = root.rstrip("/")
-        self.local = "file" in ((self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol)
+        self.local = "file" in (
+            (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
+        )
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -148,7 +158,9 @@ class ArtifactStore:
         found = {}
         for child in self._children(f"{name}/aliases"):
             if child.endswith(".json"):
-                found[child.removesuffix(".json")] = AliasMove.parse(self._read_json(name, "aliases", child)).version
+                found[child.removesuffix(".json")] = AliasMove.parse(
+                    self._read_json(name, "aliases", child)
+                ).version
         versions = self.versions(name)
         return {**found, **({"latest": versions[-1]} if versions else {})}
 
@@ -195,7 +207,9 @@ class ArtifactStore:
             verify(Path(source), manifest)
             return Path(source)
         cache = cache or Path(tempfile.gettempdir()) / "distillery-models"
-        target = cache / hashlib.sha256(self.url.encode()).hexdigest()[:12] / manifest.name / str(manifest.version)
+        target = (
+            cache / hashlib.sha256(self.url.encode()).hexdigest()[:12] / manifest.name / str(manifest.version)
+        )
         if not (target / MANIFEST).exists():
             partial = Path(tempfile.mkdtemp(prefix=".fetch-", dir=_made(target.parent)))
             for path in manifest.files:
@@ -217,7 +231,9 @@ class ArtifactStore:
             raise NotFound(f"{manifest.ref} has no file {path!r}{nearest(path, manifest.files)}")
         data = self.fs.cat_file(self._path(manifest.name, "versions", str(manifest.version), path))
         if hashlib.sha256(data).hexdigest() != manifest.files[path].sha256:
-            raise ArtifactError(f"{manifest.ref}: checksum of {path} differs from its manifest; publish it again")
+            raise ArtifactError(
+                f"{manifest.ref}: checksum of {path} differs from its manifest; publish it again"
+            )
         return data
 
     # -- writing ------------------------------------------------------------------------------------------------
@@ -239,7 +255,11 @@ class ArtifactStore:
             for path in files:
                 self._put(folder / path, f"{target}/{path}")
             complete = manifest.model_copy(
-                update={"version": version, "created": datetime.now(UTC).isoformat(timespec="seconds"), "files": files}
+                update={
+                    "version": version,
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "files": files,
+                }
             )
             complete = Manifest.parse(complete.model_dump())
             self._write_atomically(f"{target}/{MANIFEST}", complete.model_dump_json(indent=1).encode())
@@ -268,7 +288,10 @@ class ArtifactStore:
     def history(self, name: str) -> list[AliasMove]:
         """All moves of a model's aliases, oldest first."""
         check_name(name, what="model", field="model")
-        return [AliasMove.parse(self._read_json(name, "history", child)) for child in self._children(f"{name}/history")]
+        return [
+            AliasMove.parse(self._read_json(name, "history", child))
+            for child in self._children(f"{name}/history")
+        ]
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -345,7 +368,9 @@ def verify(folder: Path, manifest: Manifest) -> None:
         if not file.is_file():
             raise ArtifactError(f"{manifest.ref}: file {path} is missing; publish the model again")
         if _entry(file) != entry:
-            raise ArtifactError(f"{manifest.ref}: checksum of {path} differs from its manifest; publish the model again")
+            raise ArtifactError(
+                f"{manifest.ref}: checksum of {path} differs from its manifest; publish the model again"
+            )
 
 
 def _inside(path: str) -> str:
@@ -363,7 +388,9 @@ def _publishable(folder: Path) -> list[str]:
             raise ArtifactError(f"{path} is a link; a published model holds files only")
         if file.is_file() and path not in (MANIFEST, ".claim"):
             if file.suffix in FORBIDDEN_SUFFIXES:
-                raise ArtifactError(f"{path} is refused: {file.suffix} files can execute code; save it as safetensors")
+                raise ArtifactError(
+                    f"{path} is refused: {file.suffix} files can execute code; save it as safetensors"
+                )
             paths.append(path)
     return paths
 

@@ -87,7 +87,9 @@ def load_model(folder: Path, *, device: str = "cpu") -> nn.Module:
         from distill_core.radiance.renderer import load_scene
 
         return load_scene(folder)
-    raise ArtifactError(f"{folder} holds no model: expected a diffusers folder, or config.json with model.safetensors")
+    raise ArtifactError(
+        f"{folder} holds no model: expected a diffusers folder, or config.json with model.safetensors"
+    )
 
 
 def _config_kind(folder: Path) -> str:
@@ -145,7 +147,9 @@ def fit(source: Source, teacher: nn.Module) -> None:
         )
     if wanted == "prompt":
         if not isinstance(source, Prompts):
-            raise ConfigError("a text-to-image teacher needs prompts: set data.name = 'prompts'", field="data.name")
+            raise ConfigError(
+                "a text-to-image teacher needs prompts: set data.name = 'prompts'", field="data.name"
+            )
         source.encode_with(lambda prompts: teacher.encode_prompts(prompts))
 
 
@@ -155,7 +159,9 @@ def _is_required(cls: type[Method], name: str) -> bool:
 
 def _source(recipe: Recipe) -> Source:
     if recipe.data is None:
-        raise ConfigError(f"method {recipe.method} needs a [data] table, e.g. data.name = 'digits'", field="data")
+        raise ConfigError(
+            f"method {recipe.method} needs a [data] table, e.g. data.name = 'digits'", field="data"
+        )
     return build_source(recipe.data)
 
 

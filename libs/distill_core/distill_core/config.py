@@ -50,7 +50,9 @@ def _as_config_error(cls: type[BaseModel], error: ValidationError, where: str) -
     path = ".".join(str(part) for part in ([where] if where else []) + list(first["loc"]))
     if first["type"] == "extra_forbidden":
         owner = _model_at(cls, first["loc"][:-1])
-        return ConfigError(f"unknown key {path}{nearest(str(first['loc'][-1]), owner.model_fields)}", field=path)
+        return ConfigError(
+            f"unknown key {path}{nearest(str(first['loc'][-1]), owner.model_fields)}", field=path
+        )
     if first["type"] == "missing":
         return ConfigError(f"missing key {path}: it has no default", field=path)
     if first["type"] == "value_error":
@@ -92,7 +94,7 @@ class NetworkConfig(Config):
 
 
 class OptimConfig(Config):
-    """One role's optimiser. The learning rate is a function of the step alone, so a resumed run needs no scheduler state."""
+    """One role's optimiser. The learning rate is a function of the step alone, so resuming needs no scheduler state."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = Field(1e-4, ge=0)
@@ -127,7 +129,9 @@ class CheckConfig(Config):
 
     metric: str
     set: dict[str, Any] = {}  # overrides for the check's size
-    reference: str | None = None  # a key of the method's own `evaluate()` figures, e.g. teacher_frechet_distance
+    reference: str | None = (
+        None  # a key of the method's own `evaluate()` figures, e.g. teacher_frechet_distance
+    )
     ratio_at_most: float | None = None
     at_most: float | None = None
     at_least: float | None = None
@@ -148,7 +152,9 @@ class Recipe(Config):
     title: str = ""
     seed: Seed = 0
     steps: int = Field(ge=1, le=100_000_000)
-    batch_size: int = Field(64, ge=1, le=1_000_000)  # items of one update, over all micro-batches and processes
+    batch_size: int = Field(
+        64, ge=1, le=1_000_000
+    )  # items of one update, over all micro-batches and processes
     accumulate: int = Field(1, ge=1, le=4096)  # micro-batches per update
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     threads: int | None = Field(None, ge=1, le=1024)  # torch CPU threads; unset: torch's own choice
@@ -217,7 +223,9 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the library."""
     folder = resources.files("distill_core.recipes")
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -237,7 +245,9 @@ def _read_toml(source: str) -> dict[str, Any]:
     path = Path(source)
     if path.suffix == ".toml":
         if not path.is_file():
-            raise NotFound(f"recipe file {source} does not exist; `distillery methods` lists the recipes by name")
+            raise NotFound(
+                f"recipe file {source} does not exist; `distillery methods` lists the recipes by name"
+            )
         text = path.read_text(encoding="utf-8")
     else:
         if source not in recipe_names():

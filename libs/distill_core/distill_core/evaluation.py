@@ -32,7 +32,13 @@ def generator_figures(
     cond = default_cond(denoiser.cond, count, denoiser)
     began = time.perf_counter()
     pictures = generate(
-        denoiser, cond, count, seed=config.seed, sampler=sampler, num_steps=num_steps, batch_size=config.batch_size
+        denoiser,
+        cond,
+        count,
+        seed=config.seed,
+        sampler=sampler,
+        num_steps=num_steps,
+        batch_size=config.batch_size,
     )
     elapsed = time.perf_counter() - began
     figures = judge.figures(pictures, _labels(cond), source.all(count))

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from distill_core.config import Config as MethodConfig
 from distill_core.config import EvaluateConfig
 
-Cond = dict[str, Tensor]  # conditions by name, batch dimension first: class_label (B,), prompt_embeds (B, T, D)
+Cond = dict[
+    str, Tensor
+]  # conditions by name, batch dimension first: class_label (B,), prompt_embeds (B, T, D)
 
 __all__ = ["Batch", "Cond", "Method", "MethodConfig", "Update"]
 
@@ -28,7 +30,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         x0 = None if self.x0 is None else self.x0.to(device, non_blocking=True)
-        return Batch(self.size, x0, {name: value.to(device, non_blocking=True) for name, value in self.cond.items()})
+        return Batch(
+            self.size, x0, {name: value.to(device, non_blocking=True) for name, value in self.cond.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class Method(nn.Module):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     paper: ClassVar[str] = ""  # "Authors, year, title, arXiv id"
-    roles: ClassVar[tuple[str, ...]] = ()  # attributes that are trained: one optimiser, one checkpoint entry each
+    roles: ClassVar[
+        tuple[str, ...]
+    ] = ()  # attributes that are trained: one optimiser, one checkpoint entry each
     result: ClassVar[str] = "student"  # the role that is evaluated and published
 
     @property

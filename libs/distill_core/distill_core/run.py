@@ -16,14 +16,15 @@ from typing import Any
 
 from distill_core.errors import EXIT_OUT_OF_MEMORY, EXIT_STOPPED, DistilleryError, meaning
 
-
 Job = Callable[[dict[str, Any], Callable[[dict[str, Any]], None], Callable[[], bool]], int]
 
 
 def main(argv: list[str] | None = None, *, run: Job | None = None) -> int:
-    """Run the job that SPEC.json describes; the exit code. `run(spec, tell, stop)` is what another service's jobs do."""
+    """Run the job that SPEC.json describes; the exit code. Another service's jobs pass their own `run`."""
     arguments = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to the log: stdout carries events alone
 
@@ -41,7 +42,13 @@ def main(argv: list[str] | None = None, *, run: Job | None = None) -> int:
         return _out_of_memory(error, tell)
     except OSError as error:
         logging.exception("the job failed")
-        tell({"event": "error", "type": "Unavailable", "message": f"{error.strerror or error}: {error.filename or ''}"})
+        tell(
+            {
+                "event": "error",
+                "type": "Unavailable",
+                "message": f"{error.strerror or error}: {error.filename or ''}",
+            }
+        )
         return 75
     except RuntimeError as error:
         if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
@@ -88,7 +95,9 @@ def _run(spec: dict[str, Any], tell: Any, stop: _StopFlag) -> int:
         if result.stopped:
             return EXIT_STOPPED
         figures, artifact = result.figures, result.manifest.ref if result.manifest else ""
-    (run_dir / "result.json").write_text(json.dumps({"artifact": artifact, "metrics": figures}), encoding="utf-8")
+    (run_dir / "result.json").write_text(
+        json.dumps({"artifact": artifact, "metrics": figures}), encoding="utf-8"
+    )
     tell({"event": "result", "artifact": artifact, "metrics": figures})
     return 0
 

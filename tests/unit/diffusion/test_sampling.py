@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from distill_core.diffusion.guidance import guide
 from distill_core.diffusion.noise import unit_normal
 from distill_core.diffusion.sampling import SamplerSpec, karras_levels, sample
@@ -34,7 +35,9 @@ def exact_end(noise):
 
 def error(kind: str, steps: int) -> float:
     noise = unit_normal(0, 0, 0, (1000,))
-    return float(np.abs(sample(gaussian_denoiser, spec(kind), lambda k: noise, steps) - exact_end(noise)).mean())
+    return float(
+        np.abs(sample(gaussian_denoiser, spec(kind), lambda k: noise, steps) - exact_end(noise)).mean()
+    )
 
 
 @pytest.mark.parametrize(("kind", "order"), [("heun", 2), ("euler", 1)])
@@ -113,4 +116,6 @@ def test_noise_values_are_pinned():
 
 def test_sampling_imports_no_torch():
     code = "import sys, distill_core.artifacts, distill_core.diffusion.noise; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
+
 from distill_core.diffusion.schedule import NoiseSchedule, to_x0
 from distill_core.networks.diffusers_io import schedule_of
 
@@ -40,7 +41,9 @@ def test_edm_agrees_with_diffusers_preconditioning(noised):
     assert torch.allclose(x_sigma * schedule.scale(sigma).reshape(-1, 1, 1, 1), fed, atol=1e-6)
     ours = to_x0(output, x_sigma, sigma.reshape(-1, 1, 1, 1), "edm", 0.5)
     assert torch.allclose(ours, scheduler.precondition_outputs(x_sigma, output, torch.tensor(3.0)), atol=1e-5)
-    assert schedule.network_time(sigma)[0] == pytest.approx(float(scheduler.precondition_noise(3.0)), abs=1e-6)
+    assert schedule.network_time(sigma)[0] == pytest.approx(
+        float(scheduler.precondition_noise(3.0)), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.7, 14.0])

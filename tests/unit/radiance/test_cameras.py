@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from distill_core.errors import ConfigError
 from distill_core.radiance.cameras import Camera, look_at, orbit_camera
 from distill_core.radiance.sh import spherical_harmonics

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.networks.fields import FIELDS, build_field

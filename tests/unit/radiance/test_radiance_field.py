@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from distill_core.config import EvaluateConfig, load_recipe
 from distill_core.data.digits import Digits
 from distill_core.data.scenes import BlenderScene, ProceduralScene

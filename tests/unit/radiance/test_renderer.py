@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from distill_core.artifacts import SceneSpec
 from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError

@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from distill_core.data import build_source
 from distill_core.data.scenes import ProceduralScene, read_blender
 from distill_core.errors import ConfigError, DataError
-from PIL import Image
 
 ANGLE = 2 * math.atan(0.5)  # the focal length is the width
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from distill_core.radiance.cameras import Rays, orbit_camera
 from distill_core.radiance.march import box_interval, fit_budget, march, step_length
 from distill_core.radiance.occupancy import OccupancyGrid, cell_index, is_occupied

@@ -8,5 +8,5 @@ Array = Any
 
 
 def guide(cond: Array, uncond: Array, guidance: float | Array) -> Array:
-    """`guidance` = 1 is the conditional prediction, 0 the unconditional one (Ho & Salimans 2022, with w shifted by 1)."""
+    """`guidance` = 1 is the conditional prediction, 0 the unconditional one (Ho & Salimans 2022, w shifted by 1)."""
     return uncond + guidance * (cond - uncond)

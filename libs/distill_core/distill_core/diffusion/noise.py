@@ -8,7 +8,7 @@ import numpy as np
 
 
 def unit_normal(seed: int, index: int, draw: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32 of `shape` for image `index` of a request with `seed`; `draw` numbers the sampler's draws.
+    """Standard normal float32 of `shape` for image `index` of a request with `seed`, the sampler's draw number `draw`.
 
     Philox raw bits, 53-bit uniforms, Box-Muller in float64: NumPy keeps raw bit streams stable between versions,
     but not `standard_normal`.

@@ -17,14 +17,18 @@ from distill_core.config import Config
 from distill_core.errors import ConfigError
 
 Array = Any  # torch.Tensor or numpy.ndarray
-Denoise = Callable[[Array, float], Array]  # (x_sigma, sigma) -> x0; condition and guidance are bound by the caller
+Denoise = Callable[
+    [Array, float], Array
+]  # (x_sigma, sigma) -> x0; condition and guidance are bound by the caller
 
 
 class SamplerSpec(Config):
     """How a published model is sampled; part of its manifest."""
 
     kind: Literal["few_step", "heun", "euler"]
-    sigmas: tuple[float, ...] = ()  # few_step: the levels that the student was trained at, descending, data std
+    sigmas: tuple[
+        float, ...
+    ] = ()  # few_step: the levels that the student was trained at, descending, data std
     sigma_min: float = Field(0.002, gt=0)  # heun, euler: last level above 0
     sigma_max: float = Field(80.0, gt=0)  # heun, euler: first level
     rho: float = Field(7.0, gt=0)  # heun, euler: Karras et al. 2022, Eq. 5
@@ -32,11 +36,15 @@ class SamplerSpec(Config):
     num_steps: int = Field(ge=1)  # default
     max_steps: int = Field(ge=1)
     guidance: float = 1.0  # default; 1 is off
-    guidable: bool = True  # False: distilled with guidance baked in, other values than the default are refused
+    guidable: bool = (
+        True  # False: distilled with guidance baked in, other values than the default are refused
+    )
 
     @model_validator(mode="after")
     def _levels(self) -> SamplerSpec:
-        if self.kind == "few_step" and (not self.sigmas or list(self.sigmas) != sorted(self.sigmas, reverse=True)):
+        if self.kind == "few_step" and (
+            not self.sigmas or list(self.sigmas) != sorted(self.sigmas, reverse=True)
+        ):
             raise ValueError("a few_step sampler needs its levels in descending order")
         return self
 
@@ -49,7 +57,9 @@ class SamplerSpec(Config):
         allowed = f"1 to {len(self.sigmas)}" if self.kind == "few_step" else f"1 to {self.max_steps}"
         limit = len(self.sigmas) if self.kind == "few_step" else self.max_steps
         if not 1 <= num_steps <= limit:
-            raise ConfigError(f"num_steps = {num_steps} is not allowed for this model: {allowed}", field="num_steps")
+            raise ConfigError(
+                f"num_steps = {num_steps} is not allowed for this model: {allowed}", field="num_steps"
+            )
         if self.kind == "few_step":
             return list(self.sigmas[:1]) if num_steps == 1 else _thin(self.sigmas, num_steps)
         return karras_levels(num_steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
@@ -70,7 +80,7 @@ def _thin(sigmas: tuple[float, ...], count: int) -> list[float]:
 
 
 def karras_levels(num_steps: int, *, sigma_min: float, sigma_max: float, rho: float = 7.0) -> list[float]:
-    """`num_steps` levels from `sigma_max` down to `sigma_min` (Karras et al. 2022, Eq. 5); the final 0 is not listed."""
+    """`num_steps` levels from `sigma_max` down to `sigma_min` (Karras et al. 2022, Eq. 5), without the final 0."""
     if num_steps == 1:
         return [sigma_max]
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)

@@ -90,9 +90,13 @@ class NoiseSchedule:
 
 
 def to_x0(
-    output: Tensor, x_sigma: Tensor, sigma: Tensor, parameterisation: Parameterisation, sigma_data: float = 0.5
+    output: Tensor,
+    x_sigma: Tensor,
+    sigma: Tensor,
+    parameterisation: Parameterisation,
+    sigma_data: float = 0.5,
 ) -> Tensor:
-    """A network's raw output as x0. `sigma` broadcasts against `x_sigma`; coefficients are formed in float32 or better."""
+    """A network's raw output as x0. `sigma` broadcasts against `x_sigma`; coefficients are float32 or better."""
     if parameterisation == "edm":
         total = sigma**2 + sigma_data**2
         return sigma_data**2 / total * x_sigma + sigma * sigma_data * total.rsqrt() * output

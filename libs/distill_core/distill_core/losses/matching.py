@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def dm_direction(fake_x0: Tensor, teacher_x0: Tensor, x0: Tensor) -> Tensor:
-    """g = (D_fake - D_teacher) / mean|x0 - D_teacher|, per sample (DMD, Yin et al. 2024, Eq. 7 and 8). All (B, ...).
+    """Direction g = (D_fake - D_teacher) / mean|x0 - D_teacher|, per sample (DMD, Eq. 7 and 8). All (B, ...).
 
     A step of `x0` along -g lowers KL(student || teacher).
     """

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.diffusion.guidance import guide
-from distill_core.errors import ConfigError
 from distill_core.diffusion.schedule import NoiseSchedule
+from distill_core.errors import ConfigError
 from distill_core.method import Cond
 
 
@@ -36,7 +36,9 @@ class Denoiser(nn.Module, abc.ABC):
         """x0 (B, C, H, W) from `x_sigma` (B, C, H, W), `sigma` (B,) in data units."""
 
     @abc.abstractmethod
-    def with_features(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> tuple[Tensor, list[Tensor]]:
+    def with_features(
+        self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """x0, and the trunk's features (B, D, h, w) that a discriminator head reads."""
 
     @abc.abstractmethod
@@ -61,5 +63,7 @@ class Denoiser(nn.Module, abc.ABC):
             return self(x_sigma, sigma, cond)
         null = self.null_cond(len(x_sigma))
         both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
-        with_cond, without = self(x_sigma.repeat(2, *[1] * (x_sigma.ndim - 1)), sigma.repeat(2), both).chunk(2)
+        with_cond, without = self(x_sigma.repeat(2, *[1] * (x_sigma.ndim - 1)), sigma.repeat(2), both).chunk(
+            2
+        )
         return guide(with_cond, without, guidance)

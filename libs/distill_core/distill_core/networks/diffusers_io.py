@@ -47,7 +47,9 @@ class DiffusersDenoiser(Denoiser):
         text: TextEncoder | None = None,
     ) -> None:
         super().__init__()
-        self.network = network.eval()  # never train(): dropout must be off in teacher, student and fake score alike
+        self.network = (
+            network.eval()
+        )  # never train(): dropout must be off in teacher, student and fake score alike
         self.scheduler = scheduler
         self.schedule = schedule_of(scheduler)
         self.image, self.cond, self.sampler = sidecar.image, sidecar.cond, sidecar.sampler
@@ -86,10 +88,14 @@ class DiffusersDenoiser(Denoiser):
         scaled = x_sigma * expand(self.schedule.scale(sigma), x_sigma)
         cond = self._with_null(cond, x_sigma.shape[0])  # len() would bake the batch into an exported graph
         output = self._call(scaled, self.schedule.network_time(sigma), cond)
-        x0 = to_x0(output.float(), x_sigma, expand(sigma, x_sigma), self.parameterisation, self.schedule.sigma_data)
+        x0 = to_x0(
+            output.float(), x_sigma, expand(sigma, x_sigma), self.parameterisation, self.schedule.sigma_data
+        )
         return x0.to(x_sigma.dtype)
 
-    def with_features(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> tuple[Tensor, list[Tensor]]:
+    def with_features(
+        self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         with _captured(self._trunk()) as features:
             x0 = self(x_sigma, sigma, cond)
         return x0, [self._as_map(feature) for feature in features]
@@ -99,7 +105,9 @@ class DiffusersDenoiser(Denoiser):
         if self.cond.kind == "none":
             return {}
         if self.cond.kind == "prompt":
-            return {"prompt_embeds": self.encode_prompts([""])["prompt_embeds"].to(device).expand(batch, -1, -1)}
+            return {
+                "prompt_embeds": self.encode_prompts([""])["prompt_embeds"].to(device).expand(batch, -1, -1)
+            }
         if self.cond.null_label is None:
             raise ConfigError(
                 "guidance needs a null class, and this model has none; use guidance = 1", field="guidance"
@@ -143,7 +151,9 @@ class DiffusersDenoiser(Denoiser):
         )
         (folder / SIDECAR).write_text(sidecar.model_dump_json(indent=1), encoding="utf-8")
         pipeline = _pipeline_class(parts, self.cond)
-        if pipeline:  # class-conditional pixel models have no pipeline class in diffusers: they open part by part
+        if (
+            pipeline
+        ):  # class-conditional pixel models have no pipeline class in diffusers: they open part by part
             (folder / "model_index.json").write_text(json.dumps(_model_index(pipeline, parts), indent=1))
 
     def manifest_fields(self) -> dict[str, Any]:
@@ -169,7 +179,9 @@ class DiffusersDenoiser(Denoiser):
         if self._slot() == "transformer":
             if labels is None:  # a DiT always has a label table; unconditional ones use their only row
                 labels = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-            return self.network(x, timestep=time, class_labels=labels).sample[:, : x.shape[1]]  # drop learned sigma
+            return self.network(x, timestep=time, class_labels=labels).sample[
+                :, : x.shape[1]
+            ]  # drop learned sigma
         return self.network(x, time, class_labels=labels).sample
 
     def _trunk(self) -> nn.Module:
@@ -208,7 +220,9 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
     if name.startswith("FlowMatch"):
         return NoiseSchedule("flow", sigma_min=1e-3, sigma_max=999.0)
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise ArtifactError(f"scheduler {name} is not supported; known: EDM*, FlowMatch*, and those with betas")
+        raise ArtifactError(
+            f"scheduler {name} is not supported; known: EDM*, FlowMatch*, and those with betas"
+        )
     return NoiseSchedule("vp", alphas_cumprod=scheduler.alphas_cumprod)
 
 
@@ -231,7 +245,11 @@ def _pipeline_class(parts: dict[str, Any], cond: CondSpec) -> str | None:
 def _model_index(pipeline: str, parts: dict[str, Any]) -> dict[str, Any]:
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
     if pipeline == "StableDiffusionPipeline":
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        index |= {
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+        }
     for name, part in parts.items():
         index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
     return index
@@ -256,17 +274,22 @@ def build_denoiser(
     """
     if network.name not in NETWORKS:
         raise ConfigError(
-            f"network.name = {network.name!r} is unknown{nearest(network.name, NETWORKS)}", field="network.name"
+            f"network.name = {network.name!r} is unknown{nearest(network.name, NETWORKS)}",
+            field="network.name",
         )
     if network.name == "UNet2DConditionModel":
-        raise ConfigError("a text-conditional network comes from a diffusers folder: set teacher.path", field="network")
+        raise ConfigError(
+            "a text-conditional network comes from a diffusers folder: set teacher.path", field="network"
+        )
     channels, height, width = shape
     args = {"in_channels": channels, "out_channels": channels, "sample_size": height, **network.args}
     args |= _class_args(network.name, num_classes)
     try:
         module = getattr(diffusers, network.name)(**args)
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"network.args are refused by {network.name}: {error}", field="network.args") from None
+        raise ConfigError(
+            f"network.args are refused by {network.name}: {error}", field="network.args"
+        ) from None
     noise = _new_scheduler(parameterisation, scheduler or {})
     schedule = schedule_of(noise)
     sampler = SamplerSpec(
@@ -290,7 +313,10 @@ def build_denoiser(
 
 def _class_args(name: str, num_classes: int | None) -> dict[str, Any]:
     if name == "DiTTransformer2DModel":  # its label table has one row more, for the null class
-        return {"num_embeds_ada_norm": 1 if num_classes is None else num_classes, "norm_type": "ada_norm_zero"}
+        return {
+            "num_embeds_ada_norm": 1 if num_classes is None else num_classes,
+            "norm_type": "ada_norm_zero",
+        }
     return {} if num_classes is None else {"num_class_embeds": num_classes + 1}
 
 
@@ -313,12 +339,16 @@ def load_denoiser(folder: Path, *, device: torch.device | str = "cpu") -> Diffus
         raise NotFound(f"model folder {folder} does not exist", field="path")
     slot = next((name for name in ("unet", "transformer") if (folder / name / "config.json").is_file()), None)
     if slot is None:
-        raise ArtifactError(f"{folder} is no diffusers folder: it has neither unet/config.json nor transformer/config.json")
+        raise ArtifactError(
+            f"{folder} is no diffusers folder: it has neither unet/config.json nor transformer/config.json"
+        )
     network = _load(folder / slot, _class_named(folder / slot), use_safetensors=True)
     scheduler = _load(folder / "scheduler", _class_named(folder / "scheduler", "scheduler_config.json"))
     codec = text = None
     if (folder / "vae" / "config.json").is_file():
-        codec = _load(folder / "vae", diffusers.AutoencoderKL, use_safetensors=True).eval().requires_grad_(False)
+        codec = (
+            _load(folder / "vae", diffusers.AutoencoderKL, use_safetensors=True).eval().requires_grad_(False)
+        )
     if (folder / "text_encoder" / "config.json").is_file():
         text = TextEncoder.load(folder)
     sidecar = _read_sidecar(folder) or _derived_sidecar(network, scheduler, codec, text)
@@ -337,10 +367,14 @@ def _class_named(folder: Path, config: str = "config.json") -> Any:
 
 
 def _load(folder: Path, cls: Any, **options: Any) -> Any:
-    weights = [file for pattern in ("*.safetensors", "*.bin", "*.ckpt", "*.pt") for file in folder.glob(pattern)]
+    weights = [
+        file for pattern in ("*.safetensors", "*.bin", "*.ckpt", "*.pt") for file in folder.glob(pattern)
+    ]
     if options.get("use_safetensors") and not any(file.suffix == ".safetensors" for file in weights):
         held = weights[0].name if weights else "no weights"
-        raise ArtifactError(f"{folder} holds {held}: only safetensors are loaded, since pickles can execute code")
+        raise ArtifactError(
+            f"{folder} holds {held}: only safetensors are loaded, since pickles can execute code"
+        )
     try:
         return cls.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # safetensors, json and diffusers each raise their own kinds on damaged files
@@ -366,7 +400,10 @@ def _derived_sidecar(network: Any, scheduler: Any, codec: Any, text: TextEncoder
     sigma_max = min(schedule.sigma_max, 80.0)
     return Sidecar(
         image=ImageSpec(
-            channels=config.in_channels, height=size, width=size, picture=(colours, size * factor, size * factor)
+            channels=config.in_channels,
+            height=size,
+            width=size,
+            picture=(colours, size * factor, size * factor),
         ),
         cond=_derived_cond(network, text),
         sampler=SamplerSpec(
@@ -391,5 +428,3 @@ def _derived_cond(network: Any, text: TextEncoder | None) -> CondSpec:
         return CondSpec(kind="none")
     null = classes if config.get("num_embeds_ada_norm") else None
     return CondSpec(kind="class_label", num_classes=classes, null_label=null)
-
-

@@ -17,7 +17,11 @@ class LogitHead(nn.Module):
     def __init__(self, width: int, hidden: int = 64) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(width, hidden, 1), nn.GroupNorm(8, hidden), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+            nn.Conv2d(width, hidden, 1),
+            nn.GroupNorm(8, hidden),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
         )
         self.last = nn.Linear(hidden, 1)
 
@@ -51,5 +55,8 @@ def _trunk_width(teacher: Denoiser) -> int:
     parameter = next(teacher.parameters())
     shape = 1, teacher.image.channels, teacher.image.height, teacher.image.width
     x = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
-    _, features = teacher.with_features(x, x.new_ones(1), teacher.null_cond(1) if teacher.cond.null_label else None)
+    labels = {"class_label": torch.zeros(1, dtype=torch.long, device=parameter.device)}
+    _, features = teacher.with_features(
+        x, x.new_ones(1), labels if teacher.cond.kind == "class_label" else None
+    )
     return features[-1].shape[1]

@@ -14,7 +14,7 @@ from distill_core.networks.denoiser import Denoiser
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:
-    """(count,) class labels 0, 1, …, K-1, 0, 1, …"""
+    """(count,) class labels 0, 1, …, K-1, 0, 1 and so on."""
     return torch.arange(count) % num_classes
 
 

@@ -29,10 +29,14 @@ class TextEncoder:
 
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            model = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True, use_safetensors=True)
+            model = CLIPTextModel.from_pretrained(
+                folder / "text_encoder", local_files_only=True, use_safetensors=True
+            )
         except Exception as error:  # transformers raises many kinds on damaged files
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ArtifactError(f"text encoder or tokenizer in {folder} is damaged or incomplete: {reason}") from error
+            raise ArtifactError(
+                f"text encoder or tokenizer in {folder} is damaged or incomplete: {reason}"
+            ) from error
         return cls(tokenizer, model)
 
     @torch.no_grad()

@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], *, method: str, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], *, method: str, keep: int
+) -> Path:
     """Write `folder/<step>/` atomically and drop all but the `keep` newest.
 
     `tensors` maps a part's name (`student`, `student.ema`, `student.optim` …) to its tensors.
@@ -30,7 +32,10 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:
         for part, values in tensors.items():
-            save_file({name: value.detach().contiguous().clone() for name, value in values.items()}, partial / f"{part}.safetensors")
+            save_file(
+                {name: value.detach().contiguous().clone() for name, value in values.items()},
+                partial / f"{part}.safetensors",
+            )
         (partial / STATE).write_text(json.dumps({"step": step, "method": method, "parts": sorted(tensors)}))
         target = folder / f"{step:09d}"
         shutil.rmtree(target, ignore_errors=True)

@@ -18,7 +18,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """weights <- decay * weights + (1 - decay) * module."""
+        """Move weights <- decay * weights + (1 - decay) * module."""
         trained = [value.detach() for value in module.parameters()]
         torch._foreach_lerp_(list(self.weights.values()), trained, 1 - self.decay)
 

@@ -1,4 +1,4 @@
-"""The one training loop: devices, precision, accumulation, clipping, EMA, checkpoints, resume, logging, cancellation."""
+"""The one training loop: devices, precision, accumulation, clipping, EMA, checkpoints, resume, logging, stopping."""
 
 from __future__ import annotations
 
@@ -44,10 +44,14 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=mixed)
         self.method, self.source, self.recipe, self.run = method, source, recipe, run
         method.to(self.accelerator.device)
-        self.parameters = {role: [p for p in _module(method, role).parameters() if p.requires_grad] for role in method.roles}
+        self.parameters = {
+            role: [p for p in _module(method, role).parameters() if p.requires_grad] for role in method.roles
+        }
         self.configs = {role: recipe.optim.get(role, OptimConfig()) for role in method.roles}
         self.optimizers = {
-            role: self.accelerator.prepare_optimizer(build_optimizer(self.parameters[role], self.configs[role]))
+            role: self.accelerator.prepare_optimizer(
+                build_optimizer(self.parameters[role], self.configs[role])
+            )
             for role in method.roles
         }
         self.emas = {role: EMA(_module(method, role), decay) for role, decay in recipe.ema.items()}
@@ -82,7 +86,9 @@ class Trainer:
                 group["lr"] = rate
         micro, size = self.recipe.accumulate, self.recipe.batch_size // (self.recipe.accumulate * world)
         positions = [(self.step * micro + index) * world + rank for index in range(micro)]
-        batches = [self.source.batch(size, epoch_seed=self.recipe.seed, position=position) for position in positions]
+        batches = [
+            self.source.batch(size, epoch_seed=self.recipe.seed, position=position) for position in positions
+        ]
         generators = [self.method.updates(batch.to(self.accelerator.device), self.step) for batch in batches]
         values: dict[str, Tensor] = {}
         for together in self._lock_step(generators):
@@ -93,7 +99,9 @@ class Trainer:
         """Ask every micro-batch for its next update, under autocast; all of one role."""
         while True:
             with self.accelerator.autocast():
-                together = tuple(update for update in (next(generator, None) for generator in generators) if update)
+                together = tuple(
+                    update for update in (next(generator, None) for generator in generators) if update
+                )
             if not together:
                 return
             assert len(together) == len(generators), "micro-batches yield different numbers of updates"
@@ -120,7 +128,7 @@ class Trainer:
         return {f"{role}_loss": loss, **logged}
 
     def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Mean gradient over processes, in one message. No wrapper, so a method may call its networks any way it likes."""
+        """Mean gradient over processes, in one message. No wrapper: a method calls its networks any way it likes."""
         if self.accelerator.num_processes == 1:
             return
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -132,7 +140,9 @@ class Trainer:
 
     def _diverged(self, role: str, loss: float) -> DivergedError:
         kept = complete_checkpoints(self.run.checkpoints)
-        last = f"the last checkpoint is of step {int(kept[-1].name)}" if kept else "there is no checkpoint yet"
+        last = (
+            f"the last checkpoint is of step {int(kept[-1].name)}" if kept else "there is no checkpoint yet"
+        )
         return DivergedError(
             f"the loss of {role} became {loss} at step {self.step}; {last}; "
             f"lower optim.{role}.lr (now {self.configs[role].lr:g}) or set optim.{role}.grad_clip"
@@ -144,7 +154,10 @@ class Trainer:
         last = self.step == self.recipe.steps
         meter.tick(self.step)
         if self.step % self.recipe.log_every == 0 or last:
-            rates = {f"{role}_lr": learning_rate(self.configs[role], self.step, self.recipe.steps) for role in self.optimizers}
+            rates = {
+                f"{role}_lr": learning_rate(self.configs[role], self.step, self.recipe.steps)
+                for role in self.optimizers
+            }
             meter.log(self.step, {name: float(value) for name, value in values.items()} | rates)
         if self.step % self.recipe.sample_every == 0 or last:
             with self.averaged():
@@ -173,7 +186,11 @@ class Trainer:
         tensors |= {f"{role}.ema": ema.weights for role, ema in self.emas.items()}
         tensors["method"] = self.method.state()
         save_checkpoint(
-            self.run.checkpoints, self.step, tensors, method=self.recipe.method, keep=self.recipe.keep_checkpoints
+            self.run.checkpoints,
+            self.step,
+            tensors,
+            method=self.recipe.method,
+            keep=self.recipe.keep_checkpoints,
         )
 
     def resume(self) -> None:
@@ -211,7 +228,8 @@ def _check_roles(method: Method, recipe: Recipe) -> None:
                 )
     if recipe.batch_size % recipe.accumulate:
         raise ConfigError(
-            f"batch_size = {recipe.batch_size} is not divisible by accumulate = {recipe.accumulate}", field="accumulate"
+            f"batch_size = {recipe.batch_size} is not divisible by accumulate = {recipe.accumulate}",
+            field="accumulate",
         )
 
 
@@ -219,7 +237,13 @@ class _Meter:
     """Progress with rate and time left, told at most four times a second; metrics to file and TensorBoard."""
 
     def __init__(self, run: Run, recipe: Recipe, start: int) -> None:
-        self.run, self.steps, self.start, self.began, self.told = run, recipe.steps, start, time.monotonic(), 0.0
+        self.run, self.steps, self.start, self.began, self.told = (
+            run,
+            recipe.steps,
+            start,
+            time.monotonic(),
+            0.0,
+        )
         self.board = _tensorboard(run)
 
     def tick(self, step: int) -> None:
@@ -228,7 +252,13 @@ class _Meter:
             return
         self.told = now
         rate = (step - self.start) / max(now - self.began, 1e-9)
-        self.run.tell("progress", step=step, steps=self.steps, rate=round(rate, 3), eta_s=round((self.steps - step) / rate, 1))
+        self.run.tell(
+            "progress",
+            step=step,
+            steps=self.steps,
+            rate=round(rate, 3),
+            eta_s=round((self.steps - step) / rate, 1),
+        )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}

@@ -14,10 +14,17 @@ from distill_core.config import OptimConfig
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """The recipe's optimiser over `parameters`."""
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.betas[0], weight_decay=config.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.betas[0], weight_decay=config.weight_decay
+        )
     cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
     return cls(  # fused: one kernel for all tensors, a third of a small network's step on a CPU
-        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        parameters,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 
@@ -29,5 +36,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
         return config.lr
     done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     if config.decay == "cosine":
-        return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * (1 + math.cos(math.pi * done)) / 2)
+        return config.lr * (
+            config.final_lr_ratio + (1 - config.final_lr_ratio) * (1 + math.cos(math.pi * done)) / 2
+        )
     return config.lr * max(config.final_lr_ratio, 1e-8) ** done

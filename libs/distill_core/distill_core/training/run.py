@@ -13,7 +13,9 @@ from torch import Tensor
 from distill_core.config import Recipe
 from distill_core.pictures import save_sheet
 
-Listener = Callable[[dict[str, Any]], None]  # receives progress, metrics, sample … events as plain dictionaries
+Listener = Callable[
+    [dict[str, Any]], None
+]  # receives progress, metrics, sample … events as plain dictionaries
 
 
 class Run:

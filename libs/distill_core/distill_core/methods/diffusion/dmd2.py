@@ -29,10 +29,14 @@ from distill_core.networks.fake_score import FakeScore
 class Config(MethodConfig):
     critic_steps: int = Field(5, ge=1)  # fake-score updates per student update (official: 5, SD 1.5: 10)
     guidance: float = 1.0  # of the teacher's score only; 1 = off (SD 1.5: 1.75, SDXL: 8)
-    gan_weight: float = Field(0.0, ge=0)  # in the student's loss; official 3e-3 at 64x64x3, grows as 1/sqrt(D)
+    gan_weight: float = Field(
+        0.0, ge=0
+    )  # in the student's loss; official 3e-3 at 64x64x3, grows as 1/sqrt(D)
     discriminator_weight: float = Field(1e-2, ge=0)  # in the fake score's loss
     levels: tuple[float, ...] = ()  # student's noise levels, data std, descending; () = the teacher's highest
-    min_level: float = Field(0.02, ge=0, lt=1)  # range of the schedule's grid where the two scores are compared
+    min_level: float = Field(
+        0.02, ge=0, lt=1
+    )  # range of the schedule's grid where the two scores are compared
     max_level: float = Field(0.98, gt=0, le=1)
 
     @field_validator("levels")
@@ -51,7 +55,9 @@ class DMD2(Method):
     def __init__(self, config: Config, *, teacher: Denoiser, student: Denoiser, data: Source) -> None:
         super().__init__()
         if config.gan_weight and data.shape is None:
-            raise ConfigError("gan_weight needs real images, and this data has none; set config.gan_weight = 0")
+            raise ConfigError(
+                "gan_weight needs real images, and this data has none; set config.gan_weight = 0"
+            )
         self.config, self.teacher, self.student = config, teacher, student
         self.fake_score = FakeScore(teacher, discriminate=config.gan_weight > 0)
         self.levels = config.levels or (teacher.sampler.sigma_max,)
@@ -110,4 +116,6 @@ class DMD2(Method):
     def sample_sigma(self, like: Tensor) -> Tensor:
         """(B,) levels, uniform on the middle of the teacher's own noise grid."""
         u = torch.rand(len(like), device=like.device)
-        return self.teacher.schedule.sigma_at(self.config.min_level + (self.config.max_level - self.config.min_level) * u)
+        return self.teacher.schedule.sigma_at(
+            self.config.min_level + (self.config.max_level - self.config.min_level) * u
+        )

@@ -1,7 +1,7 @@
 """EDM: a diffusion teacher from data, with preconditioning and log-normal noise levels.
 
-    min E[ lambda(sigma) |D(x0 + sigma eps, sigma, c) - x0|^2 ],   ln sigma ~ N(mean, std^2)
-    lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2
+min E[ lambda(sigma) |D(x0 + sigma eps, sigma, c) - x0|^2 ],   ln sigma ~ N(mean, std^2)
+lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from distill_core.config import NetworkConfig
 from distill_core.data.source import Source
 from distill_core.losses.denoising import add_noise, denoising_loss
 from distill_core.method import Batch, Method, MethodConfig, Update
-from distill_core.networks.generation import drop_labels
 from distill_core.networks.diffusers_io import build_denoiser
+from distill_core.networks.generation import drop_labels
 
 
 class Config(MethodConfig):

