@@ -17,13 +17,15 @@ import torch
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.building import Context, build, load_model
 from distill_core.config import EvaluateConfig, Recipe, load_recipe, recipe_names
-from distill_core.data import Source
+from distill_core.data import Source, build_source
 from distill_core.errors import ConfigError, DistilleryError
 from distill_core.evaluation import generator_figures, one_step
 from distill_core.method import Method
 from distill_core.methods import family, find_method, method_names, needs
+from distill_core.metrics.judge import Judge, load_judge
 from distill_core.networks.denoiser import Denoiser
 from distill_core.pictures import save_sheet
+from distill_core.training.checkpoint import writing
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Listener, Run
 
@@ -75,19 +77,25 @@ def train(
 def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], bool], job: str) -> Result:
     method, source = build(recipe, where)
     run.write_recipe(recipe)
+    judge = _judge(method, source, recipe.evaluate, where)
     trainer = Trainer(method, source, recipe, run)
     outcome = trainer.train(should_stop)
     if outcome.stopped:
         return Result(run.folder, outcome.step, stopped=True)
     with trainer.averaged():
-        method.save_result(run.model)
-        pictures = method.preview(recipe.seed)
-        if pictures is not None:
-            save_sheet(pictures, run.model / "preview.png")
-        figures = _figures(method, source, recipe.evaluate, where)
-        (run.model / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+        with writing(f"the model to {run.model}"):
+            _save_model(method, recipe, run)
+        figures = _figures(method, source, recipe.evaluate, judge)
         manifest = publish(method, recipe, run, where, figures, job=job) if recipe.publish else None
     return Result(run.folder, outcome.step, stopped=False, figures=figures, manifest=manifest)
+
+
+def _save_model(method: Method, recipe: Recipe, run: Run) -> None:
+    method.save_result(run.model)
+    pictures = method.preview(recipe.seed)
+    if pictures is not None:
+        save_sheet(pictures, run.model / "preview.png")
+    (run.model / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
 
 
 def publish(
@@ -114,15 +122,28 @@ def publish(
     return manifest
 
 
-def _figures(method: Method, source: Source, config: EvaluateConfig, where: Context) -> dict[str, float]:
-    """The method's own figures, and those of a generator and its teacher where the recipe names a judge."""
-    from distill_core.metrics.judge import load_judge
+def _judge(method: Method, source: Source, config: EvaluateConfig, where: Context) -> Judge | None:
+    """The recipe's judge, looked up before the training starts; None, with a warning, if it cannot read this data."""
+    if config.judge is None or not isinstance(getattr(method, method.result), Denoiser):
+        return None
+    judge = load_judge(where.folder(config.judge))
+    if source.shape is None or judge.classifier.shape == tuple(source.shape):
+        return judge
+    log.warning(
+        "the judge reads pictures of shape %s, the data has %s: no Fréchet distance or accuracy is measured; "
+        "train a classifier on this data and set evaluate.judge",
+        judge.classifier.shape,
+        tuple(source.shape),
+    )
+    return None
 
+
+def _figures(method: Method, source: Source, config: EvaluateConfig, judge: Judge | None) -> dict[str, float]:
+    """The method's own figures, and with a judge those of the generator and its teacher."""
     figures = dict(method.evaluate(config))
     result = getattr(method, method.result)
-    if config.judge is None or not isinstance(result, Denoiser):
+    if judge is None or source.shape is None or not isinstance(result, Denoiser):
         return figures
-    judge = load_judge(where.folder(config.judge))
     figures |= generator_figures(result, judge, source, config)
     teacher = getattr(method, "teacher", None)
     if isinstance(teacher, Denoiser) and teacher is not result:
@@ -135,9 +156,6 @@ def _figures(method: Method, source: Source, config: EvaluateConfig, where: Cont
 
 def evaluate(ref: str, config: EvaluateConfig, data: dict[str, Any], where: Context) -> dict[str, float]:
     """Figures of a published generator."""
-    from distill_core.data import build_source
-    from distill_core.metrics.judge import load_judge
-
     if config.judge is None:
         raise ConfigError(
             "evaluate needs a judge: set evaluate.judge.recipe, .artifact or .path", field="judge"

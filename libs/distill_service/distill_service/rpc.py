@@ -247,6 +247,16 @@ def _server_credentials(settings: RpcSettings) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
 
 
+async def _unless(stop: asyncio.Event, starting: asyncio.Future[Any]) -> None:
+    """Wait for `starting`, which may take minutes, but give it up when the process is told to stop."""
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if starting.done():
+        starting.result()
+    starting.cancel()
+
+
 async def run_until_stopped(
     server: grpc.aio.Server,
     settings: RpcSettings,
@@ -273,7 +283,7 @@ async def run_until_stopped(
     try:
         result = on_started(port) if on_started else None
         if inspect.isawaitable(result):
-            await result
+            await _unless(stop, asyncio.ensure_future(result))
         await stop.wait()
     finally:
         await health.enter_graceful_shutdown()

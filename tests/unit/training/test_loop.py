@@ -12,7 +12,7 @@ import torch
 
 from distill_core.config import Config, load_recipe
 from distill_core.data import build_source
-from distill_core.errors import ArtifactError, ConfigError, DivergedError
+from distill_core.errors import ArtifactError, ConfigError, DivergedError, Unavailable
 from distill_core.method import Method, Update
 from distill_core.training.checkpoint import complete_checkpoints, load_latest, save_checkpoint
 from distill_core.training.loop import Trainer
@@ -125,7 +125,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing_half_written(tmp_pat
         def items(self):
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(Unavailable, match="cannot write the checkpoint of step 1 to .*: No space left"):
         save_checkpoint(tmp_path, 1, {"model": Unwritable()}, method="mean", keep=1)
     assert list(tmp_path.iterdir()) == []
 

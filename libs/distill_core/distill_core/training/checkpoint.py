@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill_core.errors import ArtifactError
+from distill_core.errors import ArtifactError, Unavailable
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turn a failure to write into one sentence; safetensors and the system each have errors of their own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise Unavailable(
+            f"cannot write {what}: {reason}; free space or rights there, then continue from the last checkpoint"
+        ) from error
 
 
 def save_checkpoint(
@@ -28,6 +42,13 @@ def save_checkpoint(
 
     `tensors` maps a part's name (`student`, `student.ema`, `student.optim` …) to its tensors.
     """
+    with writing(f"the checkpoint of step {step} to {folder}"):
+        return _save_checkpoint(folder, step, tensors, method=method, keep=keep)
+
+
+def _save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], *, method: str, keep: int
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:

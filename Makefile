@@ -1,0 +1,38 @@
+# make setup · demo · test · lint · proto · claims · bench. Each sets up what is missing, once.
+# Where pip would fetch a CUDA build of torch that you do not need:
+#   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+SHELL := /bin/sh
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON := $(or $(PYTHON),$(shell for p in python3.11 python3.12 python3.13 python3; do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done))
+BIN := .venv/bin
+STAMP := .venv/.setup-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+TYPED := libs/distill_core/distill_core/method.py libs/distill_core/distill_core/config.py libs/distill_core/distill_core/api.py \
+         libs/distill_service/distill_service services
+OURS := libs services tests deploy
+
+.PHONY: setup demo test lint proto claims bench
+setup: $(STAMP)
+
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or give PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[all,dev]' && rm -f .venv/.setup-* && touch $@
+
+demo: setup
+	$(BIN)/distillery demo
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check $(OURS) && $(BIN)/ruff format --check $(OURS)
+	$(BIN)/mypy $(TYPED)
+
+proto: setup
+	cd proto && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. distillery/v1/*.proto
+
+claims: setup
+	$(BIN)/distillery claims
+
+bench: setup
+	$(BIN)/distillery bench

@@ -1,0 +1,1 @@
+"""The converter: a published denoiser becomes ONNX files or TensorRT engines that compute the same."""

@@ -1,0 +1,32 @@
+"""The converter service: `python -m distillery_converter.worker` runs the jobs of the queue `convert`.
+
+The worker itself loads no model library; each job is a process of its own (`distillery_converter.run`).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from distill_core.errors import DistilleryError, meaning
+from distill_service.jobs.worker import run_worker
+from distill_service.settings import settings
+
+
+def main() -> int:
+    """Work until told to stop; the exit code."""
+    try:
+        found = settings()
+        return run_worker(
+            ["convert"],
+            found,
+            commands={"convert": "distillery_converter.run"},
+            service="converter",
+            metrics_port=found.converter_metrics_port,
+        )
+    except DistilleryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return meaning(error).exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Engine building against a stand-in for NVIDIA's package, which no index but NVIDIA's own carries.
+
+The stand-in has the calls of TensorRT 11 and none that 11 removed; the `gpu` test runs the real package.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from distill_core.errors import ArtifactError, Unavailable
+from distillery_converter import onnx, parity, tensorrt
+from distillery_converter.graphs import Graph
+from distillery_converter.tensorrt import Host
+
+HOST = Host(tensorrt="11.4.0", gpu="NVIDIA L4", compute_capability="8.9")
+
+
+class Network:
+    pass
+
+
+class Builder:
+    plan: bytes | None = b"a plan"
+
+    def __init__(self, logger):
+        self.logger, self.profile = logger, SimpleNamespace(shapes={})
+        self.profile.set_shape = lambda name, *shapes: self.profile.shapes.update({name: shapes})
+
+    def create_network(self, flags):
+        assert flags == 1 << 1  # STRONGLY_TYPED
+        return Network()
+
+    def create_builder_config(self):
+        return Config()
+
+    def create_optimization_profile(self):
+        return self.profile
+
+    def build_serialized_network(self, network, config):
+        if self.plan is None:
+            self.logger.log("ERROR", "no kernel for this layer")
+        return self.plan
+
+
+class Config:
+    def __init__(self):
+        self.timings, self.profiles = b"", []
+
+    def set_memory_pool_limit(self, pool, size):
+        assert (pool, size > 2**20) == ("WORKSPACE", True)
+
+    def add_optimization_profile(self, profile):
+        self.profiles.append(profile)
+        return len(self.profiles) - 1
+
+    def create_timing_cache(self, content):
+        return content
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        assert ignore_mismatch is False
+        self.timings = cache
+        return cache != b"of another version"
+
+    def get_timing_cache(self):
+        return SimpleNamespace(serialize=lambda: self.timings + b"+timed")
+
+
+class Parser:
+    errors: tuple[str, ...] = ()
+    num_errors = property(lambda self: len(self.errors))
+
+    def __init__(self, network, logger):
+        assert isinstance(network, Network)
+
+    def parse_from_file(self, path):
+        return Path(path).is_file() and not self.errors
+
+    def get_error(self, index):
+        return SimpleNamespace(desc=lambda: self.errors[index])
+
+
+class ILogger:
+    Severity = SimpleNamespace(INTERNAL_ERROR="INTERNAL_ERROR", ERROR="ERROR")
+
+
+@pytest.fixture
+def trt(monkeypatch):
+    builder, parser = type("Builder", (Builder,), {}), type("Parser", (Parser,), {})
+    module = SimpleNamespace(
+        __version__=HOST.tensorrt,
+        Builder=builder,
+        OnnxParser=parser,
+        ILogger=ILogger,
+        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
+        MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"),
+        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda plan: None),
+    )
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setattr(tensorrt, "this_host", lambda: HOST)
+    return module
+
+
+class Double(nn.Module):
+    def forward(self, x_sigma):
+        return 2 * x_sigma
+
+
+GRAPH = Graph("double", Double(), "x0", lambda batch: {"x_sigma": np.ones((batch, 1, 4, 4), np.float32)})
+PROFILE = {"x_sigma": ((1, 1, 4, 4), (8, 1, 4, 4), (32, 1, 4, 4))}
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    path = tmp_path / "double.onnx"
+    path.write_bytes(b"an onnx file")
+    return path
+
+
+def test_an_engine_is_built_with_a_profile_and_says_where_it_runs(trt, source, tmp_path):
+    with pytest.raises(
+        ArtifactError, match="double.plan is damaged; rebuild it"
+    ):  # the stand-in cannot run plans
+        tensorrt.build([source], [GRAPH], tmp_path / "out", target="trt-fp16", cache=tmp_path / "cache")
+    info = tensorrt.require_host(tmp_path / "out", HOST)
+    assert (info.target, info.host) == ("trt-fp16", HOST)
+    assert {name: tuple(map(tuple, shapes)) for name, shapes in info.engines[0].profile.items()} == PROFILE
+    assert len(info.engines[0].onnx_sha256) == 64
+    assert (tmp_path / "out" / "double.plan").read_bytes() == b"a plan"
+
+
+@pytest.mark.parametrize(
+    "here",
+    [
+        Host(tensorrt="10.9.0", gpu="NVIDIA L4", compute_capability="8.9"),
+        Host(tensorrt="11.4.0", gpu="NVIDIA H100", compute_capability="9.0"),
+    ],
+)
+def test_an_engine_of_another_gpu_or_version_is_refused_with_the_way_to_rebuild_it(
+    trt, source, tmp_path, here
+):
+    with pytest.raises(ArtifactError, match="damaged"):
+        tensorrt.build([source], [GRAPH], tmp_path, target="trt-fp16", cache=tmp_path)
+    with pytest.raises(
+        ArtifactError,
+        match="built by TensorRT 11.4.0 on NVIDIA L4 .* distillery convert MODEL --target trt-fp16",
+    ):
+        tensorrt.require_host(tmp_path, here)
+
+
+def test_kernel_timings_are_kept_between_builds(trt, source, tmp_path):
+    timings = tmp_path / "cache" / "nvidia-l4.timings"
+    assert tensorrt.build_plan(source, PROFILE, timings=timings) == b"a plan"
+    tensorrt.build_plan(source, PROFILE, timings=timings)
+    assert timings.read_bytes() == b"+timed+timed"
+    timings.write_bytes(b"of another version")
+    tensorrt.build_plan(source, PROFILE, timings=timings)
+    assert timings.read_bytes() == b"+timed"
+
+
+def test_a_graph_that_tensorrt_cannot_read_is_an_error_with_its_reasons(trt, source, tmp_path):
+    trt.OnnxParser.errors = ("unknown operator Foo", "bad shape")
+    with pytest.raises(ArtifactError, match="cannot read double.onnx: unknown operator Foo; bad shape"):
+        tensorrt.build_plan(source, PROFILE, timings=tmp_path / "t")
+
+
+def test_a_build_that_fails_is_an_error_and_not_an_empty_engine(trt, source, tmp_path):
+    trt.Builder.plan = None
+    with pytest.raises(ArtifactError, match="could not build double.onnx: no kernel for this layer"):
+        tensorrt.build_plan(source, PROFILE, timings=tmp_path / "t")
+
+
+def test_without_the_package_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    with pytest.raises(Unavailable, match=r"TensorRT is not installed; .*distillery\[trt\]"):
+        tensorrt.this_host()
+
+
+@pytest.mark.gpu
+def test_a_real_engine_computes_what_torch_computes(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here")
+    pytest.importorskip("tensorrt")
+    source = onnx.export(GRAPH, tmp_path / "onnx")
+    runs = tensorrt.build([source], [GRAPH], tmp_path / "out", target="trt-fp32", cache=tmp_path / "cache")
+    assert parity.compare(GRAPH, runs[0]).max_abs == 0

@@ -1,0 +1,149 @@
+"""A tiny text-to-image pipeline with random weights, converted: denoiser, decoder and text encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from distill_core.artifacts import ArtifactStore, Manifest
+from distill_core.networks.diffusers_io import DiffusersDenoiser, load_denoiser
+from distillery_converter.convert import convert
+from distillery_converter.graphs import fuse_adapters, in_half, load_graphs, tensors
+
+TOKENS = 8
+
+
+def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["<|startoftext|>", *letters, *(f"{letter}</w>" for letter in letters), "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
+
+
+def save_pipeline(folder: Path, scratch: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(scratch)
+    text = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        bos_token_id=0,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    diffusers.StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> tuple[Manifest, Path, DiffusersDenoiser]:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("text")
+    save_pipeline(root / "pipeline", root / "tokenizer")
+    denoiser = load_denoiser(root / "pipeline")
+    store = ArtifactStore(root / "store")
+    (root / "pipeline" / "tokenizer" / "tokenizer.json").unlink()  # as older pipelines on the hub are
+    store.publish(root / "pipeline", Manifest(name="prompted", **denoiser.manifest_fields()))
+    manifest = convert(store, "prompted", "onnx-fp32")
+    return manifest, store.fetch(manifest.ref), denoiser
+
+
+def run(folder: Path, name: str, **inputs: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(folder / f"exports/onnx-fp32/{name}.onnx")
+    return session.run(None, inputs)[0]
+
+
+def test_a_text_to_image_model_is_exported_as_three_graphs_and_a_tokenizer(exported):
+    manifest, _, _ = exported
+    files = {f"exports/onnx-fp32/{name}.onnx" for name in ("denoiser", "decoder", "text_encoder")}
+    assert set(manifest.exports["onnx-fp32"].files) == files <= set(manifest.files)
+    assert "tokenizer/tokenizer.json" in manifest.files
+
+
+@torch.no_grad()
+def test_a_prompt_becomes_the_same_picture_through_the_graphs_as_through_torch(exported):
+    _, folder, denoiser = exported
+    prompts = ["a cat", "", "two dogs and a very long tail of words"]
+    tokens = denoiser.text.tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True)
+    embeds = run(folder, "text_encoder", input_ids=np.asarray(tokens["input_ids"], dtype=np.int64))
+    torch_embeds = denoiser.encode_prompts(prompts)
+    np.testing.assert_allclose(embeds, torch_embeds["prompt_embeds"], atol=1e-4)
+
+    sigma = np.asarray([10.0, 1.0, 0.1], dtype=np.float32)
+    x_sigma = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)
+    x0 = run(folder, "denoiser", x_sigma=x_sigma, sigma=sigma, prompt_embeds=embeds)
+    torch_x0 = denoiser(torch.from_numpy(x_sigma), torch.from_numpy(sigma), torch_embeds)
+    np.testing.assert_allclose(x0, torch_x0, atol=1e-3)
+
+    picture = run(folder, "decoder", x0=x0)
+    assert picture.shape == (3, 3, 16, 16)
+    np.testing.assert_allclose(picture, denoiser.decode(torch_x0), atol=1e-3)
+
+
+@torch.no_grad()
+def test_adapters_are_fused_into_the_layers_they_adapt(exported):
+    _, folder, _ = exported
+    denoiser = load_denoiser(folder)
+    x_sigma, sigma, cond = torch.ones(2, 4, 8, 8), torch.ones(2), denoiser.encode_prompts(["a", "b"])
+    plain = denoiser(x_sigma, sigma, cond)
+    denoiser.network.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    adapted = denoiser(x_sigma, sigma, cond)
+    fuse_adapters(denoiser.network)
+    assert not [name for name, _ in denoiser.network.named_parameters() if "lora" in name]
+    assert (adapted - plain).abs().max() > 1e-3
+    torch.testing.assert_close(denoiser(x_sigma, sigma, cond), adapted)
+
+
+def test_in_half_only_the_network_is_in_float16(exported):
+    _, folder, denoiser = exported
+    graphs = load_graphs(folder, Manifest(name="prompted", **denoiser.manifest_fields()))
+    halved = [in_half(graph) for graph in graphs]
+    assert halved[1:] == graphs[1:]
+    kinds = [{weight.dtype for weight in graph.module.parameters()} for graph in (graphs[0], halved[0])]
+    assert kinds == [{torch.float32}, {torch.float16}]
+    inputs = tensors(graphs[0].inputs(3))
+    with torch.no_grad():
+        exact, rounded = graphs[0].module(*inputs), halved[0].module(*inputs)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() / exact.norm() < 1e-2

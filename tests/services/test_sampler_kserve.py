@@ -1,0 +1,209 @@
+"""An unmodified tritonclient against a real sampler process."""
+
+import queue
+
+import numpy as np
+import pytest
+from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, service_pb2
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from distill_core.artifacts import ArtifactStore
+from distill_core.errors import ConfigError
+from distillery_sampler.tensors import TensorSpec, read_inputs
+from tests.services.sampler_helpers import SamplerProcess, publish_denoiser, teacher_spec
+
+
+@pytest.fixture(scope="module")
+def sampler(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kserve")
+    store = ArtifactStore(root / "store")
+    publish_denoiser(store, root / "student")
+    publish_denoiser(store, root / "teacher", name="teacher", sampler=teacher_spec())
+    with SamplerProcess(str(root / "store")) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def triton(sampler):
+    with InferenceServerClient(sampler.address) as client:
+        yield client
+
+
+def tensors(**values: np.ndarray) -> list[InferInput]:
+    inputs = []
+    for name, value in values.items():
+        inputs.append(InferInput(name, list(value.shape), np_to_triton_dtype(value.dtype)))
+        inputs[-1].set_data_from_numpy(value)
+    return inputs
+
+
+def digits(labels: list[int], seeds: list[int]) -> list[InferInput]:
+    return tensors(seed=np.array(seeds, np.uint64)[:, None], class_label=np.array(labels, np.int64)[:, None])
+
+
+def test_the_server_is_live_ready_and_describes_itself(triton):
+    assert triton.is_server_live()
+    assert triton.is_server_ready()
+    metadata = triton.get_server_metadata(as_json=True)
+    assert metadata["name"] == "distillery"
+    assert "model_repository" in metadata["extensions"]
+
+
+def test_a_model_is_described_before_and_after_it_is_loaded(triton):
+    for _ in range(2):
+        assert triton.is_model_ready("digits")
+        metadata = triton.get_model_metadata("digits", as_json=True)
+        assert metadata["versions"] == ["1"]
+        inputs = {tensor["name"]: (tensor["datatype"], tensor["shape"]) for tensor in metadata["inputs"]}
+        assert inputs == {"seed": ("UINT64", ["-1", "1"]), "class_label": ("INT64", ["-1", "1"])}
+        (output,) = metadata["outputs"]
+        assert (output["name"], output["shape"]) == ("images", ["-1", "8", "8", "1"])
+        config = triton.get_model_config("digits", as_json=True)["config"]
+        assert [tensor["data_type"] for tensor in config["input"]] == ["TYPE_UINT64", "TYPE_INT64"]
+        assert config["max_batch_size"] == 256
+        triton.infer("digits", digits([1], [1]))
+
+
+def test_an_inference_equals_generate_byte_for_byte(sampler, triton):
+    labels, seeds = list(range(10)), list(range(100, 110))
+    answer = triton.infer("digits", digits(labels, seeds), model_version="1", request_id="mine")
+    images = answer.as_numpy("images")
+    assert images.shape == (10, 8, 8, 1)
+    assert answer.get_response().id == "mine"
+    assert answer.get_response().model_version == "1"
+    with sampler.client() as client:
+        generated = client.generate("digits", class_labels=labels, seeds=seeds)
+        assert images.tobytes() == b"".join(picture.tobytes() for picture in generated)
+        more = triton.infer("digits", digits([3], [5]), parameters={"num_steps": 4}).as_numpy("images")
+        assert (
+            more.tobytes() == client.generate("digits", class_labels=[3], seeds=[5], num_steps=4)[0].tobytes()
+        )
+
+
+def test_triton_priority_and_timeout_are_honoured(triton):
+    requested = [InferRequestedOutput("images")]
+    triton.infer("digits", digits([1], [1]), outputs=requested, priority=2, timeout=10_000_000)
+    with pytest.raises(InferenceServerException) as error:
+        triton.infer("digits", digits([1], [1]), timeout=1)
+    assert error.value.status() == "StatusCode.DEADLINE_EXCEEDED"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (lambda: digits([11], [1]), "class label 11 is not allowed"),
+        (lambda: digits([1, 2], [1]), "these must be equal"),
+        (lambda: digits([1], [2**64 - 1]), "seed 18446744073709551615 is not allowed"),
+        (lambda: tensors(seed=np.ones((1, 1), np.uint64)), "input 'class_label' is missing"),
+        (
+            lambda: tensors(sed=np.ones((1, 1), np.uint64)),
+            "input 'sed' is not known; known: seed, class_label",
+        ),
+        (lambda: tensors(seed=np.ones((1, 1), np.int64)), "wanted is UINT64"),
+        (lambda: tensors(seed=np.ones((1, 2), np.uint64)), r"wanted is UINT64 \[-1, 1\]"),
+    ],
+)
+def test_a_bad_inference_says_what_is_wrong(triton, inputs, said):
+    with pytest.raises(InferenceServerException, match=said) as error:
+        triton.infer("digits", inputs())
+    assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+PROMPT = {"prompt": TensorSpec("prompt", "BYTES", (-1, 1))}
+
+
+def prompts(*texts: bytes, raw: bytes | None = None) -> service_pb2.ModelInferRequest:
+    request = service_pb2.ModelInferRequest()
+    tensor = request.inputs.add(name="prompt", datatype="BYTES", shape=[len(texts) or 1, 1])
+    if raw is None:
+        tensor.contents.bytes_contents.extend(texts)
+    else:
+        request.raw_input_contents.append(raw)
+    return request
+
+
+def test_prompts_are_read_from_raw_and_from_typed_contents():
+    for request in (prompts(b"seven", "zw\u00f6lf".encode()), prompts(b"", b"", raw=RAW_PROMPTS)):
+        assert read_inputs(request, PROMPT)["prompt"].ravel().tolist() == ["seven", "zw\u00f6lf"]
+
+
+RAW_PROMPTS = b"\x05\x00\x00\x00seven\x06\x00\x00\x00zw\xc3\xb6lf"
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (RAW_PROMPTS[:-1], "ends within a text"),
+        (RAW_PROMPTS[:11], "ends within a length"),
+        (b"\x01\x00\x00\x00\xff", "not UTF-8"),
+        (b"", "holds 0 values, its shape says 1"),
+        (b"\xff\xff\xff\xff", "ends within a text"),
+    ],
+)
+def test_a_broken_prompt_tensor_is_refused(raw, said):
+    with pytest.raises(ConfigError, match=said):
+        read_inputs(prompts(raw=raw), PROMPT)
+
+
+def test_a_shape_that_claims_more_than_it_sends_is_refused():
+    request = service_pb2.ModelInferRequest(raw_input_contents=[b"\0" * 8])
+    request.inputs.add(name="seed", datatype="UINT64", shape=[2**62, 1])
+    with pytest.raises(ConfigError, match="holds 1 values"):
+        read_inputs(request, {"seed": TensorSpec("seed", "UINT64", (-1, 1))})
+
+
+def test_an_unknown_model_output_or_parameter_is_refused(triton):
+    with pytest.raises(InferenceServerException, match="did you mean 'digits'") as error:
+        triton.infer("digitz", digits([1], [1]))
+    assert error.value.status() == "StatusCode.NOT_FOUND"
+    with pytest.raises(InferenceServerException, match="known: images"):
+        triton.infer("digits", digits([1], [1]), outputs=[InferRequestedOutput("pictures")])
+    with pytest.raises(InferenceServerException, match="num_steps = 'many' is not a number"):
+        triton.infer("digits", digits([1], [1]), parameters={"num_steps": "many"})
+
+
+def test_a_stream_answers_each_request_and_survives_a_wrong_one(triton):
+    answers: queue.Queue = queue.Queue()
+    triton.start_stream(lambda result, error: answers.put((result, error)))
+    for label in (1, 99, 2):
+        triton.async_stream_infer("digits", digits([label], [7]), request_id=str(label))
+    first, wrong, last = (answers.get(timeout=10) for _ in range(3))
+    triton.stop_stream()
+    assert first[0].get_response().id == "1"
+    assert "class label 99 is not allowed" in str(wrong[1])
+    assert last[0].as_numpy("images").shape == (1, 8, 8, 1)
+
+
+def test_statistics_count_images_and_batches(triton):
+    triton.infer("teacher", digits([1, 2, 3], [1, 2, 3]))
+    (stats,) = triton.get_inference_statistics("teacher").model_stats
+    assert stats.inference_count == 3
+    assert 1 <= stats.execution_count <= 3
+    assert stats.inference_stats.compute_infer.ns > 0
+    with pytest.raises(InferenceServerException, match="no model is called"):
+        triton.get_inference_statistics("nothing")
+
+
+def test_the_repository_is_listed_loaded_and_unloaded(triton):
+    triton.load_model("teacher")
+    assert states(triton)["teacher"] == "READY"
+    triton.unload_model("teacher")
+    assert states(triton)["teacher"] == "UNAVAILABLE"
+    with pytest.raises(InferenceServerException, match="no model is called 'nothing'"):
+        triton.load_model("nothing")
+
+
+def states(triton: InferenceServerClient) -> dict[str, str]:
+    return {model.name: model.state for model in triton.get_model_repository_index().models}
+
+
+def test_what_is_not_served_says_so(triton):
+    for call in (
+        triton.get_system_shared_memory_status,
+        triton.get_cuda_shared_memory_status,
+        triton.get_trace_settings,
+        triton.get_log_settings,
+    ):
+        with pytest.raises(InferenceServerException, match="is not served here") as error:
+            call()
+        assert error.value.status() == "StatusCode.UNIMPLEMENTED"
