@@ -2,85 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.networks.diffusers_io import DiffusersDenoiser, load_denoiser
 from distillery_converter.convert import convert
 from distillery_converter.graphs import fuse_adapters, in_half, load_graphs, tensors
+from tests.helpers import tiny_text_to_image
 
 TOKENS = 8
-
-
-def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = ["<|startoftext|>", *letters, *(f"{letter}</w>" for letter in letters), "<|endoftext|>"]
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
-
-
-def save_pipeline(folder: Path, scratch: Path) -> None:
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer(scratch)
-    text = CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        bos_token_id=0,
-        eos_token_id=53,
-        pad_token_id=53,
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(16,),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    diffusers.StableDiffusionPipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> tuple[Manifest, Path, DiffusersDenoiser]:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("text")
-    save_pipeline(root / "pipeline", root / "tokenizer")
+    tiny_text_to_image(root / "pipeline", tokens=TOKENS)
     denoiser = load_denoiser(root / "pipeline")
     store = ArtifactStore(root / "store")
     (root / "pipeline" / "tokenizer" / "tokenizer.json").unlink()  # as older pipelines on the hub are

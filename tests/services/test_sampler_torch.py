@@ -1,13 +1,15 @@
 """The torch backend, text-to-image, and scenes: the engine in this process, with the library's own models."""
 
 import asyncio
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from distill_core.artifacts import ArtifactStore, Manifest
+from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
 from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.networks.diffusers_io import DiffusersDenoiser, build_denoiser, load_denoiser
@@ -98,10 +100,64 @@ def test_prompts_are_drawn_as_the_library_draws_them(store, prompted, tmp_path):
     assert np.abs(served[0] - served[1]).max() > 1e-3
 
 
-def test_a_converted_text_model_answers_the_same_without_its_torch_weights(store, prompted, tmp_path):
-    from distillery_converter.convert import convert
+class _Part(torch.nn.Module):
+    """A function of tensors as a module, which is what the exporter wants."""
 
-    converted = convert(store, "prompted@1", "onnx-fp32")
+    def __init__(self, function: Callable[..., torch.Tensor], *owners: torch.nn.Module) -> None:
+        super().__init__()
+        self.function, self.owners = function, torch.nn.ModuleList(owners)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.function(*inputs)
+
+
+def export_text_model(denoiser: DiffusersDenoiser, folder: Path) -> None:
+    """The three graphs of a text-to-image model, by torch's older exporter: the converter's takes a minute."""
+    folder.mkdir(parents=True)
+    ids = torch.zeros(2, denoiser.cond.max_tokens, dtype=torch.long)
+    x, sigma, embeds = (
+        torch.randn(2, 4, 8, 8),
+        torch.ones(2),
+        denoiser.encode_prompts(["a", "b"])["prompt_embeds"],
+    )
+    model = denoiser.text.model
+    parts = {
+        "text_encoder": (_Part(lambda ids: model(ids)[0], model), {"input_ids": ids}),
+        "denoiser": (
+            _Part(lambda x, s, e: denoiser(x, s, {"prompt_embeds": e}), denoiser),
+            {"x_sigma": x, "sigma": sigma, "prompt_embeds": embeds},
+        ),
+        "decoder": (_Part(denoiser.decode, denoiser), {"x0": x}),
+    }
+    for name, (module, inputs) in parts.items():
+        torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            folder / f"{name}.onnx",
+            dynamo=False,
+            input_names=list(inputs),
+            dynamic_axes={key: {0: "batch"} for key in inputs},
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_text_model_draws_what_its_torch_weights_draw(store, prompted, tmp_path):
+    folder = tmp_path / "exported"
+    export_text_model(prompted, folder / "exports" / "onnx-fp32")
+    store_folder = store.fetch("prompted@1")
+    shutil.copytree(store_folder / "tokenizer", folder / "tokenizer")
+    prompted.text.tokenizer.backend_tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    report = ExportReport(
+        target="onnx-fp32",
+        files=(),
+        max_abs_difference=0,
+        rel_l2=0,
+        tolerance=1,
+        batches=(2,),
+        seconds=0,
+    )
+    fields = {**prompted.manifest_fields(), "exports": {"onnx-fp32": report}}
+    store.publish(folder, Manifest(name="exported", **fields))
     options = {
         "prompts": ("abc", "", "a much longer prompt than the eight tokens"),
         "seed": 2,
@@ -110,7 +166,7 @@ def test_a_converted_text_model_answers_the_same_without_its_torch_weights(store
     onnx, plain = answer(
         store,
         tmp_path,
-        GenerateRequest(converted.ref, guidance=3.0, **options),
+        GenerateRequest("exported", guidance=3.0, **options),
         GenerateRequest("prompted@1", guidance=3.0, **options),
     )
     np.testing.assert_allclose(onnx, plain, atol=1e-3)

@@ -1,0 +1,105 @@
+"""ONNX Runtime: the denoiser's exported graph, sampled in NumPy. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from distill_core.artifacts import Manifest
+from distill_core.diffusion.guidance import guide
+from distill_core.diffusion.sampling import sample
+from distill_core.errors import ArtifactError, Unavailable
+from distillery_sampler.backends.base import Generator, noise
+from distillery_sampler.backends.tokens import PromptTokens
+from distillery_sampler.requests import ImageItem, ImageKey
+
+Feed = dict[str, np.ndarray]
+DENOISER, DECODER, TEXT_ENCODER = "denoiser.onnx", "decoder.onnx", "text_encoder.onnx"
+
+
+class OnnxGenerator(Generator):
+    """The folder `exports/onnx-fp32` of a denoiser."""
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, tokenizer: Path, manifest: Manifest, *, threads: int) -> None:
+        assert manifest.image and manifest.cond and manifest.sampler, "`choose` has refused others"  # noqa: PT018
+        self.image, self.cond, self.sampler = manifest.image, manifest.cond, manifest.sampler
+        self._denoiser = open_session(folder / DENOISER, threads)
+        self._decoder = open_session(folder / DECODER, threads) if (folder / DECODER).exists() else None
+        self._text = self._tokens = None
+        if self.cond.kind == "prompt":
+            self._text = open_session(folder / TEXT_ENCODER, threads)
+            self._tokens = PromptTokens(tokenizer, self.cond.max_tokens or 77)
+
+    def generate(self, key: ImageKey, items: Sequence[ImageItem]) -> np.ndarray:
+        shape = self.image.channels, self.image.height, self.image.width
+        cond = self._condition(items)
+        null = self._null(len(items)) if key.guidance != 1 and cond else None
+
+        def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
+            if null is None:
+                return self._x0(x, sigma, cond)
+            both = {name: np.concatenate([value, null[name]]) for name, value in cond.items()}
+            with_cond, without = np.split(self._x0(np.concatenate([x, x]), sigma, both), 2)
+            return guide(with_cond, without, np.float32(key.guidance))
+
+        x0 = sample(denoise, self.sampler, lambda draw: noise(items, draw, shape), key.num_steps)
+        picture = _run(self._decoder, {"x0": x0}) if self._decoder else x0
+        return np.clip(picture, -1, 1)
+
+    def _x0(self, x: np.ndarray, sigma: float, cond: Feed) -> np.ndarray:
+        level = np.full(len(x), sigma, dtype=np.float32)
+        return _run(self._denoiser, {"x_sigma": x.astype(np.float32, copy=False), "sigma": level, **cond})
+
+    def _condition(self, items: Sequence[ImageItem]) -> Feed:
+        if self.cond.kind == "class_label":
+            return {"class_label": np.array([item.class_label for item in items], dtype=np.int64)}
+        if self.cond.kind == "prompt":
+            return {"prompt_embeds": self._embed([item.prompt or "" for item in items])}
+        return {}
+
+    def _null(self, batch: int) -> Feed:
+        if self.cond.kind == "prompt":
+            return {"prompt_embeds": np.repeat(self._embed([""]), batch, axis=0)}
+        return {"class_label": np.full(batch, self.cond.null_label, dtype=np.int64)}
+
+    def _embed(self, prompts: list[str]) -> np.ndarray:
+        assert self._text is not None
+        assert self._tokens is not None
+        return _run(self._text, {"input_ids": self._tokens(prompts)})
+
+
+def _run(session: onnxruntime.InferenceSession, feed: dict[str, Any]) -> np.ndarray:
+    return session.run(None, feed)[0]
+
+
+def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A session on the best provider this onnxruntime has.
+
+    Raises:
+        ArtifactError: the file is missing or no valid ONNX graph. Unavailable: the provider did not start.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # spinning pools fight over cores
+    options.log_severity_level = 3
+    wanted = [p for p in ("CUDAExecutionProvider",) if p in onnxruntime.get_available_providers()]
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=[*wanted, "CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise ArtifactError(f"{path.name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if wanted and session.get_providers()[: len(wanted)] != wanted:  # it falls back to the CPU without a word
+        raise Unavailable(
+            f"onnxruntime could not start {wanted[0]}; check the driver, or install onnxruntime"
+        )
+    return session

@@ -1,0 +1,155 @@
+"""What a request may say to a model: every refusal is one sentence that names the field."""
+
+from __future__ import annotations
+
+import math
+
+from distill_core.artifacts import CondSpec, Manifest
+from distill_core.errors import ConfigError
+from distillery_sampler.requests import GenerateRequest, ImageItem, ImageKey, View
+from distillery_sampler.settings import SamplerSettings
+
+MAX_SEED = 2**63
+MAX_GUIDANCE = 100.0
+
+
+def image_items(request: GenerateRequest, manifest: Manifest, limits: SamplerSettings) -> list[ImageItem]:
+    """The images that a request asks for.
+
+    Raises:
+        ConfigError: conditions the model does not take, unequal lengths, too many images.
+    """
+    cond = manifest.cond or CondSpec(kind="none")
+    count = _count(request, limits)
+    _check_kind(request, cond, manifest.ref)
+    _check_conditions(request, cond.num_classes or 0, limits, manifest.ref)
+    _check_seeds(request)
+    labels = request.class_labels or (None,) * count
+    prompts = request.prompts or (None,) * count
+    noises = [(seed, 0) for seed in request.seeds] or [(request.seed, index) for index in range(count)]
+    return [
+        ImageItem(*noise, label, prompt) for noise, label, prompt in zip(noises, labels, prompts, strict=True)
+    ]
+
+
+def _count(request: GenerateRequest, limits: SamplerSettings) -> int:
+    given = {
+        "class_labels": len(request.class_labels),
+        "prompts": len(request.prompts),
+        "seeds": len(request.seeds),
+        "count": request.count,
+    }
+    counts = {name: number for name, number in given.items() if number}
+    if request.count is not None and request.count < 1:
+        raise ConfigError(f"count = {request.count} is not allowed; ask for at least 1 image", field="count")
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{number} for {name}" for name, number in counts.items())
+        raise ConfigError(f"the request says {said}; these must be equal", field=list(counts)[-1])
+    count = next(iter(counts.values()), 1)
+    if count > limits.max_images:
+        raise ConfigError(
+            f"{count} images in one request are too many; allowed are {limits.max_images}, send several",
+            field=next(iter(counts)),
+        )
+    return count
+
+
+def _check_kind(request: GenerateRequest, cond: CondSpec, ref: str) -> None:
+    """Refuse a condition that the model does not take, and the lack of one that it needs."""
+    takes = {"class_label": "class_labels", "prompt": "prompts"}.get(cond.kind)
+    for field in ("class_labels", "prompts"):
+        if field != takes and getattr(request, field):
+            wants = f"give {takes}" if takes else "it takes no condition, give count"
+            raise ConfigError(f"{ref} takes no {field}; {wants}", field=field)
+    if takes and not getattr(request, takes):
+        what = (
+            f"class labels from 0 to {(cond.num_classes or 0) - 1}" if takes == "class_labels" else "prompts"
+        )
+        raise ConfigError(f"{takes} is empty: {ref} needs {what}, one an image", field=takes)
+
+
+def _check_conditions(request: GenerateRequest, classes: int, limits: SamplerSettings, ref: str) -> None:
+    for label in request.class_labels:
+        if not 0 <= label < classes:
+            raise ConfigError(
+                f"class label {label} is not allowed: {ref} knows 0 to {classes - 1}",
+                field="class_labels",
+            )
+    for prompt in request.prompts:
+        if len(prompt) > limits.max_prompt_chars:
+            raise ConfigError(
+                f"a prompt of {len(prompt)} characters is too long; allowed are {limits.max_prompt_chars}",
+                field="prompts",
+            )
+
+
+def _check_seeds(request: GenerateRequest) -> None:
+    for field, values in (("seed", (request.seed,)), ("seeds", request.seeds)):
+        for seed in values:
+            if not 0 <= seed < MAX_SEED:
+                raise ConfigError(f"seed {seed} is not allowed: give 0 to {MAX_SEED - 1}", field=field)
+
+
+def image_key(request: GenerateRequest, manifest: Manifest) -> ImageKey:
+    """Steps and guidance of a request, the model's own where it says nothing.
+
+    Raises:
+        ConfigError: a number of steps or a guidance that the model cannot honour.
+    """
+    spec, cond = manifest.sampler, manifest.cond or CondSpec(kind="none")
+    assert spec is not None, "a denoiser without sampler is not loaded"
+    num_steps = spec.num_steps if request.num_steps is None else request.num_steps
+    spec.levels(num_steps)
+    if request.guidance is not None:
+        if not math.isfinite(request.guidance) or abs(request.guidance) > MAX_GUIDANCE:
+            raise ConfigError(
+                f"guidance = {request.guidance:g} is not allowed: give -{MAX_GUIDANCE:g} to {MAX_GUIDANCE:g}",
+                field="guidance",
+            )
+        spec.check_guidance(request.guidance)
+    guidance = spec.guidance if request.guidance is None else request.guidance
+    if not spec.guidable:
+        return ImageKey(num_steps, 1.0)  # it is in the weights already
+    can_guide = cond.kind == "prompt" or cond.null_label is not None
+    if guidance != 1 and not can_guide:
+        if request.guidance is not None:
+            raise ConfigError(
+                "guidance needs a null condition, and this model has none; use 1", field="guidance"
+            )
+        guidance = 1.0
+    return ImageKey(num_steps, guidance)
+
+
+def check_reply(images: int, bytes_each: int, limits: SamplerSettings, *, field: str, stream: str) -> None:
+    """Refuse a reply that would not fit into one message."""
+    if images * bytes_each > limits.max_reply_bytes:
+        raise ConfigError(
+            f"the reply would be {images * bytes_each / 2**20:.0f} MiB, and one message holds "
+            f"{limits.max_reply_bytes / 2**20:.0f} MiB; use {stream}, or ask for less",
+            field=field,
+        )
+
+
+def check_view(view: View, limits: SamplerSettings) -> None:
+    """Refuse a view that is too large or cannot be a camera."""
+    for field, side in (("width", view.width), ("height", view.height)):
+        if not 1 <= side <= limits.max_side:
+            raise ConfigError(
+                f"{field} = {side} is not allowed: give 1 to {limits.max_side} pixels", field=field
+            )
+    if view.width * view.height > limits.max_pixels:
+        raise ConfigError(
+            f"a view of {view.width} x {view.height} is too large; allowed are {limits.max_pixels} pixels",
+            field="width",
+        )
+    if view.fov_degrees is not None and not 0 < view.fov_degrees < 180:
+        raise ConfigError(
+            f"fov_degrees = {view.fov_degrees:g} is not allowed: give an angle between 0 and 180",
+            field="fov_degrees",
+        )
+    if view.background is not None and not all(0 <= value <= 1 for value in view.background):
+        raise ConfigError(
+            f"background {view.background} is not allowed: give 3 numbers in [0, 1]", field="background"
+        )
+    if view.intrinsics is not None and view.pose is None:
+        raise ConfigError("intrinsics go with a pose; an orbit takes fov_degrees", field="intrinsics")

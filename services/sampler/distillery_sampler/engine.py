@@ -1,0 +1,168 @@
+"""Requests to pictures and views: checks, queues, gathers. Knows no gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distill_core.artifacts import ArtifactStore, ImageSpec
+from distill_core.errors import ConfigError, Overloaded
+from distillery_sampler.backends.base import Generator, SceneRenderer
+from distillery_sampler.checks import check_view, image_items, image_key
+from distillery_sampler.loading import LoadedModel, ViewItem, cores
+from distillery_sampler.metrics import Metrics
+from distillery_sampler.registry import Registry
+from distillery_sampler.requests import (
+    Call,
+    GenerateRequest,
+    Picture,
+    Rendered,
+    RenderRequest,
+    Summary,
+    View,
+)
+from distillery_sampler.settings import SamplerSettings
+
+Approve = Callable[[ImageSpec, int], None]  # (what a picture is like, how many)
+
+
+class Engine:
+    """One process's models and what can be asked of them."""
+
+    def __init__(
+        self, store: ArtifactStore, cache: Path, settings: SamplerSettings, metrics: Metrics
+    ) -> None:
+        self.settings, self.metrics = settings, metrics
+        self.models = Registry(store, cache, settings, metrics)
+
+    async def generate(
+        self, request: GenerateRequest, approve: Approve | None = None
+    ) -> tuple[list[Picture], Summary]:
+        """All pictures of a request, in order. Image i is the same whatever it was batched with."""
+        pictures, summary = [], None
+        async with aclosing(self.generate_stream(request, approve)) as events:
+            async for event in events:
+                if isinstance(event, Picture):
+                    pictures.append(event)
+                else:
+                    summary = event
+        assert summary is not None
+        return sorted(pictures, key=lambda picture: picture.index), summary
+
+    async def generate_stream(
+        self, request: GenerateRequest, approve: Approve | None = None
+    ) -> AsyncGenerator[Picture | Summary, None]:
+        """The pictures of a request, each as soon as it is ready, then the summary.
+
+        `approve` may refuse what the caller could not take, before anything is queued.
+
+        Raises:
+            ConfigError, NotFound, ArtifactError: the request or its model is wrong.
+            Overloaded, Expired: there is no time for it.
+        """
+        started = time.perf_counter()
+        async with self.models.acquire(request.model) as model:
+            manifest = model.manifest
+            if not isinstance(model.backend, Generator):
+                raise ConfigError(f"{manifest.ref} is a {manifest.kind}; use Render", field="model")
+            items = image_items(request, manifest, self.settings)
+            key = image_key(request, manifest)
+            if approve and manifest.image:
+                approve(manifest.image, len(items))
+            self._check_size(model, len(items))
+            futures = model.batcher.submit(key, items, **_of(request.call))
+            try:
+                async for index in _as_ready(futures):
+                    yield Picture(index, items[index].seed, futures[index].result())
+            finally:
+                _drop(futures)
+            seconds = time.perf_counter() - started
+            yield Summary(manifest.ref, model.backend.name, len(items), seconds, key.num_steps, key.guidance)
+
+    async def render(self, request: RenderRequest) -> AsyncGenerator[Rendered | Summary, None]:
+        """The views of a request, in order, only a few ahead of who reads them, then the summary."""
+        started = time.perf_counter()
+        for view in request.views:
+            check_view(view, self.settings)
+        async with self.models.acquire(request.model) as model:
+            if not isinstance(model.backend, SceneRenderer):
+                raise ConfigError(
+                    f"{model.manifest.ref} is a {model.manifest.kind}; use Generate", field="model"
+                )
+            ahead: deque[asyncio.Future[Rendered]] = deque()
+            waiting = deque(request.views)
+            try:
+                for index in range(len(request.views)):
+                    await self._fill(ahead, waiting, model, request.call, started=index > 0)
+                    yield replace(await ahead.popleft(), index=index)
+            finally:
+                _drop(ahead)
+            seconds = time.perf_counter() - started
+            yield Summary(model.manifest.ref, model.backend.name, len(request.views), seconds)
+
+    async def close(self) -> None:
+        """Free all models."""
+        await self.models.close()
+
+    async def _fill(
+        self,
+        ahead: deque[asyncio.Future[Rendered]],
+        waiting: deque[View],
+        model: LoadedModel,
+        call: Call,
+        *,
+        started: bool,
+    ) -> None:
+        """Queue the next views. A path once started waits for room, since what was accepted is finished."""
+        while waiting and len(ahead) <= (self.settings.instances or cores()):
+            try:
+                ahead.append(_submit_view(model, waiting[0], call))
+                waiting.popleft()
+            except Overloaded as error:
+                if ahead:
+                    return
+                if not started:
+                    raise
+                await asyncio.sleep(min(error.retry_after_s, 1.0))
+
+    def _check_size(self, model: LoadedModel, images: int) -> None:
+        if images > model.batcher.max_queue:
+            raise ConfigError(
+                f"{images} images are more than the queue of {model.batcher.max_queue}; send fewer",
+                field="count",
+            )
+
+
+def _of(call: Call) -> dict[str, Any]:
+    return {"client": call.client, "deadline": call.deadline, "bulk": call.bulk}
+
+
+def _drop(futures: Iterable[asyncio.Future[Any]]) -> None:
+    """Take what is not done out of the queue; errors that nobody awaits are no news."""
+    for future in futures:
+        if not future.cancel() and not future.cancelled():
+            future.exception()
+
+
+def _submit_view(model: LoadedModel, view: View, call: Call) -> asyncio.Future[Rendered]:
+    item = ViewItem(view, threading.Event())
+    (future,) = model.batcher.submit(view.width * view.height, [item], **_of(call))
+    future.add_done_callback(lambda _: item.stop.set())  # cancelled: the rendering thread gives up
+    return future
+
+
+async def _as_ready(futures: list[asyncio.Future[object]]) -> AsyncIterator[int]:
+    """Positions of futures as they end."""
+    position = {future: index for index, future in enumerate(futures)}
+    waiting = set(futures)
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for future in sorted(done, key=position.__getitem__):
+            yield position[future]

@@ -1,0 +1,225 @@
+"""Between `distillery.v1` messages and the engine's own dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from distill_core.errors import ConfigError
+from distillery.v1 import common_pb2, models_pb2, sampler_pb2
+from distillery_sampler.images import Format
+from distillery_sampler.requests import (
+    Call,
+    GenerateRequest,
+    ModelInfo,
+    Orbit,
+    RenderRequest,
+    Summary,
+    View,
+)
+from distillery_sampler.settings import SamplerSettings
+
+FORMATS: dict[int, Format] = {
+    common_pb2.IMAGE_FORMAT_UNSPECIFIED: "PNG",
+    common_pb2.IMAGE_FORMAT_RAW_U8: "RAW_U8",
+    common_pb2.IMAGE_FORMAT_PNG: "PNG",
+    common_pb2.IMAGE_FORMAT_JPEG: "JPEG",
+    common_pb2.IMAGE_FORMAT_WEBP: "WEBP",
+}
+FULL_TURN = 360.0
+
+
+def format_from(value: int) -> Format:
+    """The format of an enum value; unspecified is PNG."""
+    if value not in FORMATS:
+        names = ", ".join(sorted(set(FORMATS.values())))
+        raise ConfigError(f"image_format {value} is not known; known: {names}", field="image_format")
+    return FORMATS[value]
+
+
+def is_bulk(priority: int) -> bool:
+    """Whether a priority's enum value means "after the interactive ones"."""
+    if priority not in sampler_pb2.Priority.values():
+        raise ConfigError(f"priority {priority} is not known; known: INTERACTIVE, BULK", field="priority")
+    return priority == sampler_pb2.PRIORITY_BULK
+
+
+def generate_from(message: sampler_pb2.GenerateRequest, call: Call) -> GenerateRequest:
+    """The engine's request."""
+    return GenerateRequest(
+        model=message.model,
+        class_labels=tuple(message.class_labels),
+        prompts=tuple(message.prompts),
+        count=message.count if message.HasField("count") else None,
+        seed=message.seed,
+        seeds=tuple(message.seeds),
+        num_steps=message.num_steps if message.HasField("num_steps") else None,
+        guidance=message.guidance if message.HasField("guidance") else None,
+        call=call,
+    )
+
+
+def generate_summary(summary: Summary) -> sampler_pb2.GenerateSummary:
+    """How a Generate went."""
+    return sampler_pb2.GenerateSummary(
+        model=summary.model,
+        backend=summary.backend,
+        count=summary.count,
+        num_steps=summary.num_steps,
+        guidance=summary.guidance,
+        seconds=summary.seconds,
+    )
+
+
+def render_summary(summary: Summary) -> sampler_pb2.RenderSummary:
+    """How a rendering went."""
+    return sampler_pb2.RenderSummary(
+        model=summary.model, backend=summary.backend, count=summary.count, seconds=summary.seconds
+    )
+
+
+def tensor_to(values: np.ndarray) -> common_pb2.FloatTensor:
+    """A float array as a message."""
+    return common_pb2.FloatTensor(
+        shape=values.shape, data=np.ascontiguousarray(values, dtype="<f4").tobytes()
+    )
+
+
+def tensor_from(message: common_pb2.FloatTensor) -> np.ndarray:
+    """A message as a float array."""
+    return np.frombuffer(message.data, dtype="<f4").reshape(tuple(message.shape))
+
+
+def render_from(message: sampler_pb2.RenderRequest, call: Call) -> RenderRequest:
+    """The engine's request for one view."""
+    if message.WhichOneof("camera") is None:
+        raise ConfigError("the request names no camera; give pose or orbit", field="camera")
+    pose = _pose(message.pose) if message.HasField("pose") else None
+    orbit = _orbit(message.orbit) if message.HasField("orbit") else None
+    return RenderRequest(message.model, (_view(message.options, pose, orbit),), call)
+
+
+def path_from(message: sampler_pb2.RenderPathRequest, call: Call, limits: SamplerSettings) -> RenderRequest:
+    """The engine's request for the views along a path.
+
+    Raises:
+        ConfigError: no path, or more views than `limits` allow.
+    """
+    kind = message.WhichOneof("path")
+    if kind is None:
+        raise ConfigError("the request names no path; give orbit or poses", field="path")
+    count = message.orbit.count if kind == "orbit" else len(message.poses.poses)
+    if not 1 <= count <= limits.max_views:
+        raise ConfigError(
+            f"a path of {count} views is not allowed: ask for 1 to {limits.max_views}", field=kind
+        )
+    if kind == "poses":
+        views = tuple(_view(message.options, _pose(pose), None) for pose in message.poses.poses)
+    else:
+        views = tuple(_view(message.options, None, orbit) for orbit in _orbits(message.orbit, count))
+    return RenderRequest(message.model, views, call)
+
+
+def _orbits(path: sampler_pb2.OrbitPath, count: int) -> list[Orbit]:
+    start = _orbit(path.start)
+    turn = path.degrees if path.HasField("degrees") else FULL_TURN
+    return [
+        Orbit(start.azimuth + turn * index / count, start.elevation, start.radius, start.target)
+        for index in range(count)
+    ]
+
+
+def _orbit(message: sampler_pb2.Orbit) -> Orbit:
+    radius = message.radius if message.HasField("radius") else None
+    if radius is not None and not 0 < radius < float("inf"):
+        raise ConfigError(
+            f"radius = {radius:g} is not allowed: give a positive distance", field="orbit.radius"
+        )
+    target = _three(message.target, "orbit.target") or (0.0, 0.0, 0.0)
+    return Orbit(message.azimuth_degrees, message.elevation_degrees, radius, target)
+
+
+def _pose(message: sampler_pb2.Pose) -> np.ndarray:
+    if len(message.matrix) != 16:
+        raise ConfigError(f"a pose of {len(message.matrix)} numbers is no 4 x 4 matrix", field="pose.matrix")
+    return np.array(message.matrix, dtype=np.float32).reshape(4, 4)
+
+
+def _three(values: Sequence[float], field: str) -> tuple[float, float, float] | None:
+    if len(values) not in (0, 3):
+        raise ConfigError(f"{field} has {len(values)} numbers; give 3, or none for the default", field=field)
+    return (values[0], values[1], values[2]) if values else None
+
+
+def _view(options: sampler_pb2.ViewOptions, pose: np.ndarray | None, orbit: Orbit | None) -> View:
+    pinhole = options.intrinsics
+    given = options.HasField("intrinsics")
+    return View(
+        width=options.width,
+        height=options.height,
+        pose=pose,
+        orbit=orbit,
+        intrinsics=(pinhole.fx, pinhole.fy, pinhole.cx, pinhole.cy) if given else None,
+        fov_degrees=options.fov_degrees if options.HasField("fov_degrees") else None,
+        background=_three(options.background, "options.background"),
+    )
+
+
+def model_to(info: ModelInfo) -> models_pb2.Model:
+    """A version as a message."""
+    manifest = info.manifest
+    numbers = {k: float(v) for k, v in manifest.metrics.items() if not isinstance(v, str)}
+    return models_pb2.Model(
+        name=manifest.name,
+        version=manifest.version,
+        aliases=info.aliases,
+        kind=manifest.kind,
+        state=models_pb2.ModelState.Value(f"MODEL_STATE_{info.state.upper()}"),
+        message=info.message,
+        backend=info.backend,
+        title=manifest.title,
+        method=manifest.method,
+        paper=manifest.paper,
+        licence=manifest.licence,
+        created=manifest.created,
+        parents=manifest.parents,
+        exports=sorted(manifest.exports),
+        metrics=numbers,
+        generator=_generator(info),
+        scene=_scene(info),
+        max_batch=info.max_batch,
+    )
+
+
+def _generator(info: ModelInfo) -> models_pb2.GeneratorInfo | None:
+    manifest = info.manifest
+    if not (manifest.image and manifest.cond and manifest.sampler):
+        return None
+    channels, height, width = manifest.image.picture
+    spec, cond = manifest.sampler, manifest.cond
+    return models_pb2.GeneratorInfo(
+        width=width,
+        height=height,
+        channels=channels,
+        condition=cond.kind,
+        num_classes=cond.num_classes or 0,
+        class_names=cond.class_names,
+        num_steps=spec.num_steps,
+        max_steps=len(spec.sigmas) if spec.kind == "few_step" else spec.max_steps,
+        guidance=spec.guidance,
+        guidable=spec.guidable,
+    )
+
+
+def _scene(info: ModelInfo) -> models_pb2.SceneInfo | None:
+    scene = info.manifest.scene
+    if scene is None:
+        return None
+    return models_pb2.SceneInfo(
+        field=scene.field,
+        bound=scene.bound,
+        radius=scene.radius,
+        fov_degrees=scene.fov_degrees,
+        background=scene.background,
+    )

@@ -1,0 +1,130 @@
+"""What the engine is asked and answers. Plain data: knows no gRPC and no tensor library but NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from distill_core.artifacts import Manifest
+
+Float = np.ndarray  # float32
+
+
+@dataclass(frozen=True)
+class Call:
+    """Who asks, and until when an answer is of use."""
+
+    client: str = ""
+    deadline: float | None = None  # event loop time
+    bulk: bool = False
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Pictures from a generator; None and () mean "not given"."""
+
+    model: str
+    class_labels: tuple[int, ...] = ()
+    prompts: tuple[str, ...] = ()
+    count: int | None = None
+    seed: int = 0
+    seeds: tuple[int, ...] = ()
+    num_steps: int | None = None
+    guidance: float | None = None
+    call: Call = Call()
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """One picture to make; its noise is `unit_normal(seed, index, draw, shape)`."""
+
+    seed: int
+    index: int = 0
+    class_label: int | None = None
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageKey:
+    """What images of one batch have in common."""
+
+    num_steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One made picture: float32 (C, H, W) in [-1, 1]."""
+
+    index: int
+    seed: int
+    pixels: Float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Which version answered, and how."""
+
+    model: str
+    backend: str
+    count: int
+    seconds: float = 0.0
+    num_steps: int = 0
+    guidance: float = 1.0
+
+
+@dataclass(frozen=True)
+class Orbit:
+    """A camera on a sphere around `target`; degrees, world +z up, `radius` None = the scene's."""
+
+    azimuth: float
+    elevation: float
+    radius: float | None = None
+    target: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One view to render: exactly one of `pose` (4, 4) and `orbit`; `intrinsics` are (fx, fy, cx, cy)."""
+
+    width: int
+    height: int
+    pose: np.ndarray | None = None
+    orbit: Orbit | None = None
+    intrinsics: tuple[float, float, float, float] | None = None
+    fov_degrees: float | None = None
+    background: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class RenderRequest:
+    """Views of a scene, answered in order."""
+
+    model: str
+    views: tuple[View, ...]
+    call: Call = Call()
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """A rendered view: rgb (H, W, 3) in [0, 1], depth (H, W) in scene units, opacity (H, W); float32."""
+
+    index: int
+    rgb: Float
+    depth: Float
+    opacity: Float
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A version in the store and what this process does with it."""
+
+    manifest: Manifest
+    state: str  # available, loading, ready, failed
+    aliases: tuple[str, ...] = ()
+    backend: str = ""
+    max_batch: int = 0
+    message: str = ""
+    stats: dict[str, Any] = field(default_factory=dict, compare=False)

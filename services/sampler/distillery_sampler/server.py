@@ -1,0 +1,110 @@
+"""The sampler process: `python -m distillery_sampler.server`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import suppress
+
+import grpc
+import structlog
+from tritonclient.grpc import service_pb2_grpc
+
+from distill_core.artifacts import ArtifactStore
+from distill_core.errors import DistilleryError, meaning
+from distill_service.logs import configure_logging
+from distill_service.rpc import (
+    Health,
+    RpcSettings,
+    add_health_and_reflection,
+    build_server,
+    run_until_stopped,
+)
+from distill_service.settings import Settings, settings
+from distillery.v1 import models_pb2_grpc, sampler_pb2_grpc
+from distillery_sampler import kserve, servicer
+from distillery_sampler.engine import Engine
+from distillery_sampler.metrics import Metrics
+from distillery_sampler.settings import SamplerSettings, load_sampler_settings
+from distillery_sampler.watcher import watch_store
+
+SERVICES = ("distillery.v1.SamplerService", "distillery.v1.ModelsService", kserve.SERVICE)
+_log = structlog.get_logger("distillery.sampler")
+
+
+async def serve(shared: Settings, own: SamplerSettings) -> None:
+    """Serve until SIGTERM; SERVING is reported when the preloaded models are warm.
+
+    Raises:
+        DistilleryError: the port is in use, a setting is wrong, a preloaded model cannot be loaded.
+    """
+    metrics = Metrics()
+    metrics.serve(shared.metrics_host, shared.sampler_metrics_port)
+    engine = Engine(ArtifactStore(shared.store_url), shared.cache_dir / "models", own, metrics)
+    rpc = rpc_settings(shared, own)
+    admin = servicer.ADMIN_METHODS | kserve.ADMIN_METHODS
+    server = build_server(rpc, admin_methods=admin, on_call=metrics.on_call)
+    ready = asyncio.Event()
+    add_services(server, engine, ready)
+    health = add_health_and_reflection(server, SERVICES)
+    watcher = asyncio.create_task(watch_store(engine.models, own.poll_s))
+
+    async def warm(_port: int) -> None:
+        await preload(engine, own, health)
+        ready.set()
+
+    try:
+        await run_until_stopped(server, rpc, health, grace_s=own.grace_s, on_started=warm, ready=False)
+    finally:
+        watcher.cancel()
+        with suppress(asyncio.CancelledError):
+            await watcher
+        await engine.close()
+
+
+def rpc_settings(shared: Settings, own: SamplerSettings) -> RpcSettings:
+    """Where this process listens."""
+    return RpcSettings.parse(
+        {
+            "host": shared.sampler_host,
+            "port": shared.sampler_port,
+            "tls_cert": shared.tls_cert,
+            "tls_key": shared.tls_key,
+            "tls_client_ca": shared.tls_client_ca,
+            "tokens_file": shared.tokens_file,
+            "max_concurrent": own.max_concurrent,
+        }
+    )
+
+
+def add_services(server: grpc.aio.Server, engine: Engine, ready: asyncio.Event) -> None:
+    """Our two services and KServe's, over one engine."""
+    sampler_pb2_grpc.add_SamplerServiceServicer_to_server(servicer.SamplerServicer(engine), server)
+    models_pb2_grpc.add_ModelsServiceServicer_to_server(servicer.ModelsServicer(engine), server)
+    kserve_servicer = kserve.KserveServicer(engine, ready.is_set)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(kserve_servicer, server)
+
+
+async def preload(engine: Engine, own: SamplerSettings, health: Health) -> None:
+    """Load what the settings name, then report SERVING."""
+    for ref in own.preload:
+        await engine.models.load(ref)
+    names = sorted({info.manifest.name for info in await engine.models.infos()})
+    _log.info("ready", models=names, loaded=[model.manifest.ref for model in engine.models.loaded()])
+    await health.report(True)
+
+
+def main() -> int:
+    """Run the process; the exit code says what kind of error ended it."""
+    try:
+        shared, own = settings(), load_sampler_settings()
+        configure_logging("sampler", shared)
+        asyncio.run(serve(shared, own))
+    except DistilleryError as error:
+        print(f"sampler: {error}", file=sys.stderr)
+        return meaning(error).exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""`distillery.v1.SamplerService` and `ModelsService`: message, call, message."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+
+import numpy as np
+from grpc.aio import ServicerContext
+
+from distill_core.artifacts import ImageSpec
+from distill_core.errors import ConfigError
+from distill_service.auth import CALLER
+from distillery.v1 import (
+    common_pb2,
+    models_pb2,
+    models_pb2_grpc,
+    sampler_pb2,
+    sampler_pb2_grpc,
+)
+from distillery_sampler import images
+from distillery_sampler.checks import check_reply
+from distillery_sampler.engine import Approve, Engine
+from distillery_sampler.loading import cores
+from distillery_sampler.messages import (
+    format_from,
+    generate_from,
+    generate_summary,
+    is_bulk,
+    model_to,
+    path_from,
+    render_from,
+    render_summary,
+    tensor_to,
+)
+from distillery_sampler.requests import Call, Picture, Rendered
+
+ADMIN_METHODS = frozenset(f"/distillery.v1.ModelsService/{name}" for name in ("LoadModel", "UnloadModel"))
+
+
+def call_of(context: ServicerContext, *, bulk: bool = False) -> Call:
+    """Who calls, and when their deadline is on the event loop's clock."""
+    remaining = context.time_remaining()
+    deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
+    return Call(CALLER.get().name, deadline, bulk)
+
+
+class Encoders:
+    """Threads that pack pictures, so that neither the event loop nor a model waits for it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._seconds = engine.metrics.encode_seconds
+        self._threads = ThreadPoolExecutor(cores(), thread_name_prefix="encode")
+
+    async def image(
+        self, pixels: np.ndarray, image_format: images.Format, index: int, seed: int = 0
+    ) -> common_pb2.Image:
+        """A uint8 picture (H, W, C) as a message."""
+        started = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        data = await loop.run_in_executor(self._threads, images.encode, pixels, image_format)
+        self._seconds.labels(image_format).observe(time.perf_counter() - started)
+        height, width, channels = pixels.shape
+        number = common_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{image_format}")
+        return common_pb2.Image(
+            index=index, data=data, format=number, width=width, height=height, channels=channels, seed=seed
+        )
+
+
+class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._encoders = Encoders(engine)
+
+    async def Generate(
+        self, request: sampler_pb2.GenerateRequest, context: ServicerContext
+    ) -> sampler_pb2.GenerateResponse:
+        image_format = format_from(request.image_format)
+        wanted = generate_from(request, call_of(context, bulk=is_bulk(request.priority)))
+        approve = self._approve(image_format, 5 if request.with_tensor else 1)  # uint8, and float32
+        pictures, summary = await self._engine.generate(wanted, approve)
+        packed = await asyncio.gather(*(self._pack(picture, image_format) for picture in pictures))
+        tensor = np.stack([picture.pixels for picture in pictures]) if request.with_tensor else None
+        return sampler_pb2.GenerateResponse(
+            images=packed,
+            tensor=None if tensor is None else tensor_to(tensor),
+            summary=generate_summary(summary),
+        )
+
+    async def GenerateStream(
+        self, request: sampler_pb2.GenerateStreamRequest, context: ServicerContext
+    ) -> AsyncIterator[sampler_pb2.GenerateStreamResponse]:
+        inner = request.request
+        if inner.with_tensor:
+            raise ConfigError(
+                "with_tensor is for Generate; a stream sends images", field="request.with_tensor"
+            )
+        image_format = format_from(inner.image_format)
+        wanted = generate_from(inner, call_of(context, bulk=is_bulk(inner.priority)))
+        approve = self._approve(image_format, 0)  # one image a message always fits
+        async with aclosing(self._engine.generate_stream(wanted, approve)) as events:
+            async for event in events:
+                if isinstance(event, Picture):
+                    yield sampler_pb2.GenerateStreamResponse(image=await self._pack(event, image_format))
+                else:
+                    yield sampler_pb2.GenerateStreamResponse(summary=generate_summary(event))
+
+    async def Render(
+        self, request: sampler_pb2.RenderRequest, context: ServicerContext
+    ) -> sampler_pb2.RenderResponse:
+        wanted = render_from(request, call_of(context, bulk=is_bulk(request.options.priority)))
+        outputs = _outputs(request.options)
+        image_format = format_from(request.options.image_format)
+        self._check_view_size(request.options, len(outputs))
+        reply = sampler_pb2.RenderResponse()
+        async with aclosing(self._engine.render(wanted)) as events:
+            async for event in events:
+                if isinstance(event, Rendered):
+                    reply.view.CopyFrom(await self._view(event, outputs, image_format))
+                else:
+                    reply.summary.CopyFrom(render_summary(event))
+        return reply
+
+    async def RenderPath(
+        self, request: sampler_pb2.RenderPathRequest, context: ServicerContext
+    ) -> AsyncIterator[sampler_pb2.RenderPathResponse]:
+        call = call_of(context, bulk=is_bulk(request.options.priority))
+        wanted = path_from(request, call, self._engine.settings)
+        outputs = _outputs(request.options)
+        image_format = format_from(request.options.image_format)
+        self._check_view_size(request.options, len(outputs))
+        async with aclosing(self._engine.render(wanted)) as events:
+            async for event in events:
+                if isinstance(event, Rendered):
+                    view = await self._view(event, outputs, image_format)
+                    yield sampler_pb2.RenderPathResponse(view=view)
+                else:
+                    yield sampler_pb2.RenderPathResponse(summary=render_summary(event))
+
+    def _approve(self, image_format: images.Format, bytes_per_value: int) -> Approve:
+        def approve(image: ImageSpec, count: int) -> None:
+            images.check_format(image.picture[0], image_format)
+            check_reply(
+                count,
+                math.prod(image.picture) * bytes_per_value,
+                self._engine.settings,
+                field="count",
+                stream="GenerateStream",
+            )
+
+        return approve
+
+    def _check_view_size(self, options: sampler_pb2.ViewOptions, outputs: int) -> None:
+        bytes_each = options.width * options.height * 4 * outputs
+        check_reply(
+            1, bytes_each, self._engine.settings, field="options.width", stream="several smaller views"
+        )
+
+    async def _pack(self, picture: Picture, image_format: images.Format) -> common_pb2.Image:
+        pixels = images.to_uint8(picture.pixels)
+        return await self._encoders.image(pixels, image_format, picture.index, picture.seed)
+
+    async def _view(
+        self, rendered: Rendered, outputs: frozenset[int], image_format: images.Format
+    ) -> sampler_pb2.View:
+        view = sampler_pb2.View(index=rendered.index)
+        if sampler_pb2.RENDER_OUTPUT_RGB in outputs:
+            pixels = images.rgb_to_uint8(rendered.rgb)
+            view.rgb.CopyFrom(await self._encoders.image(pixels, image_format, rendered.index))
+        if sampler_pb2.RENDER_OUTPUT_DEPTH in outputs:
+            view.depth.CopyFrom(tensor_to(rendered.depth))
+        if sampler_pb2.RENDER_OUTPUT_OPACITY in outputs:
+            view.opacity.CopyFrom(tensor_to(rendered.opacity))
+        return view
+
+
+def _outputs(options: sampler_pb2.ViewOptions) -> frozenset[int]:
+    known = set(sampler_pb2.RenderOutput.values()) - {sampler_pb2.RENDER_OUTPUT_UNSPECIFIED}
+    wanted = frozenset(options.outputs) or frozenset({sampler_pb2.RENDER_OUTPUT_RGB})
+    if not wanted <= known:
+        raise ConfigError("options.outputs may hold RGB, DEPTH and OPACITY", field="options.outputs")
+    return wanted
+
+
+class ModelsServicer(models_pb2_grpc.ModelsServiceServicer):
+    def __init__(self, engine: Engine) -> None:
+        self._models = engine.models
+        self._poll_s = engine.settings.poll_s
+
+    async def ListModels(
+        self, request: models_pb2.ListModelsRequest, context: ServicerContext
+    ) -> models_pb2.ListModelsResponse:
+        infos = await self._models.infos(all_versions=request.all_versions)
+        return models_pb2.ListModelsResponse(models=[model_to(info) for info in infos])
+
+    async def GetModel(
+        self, request: models_pb2.GetModelRequest, context: ServicerContext
+    ) -> models_pb2.GetModelResponse:
+        return models_pb2.GetModelResponse(model=model_to(await self._models.get(request.model)))
+
+    async def LoadModel(
+        self, request: models_pb2.LoadModelRequest, context: ServicerContext
+    ) -> models_pb2.LoadModelResponse:
+        return models_pb2.LoadModelResponse(model=model_to(await self._models.load(request.model)))
+
+    async def UnloadModel(
+        self, request: models_pb2.UnloadModelRequest, context: ServicerContext
+    ) -> models_pb2.UnloadModelResponse:
+        await self._models.unload(request.model)
+        return models_pb2.UnloadModelResponse()
+
+    async def WatchModels(
+        self, request: models_pb2.WatchModelsRequest, context: ServicerContext
+    ) -> AsyncIterator[models_pb2.WatchModelsResponse]:
+        known: dict[tuple[str, int], models_pb2.Model] = {}
+        while True:
+            infos = await self._models.infos()
+            now = {(info.manifest.name, info.manifest.version): model_to(info) for info in infos}
+            for key, gone in known.items():
+                if key not in now:
+                    gone.state = models_pb2.MODEL_STATE_UNLOADED
+                    yield models_pb2.WatchModelsResponse(model=gone)
+            for key, model in now.items():
+                if known.get(key) != model:
+                    yield models_pb2.WatchModelsResponse(model=model)
+            known = now
+            await self._models.wait_for_change(self._poll_s)

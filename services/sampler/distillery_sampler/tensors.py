@@ -1,0 +1,120 @@
+"""KServe v2 tensors to NumPy and back."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from tritonclient.grpc import service_pb2
+
+from distill_core.errors import ConfigError
+
+DTYPES = {"UINT64": "<u8", "INT64": "<i8", "INT32": "<i4", "UINT8": "u1", "FP32": "<f4", "FP64": "<f8"}
+_TYPED = {
+    "UINT64": "uint64_contents",
+    "INT64": "int64_contents",
+    "INT32": "int_contents",
+    "UINT8": "uint_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output as the protocol describes it; -1 is any size, the first axis the batch."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    optional: bool = False
+
+
+def read_inputs(
+    request: service_pb2.ModelInferRequest, specs: Mapping[str, TensorSpec]
+) -> dict[str, np.ndarray]:
+    """The request's tensors by name, each checked against its spec; BYTES are arrays of objects (str).
+
+    Raises:
+        ConfigError: an unknown or missing input, a wrong type, shape or length.
+    """
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise ConfigError(f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs", field="inputs")
+    found = {}
+    for index, tensor in enumerate(request.inputs):
+        spec = specs.get(tensor.name)
+        if spec is None:
+            known = ", ".join(specs)
+            raise ConfigError(
+                f"input {tensor.name!r} is not known; known: {known}", field=f"inputs.{tensor.name}"
+            )
+        found[tensor.name] = _read(tensor, raw[index] if raw else None, spec)
+    missing = [name for name, spec in specs.items() if not spec.optional and name not in found]
+    if missing:
+        raise ConfigError(f"input {missing[0]!r} is missing", field=f"inputs.{missing[0]}")
+    return found
+
+
+def _read(
+    tensor: service_pb2.ModelInferRequest.InferInputTensor, raw: bytes | None, spec: TensorSpec
+) -> np.ndarray:
+    field, shape = f"inputs.{tensor.name}", tuple(tensor.shape)
+    fits = len(shape) == len(spec.shape) and all(w in (-1, g) for g, w in zip(shape, spec.shape, strict=True))
+    if tensor.datatype != spec.datatype or not fits or min(shape, default=0) < 1:
+        raise ConfigError(
+            f"input {tensor.name} is {tensor.datatype} {list(shape)}; "
+            f"wanted is {spec.datatype} {list(spec.shape)}",
+            field=field,
+        )
+    values = _values(tensor, raw, field)
+    count = int(np.prod(shape, dtype=object))
+    if len(values) != count:
+        raise ConfigError(
+            f"input {tensor.name} holds {len(values)} values, its shape says {count}", field=field
+        )
+    return values.reshape(shape)
+
+
+def _values(
+    tensor: service_pb2.ModelInferRequest.InferInputTensor, raw: bytes | None, field: str
+) -> np.ndarray:
+    if tensor.datatype == "BYTES":
+        parts = list(tensor.contents.bytes_contents) if raw is None else _strings(raw, field)
+        try:
+            return np.array([part.decode() for part in parts], dtype=object)
+        except UnicodeDecodeError:
+            raise ConfigError(f"input {tensor.name} is not UTF-8 text", field=field) from None
+    if raw is None:
+        return np.array(getattr(tensor.contents, _TYPED[tensor.datatype]), dtype=DTYPES[tensor.datatype])
+    dtype = np.dtype(DTYPES[tensor.datatype])
+    if len(raw) % dtype.itemsize:
+        raise ConfigError(
+            f"input {tensor.name} has {len(raw)} bytes, no multiple of {dtype.itemsize}", field=field
+        )
+    return np.frombuffer(raw, dtype=dtype)
+
+
+def _strings(raw: bytes, field: str) -> list[bytes]:
+    parts, at = [], 0
+    while at < len(raw):
+        if at + 4 > len(raw):
+            raise ConfigError("a BYTES tensor ends within a length", field=field)
+        (length,) = struct.unpack_from("<I", raw, at)
+        parts.append(raw[at + 4 : at + 4 + length])
+        if len(parts[-1]) != length:
+            raise ConfigError("a BYTES tensor ends within a text", field=field)
+        at += 4 + length
+    return parts
+
+
+def write_outputs(
+    response: service_pb2.ModelInferResponse, values: Mapping[str, tuple[str, np.ndarray]]
+) -> None:
+    """Add tensors (name -> datatype, array) to a reply, as raw contents."""
+    for name, (datatype, array) in values.items():
+        response.outputs.add(name=name, datatype=datatype, shape=array.shape)
+        response.raw_output_contents.append(np.ascontiguousarray(array, dtype=DTYPES[datatype]).tobytes())
