@@ -16,7 +16,8 @@ import numpy as np
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError
-from distillery_sampler.backends.base import Backend, Generator, choose, open_backend
+from distillery_sampler.backends.base import Backend, Generator
+from distillery_sampler.backends.opening import choose, open_backend
 from distillery_sampler.batcher import Batcher
 from distillery_sampler.metrics import Metrics, ModelStats
 from distillery_sampler.requests import ImageItem, ImageKey, Orbit, View
