@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/distillery demo
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check $(OURS) && $(BIN)/ruff format --check $(OURS)

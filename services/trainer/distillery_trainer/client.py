@@ -54,7 +54,9 @@ def train_spec(
 
 
 def _toml_value(value: Any) -> str:
-    return tomli_w.dumps({"v": value}, multiline_strings=False).removeprefix("v = ").rstrip("\n")
+    """A value as TOML writes it after `key =`; tables too, which are written inline inside an array only."""
+    nested = tomli_w.dumps({"v": [[value]]}, multiline_strings=False)
+    return nested.removeprefix("v = [\n    [\n").removesuffix(",\n    ],\n]\n").strip()
 
 
 def convert_spec(artifact: str, target: str, tolerance: float | None = None) -> ConvertSpec:

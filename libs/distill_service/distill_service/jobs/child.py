@@ -31,7 +31,7 @@ class FolderBusy(Exception):
     """An earlier attempt's process on this machine still works in the run folder and cannot be ended."""
 
 
-def prepare_run(run_dir: Path, claim: Claim, store_url: str) -> Path:
+def prepare_run(run_dir: Path, claim: Claim, *, store_url: str, cache_dir: Path) -> Path:
     """Make the run folder, write `spec.json` (and `recipe.toml`) into it, and return the former's path."""
     run_dir.mkdir(parents=True, exist_ok=True)
     recipe = claim.spec.get("recipe")
@@ -44,6 +44,7 @@ def prepare_run(run_dir: Path, claim: Claim, store_url: str) -> Path:
         "spec": claim.spec,
         "run_dir": str(run_dir),
         "store": store_url,
+        "cache": str(cache_dir),  # teachers trained from recipes, shared by all jobs of this machine
     }
     spec = run_dir / "spec.json"
     _replace(spec, json.dumps(content, indent=1))

@@ -101,7 +101,8 @@ class Supervisor:
     def _start(self, claim: Claim, run_dir: Path) -> Child:
         if claim.kind not in self._commands:
             raise DistilleryError(f"this worker cannot run {claim.kind} jobs")
-        spec = prepare_run(run_dir, claim, self.settings.store_url)
+        settings = self.settings
+        spec = prepare_run(run_dir, claim, store_url=settings.store_url, cache_dir=settings.cache_dir)
         return Child(self._commands[claim.kind], spec, log=run_dir / "log.txt")
 
     def _record(self, claim: Claim, outcome: Outcome) -> bool:

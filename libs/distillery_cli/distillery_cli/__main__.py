@@ -1,0 +1,5 @@
+import sys
+
+from distillery_cli.app import main
+
+sys.exit(main())

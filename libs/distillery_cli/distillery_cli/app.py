@@ -1,0 +1,123 @@
+"""The command tree, and the one place where an exception becomes a sentence and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from distill_core.errors import DistilleryError, meaning
+from distillery_cli import bench, claims, demo, doctor, health, jobs, models, sampling, stack, training
+from distillery_cli.output import notes
+
+EXIT_INTERRUPTED = 130
+USAGE_ERROR = typer.BadParameter.__bases__[0]  # base of the parser's errors; typer does not export it
+
+app = typer.Typer(
+    name="distillery",
+    help="Distil models, queue the work, publish the results and serve them.",
+    epilog="Start with: distillery demo  ·  distillery doctor  ·  distillery COMMAND --help",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"distillery {version('distillery')}")
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            typer.echo("distillery (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Distil models, queue the work, publish the results and serve them."""
+
+
+for _module in (demo, stack, jobs, training, models, sampling, doctor, health, bench, claims):
+    _module.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given  # allowed anywhere, not only before the command
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        code = app(given, prog_name="distillery", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        return _failed("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output left, e.g. `| head`
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except Exception as error:
+        if debug and not isinstance(error, USAGE_ERROR | typer.Abort):
+            raise
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    if isinstance(error, typer.Abort):
+        return _failed("interrupted", EXIT_INTERRUPTED)
+    if isinstance(error, USAGE_ERROR):
+        return _usage(error)
+    translated = _known(error)
+    if translated is not None:
+        return _failed(str(translated), meaning(translated).exit_code)
+    return _failed(f"internal error: {type(error).__name__}: {error}; --debug shows the traceback", 1)
+
+
+def _known(error: Exception) -> DistilleryError | None:
+    """The error as one of ours, if a person can act on it."""
+    if isinstance(error, DistilleryError):
+        return error
+    grpc = sys.modules.get("grpc")
+    if grpc is not None and isinstance(error, grpc.RpcError):
+        from distill_service.status import error_from_call
+
+        return error_from_call(error)
+    if isinstance(error, OSError) and error.strerror:
+        from distill_core.errors import Unavailable
+
+        return Unavailable(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
+    if isinstance(error, ModuleNotFoundError):
+        return _missing(error)
+    return None
+
+
+def _missing(error: ModuleNotFoundError) -> DistilleryError:
+    from distill_core.errors import missing_package
+
+    name = (error.name or "").split(".")[0]
+    extras = {"grpc": "service", "structlog": "service", "pydantic_settings": "service", "matplotlib": "cli"}
+    return missing_package(name, extras.get(name, "all"))
+
+
+def _usage(error: Exception) -> int:
+    message = error.format_message()  # type: ignore[attr-defined]
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    command = context.command_path if context is not None else "distillery"
+    said = message[:1].lower() + message[1:].rstrip(".")
+    return _failed(f"{said}; see {command} --help", 2)
+
+
+def _failed(sentence: str, code: int) -> int:
+    notes.print("error:", style="bold red", end=" ")
+    notes.print(sentence, markup=False, soft_wrap=True)
+    return code

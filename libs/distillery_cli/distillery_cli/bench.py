@@ -1,0 +1,96 @@
+"""`distillery bench`: server against bare runtime, training step against its network passes, in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distillery_cli.output import AsJson, bar, emit_json, notes, results, table
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command(epilog="Examples: distillery bench  ·  distillery bench --seconds 20 --out out/bench")(bench)
+
+
+def bench(
+    out: Annotated[Path, typer.Option("--out", help="Where report.json goes.")] = Path("out/bench"),
+    seconds: Annotated[float, typer.Option(min=1, max=600, help="Of load at each concurrency.")] = 5.0,
+    steps: Annotated[int, typer.Option(min=3, max=10_000, help="Training steps that are timed.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the sampler against a bare ONNX Runtime forward, a training step against its network passes.
+
+    The networks are untrained: time does not depend on the weights.
+    """
+    from distillery_cli.bench_sampler import measure_sampler
+    from distillery_cli.bench_trainer import measure_trainer
+
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="distillery-bench-") as scratch:
+        with bar("training step") as line:
+            training = measure_trainer(Path(scratch), steps, line.update)
+        serving = measure_sampler(Path(scratch) / "state", seconds, notes.print)
+    report = {
+        "machine": _machine(),
+        "sampler": serving,
+        "trainer": training,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        return emit_json(report)
+    return _show(report, out)
+
+
+def _machine() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    rows = []
+    for model in report["sampler"]:
+        best = model["bare"]
+        rows.append(
+            [
+                model["model"],
+                f"bare ONNX Runtime, {best['sessions']} x batch {best['batch']}",
+                "",
+                best["images_per_s"],
+                1.0,
+            ]
+        )
+        for load in model["loads"]:
+            what = f"sampler, {load['concurrency']} clients, {load['images_per_request']} images a request"
+            rows.append([model["model"], what, f"{load['p50_ms']:.3g}", load["images_per_s"], load["ratio"]])
+    results.print(table(["model", "how", "p50 ms", "images/s", "of bare"], rows, title="sampler"))
+    step = report["trainer"]
+    title = f"one {step['recipe']} step, {step['num_passes']} network passes"
+    parts = ("step_ms", "forward_ms", "backward_ms", "step_over_passes")
+    results.print(table(["part", "value"], [[name, float(step[name])] for name in parts], title=title))
+    results.print(f"took {report['seconds']:.0f} s; report.json is in {out}")

@@ -1,0 +1,143 @@
+"""`distillery models`, `alias` and `convert`: the artifact store, and new forms of what is in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distill_core.errors import ConfigError
+from distillery_cli.output import AsJson, emit_json, figure, results, table
+
+if TYPE_CHECKING:
+    from distill_core.artifacts import ArtifactStore, Manifest
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command(epilog="Examples: distillery models  ·  distillery models dmd2-digits@latest")(models)
+    app.command(
+        epilog="Examples: distillery alias dmd2-digits@3 prod  ·  distillery alias dmd2-digits --history"
+    )(alias)
+    app.command(
+        epilog="Examples: distillery convert dmd2-digits  ·  distillery convert dmd2-digits --target trt-fp16"
+    )(convert)
+
+
+def store() -> ArtifactStore:
+    """The store that the settings name."""
+    from distill_core.artifacts import ArtifactStore
+    from distill_service.settings import settings
+
+    return ArtifactStore(settings().store_url)
+
+
+def models(
+    ref: Annotated[
+        str | None, typer.Argument(help="name, name@version or name@alias; without it, all.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the published models, or show one of them."""
+    opened = store()
+    if ref is not None:
+        manifest = opened.manifest(ref)
+        return emit_json(manifest.model_dump(mode="json")) if as_json else _show(manifest)
+    listed = [_summary(opened, name, version) for name in opened.names() for version in opened.versions(name)]
+    if as_json:
+        return emit_json(listed)
+    if not listed:
+        return results.print(f"no models in {opened.url} yet; `distillery train edm_digits` publishes one")
+    columns = ["model", "aliases", "kind", "method", "exports", "frechet_distance", "created"]
+    rows = [[_cell(entry[column]) for column in columns] for entry in listed]
+    return results.print(table(columns, rows))
+
+
+def _summary(opened: ArtifactStore, name: str, version: int) -> dict[str, Any]:
+    manifest = opened.manifest(f"{name}@{version}")
+    aliases = [alias for alias, number in opened.aliases(name).items() if number == version]
+    return {
+        "model": manifest.ref,
+        "aliases": aliases,
+        "kind": manifest.kind,
+        "method": manifest.method,
+        "exports": list(manifest.exports),
+        "frechet_distance": manifest.metrics.get("frechet_distance"),
+        "created": manifest.created,
+    }
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return ", ".join(value) if isinstance(value, list) else figure(value)
+
+
+def _show(manifest: Manifest) -> None:
+    rows = [
+        [key, _cell(list(value) if isinstance(value, tuple) else value)]
+        for key, value in manifest.model_dump(
+            exclude={"files", "exports", "metrics"}, exclude_none=True
+        ).items()
+        if value not in ("", (), {}) and not isinstance(value, dict)
+    ]
+    rows += [[f"metrics.{name}", figure(value)] for name, value in manifest.metrics.items()]
+    rows += [
+        [
+            f"exports.{name}",
+            f"max difference from PyTorch {report.max_abs_difference:.2g} of {report.tolerance:g} allowed",
+        ]
+        for name, report in manifest.exports.items()
+    ]
+    size = sum(entry.size for entry in manifest.files.values())
+    rows.append(["files", f"{len(manifest.files)}, {size / 1e6:.1f} MB"])
+    results.print(table(["key", "value"], rows))
+
+
+def alias(
+    ref: Annotated[
+        str, typer.Argument(help="name@version (or name@alias) to point at; with --history, a name.")
+    ],
+    name: Annotated[str | None, typer.Argument(metavar="ALIAS", help="e.g. prod")] = None,
+    history: Annotated[
+        bool, typer.Option("--history", help="Show every move of the model's aliases.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Move an alias to a version, atomically; servers that serve NAME@ALIAS follow."""
+    opened = store()
+    if history:
+        moves = [move.model_dump() for move in opened.history(ref.partition("@")[0])]
+        if as_json:
+            return emit_json(moves)
+        columns = ["when", "alias", "version", "previous", "who"]
+        return results.print(table(columns, [[_cell(move[column]) for column in columns] for move in moves]))
+    if name is None:
+        raise ConfigError("which alias should point there? e.g. distillery alias NAME@3 prod", field="alias")
+    model, version = opened.resolve(ref)
+    move = opened.set_alias(model, name, version, who="distillery alias")
+    if as_json:
+        return emit_json(move.model_dump())
+    before = f", before {model}@{move.previous}" if move.previous is not None else ""
+    return results.print(f"{model}@{name} is now {model}@{version}{before}")
+
+
+def convert(
+    ref: Annotated[str, typer.Argument(help="name@version or name@alias of a published model.")],
+    target: Annotated[str, typer.Option(help="onnx-fp32, onnx-fp16, trt-fp32 or trt-fp16.")] = "onnx-fp32",
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest difference from PyTorch; unset: the target's.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Only queue it; do not wait.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Convert a model in the converter worker; the result is a new version of the same model."""
+    from distillery_cli.jobs import client, follow, show_submitted
+    from distillery_trainer.client import convert_spec
+
+    with client() as jobs:
+        job = jobs.submit(convert_spec(ref, target, tolerance))
+        if detach:
+            show_submitted(job, as_json)
+            return 0
+        return follow(jobs, job, as_json)

@@ -1,0 +1,159 @@
+"""What commands print: results on stdout, everything else (progress, remarks, errors) on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated."),
+]
+LINE_EVERY_S = 10.0  # without a terminal: a line this often instead of a bar
+
+notes = Console(stderr=True, highlight=False)
+results = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 180)
+
+
+def emit_json(value: Any) -> None:
+    """One JSON value on one line of stdout; figures that JSON cannot say become null."""
+    sys.stdout.write(json.dumps(_finite(value), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> Table:
+    """A plain table; numbers are right-aligned."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
+        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(figure(cell) for cell in row))
+    return made
+
+
+def figure(value: Any) -> str:
+    """A value as people read it: four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def figures_line(values: Mapping[str, Any], *, at_most: int = 4) -> str:
+    """The first few figures in one line."""
+    shown = [(name, value) for name, value in values.items() if not name.endswith("_lr")][:at_most]
+    return "  ".join(f"{name} {figure(value)}" for name, value in shown)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3:05` or `2:03:05`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+class Bar:
+    """One line of progress; `tell` takes a run's events as the training loop and the job table give them."""
+
+    def __init__(self, progress: Progress, task: TaskID, title: str, *, live: bool) -> None:
+        self._progress, self._task, self._live = progress, task, live
+        self.title, self._began = title, time.monotonic()
+        self._printed = self._began
+
+    def tell(self, event: Mapping[str, Any]) -> None:
+        """Show a progress or metrics event."""
+        if event.get("event") == "progress":
+            self.update(event["step"], event["steps"], rate=event.get("rate", 0), eta_s=event.get("eta_s"))
+        elif event.get("event") == "metrics":
+            self._progress.update(self._task, figures=figures_line(event["values"], at_most=3))
+
+    def update(self, step: int, steps: int, *, rate: float = 0.0, eta_s: float | None = None) -> None:
+        """Show how far it is, how fast, and how long it will take; the mean rate if none is given."""
+        if not rate and step:
+            rate = step / max(time.monotonic() - self._began, 1e-6)
+            eta_s = (steps - step) / rate
+        said = f"{rate:.3g}/s" + (f", {duration(eta_s)} left" if eta_s is not None else "")
+        self._progress.update(self._task, completed=step, total=steps or None, speed=said)
+        now = time.monotonic()
+        if not self._live and now - self._printed >= LINE_EVERY_S:
+            self._printed = now
+            notes.print(f"{self.title}: {step}/{steps}, {said}")
+
+    def say(self, text: str) -> None:
+        """Show a remark in place of the figures."""
+        self._progress.update(self._task, figures=text)
+
+    def done(self, text: str = "done") -> None:
+        """Show that this line has ended."""
+        self._progress.update(self._task, speed=text)
+        self._progress.stop_task(self._task)
+
+
+class Bars:
+    """Lines of progress, one per piece of work."""
+
+    def __init__(self) -> None:
+        self._live = notes.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TextColumn("[dim]{task.fields[figures]}"),
+            console=notes,
+            disable=not self._live,
+        )
+
+    def add(self, title: str, total: int | None = None) -> Bar:
+        """A new line."""
+        if not self._live:
+            notes.print(f"{title} …")
+        task = self._progress.add_task(title, total=total, speed="", figures="")
+        return Bar(self._progress, task, title, live=self._live)
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+@contextmanager
+def bar(title: str, total: int | None = None) -> Iterator[Bar]:
+    """A single line of progress."""
+    with Bars() as bars:
+        yield bars.add(title, total)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A spinner on a terminal, one line elsewhere."""
+    if not notes.is_terminal:
+        notes.print(f"{text} …")
+        yield
+        return
+    with notes.status(text):
+        yield

@@ -1,0 +1,183 @@
+"""`distillery generate` and `render`: pictures from a running sampler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distill_core.errors import ConfigError
+from distillery_cli.output import AsJson, bar, emit_json, results
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from distillery_sampler.client import SamplerClient
+
+Model = Annotated[str, typer.Argument(help="name, name@version or name@alias.")]
+Out = Annotated[Path, typer.Option("--out", help="A file, or a folder for one file each.")]
+FRAME_MS = 50
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command(
+        epilog="Examples: distillery generate dmd2-digits --labels 0-9 --out digits.png"
+        "  ·  distillery generate sd --prompt 'a red cube' --count 4 --out pictures/"
+    )(generate)
+    app.command(
+        epilog="Examples: distillery render procedural-scene --azimuth 45 --out view.png"
+        "  ·  distillery render procedural-scene --orbit 60 --out orbit.gif"
+    )(render)
+
+
+def client() -> SamplerClient:
+    """A client of the sampler that the settings name."""
+    from distill_service.settings import settings
+    from distillery_sampler.client import SamplerClient
+
+    known = settings()
+    address = f"{known.sampler_host}:{known.sampler_port}"
+    return SamplerClient(address, token=known.client_token(), ca=known.tls_ca)
+
+
+def parse_labels(text: str) -> list[int]:
+    """`0-9`, `3` or `1,1,7-9` as numbers.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    labels: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, separator, last = part.strip().partition("-")
+        if not first.isdigit() or (separator and not last.isdigit()) or len(part) > 20:
+            raise ConfigError(
+                f"--labels {text!r} is not a list of numbers and ranges, e.g. 0-9 or 1,1,7", field="labels"
+            )
+        labels += range(int(first), min(int(last or first), int(first) + 100_000) + 1)
+    return labels
+
+
+def generate(
+    model: Model,
+    out: Out = Path("generated.png"),
+    labels: Annotated[str, typer.Option(help="Class labels, e.g. 0-9 or 1,1,7.")] = "",
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
+    count: Annotated[int | None, typer.Option(help="Pictures of each label or prompt, or in all.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Network evaluations; unset: the model's own.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 is off; unset: the model's own.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make pictures with a served model: one file with all of them, or one file each in a folder."""
+    conditions = _conditions(parse_labels(labels), prompt or [], count)
+    total = conditions.pop("total")
+    with client() as sampler, bar(f"generate {model}", total) as line:
+        pictures: dict[int, Any] = {}
+        stream = sampler.generate_stream(model, seed=seed, num_steps=steps, guidance=guidance, **conditions)
+        for index, picture in stream:
+            pictures[index] = picture
+            line.update(len(pictures), total)
+    _say(save_pictures([pictures[index] for index in sorted(pictures)], out), as_json)
+
+
+def _conditions(labels: list[int], prompts: list[str], count: int | None) -> dict[str, Any]:
+    if labels and prompts:
+        raise ConfigError("give --labels or --prompt, not both: a model takes one of them", field="labels")
+    if count is not None and count < 1:
+        raise ConfigError(f"--count {count} is not allowed; ask for at least 1 picture", field="count")
+    if labels or prompts:
+        times = count or 1
+        repeated: dict[str, Any] = (
+            {"class_labels": labels * times}
+            if labels
+            else {"prompts": [p for p in prompts for _ in range(times)]}
+        )
+        return {**repeated, "total": times * (len(labels) or len(prompts))}
+    return {"count": count, "total": count or 1}
+
+
+def save_pictures(pictures: list[np.ndarray], out: Path) -> list[Path]:
+    """A file per picture in the folder `out`, or all of them as one sheet if `out` names a file."""
+    from PIL import Image
+
+    if out.suffix:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sheet(pictures).save(out)
+        return [out]
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{index:05d}.png" for index in range(len(pictures))]
+    for path, picture in zip(paths, pictures, strict=True):
+        Image.fromarray(picture.squeeze()).save(path)
+    return paths
+
+
+def sheet(pictures: list[np.ndarray], *, columns: int = 10, min_side: int = 32) -> Any:
+    """One picture of all, in rows; small ones enlarged by a whole factor. A single one is left as it is."""
+    import numpy as np
+    from PIL import Image
+
+    if len(pictures) == 1:
+        return Image.fromarray(pictures[0].squeeze())
+    height, width, channels = pictures[0].shape
+    factor = max(1, -(-min_side // height))
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    canvas = np.full((rows, height * factor + 1, columns, width * factor + 1, channels), 255, np.uint8)
+    for index, picture in enumerate(pictures):
+        large = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+        canvas[index // columns, :-1, index % columns, :-1] = large
+    whole = canvas.reshape(rows * (height * factor + 1), columns * (width * factor + 1), channels)
+    return Image.fromarray(whole[:-1, :-1].squeeze())
+
+
+def render(
+    model: Model,
+    out: Out = Path("view.png"),
+    azimuth: Annotated[float, typer.Option(help="Degrees around the scene.")] = 0.0,
+    elevation: Annotated[float, typer.Option(help="Degrees above the horizon.")] = 30.0,
+    radius: Annotated[float | None, typer.Option(help="Camera distance; unset: the scene's own.")] = None,
+    size: Annotated[int, typer.Option(help="Pixels per side.")] = 256,
+    orbit: Annotated[
+        int | None, typer.Option(help="So many views around the scene, as GIF or in a folder.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Render a view of a served scene, or an orbit around it."""
+    with client() as sampler:
+        if orbit is None:
+            view = sampler.render(
+                model, azimuth=azimuth, elevation=elevation, radius=radius, width=size, height=size
+            )
+            return _say(save_pictures([view.rgb], out), as_json)
+        views = sampler.render_path(
+            model, count=orbit, elevation=elevation, radius=radius, width=size, height=size
+        )
+        frames = []
+        with bar(f"orbit of {model}", orbit) as line:
+            for frame in views:
+                frames.append(frame.rgb)
+                line.update(len(frames), orbit)
+    if out.suffix == ".gif":
+        save_gif(frames, out)
+        return _say([out], as_json)
+    return _say(save_pictures(frames, out), as_json)
+
+
+def save_gif(frames: list[np.ndarray], path: Path) -> None:
+    """An endless GIF."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    first.save(path, save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
+
+
+def _say(paths: list[Path], as_json: bool) -> None:
+    if as_json:
+        emit_json({"files": [str(path) for path in paths]})
+    else:
+        results.print(f"{paths[0]}" if len(paths) == 1 else f"{len(paths)} files in {paths[0].parent}")

@@ -1,0 +1,194 @@
+"""`distillery methods`, `train` and `check`: training in this process, without the queue."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distill_core.config import Recipe, load_recipe, parse_overrides
+from distill_core.errors import EXIT_STOPPED
+from distillery_cli.output import AsJson, Overrides, bar, emit_json, figure, notes, results, table, waiting
+
+if TYPE_CHECKING:
+    from distill_core.building import Context
+
+EXIT_CHECK_FAILED = 1
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.command(epilog="Examples: distillery methods  ·  distillery methods dmd2 --schema")(methods)
+    app.command(
+        epilog="Examples: distillery train edm_digits  ·  distillery train dmd2 -s steps=200 --out out/run"
+    )(train)
+    app.command(epilog="Examples: distillery check dmd2  ·  distillery check dmd2 --json")(check)
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method's name; without it, all of them.")] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="The JSON schema of the method's recipes.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods, or show one of them."""
+    with _quiet(as_json or schema, "looking at the methods"):
+        from distill_core import api
+        from distill_core.errors import ConfigError, NotFound, nearest
+
+        described = api.describe_methods()
+    if name is None:
+        if schema:
+            raise ConfigError(
+                "--schema needs a method's name, e.g. distillery methods dmd2 --schema", field="name"
+            )
+        return emit_json(described) if as_json else _show_methods(described)
+    found = [entry for entry in described if entry["name"] == name]
+    if not found:
+        raise NotFound(
+            f"no method is called {name!r}{nearest(name, [e['name'] for e in described])}", field="name"
+        )
+    if schema:
+        return emit_json(recipe_schema(name))
+    return emit_json(found[0]) if as_json else _show_method(found[0])
+
+
+def _show_methods(described: list[dict[str, Any]]) -> None:
+    rows = [
+        [e["name"], e["family"], ", ".join(e["needs"]), ", ".join(e["recipes"]), e["paper"]]
+        for e in described
+    ]
+    results.print(table(["method", "family", "needs", "recipes", "paper"], rows))
+
+
+def _show_method(entry: dict[str, Any]) -> None:
+    import inspect
+    import sys
+
+    from distill_core.methods import find_method
+
+    results.print(
+        inspect.cleandoc(sys.modules[find_method(entry["name"]).__module__].__doc__ or ""), markup=False
+    )
+    for key in ("family", "paper", "needs", "recipes"):
+        value = entry[key]
+        results.print(f"{key}: {', '.join(value) if isinstance(value, list) else value}", markup=False)
+
+
+def recipe_schema(name: str) -> dict[str, Any]:
+    """The JSON schema of a recipe of this method: the common keys, and its own under `config`."""
+    from distill_core.methods import find_method
+
+    schema = Recipe.model_json_schema()
+    config = find_method(name).Config.model_json_schema()
+    schema.setdefault("$defs", {}).update(config.pop("$defs", {}))
+    schema["properties"]["config"] = config
+    schema["properties"]["method"] = {"const": name}
+    return schema
+
+
+def here() -> Context:
+    """The store and cache that the settings name."""
+    from distill_core import api
+    from distill_service.settings import settings
+
+    return api.context(settings().store_url, settings().cache_dir)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .toml file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; one that exists is resumed.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Train as RECIPE says, in this process, and say where the result is. Ctrl-C stops with a checkpoint."""
+    loaded = load_recipe(recipe, parse_overrides(overrides or []))
+    folder = (out or _new_folder(recipe)).absolute()
+    with _quiet(False, "loading"):
+        from distill_core import api
+
+        where = here()
+    with _stop_on_signals() as stopped, bar(Path(recipe).stem, loaded.steps) as line:
+        result = api.train(loaded, folder, where, listener=line.tell, should_stop=stopped)
+    if result.stopped:
+        notes.print(f"stopped at step {result.step}; continue with: distillery train {recipe} --out {folder}")
+        return EXIT_STOPPED
+    published = result.manifest.ref if result.manifest else None
+    model = folder / "model"
+    if as_json:
+        emit_json(
+            {"folder": str(folder), "model": str(model), "artifact": published, "metrics": result.figures}
+        )
+        return 0
+    results.print(f"model: {model}" + (f"\npublished: {published}" if published else ""))
+    for name, value in result.figures.items():
+        results.print(f"  {name} = {figure(value)}")
+    return 0
+
+
+def _new_folder(recipe: str) -> Path:
+    from distill_service.settings import settings
+
+    return settings().runs / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """A flag that Ctrl-C or SIGTERM raises; a second Ctrl-C interrupts at once."""
+    seen: list[int] = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        if seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        seen.append(number)
+        notes.print("stopping after this step; a checkpoint will be written")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check(
+    name: Annotated[str, typer.Argument(help="A recipe's name.")],
+    as_json: AsJson = False,
+) -> int:
+    """Test a recipe's claim against the same recipe with its key part off. Exits with 0 only if it holds.
+
+    The last line of stdout is one JSON object: name, passed, metric, measured, reference, ablation, seconds.
+    """
+    load_recipe(name)  # a wrong name is answered before torch is loaded
+    with _quiet(False, "loading, and training the teacher if no run has yet"):
+        from distill_core import api
+
+        where = here()
+    with bar(f"check {name}") as line:
+        verdict = api.check(name, where, listener=line.tell)
+    if not as_json:
+        _show_verdict(verdict)
+    emit_json(verdict)
+    return 0 if verdict["passed"] else EXIT_CHECK_FAILED
+
+
+def _show_verdict(verdict: dict[str, Any]) -> None:
+    shown = [
+        f"{key} {figure(verdict[key])}"
+        for key in ("measured", "reference", "ablation")
+        if verdict[key] is not None
+    ]
+    word = "[green]holds[/]" if verdict["passed"] else "[red]does not hold[/]"
+    notes.print(f"{verdict['name']}: the claim {word}: {verdict['metric']}: {', '.join(shown)}")
+
+
+@contextlib.contextmanager
+def _quiet(silent: bool, text: str) -> Iterator[None]:
+    with contextlib.nullcontext() if silent else waiting(text):
+        yield
