@@ -48,6 +48,18 @@ class SamplerSpec(Config):
             raise ValueError("a few_step sampler needs its levels in descending order")
         return self
 
+    @classmethod
+    def few_step(cls, sigmas: tuple[float, ...], *, noise_scale: float) -> SamplerSpec:
+        """The sampler of a student distilled at `sigmas`, whose guidance, if any, is baked in."""
+        return cls(
+            kind="few_step",
+            sigmas=sigmas,
+            noise_scale=noise_scale,
+            num_steps=len(sigmas),
+            max_steps=len(sigmas),
+            guidable=False,
+        )
+
     def levels(self, num_steps: int) -> list[float]:
         """The `num_steps` levels at which the network is evaluated, descending.
 

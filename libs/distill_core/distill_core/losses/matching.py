@@ -14,6 +14,16 @@ def dm_direction(fake_x0: Tensor, teacher_x0: Tensor, x0: Tensor) -> Tensor:
     return (fake_x0 - teacher_x0) / scale.reshape(-1, *([1] * (x0.ndim - 1)))
 
 
+def eps_direction(fake_x0: Tensor, teacher_x0: Tensor, sigma: Tensor) -> Tensor:
+    """Direction g = sigma_t^2 (eps_teacher - eps_fake) of score distillation (B, ...); `sigma` (B,).
+
+    sigma_t is that of the variance-preserving form x_t = (x0 + sigma eps) / sqrt(1 + sigma^2), whatever the
+    teacher's own form: in x0 the factor is alpha_t sigma_t = sigma / (1 + sigma^2), largest at sigma = 1.
+    """
+    scale = sigma / (1 + sigma**2)
+    return scale.reshape(-1, *([1] * (fake_x0.ndim - 1))) * (fake_x0 - teacher_x0)
+
+
 def surrogate_loss(x0: Tensor, direction: Tensor) -> Tensor:
     """Scalar whose gradient in `x0` is direction / x0.numel(); its value says nothing about progress."""
     return 0.5 * (x0.float() - (x0 - direction).detach().float()).square().mean()

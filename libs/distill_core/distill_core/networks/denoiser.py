@@ -57,13 +57,17 @@ class Denoiser(nn.Module, abc.ABC):
         """The picture (B, C, H, W) in [-1, 1] of x0; latent models override it."""
         return x0
 
-    def guided(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None, guidance: float) -> Tensor:
-        """x0 under classifier-free guidance, both halves in one pass; `guidance` = 1 costs one evaluation."""
-        if guidance == 1 or not cond:
+    def guided(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None, guidance: float | Tensor) -> Tensor:
+        """x0 under classifier-free guidance, both halves in one pass; `guidance` is one scale or one per sample (B,).
+
+        The number 1 costs one evaluation.
+        """
+        per_sample = isinstance(guidance, Tensor)
+        if not cond or (not per_sample and guidance == 1):
             return self(x_sigma, sigma, cond)
         null = self.null_cond(len(x_sigma))
         both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
         with_cond, without = self(x_sigma.repeat(2, *[1] * (x_sigma.ndim - 1)), sigma.repeat(2), both).chunk(
             2
         )
-        return guide(with_cond, without, guidance)
+        return guide(with_cond, without, expand(guidance, x_sigma) if per_sample else guidance)

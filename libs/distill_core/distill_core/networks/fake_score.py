@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.method import Cond
+from distill_core.networks.adapters import LoraConfig, LoraDenoiser
 from distill_core.networks.denoiser import Denoiser
 
 
@@ -30,11 +31,20 @@ class LogitHead(nn.Module):
 
 
 class FakeScore(nn.Module):
-    """A trainable copy of the teacher; `discriminate=True` adds the logit head that the GAN loss reads."""
+    """A trainable copy of the teacher, or with `lora` a trainable adapter over the teacher's own weights.
 
-    def __init__(self, teacher: Denoiser, *, discriminate: bool = False) -> None:
+    `discriminate=True` adds the logit head that the GAN loss reads.
+    """
+
+    def __init__(
+        self, teacher: Denoiser, *, discriminate: bool = False, lora: LoraConfig | None = None
+    ) -> None:
         super().__init__()
-        self.denoiser = copy.deepcopy(teacher).requires_grad_(True)
+        self.denoiser: Denoiser
+        if lora is None:
+            self.denoiser = copy.deepcopy(teacher).requires_grad_(True)
+        else:
+            self.denoiser = LoraDenoiser(teacher, lora)
         self.head: LogitHead | None = None
         if discriminate:
             self.head = LogitHead(_trunk_width(teacher))
@@ -42,6 +52,10 @@ class FakeScore(nn.Module):
     def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """x0 (B, C, H, W)."""
         return self.denoiser(x_sigma, sigma, cond)
+
+    def guided(self, x_sigma: Tensor, sigma: Tensor, cond: Cond, guidance: float | Tensor) -> Tensor:
+        """x0 under classifier-free guidance; only meaningful after training with the condition dropped at times."""
+        return self.denoiser.guided(x_sigma, sigma, cond, guidance)
 
     def with_logits(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """x0 (B, C, H, W) and the real/fake logits (B,), from one pass."""
