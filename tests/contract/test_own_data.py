@@ -50,7 +50,9 @@ def test_a_judge_of_other_pictures_is_left_out_with_a_warning(png_folder, tmp_pa
     from distill_core.config import load_recipe
 
     data = {"name": "images", "path": str(png_folder), "size": 16}
-    recipe = load_recipe("edm_digits").override({"steps": 1, "batch_size": 4, "data": data, "network": NETWORK})
+    recipe = load_recipe("edm_digits").override(
+        {"steps": 1, "batch_size": 4, "data": data, "network": NETWORK}
+    )
     result = api.train(recipe.model_copy(update={"publish": None}), tmp_path / "run", context)
     assert result.figures == {}
     assert "no Fréchet distance or accuracy is measured" in caplog.text

@@ -54,7 +54,11 @@ def test_a_job_on_a_full_disk_ends_with_a_sentence_and_no_half_checkpoint(small_
     assert "space" in events[-1]["message"]
     assert "Traceback" not in events[-1]["message"]
     checkpoints = run_dir / "checkpoints"
-    assert not [p for p in checkpoints.iterdir() if p.name.startswith(".partial")] if checkpoints.exists() else True
+    assert (
+        not [p for p in checkpoints.iterdir() if p.name.startswith(".partial")]
+        if checkpoints.exists()
+        else True
+    )
 
 
 def test_publishing_to_a_full_store_leaves_no_version(small_disk, tmp_path):

@@ -190,3 +190,12 @@ def _environment() -> dict[str, str]:
     from tests.helpers import REPOSITORY
 
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def test_bfloat16_trains_and_keeps_its_weights_in_float32(tmp_path, context):
+    from tests.helpers import tiny_trainer
+
+    run = tiny_trainer("dmd2", context, tmp_path, precision="bf16", accumulate=2)
+    values = run.train_step()
+    assert all(torch.isfinite(value).all() for value in values.values())
+    assert {p.dtype for p in run.method.parameters()} == {torch.float32}

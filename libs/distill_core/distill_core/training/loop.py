@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from distill_core.config import OptimConfig, Recipe
@@ -41,6 +42,7 @@ class Trainer:
     def __init__(self, method: Method, source: Source, recipe: Recipe, run: Run) -> None:
         _check_roles(method, recipe)
         mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.precision]
+        AcceleratorState._reset_state()  # a teacher trained before, in this process, had a precision of its own
         self.accelerator = Accelerator(mixed_precision=mixed)
         self.method, self.source, self.recipe, self.run = method, source, recipe, run
         method.to(self.accelerator.device)
