@@ -35,4 +35,4 @@ claims: setup
 	$(BIN)/distillery claims
 
 bench: setup
-	$(BIN)/distillery bench
+	$(BIN)/distillery bench --page docs/performance.md

@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
 def bench(
     out: Annotated[Path, typer.Option("--out", help="Where report.json goes.")] = Path("out/bench"),
     seconds: Annotated[float, typer.Option(min=1, max=600, help="Of load at each concurrency.")] = 5.0,
+    page: Annotated[Path | None, typer.Option("--page", help="Write the tables as Markdown too.")] = None,
     steps: Annotated[int, typer.Option(min=3, max=10_000, help="Training steps that are timed.")] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -46,6 +47,8 @@ def bench(
         "seconds": round(time.monotonic() - began, 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if page is not None:
+        page.write_text(markdown(report), encoding="utf-8")
     if as_json:
         return emit_json(report)
     return _show(report, out)
@@ -56,7 +59,7 @@ def _machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": cores,
-        "system": platform.platform(),
+        "system": platform.system(),
         "python": platform.python_version(),
     }
 
@@ -72,25 +75,52 @@ def _cpu_name() -> str:
     )
 
 
-def _show(report: dict[str, Any], out: Path) -> None:
-    rows = []
+def _serving_rows(report: dict[str, Any]) -> list[list[Any]]:
+    rows: list[list[Any]] = []
     for model in report["sampler"]:
         best = model["bare"]
-        rows.append(
-            [
-                model["model"],
-                f"bare ONNX Runtime, {best['sessions']} x batch {best['batch']}",
-                "",
-                best["images_per_s"],
-                1.0,
-            ]
-        )
+        how = f"bare ONNX Runtime, {best['sessions']} x batch {best['batch']}"
+        rows.append([model["model"], how, "", best["images_per_s"], 1.0])
         for load in model["loads"]:
             what = f"sampler, {load['concurrency']} clients, {load['images_per_request']} images a request"
             rows.append([model["model"], what, f"{load['p50_ms']:.3g}", load["images_per_s"], load["ratio"]])
-    results.print(table(["model", "how", "p50 ms", "images/s", "of bare"], rows, title="sampler"))
+    return rows
+
+
+SERVING_COLUMNS = ["model", "how", "p50 ms", "images/s", "of bare"]
+STEP_PARTS = ("step_ms", "forward_ms", "backward_ms", "step_over_passes")
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    results.print(table(SERVING_COLUMNS, _serving_rows(report), title="sampler"))
     step = report["trainer"]
     title = f"one {step['recipe']} step, {step['num_passes']} network passes"
-    parts = ("step_ms", "forward_ms", "backward_ms", "step_over_passes")
-    results.print(table(["part", "value"], [[name, float(step[name])] for name in parts], title=title))
+    results.print(table(["part", "value"], [[name, float(step[name])] for name in STEP_PARTS], title=title))
     results.print(f"took {report['seconds']:.0f} s; report.json is in {out}")
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page of documentation."""
+    machine, step = report["machine"], report["trainer"]
+    lines = [
+        "# Performance",
+        "",
+        "Written by `make bench`; every figure is of one run. Clients run on the server's own cores, so one-image",
+        "requests to a network of a few microseconds measure gRPC and Python, not the network.",
+        "",
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}.",
+        "",
+        "## Sampler against the bare runtime",
+        "",
+        *_markdown_table(SERVING_COLUMNS, _serving_rows(report)),
+        "",
+        f"## One training step of `{step['recipe']}` against its {step['num_passes']} network passes",
+        "",
+        *_markdown_table(["part", "value"], [[name, float(step[name])] for name in STEP_PARTS]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(columns: list[str], rows: list[list[Any]]) -> list[str]:
+    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells]]
