@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fcntl
 import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,15 +52,30 @@ class Context:
 
     def _trained(self, name: str) -> Path:
         recipe = load_recipe(name)
-        folder = self.cache / "models" / f"{recipe.method}-{cache_key(recipe)}"
+        key = cache_key(recipe)
+        if key in _under_way.get():
+            raise ConfigError(f"recipe {name} needs itself as a teacher or judge", field="teacher.recipe")
+        folder = self.cache / "models" / f"{recipe.method}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
+        with _added(key), (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two checks that want one teacher train it once
             if not (folder / "done").exists():
                 log.info("training the model of recipe %s once, into the cache", name)
                 self.train(recipe, folder)
                 (folder / "done").write_text(recipe.to_toml(), encoding="utf-8")
         return folder / "model"
+
+
+_under_way: ContextVar[tuple[str, ...]] = ContextVar("models being trained for others", default=())
+
+
+@contextlib.contextmanager
+def _added(key: str) -> Iterator[None]:
+    token = _under_way.set((*_under_way.get(), key))
+    try:
+        yield
+    finally:
+        _under_way.reset(token)
 
 
 def cache_key(recipe: Recipe) -> str:
