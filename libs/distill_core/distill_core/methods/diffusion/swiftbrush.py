@@ -1,7 +1,8 @@
 """SwiftBrush: variational score distillation into a one-step student, from conditions alone, without any picture.
 
-    dL/dtheta = E[ W (D_fake^w(x_sigma) - D_teacher^w(x_sigma)) dx0/dtheta ],   x0 = G_theta(sigma* z),  x_sigma = x0 + sigma eps
-    D^w       = D(null) + w (D(cond) - D(null)),   W = alpha_t sigma_t  (the paper's), or 1 / mean |x0 - D_teacher^w|  (DMD's)
+    dL/dtheta = E[ W (D_fake^w(x_sigma) - D_teacher^w(x_sigma)) dx0/dtheta ]
+    x0        = G_theta(sigma* z),   x_sigma = x0 + sigma eps,   D^w = D(null) + w (D(cond) - D(null))
+    W         = alpha_t sigma_t (the paper's), or 1 / mean |x0 - D_teacher^w(x_sigma)| (DMD's)
 
 The fake score is the teacher with a LoRA adapter, trained on the student's samples in turn with the student.
 Score distillation (SDS) is the same with the drawn noise for the fake score's, i.e. D_fake = x0: it seeks modes.
@@ -53,7 +54,7 @@ class SwiftBrush(Method):
         "Nguyen and Tran 2024, SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score "
         "Distillation, arXiv 2312.05239"
     )
-    roles = ("student", "fake_score")
+    roles = ("fake_score", "student")
 
     def __init__(self, config: ScoreConfig, *, teacher: Denoiser, student: Denoiser) -> None:
         super().__init__()
@@ -70,6 +71,10 @@ class SwiftBrush(Method):
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         x0 = self.generate(batch)
+        if self.config.score == "vsd":
+            for _ in range(self.config.fake_steps):  # first: an untrained adapter says what the teacher says
+                yield Update("fake_score", self.fake_score_loss(x0.detach(), batch))
+
         with torch.no_grad():
             direction = self.direction(x0, batch)
         yield Update(
@@ -77,10 +82,6 @@ class SwiftBrush(Method):
             surrogate_loss(x0, direction),
             {"score_gap": direction.abs().mean(), "x0_std": x0.detach().std()},
         )
-        if self.config.score == "sds":
-            return
-        for _ in range(self.config.fake_steps):
-            yield Update("fake_score", self.fake_score_loss(x0.detach(), batch))
 
     def direction(self, x0: Tensor, batch: Batch) -> Tensor:
         """Where the samples must not go (B, C, H, W): one draw of level, noise and scale for both scores."""

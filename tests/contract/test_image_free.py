@@ -1,0 +1,50 @@
+"""Methods that need no picture run on labels alone and on prompts alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill_core import api
+from distill_core.config import load_recipe
+from distill_core.methods import find_method, method_names, needs
+from distill_core.networks.generation import generate
+from tests.helpers import recipe_of, tiny_text_to_image, tiny_trainer
+
+IMAGE_FREE = ["pg_sb", "swiftbrush"]
+
+
+@pytest.mark.parametrize("name", IMAGE_FREE)
+def test_an_image_free_method_asks_for_no_data_and_trains_on_class_labels(name, context, tmp_path):
+    assert name in method_names()
+    assert "data" not in needs(find_method(name))
+    trainer = tiny_trainer(
+        recipe_of(name), context, tmp_path, steps=3, data={"name": "classes", "num_classes": 10}
+    )
+    assert trainer.source.shape is None
+    assert trainer.train().step == 3
+
+
+@pytest.mark.parametrize("name", IMAGE_FREE)
+def test_a_text_to_image_folder_is_distilled_from_prompts_alone(name, tmp_path):
+    folder = tiny_text_to_image(tmp_path / "pipeline")
+    recipe = load_recipe(
+        {
+            "method": name,
+            "steps": 2,
+            "batch_size": 2,
+            "threads": 1,
+            "teacher": {"path": str(folder)},
+            "data": {"name": "prompts", "prompts": ["a cat", "a dog", "two cats"]},
+            "config": {"lora": {"rank": 2}, "condition_dropout": 0.5},
+            "publish": {"name": "text-student"},
+        }
+    )
+    where = api.context(tmp_path / "store", tmp_path / "cache")
+    result = api.train(recipe, tmp_path / "run", where, job="job-1")
+    assert result.manifest is not None
+    assert not result.manifest.sampler.guidable
+    student = api.load("text-student", where)
+    pictures = generate(student, student.encode_prompts(["a cat", "a dog"]), 2)
+    assert pictures.shape == (2, 3, 16, 16)
+    assert not torch.equal(pictures[0], pictures[1])

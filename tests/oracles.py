@@ -1,0 +1,59 @@
+"""Models whose scores and samples are known in closed form, for the tests of distillation methods."""
+
+from __future__ import annotations
+
+import torch
+
+from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
+from distill_core.diffusion.schedule import NoiseSchedule
+from distill_core.method import Batch, Method
+from distill_core.networks.denoiser import Denoiser, expand
+
+
+class AffineDenoiser(Denoiser):
+    """D(x, sigma) = m + (x - m) s^2 / (s^2 + sigma^2): exact for N(m, s^2), trainable in m and log s."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.tensor(mean))
+        self.log_std = torch.nn.Parameter(torch.tensor(std).log())
+        self.schedule = NoiseSchedule("edm", sigma_min=0.02, sigma_max=10.0)
+        self.image = ImageSpec(channels=1, height=2, width=2, picture=(1, 2, 2))
+        self.cond = CondSpec(kind="none")
+        self.sampler = SamplerSpec(
+            kind="heun", sigma_min=0.02, sigma_max=10.0, noise_scale=10.0, num_steps=32, max_steps=64
+        )
+
+    def forward(self, x_sigma, sigma, cond=None):
+        variance = (2 * self.log_std).exp()
+        return self.mean + (x_sigma - self.mean) * variance / (variance + expand(sigma, x_sigma) ** 2)
+
+    def with_features(self, x_sigma, sigma, cond=None):
+        return self(x_sigma, sigma), [x_sigma.repeat(1, 8, 1, 1)]
+
+    def null_cond(self, batch):
+        return {}
+
+
+class Pusher(AffineDenoiser):
+    """A one-step student on the same interface: x0 = m + s z."""
+
+    def forward(self, x_sigma, sigma, cond=None):
+        return self.mean + self.log_std.exp() * x_sigma / expand(sigma, x_sigma)
+
+
+def train(method: Method, steps: int, *, lr: float = 0.02, roles: tuple[str, ...] | None = None) -> None:
+    """Adam on every role, with the rate falling to 0; roles left out keep their weights."""
+    parameters = {role: list(getattr(method, role).parameters()) for role in roles or method.roles}
+    optimizers = {
+        role: torch.optim.Adam(values, lr, betas=(0.0, 0.99)) for role, values in parameters.items()
+    }
+    for step in range(steps):
+        for update in method.updates(Batch(256), step):
+            if update.role not in parameters:
+                continue
+            update.loss.backward(inputs=parameters[update.role])
+            for group in optimizers[update.role].param_groups:
+                group["lr"] = lr * (1 - step / steps)
+            optimizers[update.role].step()
+            optimizers[update.role].zero_grad()

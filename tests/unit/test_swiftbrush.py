@@ -1,0 +1,197 @@
+"""SwiftBrush and PG-SB against an exact oracle: a Gaussian teacher, whose score is known in closed form."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from distill_core.config import NetworkConfig
+from distill_core.errors import ConfigError
+from distill_core.losses.matching import eps_direction
+from distill_core.method import Batch
+from distill_core.methods.diffusion.pg_sb import PGSB
+from distill_core.methods.diffusion.swiftbrush import SwiftBrush
+from distill_core.networks.diffusers_io import build_denoiser
+from tests.oracles import AffineDenoiser, Pusher, train
+
+MEAN, STD = 0.6, 0.3
+DIT = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 8}
+
+
+def gaussian(**config: object) -> SwiftBrush:
+    torch.manual_seed(0)
+    teacher = AffineDenoiser(MEAN, STD).requires_grad_(False)
+    values = {"guidance": 1.0, "fake_score": "full", "level": 5.0, **config}
+    return SwiftBrush(SwiftBrush.Config.parse(values), teacher=teacher, student=Pusher(-0.5, 1.0))
+
+
+def conditional(cls: type[SwiftBrush] = SwiftBrush, num_classes: int | None = 10, **config: object):
+    """A method around a small class-conditional teacher with weights that matter everywhere."""
+    torch.manual_seed(0)
+    network = NetworkConfig(name="DiTTransformer2DModel", args=DIT)
+    teacher = build_denoiser(network, parameterisation="edm", shape=(1, 8, 8), num_classes=num_classes)
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    teacher.requires_grad_(False)
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    values = {"lora": {"rank": 2, "alpha": 2.0, "targets": "all-linear"}, **config}
+    return cls(cls.Config.parse(values), teacher=teacher, student=student)
+
+
+def batch(size: int = 8, x0: torch.Tensor | None = None) -> Batch:
+    return Batch(size, x0, {"class_label": torch.arange(size) % 10})
+
+
+def trace(method: SwiftBrush, steps: int = 3, x0: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Losses of a short training, with every weight of every role at its end."""
+    torch.manual_seed(1)
+    optimizers = {r: torch.optim.SGD(getattr(method, r).parameters(), 0.1) for r in method.roles}
+    seen = []
+    for step in range(steps):
+        for update in method.updates(batch(x0=x0), step):
+            update.loss.backward(inputs=list(getattr(method, update.role).parameters()))
+            optimizers[update.role].step()
+            optimizers[update.role].zero_grad()
+            seen.append(update.loss.detach())
+    return [*seen, *(p.detach() for role in method.roles for p in getattr(method, role).parameters())]
+
+
+def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
+    return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+@pytest.mark.parametrize("weight", ["eps_sigma2", "dmd"])
+def test_the_student_recovers_the_teachers_mean_and_spread(weight):
+    method = gaussian(weight=weight)
+    train(method, 500)
+    assert method.student.mean.item() == pytest.approx(MEAN, abs=0.05)
+    assert method.student.log_std.exp().item() == pytest.approx(STD, abs=0.06)
+
+
+@pytest.mark.parametrize("weight", ["eps_sigma2", "dmd"])
+def test_score_distillation_finds_the_mode_and_loses_the_spread(weight):
+    method = gaussian(weight=weight, score="sds")
+    train(method, 800)
+    assert method.student.mean.item() == pytest.approx(MEAN, abs=0.05)
+    assert method.student.log_std.exp().item() < 0.5 * STD
+
+
+def test_score_distillation_never_asks_the_fake_score():
+    assert [update.role for update in conditional(score="sds").updates(batch(), 0)] == ["student"]
+
+
+def test_a_step_trains_the_fake_score_as_often_as_asked_and_then_the_student():
+    roles = [update.role for update in conditional(fake_steps=3).updates(batch(), 0)]
+    assert roles == ["fake_score", "fake_score", "fake_score", "student"]
+
+
+def test_the_direction_of_the_paper_is_a_difference_of_noise_predictions():
+    x_t, fake_x0, teacher_x0 = (torch.randn(3, 1, 2, 2, dtype=torch.double) for _ in range(3))
+    sigma = torch.tensor([0.1, 1.0, 8.0], dtype=torch.double)
+    alpha, sigma_t = (
+        ((1 + sigma**2) ** -0.5).reshape(-1, 1, 1, 1),
+        (sigma / (1 + sigma**2) ** 0.5).reshape(-1, 1, 1, 1),
+    )
+    eps_teacher, eps_fake = ((x_t - alpha * x0) / sigma_t for x0 in (teacher_x0, fake_x0))
+    expected = sigma_t**2 * (eps_teacher - eps_fake)
+    assert torch.allclose(eps_direction(fake_x0, teacher_x0, sigma), expected)
+
+
+def test_the_teacher_is_bit_identical_after_training_and_shares_its_weights_with_the_fake_score():
+    method = conditional(guidance=3.0)
+    before = copy.deepcopy(method.teacher.state_dict())
+    trace(method)
+    after = method.teacher.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    held = {p.data_ptr() for p in method.fake_score.denoiser.adapted.parameters()}
+    assert {p.data_ptr() for p in method.teacher.parameters()} <= held
+
+
+def test_with_the_adapter_off_the_trained_fake_score_is_the_teacher():
+    method = conditional(guidance=3.0)
+    trace(method)
+    x, sigma, cond = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 1.0, 2.0, 9.0]), batch(4).cond
+    with torch.no_grad():
+        teacher = method.teacher(x, sigma, cond)
+        assert not torch.equal(method.fake_score(x, sigma, cond), teacher)
+        with method.fake_score.denoiser.off():
+            assert torch.equal(method.fake_score(x, sigma, cond), teacher)
+
+
+def test_an_untrained_fake_score_says_what_the_teacher_says_so_nothing_moves():
+    method = conditional(guidance=3.0)
+    x0 = torch.randn(8, 1, 8, 8)
+    with torch.no_grad():
+        assert not method.direction(x0, batch()).any()
+
+
+@pytest.mark.parametrize("cls", [SwiftBrush, PGSB])
+def test_pictures_are_never_read(cls):
+    without = trace(conditional(cls))
+    with_pictures = trace(conditional(cls), x0=torch.full((8, 1, 8, 8), float("nan")))
+    assert same(without, with_pictures)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_a_law_of_one_scale_is_bit_identical_to_the_fixed_scale(guidance):
+    drawn = conditional(PGSB, guidance_min=guidance, guidance_max=guidance)
+    assert same(trace(drawn), trace(conditional(guidance=guidance)))
+    wide = conditional(PGSB, guidance_min=guidance, guidance_max=guidance + 1)
+    assert not same(trace(wide), trace(drawn))
+
+
+def test_guidance_of_one_is_bit_identical_to_networks_called_without_guidance(monkeypatch):
+    guided = trace(conditional(guidance=1.0))
+    plain = conditional(guidance=1.0)
+    for scorer in (plain.teacher, plain.fake_score):
+        monkeypatch.setattr(scorer, "guided", lambda x, sigma, cond, _w, net=scorer: net(x, sigma, cond))
+    assert same(trace(plain), guided)
+
+
+def test_no_condition_dropout_leaves_the_random_stream_alone():
+    method = conditional(guidance=1.0, condition_dropout=0.0)
+    torch.manual_seed(1)
+    method.fake_score_loss(torch.zeros(8, 1, 8, 8), batch())
+    after = torch.rand(())
+    torch.manual_seed(1)
+    torch.rand(8), torch.randn(8, 1, 8, 8)
+    assert torch.equal(after, torch.rand(()))
+
+
+def test_a_dropped_condition_is_dropped_for_the_whole_batch():
+    method = conditional(condition_dropout=1.0)
+    seen = []
+    method.fake_score.register_forward_pre_hook(lambda _module, args: seen.append(args[2]["class_label"]))
+    method.fake_score_loss(torch.zeros(8, 1, 8, 8), batch())
+    assert seen[0].tolist() == [10] * 8
+
+
+def test_both_scores_see_one_draw_of_the_scale_per_sample():
+    method = conditional(PGSB, guidance_min=0.5, guidance_max=4.0)
+    seen = []
+    for scorer in (method.teacher, method.fake_score):
+        call = scorer.guided
+        scorer.guided = lambda x, s, c, w, call=call: seen.append(w) or call(x, s, c, w)
+    with torch.no_grad():
+        method.direction(torch.zeros(8, 1, 8, 8), batch())
+    teachers, fakes = seen
+    assert torch.equal(teachers, fakes)
+    assert teachers.shape == (8,)
+    assert len(teachers.unique()) == 8
+    assert ((teachers >= 0.5) & (teachers <= 4.0)).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: gaussian(guidance=2.0), "needs a conditional teacher"),
+        (lambda: conditional(lora={"targets": ["to_w"]}), "no layer of .* is called 'to_w'"),
+        (lambda: conditional(PGSB, guidance_min=3.0, guidance_max=2.0), "must not be above"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(make, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        make()
