@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from distill_core import api
+from distill_core.errors import ArtifactError, ConfigError
 from tests.helpers import SHARED_DATA, tiny_recipe
 
 NETWORK = {
@@ -75,3 +76,35 @@ def test_a_field_trains_from_a_blender_scene(tmp_path, context):
     data = {"name": "blender", "path": str(folder), "factor": 8, "max_test_views": 1}
     result = train("nerf_blender", tmp_path, context, data=data)
     assert result.figures["psnr"] > 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data": {"name": "procedural_scene"}}, "no pictures to learn from; set data.name"),
+        ({"network": {"name": "DiTTransformer2DModel", "args": {"patch_size": 3}}}, "do not suit pictures"),
+        ({"network": {"name": "DiTTransformer2DModel", "args": {"num_layers": -1}}}, "do not suit pictures"),
+        ({"config": {"sigma_min": 5.0, "sigma_max": 1.0}}, "sigma_min = 5 must be below sigma_max = 1"),
+    ],
+)
+def test_what_a_network_cannot_learn_from_is_refused_in_a_sentence(changes, sentence, tmp_path, context):
+    with pytest.raises(ConfigError, match=sentence):
+        train("edm_digits", tmp_path, context, **changes)
+
+
+def test_a_stop_reaches_a_teacher_that_is_trained_on_the_way(tmp_path, context):
+    fresh = api.context(context.store, tmp_path / "cache")
+    result = api.train(
+        tiny_recipe("dmd2", teacher={"recipe": "edm_digits"}),
+        tmp_path / "run",
+        fresh,
+        should_stop=lambda: True,
+    )
+    assert result.stopped
+    assert not list((tmp_path / "cache").rglob("done"))
+
+
+def test_a_classifier_is_refused_as_a_generators_teacher(tmp_path, context):
+    judge = train("judge_digits", tmp_path / "judge", context).folder / "model"
+    with pytest.raises(ArtifactError, match="learns from a Denoiser, and this teacher is a Classifier"):
+        train("dmd2", tmp_path, context, teacher={"path": str(judge)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import typer
 
+from distill_core.api import Result
+from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import load_recipe
 from distill_core.errors import ConfigError, NotFound
 from distill_service.settings import load_settings, settings
@@ -97,6 +100,10 @@ def test_every_command_has_json_and_an_example(path, capsys):
         (["submit"], 2, "give either a RECIPE or --pipeline FILE"),
         (["submit", "--pipeline", "nowhere.toml"], 67, "pipeline file nowhere.toml cannot be read"),
         (["generate", "x", "--labels", "a"], 2, "not a list of numbers"),
+        (["generate", "x", "--labels", "²"], 2, "not a list of numbers"),
+        (["generate", "x", "--out", "x.xyz"], 2, "no kind of picture that can be saved; end it in .png"),
+        (["render", "x", "--orbit", "0"], 2, "--orbit 0 is not allowed"),
+        (["generate", "x", "--seed", "-5"], 2, "seeds are 0 to 2**63 - 1"),
         (["generate", "x", "--labels", "1", "--prompt", "p"], 2, "not both"),
         (["generate", "x", "--count", "0"], 2, "--count 0 is not allowed"),
         (["tran"], 2, "no such command 'tran'"),
@@ -115,12 +122,55 @@ def test_a_mistake_gets_one_sentence_and_its_exit_code(arguments, code, sentence
     assert out == ""
 
 
+def test_running_out_of_memory_is_a_sentence_with_its_own_exit_code(home, monkeypatch, capsys):
+    def full(*_args, **_options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr("distill_core.api.train", full)
+    code, _, err = run(capsys, "train", "judge_digits")
+    assert code == 70
+    assert "out of memory" in err
+    assert "lower batch_size" in err
+
+
+def test_models_lists_the_others_beside_a_damaged_one(home, capsys):
+    store = ArtifactStore(settings().store_url)
+    (home / "model").mkdir()
+    for _ in range(2):
+        store.publish(home / "model", Manifest(name="digits", kind="denoiser"))
+    Path(store.root, "digits", "versions", "1", "manifest.json").write_text("{")
+    code, out, err = run(capsys, "models", "--json")
+    assert code == 0
+    assert [entry["kind"] for entry in json.loads(out)] == ["damaged", "denoiser"]
+    assert "digits/versions/1/manifest.json" in err
+
+
+def test_a_stopped_run_says_the_whole_command_that_continues_it(home, monkeypatch, capsys):
+    stopped = Result(home, 7, stopped=True)
+    monkeypatch.setattr("distill_core.api.train", lambda *_args, **_options: stopped)
+    code, _, err = run(capsys, "train", "judge_digits", *TINY, "--out", str(home / "a run"))
+    assert code == 143
+    wanted = f"distillery train judge_digits {' '.join(TINY)} --out '{home / 'a run'}'"
+    assert err.splitlines()[-1] == f"stopped at step 7; continue with: {wanted}"
+
+
+def test_a_run_folder_takes_one_training_at_a_time(home, capsys):
+    folder = home / "run"
+    folder.mkdir()
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = run(capsys, "train", "judge_digits", *TINY, "--out", str(folder))
+    assert code == 75
+    assert f"another process trains in {folder}; wait for it, or give another --out" in err
+    assert [entry.name for entry in folder.iterdir()] == [".lock"]
+
+
 def test_no_server_is_said_with_its_address(home, monkeypatch, capsys):
     monkeypatch.setenv("DISTILLERY_JOBS_PORT", "1")
     settings.cache_clear()
     code, _, err = run(capsys, "jobs")
     assert code == 75
-    assert "no server answers at 127.0.0.1:1" in err
+    assert "no server answers at 127.0.0.1:1 (Connection refused); `distillery up` starts one" in err
 
 
 def test_debug_shows_the_traceback(home):

@@ -235,7 +235,7 @@ def test_a_port_in_use_is_one_sentence(client, running):
 def test_no_server_is_one_sentence():
     with (
         JobsClient("127.0.0.1:1", timeout_s=5) as jobs,
-        pytest.raises(DistilleryError, match="is it running"),
+        pytest.raises(DistilleryError, match="`distillery up` starts one"),
     ):
         jobs.list()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from distill_core import run as process
 from distill_core.artifacts import ArtifactStore
 from distill_service.jobs import queue, requests
 from distill_service.jobs.child import Child, log_tail
@@ -194,6 +197,34 @@ def test_each_exit_code_has_one_meaning(code, asked, verdict):
 
 def test_running_out_of_memory_names_the_batch_size():
     assert "batch_size" in conclude(70).error["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (MemoryError(), 70, "out of memory; lower batch_size or raise accumulate"),
+        (RuntimeError("CUDA out of memory. Tried"), 70, "out of memory (CUDA out of memory. Tried); lower"),
+        (RuntimeError(), 1, "internal error: RuntimeError: no message"),
+        (KeyError("x"), 1, "internal error: KeyError: 'x'"),
+    ],
+)
+def test_whatever_ends_a_job_is_told_as_an_event(error, code, said, tmp_path, capfd):
+    def job(*_arguments):
+        raise error
+
+    spec = tmp_path / "spec.json"
+    spec.write_text("{}")
+    before = signal.getsignal(signal.SIGTERM)
+    stdout = os.dup(1)
+    try:
+        assert process.main([str(spec)], run=job) == code
+    finally:
+        os.dup2(stdout, 1)  # the job process gives its own away to libraries
+        os.close(stdout)
+        signal.signal(signal.SIGTERM, before)
+    event = json.loads(capfd.readouterr().out)
+    assert event["event"] == "error"
+    assert said in event["message"]
 
 
 def test_a_child_dies_with_the_process_that_started_it(tmp_path):

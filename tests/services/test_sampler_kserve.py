@@ -99,6 +99,7 @@ def test_triton_priority_and_timeout_are_honoured(triton):
             lambda: tensors(sed=np.ones((1, 1), np.uint64)),
             "input 'sed' is not known; known: seed, class_label",
         ),
+        (lambda: [*digits([1], [1]), *digits([2], [1])], "is given twice"),
         (lambda: tensors(seed=np.ones((1, 1), np.int64)), "wanted is UINT64"),
         (lambda: tensors(seed=np.ones((1, 2), np.uint64)), r"wanted is UINT64 \[-1, 1\]"),
     ],

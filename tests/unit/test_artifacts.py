@@ -122,6 +122,10 @@ def test_unknown_names_and_versions_say_what_there_is(store, folder):
         store.resolve("digit")
     with pytest.raises(NotFound, match="no version 7; it has 1"):
         store.resolve("digits@7")
+    with pytest.raises(NotFound, match="no version 999"):
+        store.resolve("digits@" + "9" * 5000)  # more digits than Python turns into a number
+    with pytest.raises(NotFound, match="no alias '²'"):
+        store.resolve("digits@²")
     with pytest.raises(NotFound, match="no alias 'prod'"):
         store.resolve("digits@prod")
 
@@ -147,3 +151,21 @@ def test_a_store_on_another_file_system_copies_and_verifies(folder, tmp_path):
     (fetched / "preview.png").write_bytes(b"bad")
     with pytest.raises(ArtifactError, match="preview.png"):
         store.fetch("digits", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("content", ["{", "5", '{"name": "digits"}'])
+def test_a_damaged_manifest_stops_neither_later_jobs_nor_takes_an_alias(content, store, folder, tmp_path):
+    store.publish(folder, draft(job="a"), key="a")
+    (tmp_path / "store" / "digits" / "versions" / "1" / "manifest.json").write_text(content)
+    assert store.publish(folder, draft(job="b"), key="b").version == 2
+    with pytest.raises(ArtifactError):
+        store.set_alias("digits", "prod", 1)
+    assert store.aliases("digits") == {"latest": 2}
+
+
+def test_a_damaged_alias_is_named(store, folder, tmp_path):
+    store.publish(folder, draft())
+    store.set_alias("digits", "prod", 1)
+    (tmp_path / "store" / "digits" / "aliases" / "prod.json").write_text('{"alias": "prod"}')
+    with pytest.raises(ArtifactError, match="digits/aliases/prod.json in .* is damaged: missing key version"):
+        store.resolve("digits@prod")

@@ -22,7 +22,20 @@ from distill_core.errors import ConfigError, NotFound
             "optim.student.lr",
         ),
         ({"teacher": {}}, r"exactly one of artifact, path, recipe", "teacher"),
-        ({"publish.name": "../x"}, r"publish.name = '../x' is not allowed", "publish.name"),
+        (
+            {"publish.name": "../x"},
+            r"publish.name = '../x' is not allowed: allowed are 1 to 64",
+            "publish.name",
+        ),
+        ({"publish.alias": "latest"}, r"alias 'latest' is reserved; choose another", "publish.alias"),
+        ({"publish.alias": "3"}, r"alias '3' is reserved; choose another", "publish.alias"),
+        (
+            {"optim.student.betas": [2, 0.9]},
+            r"betas.0 = 2 is not allowed.*less than 1",
+            "optim.student.betas.0",
+        ),
+        ({"data": 5}, r"data = 5 is not allowed: a table of keys belongs here", "data"),
+        ({"publish": "x"}, r"publish = 'x' is not allowed: a table of keys belongs here", "publish"),
     ],
 )
 def test_a_wrong_value_is_one_sentence_that_names_its_key(overrides, sentence, field):
@@ -43,6 +56,9 @@ def test_a_missing_or_broken_recipe_file_is_one_sentence(tmp_path):
     (tmp_path / "broken.toml").write_text("steps = = 3")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_recipe(str(tmp_path / "broken.toml"))
+    (tmp_path / "binary.toml").write_bytes(b"\x7fELF\xff\xfe")
+    with pytest.raises(ConfigError, match="not a text file; a recipe is TOML"):
+        load_recipe(str(tmp_path / "binary.toml"))
 
 
 def test_overrides_are_toml_values_and_anything_else_is_text():

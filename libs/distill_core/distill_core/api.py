@@ -8,6 +8,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ from distill_core.training.run import Listener, Run
 
 __all__ = ["Result", "check", "context", "describe_methods", "evaluate", "load", "publish", "train"]
 log = logging.getLogger(__name__)
+_should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
+
+
+class _StoppedOnTheWay(Exception):
+    """A stop was asked for while a teacher or judge was trained first; its checkpoint is written."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ def context(store: ArtifactStore | str | Path, cache: Path) -> Context:
 
     def train_into(recipe: Recipe, folder: Path) -> Path:
         inner = recipe.model_copy(update={"publish": None, "evaluate": EvaluateConfig()})
-        return train(inner, folder, here).folder / "model"
+        if train(inner, folder, here, should_stop=_should_stop.get()).stopped:
+            raise _StoppedOnTheWay
+        return folder / "model"
 
     here = Context(opened, cache, train_into)
     return here
@@ -70,8 +78,14 @@ def train(
     Raises:
         DistilleryError: a mistake in the recipe or its data, a diverged loss, a store that cannot be written.
     """
-    with _threads(recipe.threads):
-        return _train(recipe, Run(folder, listener), where, should_stop, job)
+    outer = _should_stop.set(should_stop)
+    try:
+        with _threads(recipe.threads):
+            return _train(recipe, Run(folder, listener), where, should_stop, job)
+    except _StoppedOnTheWay:
+        return Result(folder, 0, stopped=True)
+    finally:
+        _should_stop.reset(outer)
 
 
 def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], bool], job: str) -> Result:

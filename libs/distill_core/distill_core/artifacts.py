@@ -22,7 +22,7 @@ from typing import Any, Literal
 import fsspec
 from pydantic import Field
 
-from distill_core.config import Config, Name, check_name
+from distill_core.config import Config, Name, check_name, is_reserved_alias
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable, nearest
 
@@ -149,7 +149,7 @@ class ArtifactStore:
     def versions(self, name: str) -> list[int]:
         """Complete versions of a model, ascending."""
         check_name(name, what="model", field="model")
-        numbers = [int(child) for child in self._children(f"{name}/versions") if child.isdigit()]
+        numbers = [int(child) for child in self._children(f"{name}/versions") if child.isdecimal()]
         return sorted(n for n in numbers if self.fs.exists(self._path(name, "versions", str(n), MANIFEST)))
 
     def aliases(self, name: str) -> dict[str, int]:
@@ -158,9 +158,7 @@ class ArtifactStore:
         found = {}
         for child in self._children(f"{name}/aliases"):
             if child.endswith(".json"):
-                found[child.removesuffix(".json")] = AliasMove.parse(
-                    self._read_json(name, "aliases", child)
-                ).version
+                found[child.removesuffix(".json")] = self._read_move(name, "aliases", child).version
         versions = self.versions(name)
         return {**found, **({"latest": versions[-1]} if versions else {})}
 
@@ -175,8 +173,8 @@ class ArtifactStore:
         versions = self.versions(name)
         if not versions:
             raise NotFound(f"no model is called {name!r}{nearest(name, self.names())}", field="model")
-        if wanted.isdigit():
-            if int(wanted) not in versions:
+        if wanted.isdecimal():
+            if len(wanted) > 18 or int(wanted) not in versions:
                 shown = ", ".join(map(str, versions[-8:]))
                 raise NotFound(f"{name} has no version {wanted}; it has {shown}", field="version")
             return name, int(wanted)
@@ -270,9 +268,9 @@ class ArtifactStore:
     def set_alias(self, name: str, alias: str, version: int, *, who: str = "") -> AliasMove:
         """Move an alias to a version, atomically, and keep the move in the history."""
         check_name(alias, what="alias", field="alias")
-        if alias == "latest" or alias.isdigit():
+        if is_reserved_alias(alias):
             raise ConfigError(f"alias {alias!r} is reserved; choose another name, e.g. 'prod'", field="alias")
-        _, version = self.resolve(f"{name}@{version}")
+        version = self.manifest(f"{name}@{version}").version  # a version that cannot be read is no target
         move = AliasMove(
             alias=alias,
             version=version,
@@ -288,10 +286,7 @@ class ArtifactStore:
     def history(self, name: str) -> list[AliasMove]:
         """All moves of a model's aliases, oldest first."""
         check_name(name, what="model", field="model")
-        return [
-            AliasMove.parse(self._read_json(name, "history", child))
-            for child in self._children(f"{name}/history")
-        ]
+        return [self._read_move(name, "history", child) for child in self._children(f"{name}/history")]
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -307,13 +302,27 @@ class ArtifactStore:
 
     def _read_json(self, *parts: str) -> dict[str, Any]:
         try:
-            return json.loads(self.fs.cat_file(self._path(*parts)))
+            values = json.loads(self.fs.cat_file(self._path(*parts)))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ArtifactError(f"{'/'.join(parts)} in {self.url} is damaged: {error}") from None
+        if not isinstance(values, dict):
+            raise ArtifactError(f"{'/'.join(parts)} in {self.url} is damaged: it holds no table")
+        return values
+
+    def _read_move(self, *parts: str) -> AliasMove:
+        try:
+            return AliasMove.parse(self._read_json(*parts))
+        except ConfigError as error:
+            raise ArtifactError(
+                f"{'/'.join(parts)} in {self.url} is damaged: {error}; remove it and set the alias again"
+            ) from None
 
     def _published_with(self, name: str, key: str) -> Manifest | None:
         for version in reversed(self.versions(name)):
-            manifest = self.manifest(f"{name}@{version}")
+            try:
+                manifest = self.manifest(f"{name}@{version}")
+            except ArtifactError:  # another version's damage must not keep this one from being published
+                continue
             if manifest.job == key:
                 return manifest
         return None
@@ -321,7 +330,7 @@ class ArtifactStore:
     def _claim(self, name: str, key: str) -> int:
         """The next free number, taken by an exclusive create. A number left half-published by `key` is taken again."""
         base = self._path(name, "versions")
-        taken = [int(child) for child in self._children(f"{name}/versions") if child.isdigit()]
+        taken = [int(child) for child in self._children(f"{name}/versions") if child.isdecimal()]
         for number in taken if key else []:
             claim = f"{base}/{number}/.claim"
             if self.fs.exists(claim) and self.fs.cat_file(claim).decode() == key:

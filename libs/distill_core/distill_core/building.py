@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import logging
+import typing
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
     if "network" in wanted and recipe.network is None and _is_required(cls, "network"):
         raise ConfigError(f"method {recipe.method} needs a [network] table: name and args", field="network")
     if {"teacher", "student"} & set(wanted):
-        arguments["teacher"] = _teacher(recipe, context)
+        arguments["teacher"] = _teacher(recipe, context, _taught_by(cls))
         fit(source, arguments["teacher"])
         arguments["student"] = copy.deepcopy(arguments["teacher"]).requires_grad_(True)
     unknown = [name for name in wanted if name not in arguments]
@@ -182,10 +183,24 @@ def _source(recipe: Recipe) -> Source:
     return build_source(recipe.data)
 
 
-def _teacher(recipe: Recipe, context: Context) -> nn.Module:
+def _taught_by(cls: type[Method]) -> type[nn.Module]:
+    """The kind of teacher that the constructor is annotated with."""
+    hints = typing.get_type_hints(cls.__init__)
+    wanted = hints.get("teacher", hints.get("student"))
+    return wanted if isinstance(wanted, type) else nn.Module
+
+
+def _teacher(recipe: Recipe, context: Context, kind: type[nn.Module]) -> nn.Module:
     if recipe.teacher is None:
         raise ConfigError(
             f"method {recipe.method} needs a teacher: set teacher.artifact, teacher.path or teacher.recipe",
             field="teacher",
         )
-    return load_model(context.folder(recipe.teacher)).requires_grad_(False).eval()
+    teacher = load_model(context.folder(recipe.teacher))
+    if not isinstance(teacher, kind):
+        raise ArtifactError(
+            f"method {recipe.method} learns from a {kind.__name__}, and this teacher is a "
+            f"{type(teacher).__name__}; `distillery models` shows the kinds",
+            field="teacher",
+        )
+    return teacher.requires_grad_(False).eval()

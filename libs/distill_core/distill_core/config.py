@@ -11,13 +11,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from distill_core.errors import ConfigError, NotFound, nearest
 
 NAME_PATTERN = r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$"
+NAME_RULE = (
+    "allowed are 1 to 64 characters a-z, 0-9, '.', '_', '-', beginning and ending with a letter or digit"
+)
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(BaseModel):
@@ -34,12 +46,16 @@ class Config(BaseModel):
             raise _as_config_error(cls, error, where) from None
 
 
+def is_reserved_alias(alias: str) -> bool:
+    """Whether no alias may be called so: it already means the newest version, or a version's number."""
+    return alias == "latest" or alias.isdecimal()
+
+
 def check_name(name: str, *, what: str, field: str | None = None) -> str:
     """`name` if it is a plain name (lower case, digits, `.`, `_`, `-`), which can never leave a folder."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise ConfigError(
-            f"{what} {name!r} is not a plain name; allowed are 1 to 64 characters a-z, 0-9, '.', '_', '-', "
-            "beginning and ending with a letter or digit",
+            f"{what} {name!r} is not a plain name; {NAME_RULE}",
             field=field,
         )
     return name
@@ -59,8 +75,16 @@ def _as_config_error(cls: type[BaseModel], error: ValidationError, where: str) -
         return ConfigError(f"{path or cls.__name__}: {first['ctx']['error']}", field=path)
     given = repr(first.get("input"))
     given = given if len(given) <= 80 else given[:77] + "..."
-    said = first["msg"][0].lower() + first["msg"][1:]
-    return ConfigError(f"{path} = {given} is not allowed: {said}", field=path)
+    return ConfigError(f"{path} = {given} is not allowed: {_said(first, path)}", field=path)
+
+
+def _said(error: Any, path: str) -> str:
+    """What is allowed, in words; pydantic's own for most."""
+    if error["type"] in ("dict_type", "model_type"):
+        return f"a table of keys belongs here, e.g. {path}.KEY = VALUE"
+    if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] == NAME_PATTERN:
+        return NAME_RULE
+    return str(error["msg"][0].lower() + error["msg"][1:])
 
 
 def _model_at(cls: type[BaseModel], path: Iterable[int | str]) -> type[BaseModel]:
@@ -98,7 +122,7 @@ class OptimConfig(Config):
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = Field(1e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
@@ -143,6 +167,13 @@ class PublishConfig(Config):
     name: Name
     licence: str = "Apache-2.0"
     alias: Name | None = None
+
+    @field_validator("alias")
+    @classmethod
+    def _free(cls, alias: str | None) -> str | None:
+        if alias is not None and is_reserved_alias(alias):  # said before the training, not after it
+            raise ValueError(f"alias {alias!r} is reserved; choose another name, e.g. 'prod'")
+        return alias
 
 
 class Recipe(Config):
@@ -241,6 +272,15 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     return Recipe.parse(values)
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"recipe {path} is not a text file; a recipe is TOML in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from None
+
+
 def _read_toml(source: str) -> dict[str, Any]:
     path = Path(source)
     if path.suffix == ".toml":
@@ -248,7 +288,7 @@ def _read_toml(source: str) -> dict[str, Any]:
             raise NotFound(
                 f"recipe file {source} does not exist; `distillery methods` lists the recipes by name"
             )
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
     else:
         if source not in recipe_names():
             raise NotFound(f"no recipe is called {source!r}{nearest(source, recipe_names())}", field="recipe")

@@ -85,6 +85,17 @@ def meaning(error: BaseException) -> Meaning:
     return MEANINGS[DistilleryError]
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """The sentence for an error that says that memory, a host's or a GPU's, ran out; None for any other."""
+    said = (str(error).splitlines() or [""])[0]
+    hints = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    told = isinstance(error, RuntimeError) and any(hint in said.lower() for hint in hints)
+    if not told and not isinstance(error, MemoryError):
+        return None
+    shown = f" ({said[:200]})" if said else ""
+    return f"out of memory{shown}; lower batch_size or raise accumulate"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, else `; known: …`."""
     names = sorted(known)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distill_core.errors import EXIT_OUT_OF_MEMORY, EXIT_STOPPED, DistilleryError, meaning
+from distill_core.errors import EXIT_OUT_OF_MEMORY, EXIT_STOPPED, DistilleryError, meaning, out_of_memory
 
 Job = Callable[[dict[str, Any], Callable[[dict[str, Any]], None], Callable[[], bool]], int]
 
@@ -38,8 +38,6 @@ def main(argv: list[str] | None = None, *, run: Job | None = None) -> int:
     except DistilleryError as error:
         tell({"event": "error", "type": type(error).__name__, "message": str(error), "field": error.field})
         return meaning(error).exit_code
-    except MemoryError as error:
-        return _out_of_memory(error, tell)
     except OSError as error:
         logging.exception("the job failed")
         tell(
@@ -50,11 +48,14 @@ def main(argv: list[str] | None = None, *, run: Job | None = None) -> int:
             }
         )
         return 75
-    except RuntimeError as error:
-        if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
-            return _out_of_memory(error, tell)
+    except Exception as error:
         logging.exception("the job failed")
-        tell({"event": "error", "type": "RuntimeError", "message": str(error).splitlines()[0]})
+        message = out_of_memory(error)
+        if message is not None:
+            tell({"event": "error", "type": "MemoryError", "message": message})
+            return EXIT_OUT_OF_MEMORY
+        name, said = type(error).__name__, (str(error).splitlines() or ["no message"])[0]
+        tell({"event": "error", "type": name, "message": f"internal error: {name}: {said}"})
         return 1
 
 
@@ -70,12 +71,6 @@ class _StopFlag:
 
     def __call__(self) -> bool:
         return self.set
-
-
-def _out_of_memory(error: BaseException, tell: Any) -> int:
-    message = f"out of memory ({str(error).splitlines()[0][:200]}); lower batch_size or raise accumulate"
-    tell({"event": "error", "type": "MemoryError", "message": message})
-    return EXIT_OUT_OF_MEMORY
 
 
 def _run(spec: dict[str, Any], tell: Any, stop: _StopFlag) -> int:

@@ -85,8 +85,12 @@ def error_from_call(call: grpc.RpcError, address: str = "") -> DistilleryError:
     code, message = call.code(), call.details() or call.code().name
     if code is grpc.StatusCode.UNAVAILABLE:
         where = f" at {address}" if address else ""
+        if not _no_server(message):
+            return Unavailable(message)
+        reason = message.rsplit("connect to remote host: ", 1)[-1]
         return Unavailable(
-            f"no server answers{where} ({message}); is it running?" if _no_server(message) else message
+            f"no server answers{where} ({reason}); `distillery up` starts one, "
+            "DISTILLERY_JOBS_PORT and DISTILLERY_SAMPLER_PORT say where to look"
         )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Overloaded(message, retry_after_s=_retry_after(call))

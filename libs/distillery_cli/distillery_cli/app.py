@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from distill_core.errors import DistilleryError, meaning
+from distill_core.errors import EXIT_OUT_OF_MEMORY, DistilleryError, meaning, out_of_memory
 from distillery_cli import bench, claims, demo, doctor, health, jobs, models, sampling, stack, training
 from distillery_cli.output import notes
 
@@ -77,6 +77,9 @@ def _report(error: Exception) -> int:
     translated = _known(error)
     if translated is not None:
         return _failed(str(translated), meaning(translated).exit_code)
+    told = out_of_memory(error)
+    if told is not None:
+        return _failed(told, EXIT_OUT_OF_MEMORY)
     return _failed(f"internal error: {type(error).__name__}: {error}; --debug shows the traceback", 1)
 
 

@@ -172,7 +172,8 @@ def cancel(job_id: Id, as_json: AsJson = False) -> None:
     """Stop a job within a step; its checkpoint is kept and `retry` continues it."""
     with client() as api:
         job = api.cancel(job_id)
-    emit_json(job_values(job)) if as_json else results.print(f"{job.id} {state_name(job)}, cancel requested")
+    said = f"{job.id} {state_name(job)}" + (", cancel requested" if state_name(job) == "RUNNING" else "")
+    emit_json(job_values(job)) if as_json else results.print(said)
 
 
 def retry(

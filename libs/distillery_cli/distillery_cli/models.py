@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill_core.errors import ConfigError
-from distillery_cli.output import AsJson, emit_json, figure, results, table
+from distill_core.errors import ArtifactError, ConfigError
+from distillery_cli.output import AsJson, emit_json, figure, notes, results, table
 
 if TYPE_CHECKING:
     from distill_core.artifacts import ArtifactStore, Manifest
@@ -54,8 +54,13 @@ def models(
 
 
 def _summary(opened: ArtifactStore, name: str, version: int) -> dict[str, Any]:
-    manifest = opened.manifest(f"{name}@{version}")
     aliases = [alias for alias, number in opened.aliases(name).items() if number == version]
+    try:
+        manifest = opened.manifest(f"{name}@{version}")
+    except ArtifactError as error:  # the others can still be listed
+        notes.print(f"warning: {error}", markup=False, soft_wrap=True)
+        empty = dict.fromkeys(("method", "exports", "frechet_distance", "created"))
+        return {"model": f"{name}@{version}", "aliases": aliases, "kind": "damaged", **empty}
     return {
         "model": manifest.ref,
         "aliases": aliases,

@@ -51,7 +51,7 @@ def parse_labels(text: str) -> list[int]:
     labels: list[int] = []
     for part in filter(None, text.split(",")):
         first, separator, last = part.strip().partition("-")
-        if not first.isdigit() or (separator and not last.isdigit()) or len(part) > 20:
+        if not first.isdecimal() or (separator and not last.isdecimal()) or len(part) > 20:
             raise ConfigError(
                 f"--labels {text!r} is not a list of numbers and ranges, e.g. 0-9 or 1,1,7", field="labels"
             )
@@ -73,6 +73,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Make pictures with a served model: one file with all of them, or one file each in a folder."""
+    check_out(out)
     conditions = _conditions(parse_labels(labels), prompt or [], count)
     total = conditions.pop("total")
     with client() as sampler, bar(f"generate {model}", total) as line:
@@ -98,6 +99,19 @@ def _conditions(labels: list[int], prompts: list[str], count: int | None) -> dic
         )
         return {**repeated, "total": times * (len(labels) or len(prompts))}
     return {"count": count, "total": count or 1}
+
+
+def check_out(out: Path) -> None:
+    """Raise ConfigError, before the work, for a kind of file that no picture can be saved as."""
+    from PIL import Image
+
+    kinds = Image.registered_extensions()
+    if out.suffix and kinds.get(out.suffix.lower()) not in Image.SAVE:
+        raise ConfigError(
+            f"--out {out} is no kind of picture that can be saved; end it in .png, .jpg or .webp, "
+            "or name a folder",
+            field="out",
+        )
 
 
 def save_pictures(pictures: list[np.ndarray], out: Path) -> list[Path]:
@@ -147,6 +161,9 @@ def render(
     as_json: AsJson = False,
 ) -> None:
     """Render a view of a served scene, or an orbit around it."""
+    check_out(out)
+    if orbit is not None and orbit < 1:
+        raise ConfigError(f"--orbit {orbit} is not allowed; ask for at least 1 view", field="orbit")
     with client() as sampler:
         if orbit is None:
             view = sampler.render(

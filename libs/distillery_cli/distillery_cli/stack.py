@@ -166,9 +166,12 @@ class Stack:
         for running in self.running:
             code = running.process.poll()
             if code is not None:
+                how = f"exit code {code}: {last_words(running.log)}"
+                if code < 0:  # its log cannot say why
+                    how = f"{signal.Signals(-code).name} (out of memory, or killed by hand)"
                 raise Unavailable(
-                    f"the {running.part.name} ended with exit code {code}: {last_words(running.log)}; "
-                    f"its log is {running.log}"
+                    f"the {running.part.name} ended with {how}; its log is {running.log}; "
+                    "`distillery up` starts all again, and jobs go on from their checkpoints"
                 )
 
     def stop(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.config import Recipe, load_recipe, parse_overrides
-from distill_core.errors import EXIT_STOPPED
+from distill_core.errors import EXIT_STOPPED, Unavailable
 from distillery_cli.output import AsJson, Overrides, bar, emit_json, figure, notes, results, table, waiting
 
 if TYPE_CHECKING:
@@ -114,10 +116,12 @@ def train(
         from distill_core import api
 
         where = here()
-    with _stop_on_signals() as stopped, bar(Path(recipe).stem, loaded.steps) as line:
+    with _alone_in(folder), _stop_on_signals() as stopped, bar(Path(recipe).stem, loaded.steps) as line:
         result = api.train(loaded, folder, where, listener=line.tell, should_stop=stopped)
     if result.stopped:
-        notes.print(f"stopped at step {result.step}; continue with: distillery train {recipe} --out {folder}")
+        again = [recipe, *(part for given in overrides or [] for part in ("-s", given)), "--out", str(folder)]
+        said = f"stopped at step {result.step}; continue with: distillery train {shlex.join(again)}"
+        notes.print(said, markup=False, soft_wrap=True)
         return EXIT_STOPPED
     published = result.manifest.ref if result.manifest else None
     model = folder / "model"
@@ -136,6 +140,24 @@ def _new_folder(recipe: str) -> Path:
     from distill_service.settings import settings
 
     return settings().runs / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the run folder's lock, the one that workers take too: two trainings would mix their checkpoints."""
+    from distill_core.training.checkpoint import writing
+
+    with writing(f"to the run folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unavailable(
+                f"another process trains in {folder}; wait for it, or give another --out", field="out"
+            ) from None
+        yield
 
 
 @contextlib.contextmanager

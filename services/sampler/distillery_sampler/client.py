@@ -210,7 +210,10 @@ def generate_request(
             priority=sampler_pb2.PRIORITY_BULK if bulk else sampler_pb2.PRIORITY_INTERACTIVE,
         )
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"the request holds a value that is not allowed: {error}") from None
+        raise ConfigError(
+            f"the request holds a value that is not allowed: {error}; seeds are 0 to 2**63 - 1, "
+            "class labels, count and num_steps whole numbers"
+        ) from None
 
 
 def view_options(

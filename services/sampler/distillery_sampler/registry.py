@@ -134,7 +134,7 @@ class Registry:
         key = await self._resolve(ref)
         model = self._loaded.get(key) or await self._load(key)
         wanted = ref.partition("@")[2] or "latest"
-        if wanted.isdigit():
+        if wanted.isdecimal():
             model.pinned = True
         else:
             self._served.setdefault((key[0], wanted), key[1])

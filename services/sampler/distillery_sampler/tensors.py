@@ -52,6 +52,8 @@ def read_inputs(
             raise ConfigError(
                 f"input {tensor.name!r} is not known; known: {known}", field=f"inputs.{tensor.name}"
             )
+        if tensor.name in found:
+            raise ConfigError(f"input {tensor.name!r} is given twice", field=f"inputs.{tensor.name}")
         found[tensor.name] = _read(tensor, raw[index] if raw else None, spec)
     missing = [name for name, spec in specs.items() if not spec.optional and name not in found]
     if missing:

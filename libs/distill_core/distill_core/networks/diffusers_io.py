@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.config import Config, NetworkConfig
 from distill_core.diffusion.schedule import NoiseSchedule, Parameterisation, to_x0
-from distill_core.errors import ArtifactError, ConfigError, NotFound, nearest
+from distill_core.errors import ArtifactError, ConfigError, NotFound, nearest, out_of_memory
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser, expand
 from distill_core.networks.generation import preview
@@ -260,7 +260,7 @@ def build_denoiser(
     network: NetworkConfig,
     *,
     parameterisation: Parameterisation,
-    shape: tuple[int, int, int],
+    shape: tuple[int, int, int] | None,
     num_classes: int | None,
     class_names: tuple[str, ...] = (),
     scheduler: dict[str, Any] | None = None,
@@ -271,7 +271,7 @@ def build_denoiser(
     The null class has the index `num_classes`. `scheduler` are arguments of the diffusers scheduler.
 
     Raises:
-        ConfigError: an unknown network class, or arguments that it refuses.
+        ConfigError: an unknown network class, arguments that it refuses, or data without pictures.
     """
     if network.name not in NETWORKS:
         raise ConfigError(
@@ -281,6 +281,11 @@ def build_denoiser(
     if network.name == "UNet2DConditionModel":
         raise ConfigError(
             "a text-conditional network comes from a diffusers folder: set teacher.path", field="network"
+        )
+    if shape is None:
+        raise ConfigError(
+            "this data has no pictures to learn from; set data.name to digits, images, huggingface or idx",
+            field="data.name",
         )
     channels, height, width = shape
     args = {"in_channels": channels, "out_channels": channels, "sample_size": height, **network.args}
@@ -307,9 +312,24 @@ def build_denoiser(
         cond = CondSpec(
             kind="class_label", num_classes=num_classes, null_label=num_classes, class_names=class_names
         )
-    return DiffusersDenoiser(
-        module, noise, Sidecar(image=image, cond=cond, sampler=sampler, parameterisation=parameterisation)
-    )
+    sidecar = Sidecar(image=image, cond=cond, sampler=sampler, parameterisation=parameterisation)
+    return _tried(DiffusersDenoiser(module, noise, sidecar))
+
+
+def _tried(denoiser: DiffusersDenoiser) -> DiffusersDenoiser:
+    """The denoiser after one picture: a class accepts sizes that its own forward pass cannot use."""
+    image = denoiser.image
+    try:
+        with torch.no_grad():
+            denoiser(torch.zeros(1, image.channels, image.height, image.width), torch.ones(1))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"network.args do not suit pictures of shape {image.picture}: {str(error).splitlines()[0]}",
+            field="network.args",
+        ) from None
+    return denoiser
 
 
 def _class_args(name: str, num_classes: int | None) -> dict[str, Any]:

@@ -7,9 +7,10 @@ lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill_core.config import NetworkConfig
 from distill_core.data.source import Source
@@ -26,6 +27,12 @@ class Config(MethodConfig):
     sigma_max: float = Field(80.0, gt=0)
     sigma_data: float = Field(0.5, gt=0)  # standard deviation of the data
     label_dropout: float = Field(0.1, ge=0, le=1)  # share of items trained without their class, for guidance
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min = {self.sigma_min:g} must be below sigma_max = {self.sigma_max:g}")
+        return self
 
 
 class EDM(Method):
