@@ -21,7 +21,10 @@ class NoImages:
 def build(**config: object) -> DMD2:
     teacher = AffineDenoiser(MEAN, STD).requires_grad_(False)
     return DMD2(
-        DMD2.Config(levels=(5.0,), **config), teacher=teacher, student=Pusher(-0.5, 1.0), data=NoImages()
+        DMD2.Config(**{"levels": (5.0,), **config}),
+        teacher=teacher,
+        student=Pusher(-0.5, 1.0),
+        data=NoImages(),
     )
 
 
@@ -98,3 +101,8 @@ def test_the_gan_needs_images_and_says_so_before_training():
 def test_levels_out_of_order_are_refused(levels):
     with pytest.raises(ConfigError, match="strictly descending"):
         DMD2.Config.parse({"levels": levels})
+
+
+def test_a_level_above_the_teachers_highest_is_refused():
+    with pytest.raises(ConfigError, match="level 50 is above the teacher's highest, 10"):
+        build(levels=(50.0,))

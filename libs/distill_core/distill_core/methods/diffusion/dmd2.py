@@ -61,14 +61,13 @@ class DMD2(Method):
         self.config, self.teacher, self.student = config, teacher, student
         self.fake_score = FakeScore(teacher, discriminate=config.gan_weight > 0)
         self.levels = config.levels or (teacher.sampler.sigma_max,)
-        student.sampler = SamplerSpec(
-            kind="few_step",
-            sigmas=self.levels,
-            noise_scale=student.schedule.start_scale(self.levels[0]),
-            num_steps=len(self.levels),
-            max_steps=len(self.levels),
-            guidable=False,
-        )
+        if self.levels[0] > teacher.schedule.sigma_max:
+            raise ConfigError(
+                f"level {self.levels[0]:g} is above the teacher's highest, {teacher.schedule.sigma_max:g}",
+                field="config.levels",
+            )
+        scale = student.schedule.start_scale(self.levels[0])
+        student.sampler = SamplerSpec.few_step(self.levels, noise_scale=scale)
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         for _ in range(self.config.critic_steps):
