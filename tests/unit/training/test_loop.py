@@ -156,32 +156,33 @@ def test_two_processes_take_the_step_of_the_whole_batch(tmp_path):
     script.write_text(
         dedent(
             f"""
-            import sys, torch
+            import json
             from pathlib import Path
             from tests.unit.training.test_loop import trainer
-            run = trainer(Path({str(tmp_path)!r}) / "two")
+            folder = Path({str(tmp_path)!r})
+            run = trainer(folder / "two")
             run.train()
-            print("WEIGHTS", run.accelerator.num_processes, float(run.method.model.weight.double().sum()))
+            total = run.method.model.weight.detach().double().sum().item()
+            found = {{"processes": run.accelerator.num_processes, "total": total}}
+            (folder / f"rank-{{run.accelerator.process_index}}.json").write_text(json.dumps(found))
             """
         )
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=200)
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("WEIGHTS")]
-    assert len(lines) == 2, done.stderr[-2000:]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(script)],
+        capture_output=True,
+        text=True,
+        env=_environment(),
+        timeout=200,
+    )
+    ranks = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("rank-*.json"))]
+    assert len(ranks) == 2, done.stderr[-2000:]
     one = trainer(tmp_path / "one")
     one.train()
-    for _, processes, total in lines:
-        assert int(processes) == 2
-        assert float(total) == pytest.approx(weights(one).double().sum().item(), abs=1e-5)
+    for rank in ranks:
+        assert rank["processes"] == 2
+        assert rank["total"] == pytest.approx(weights(one).double().sum().item(), abs=1e-5)
 
 
 def _environment() -> dict[str, str]:
