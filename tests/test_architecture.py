@@ -145,8 +145,9 @@ def test_only_settings_read_the_environment():
                 assert name.split(".")[-1] in allowed, f"{name} reads the environment; settings.py does that"
 
 
-def test_only_one_module_imports_diffusers_and_peft():
+def test_diffusers_and_peft_have_one_door_each():
+    doors = {"diffusers": "distill_core.networks.diffusers_io", "peft": "distill_core.networks.peft_io"}
     for name, path in modules("distill_core"):
         tops = {imported.split(".")[0] for imported in imports(path)}
-        if tops & {"diffusers", "peft"}:
-            assert name == "distill_core.networks.diffusers_io"
+        for library in tops & doors.keys():
+            assert name == doors[library], f"{name} imports {library}"

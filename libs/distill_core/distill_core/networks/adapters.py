@@ -37,7 +37,7 @@ class LoraDenoiser(Denoiser):
     """
 
     def __init__(self, base: Denoiser, config: LoraConfig) -> None:
-        from distill_core.networks.diffusers_io import with_lora  # diffusers and peft take seconds to import
+        from distill_core.networks.peft_io import with_lora  # peft takes seconds to import
 
         super().__init__()
         twin, factors = with_lora(base, rank=config.rank, alpha=config.alpha, targets=config.layers)
@@ -58,7 +58,7 @@ class LoraDenoiser(Denoiser):
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Only the base's weights for the duration, whatever happens inside."""
-        from distill_core.networks.diffusers_io import lora_off
+        from distill_core.networks.peft_io import lora_off
 
         with lora_off(self.adapted):
             yield
