@@ -32,7 +32,7 @@ CLIENTS = (
 
 # A module may import from its own layer and lower ones.
 LAYERS = [
-    ("errors", "config"),
+    ("errors", "config", "checking"),
     ("diffusion", "losses", "metrics.image", "metrics.frechet", "metrics.classification"),
     ("artifacts", "pictures", "method", "radiance.sh", "radiance.cameras"),
     ("networks", "data", "radiance", "metrics"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.building import Context, build, load_model
+from distill_core.checking import verdict
 from distill_core.config import EvaluateConfig, Recipe, load_recipe, recipe_names
 from distill_core.data import Source, build_source
 from distill_core.errors import ConfigError, DistilleryError
@@ -208,7 +210,7 @@ def describe_methods() -> list[dict[str, Any]]:
 
 
 def check(name: str, where: Context, *, listener: Listener | None = None) -> dict[str, Any]:
-    """Run a recipe's claim and its ablation: `{name, passed, measured, ablation, seconds, ...}`.
+    """Run a recipe's claims and their ablations: `{name, passed, measured, ablation, also, seconds, ...}`.
 
     Raises:
         ConfigError: the recipe makes no claim.
@@ -223,55 +225,14 @@ def check(name: str, where: Context, *, listener: Listener | None = None) -> dic
         where.folder(sized.evaluate.judge)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="distillery-check-") as scratch:
-        runs = [_measured(sized, seed, Path(scratch) / f"s{seed}", where, listener) for seed in claim.seeds]
-        off: list[dict[str, float]] = []
-        if claim.ablation is not None:
-            changed = sized.override(claim.ablation.set)
-            off = [
-                _measured(changed, seed, Path(scratch) / f"a{seed}", where, listener) for seed in claim.seeds
-            ]
-    seconds = time.perf_counter() - began
-    return {"name": name, **_verdict(claim, runs, off), "seconds": round(seconds, 1), "figures": runs[0]}
+        folders = (Path(scratch) / str(number) for number in itertools.count())
 
+        def measure(changes: Mapping[str, Any]) -> list[dict[str, float]]:
+            seeded = [sized.override(changes).model_copy(update={"seed": seed}) for seed in claim.seeds]
+            return [train(run, next(folders), where, listener=listener).figures for run in seeded]
 
-def _measured(
-    recipe: Recipe, seed: int, folder: Path, where: Context, listener: Listener | None
-) -> dict[str, float]:
-    return train(recipe.model_copy(update={"seed": seed}), folder, where, listener=listener).figures
-
-
-def _verdict(claim: Any, runs: list[dict[str, float]], off: list[dict[str, float]]) -> dict[str, Any]:
-    for figures in (*runs, *off):
-        for wanted in filter(None, (claim.metric, claim.reference if figures in runs else None)):
-            if wanted not in figures:
-                raise ConfigError(
-                    f"the check's figure {wanted!r} was not measured; known: {', '.join(figures)}"
-                )
-    measured = _mean(runs, claim.metric)
-    ablation = _mean(off, claim.metric) if off else None
-    reference = _mean(runs, claim.reference) if claim.reference else None
-    tests = []
-    if claim.ratio_at_most is not None and reference is not None:
-        tests.append(measured <= claim.ratio_at_most * reference)
-    if claim.at_most is not None:
-        tests.append(measured <= claim.at_most)
-    if claim.at_least is not None:
-        tests.append(measured >= claim.at_least)
-    if ablation is not None and claim.ablation.ratio_at_least is not None:
-        tests.append(ablation >= claim.ablation.ratio_at_least * measured)
-    if ablation is not None and claim.ablation.gap_at_least is not None:
-        tests.append(measured - ablation >= claim.ablation.gap_at_least)
-    return {
-        "passed": bool(tests) and all(tests),
-        "metric": claim.metric,
-        "measured": measured,
-        "reference": reference,
-        "ablation": ablation,
-    }
-
-
-def _mean(runs: list[dict[str, float]], name: str) -> float:
-    return sum(figures[name] for figures in runs) / len(runs)
+        judged = verdict(claim, measure)
+    return {"name": name, **judged, "seconds": round(time.perf_counter() - began, 1)}
 
 
 @contextlib.contextmanager

@@ -20,12 +20,14 @@ import torch
 from torch import nn
 
 from distill_core.artifacts import ArtifactStore
-from distill_core.config import ModelSource, Recipe, load_recipe
+from distill_core.config import ModelSource, Recipe, StudentConfig, load_recipe
 from distill_core.data import Source, build_source
 from distill_core.data.conditions import Prompts
+from distill_core.data.pairs import build_pairs
 from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
 from distill_core.method import Method
 from distill_core.methods import find_method, needs
+from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.denoiser import Denoiser
 from distill_core.training.seeding import derive, seed_everything
 
@@ -79,11 +81,15 @@ def _added(key: str) -> Iterator[None]:
         _under_way.reset(token)
 
 
-def cache_key(recipe: Recipe) -> str:
-    """What made a model: the resolved recipe, the method's source and torch's version."""
-    source = inspect.getsource(inspect.getmodule(find_method(recipe.method)))  # type: ignore[arg-type]
+def cache_key(recipe: Recipe, *, above: tuple[str, ...] = ()) -> str:
+    """What made a model: the resolved recipe, its method's source, torch's version, and the models it is made from."""
     made = recipe.model_copy(update={"title": "", "check": None, "publish": None}).to_toml()
-    return hashlib.sha256("\n".join([made, source, torch.__version__]).encode()).hexdigest()[:16]
+    bases = [base for base in find_method(recipe.method).__mro__ if issubclass(base, Method)]
+    sources = [inspect.getsource(inspect.getmodule(base)) for base in bases]  # type: ignore[arg-type]
+    for source in (recipe.teacher, recipe.student.source):
+        if source is not None and source.recipe is not None and source.recipe not in above:
+            sources.append(cache_key(load_recipe(source.recipe), above=(*above, source.recipe)))
+    return hashlib.sha256("\n".join([made, *sources, torch.__version__]).encode()).hexdigest()[:16]
 
 
 def load_model(folder: Path, *, device: str = "cpu") -> nn.Module:
@@ -130,16 +136,77 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
     arguments: dict[str, Any] = {"data": source, "seed": recipe.seed, "network": recipe.network}
     if "network" in wanted and recipe.network is None and _is_required(cls, "network"):
         raise ConfigError(f"method {recipe.method} needs a [network] table: name and args", field="network")
+    _refuse_unused(recipe, wanted)
+    if source.shape is None and (purpose := cls.pictures_for(config)):
+        raise ConfigError(
+            f"method {recipe.method} needs real pictures for {purpose}, and data.name = "
+            f"{recipe.data and recipe.data.get('name')!r} has none; choose data with pictures",
+            field="data.name",
+        )
     if {"teacher", "student"} & set(wanted):
-        arguments["teacher"] = _teacher(recipe, context, _taught_by(cls))
-        fit(source, arguments["teacher"])
-        arguments["student"] = copy.deepcopy(arguments["teacher"]).requires_grad_(True)
+        arguments |= _models(recipe, context, cls, source)
     unknown = [name for name in wanted if name not in arguments]
     if unknown:
         raise ConfigError(f"method {recipe.method} asks for {unknown[0]!r}, which no recipe table provides")
     seed_everything(derive(recipe.seed, "init"))
     method = cls(config, **{name: arguments[name] for name in wanted})
     return method, source
+
+
+def _refuse_unused(recipe: Recipe, wanted: list[str]) -> None:
+    if recipe.student != StudentConfig() and "student" not in wanted:
+        raise ConfigError(
+            f"method {recipe.method} has no student to set up; leave [student] out", field="student"
+        )
+    if recipe.pairs is not None and "pairs" not in wanted:
+        raise ConfigError(f"method {recipe.method} uses no pairs; leave [pairs] out", field="pairs")
+
+
+def _models(recipe: Recipe, context: Context, cls: type[Method], source: Source) -> dict[str, Any]:
+    """Teacher, student and pairs, as far as the constructor names them."""
+    wanted, found = needs(cls), {}
+    begins = recipe.student.source if "student" in wanted else None
+    if "teacher" in wanted or "pairs" in wanted or begins is None:
+        found["teacher"] = _teacher(recipe, context, _taught_by(cls))
+        fit(source, found["teacher"])
+    if "student" in wanted:
+        seed_everything(derive(recipe.seed, "student"))
+        base = found["teacher"] if begins is None else _loaded(begins, context, _taught_by(cls), "student")
+        fit(source, base)
+        found["student"] = _student(base, recipe.student)
+    found["pairs"] = None
+    if recipe.pairs is not None:
+        found["pairs"] = build_pairs(found["teacher"], source, recipe.pairs, _pairs_folder(recipe, context))
+    return found
+
+
+def _student(base: nn.Module, wish: StudentConfig) -> nn.Module:
+    """What `base` is to become before training: a copy, an adapter over it, or another network in its place."""
+    if wish == StudentConfig() or not isinstance(base, Denoiser):
+        return copy.deepcopy(base).requires_grad_(True)
+    if wish.network is not None:
+        from distill_core.networks.diffusers_io import build_like
+
+        student: Denoiser = build_like(base, wish.network)  # type: ignore[arg-type]
+    else:
+        student = LoraDenoiser(base, wish.lora) if wish.lora else copy.deepcopy(base)
+    if wish.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    return student if wish.lora else student.requires_grad_(True)
+
+
+def _pairs_folder(recipe: Recipe, context: Context) -> Path:
+    """A cache folder for what made the pairs: teacher, data and the `[pairs]` table."""
+    assert recipe.pairs is not None
+    assert recipe.teacher is not None
+    folder = context.folder(recipe.teacher)
+    files = [file for file in sorted(folder.rglob("*.safetensors")) if file.is_file()]
+    marks = [
+        [file.relative_to(folder).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files
+    ]
+    table = recipe.pairs.model_dump(mode="json")
+    made = json.dumps([str(folder), marks, recipe.data, table, torch.__version__], sort_keys=True)
+    return context.cache / "pairs" / hashlib.sha256(made.encode()).hexdigest()[:16]
 
 
 def fit(source: Source, teacher: nn.Module) -> None:
@@ -196,11 +263,15 @@ def _teacher(recipe: Recipe, context: Context, kind: type[nn.Module]) -> nn.Modu
             f"method {recipe.method} needs a teacher: set teacher.artifact, teacher.path or teacher.recipe",
             field="teacher",
         )
-    teacher = load_model(context.folder(recipe.teacher))
-    if not isinstance(teacher, kind):
+    return _loaded(recipe.teacher, context, kind, "teacher")
+
+
+def _loaded(source: ModelSource, context: Context, kind: type[nn.Module], what: str) -> nn.Module:
+    model = load_model(context.folder(source))
+    if not isinstance(model, kind):
         raise ArtifactError(
-            f"method {recipe.method} learns from a {kind.__name__}, and this teacher is a "
-            f"{type(teacher).__name__}; `distillery models` shows the kinds",
-            field="teacher",
+            f"the {what} must be a {kind.__name__}, and this is a {type(model).__name__}; "
+            "`distillery models` shows the kinds",
+            field=what,
         )
-    return teacher.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval()

@@ -117,6 +117,61 @@ class NetworkConfig(Config):
     args: dict[str, Any] = {}
 
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class LoraConfig(Config):
+    """Size and place of the low-rank factors; their product is scaled by alpha / rank."""
+
+    rank: int = Field(64, ge=1, le=4096)
+    alpha: float = Field(64.0, gt=0)
+    targets: Literal["all-linear"] | tuple[str, ...] = ATTENTION  # ends of layer names, as in peft
+
+    @property
+    def layers(self) -> tuple[str, ...] | None:
+        """The layers' names; None is every linear layer."""
+        return None if self.targets == "all-linear" else self.targets  # type: ignore[return-value]
+
+
+class StudentConfig(Config):
+    """What the student begins as; with nothing set, a trainable copy of the teacher."""
+
+    artifact: str | None = None  # begin as this student instead of the teacher: a store artifact,
+    path: str | None = None  # a folder,
+    recipe: str | None = None  # or what a recipe trained, once, then cached
+    network: NetworkConfig | None = None  # a new network instead, of another size; begins random
+    lora: LoraConfig | None = None  # train low-rank factors over what it begins as, whose weights stay
+    gradient_checkpointing: bool = False  # less memory for about a third more time; results are the same
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> Self:
+        given = [self.artifact, self.path, self.recipe, self.network]
+        if sum(value is not None for value in given) > 1:
+            raise ValueError("give at most one of artifact, path, recipe, network")
+        if self.network is not None and self.lora is not None:
+            raise ValueError(
+                "lora needs a trained network to adapt, and network begins random: leave one out"
+            )
+        return self
+
+    @property
+    def source(self) -> ModelSource | None:
+        """The model it begins as, if that is not the teacher."""
+        if self.artifact is None and self.path is None and self.recipe is None:
+            return None
+        return ModelSource(artifact=self.artifact, path=self.path, recipe=self.recipe)
+
+
+class PairsConfig(Config):
+    """Noise and what the teacher's own sampler makes of it; made once, then cached."""
+
+    count: int = Field(2048, ge=1, le=10_000_000)
+    num_steps: int | None = Field(None, ge=1, le=1000)  # unset: the teacher's own
+    guidance: float | None = None  # unset: the teacher's own
+    seed: Seed = 0
+    batch_size: int = Field(128, ge=1, le=4096)
+
+
 class OptimConfig(Config):
     """One role's optimiser. The learning rate is a function of the step alone, so resuming needs no scheduler state."""
 
@@ -148,19 +203,31 @@ class CheckAblation(Config):
     gap_at_least: float | None = None  # method - ablation, for metrics where more is better
 
 
-class CheckConfig(Config):
-    """The recipe's claim: a metric of the student against a reference measured in the same run."""
+class Claim(Config):
+    """A figure's bounds, alone or against another figure of the same run, and what switching the key part off does."""
 
     metric: str
-    set: dict[str, Any] = {}  # overrides for the check's size
-    reference: str | None = (
-        None  # a key of the method's own `evaluate()` figures, e.g. teacher_frechet_distance
-    )
-    ratio_at_most: float | None = None
+    reference: str | None = None  # another figure of the same run, e.g. teacher_frechet_distance
+    ratio_at_most: float | None = None  # metric / reference
+    ratio_at_least: float | None = None
     at_most: float | None = None
     at_least: float | None = None
-    seeds: list[Seed] = [0]
     ablation: CheckAblation | None = None
+
+    @model_validator(mode="after")
+    def _against_something(self) -> Self:
+        ratios = self.ratio_at_most is not None or self.ratio_at_least is not None
+        if ratios != (self.reference is not None):
+            raise ValueError("a ratio needs a reference, and a reference a ratio_at_most or ratio_at_least")
+        return self
+
+
+class CheckConfig(Claim):
+    """The recipe's claim, and others on the same runs."""
+
+    set: dict[str, Any] = {}  # overrides for the check's size
+    seeds: list[Seed] = Field([0], min_length=1)  # figures are means over these
+    also: list[Claim] = []
 
 
 class PublishConfig(Config):
@@ -174,6 +241,9 @@ class PublishConfig(Config):
         if alias is not None and is_reserved_alias(alias):  # said before the training, not after it
             raise ValueError(f"alias {alias!r} is reserved; choose another name, e.g. 'prod'")
         return alias
+
+
+STUDENT_SOURCES = ("artifact", "path", "recipe", "network")
 
 
 class Recipe(Config):
@@ -196,6 +266,8 @@ class Recipe(Config):
     config: dict[str, Any] = {}
     data: dict[str, Any] | None = None
     teacher: ModelSource | None = None
+    student: StudentConfig = StudentConfig()
+    pairs: PairsConfig | None = None
     network: NetworkConfig | None = None
     optim: dict[str, OptimConfig] = {}
     ema: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}
@@ -234,6 +306,9 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
         table = nested
     if parents == ["teacher"] or parents == ["evaluate", "judge"]:
         table.clear()  # one source replaces the other
+    if parents == ["student"] and last in STUDENT_SOURCES:
+        for other in STUDENT_SOURCES:
+            table.pop(other, None)
     table[last] = deepcopy(value)
 
 

@@ -48,8 +48,9 @@ class Method(nn.Module):
     """Base of all methods. A subclass is found by its file's name in `methods/<family>/`, nothing registers it.
 
     The keyword names of the constructor say what it needs; the builder passes these and no others:
-    `teacher` (frozen Denoiser or field), `student` (a trainable copy of the teacher, or the recipe's `[network]`),
-    `network` (built from the recipe's `[network]`), `data` (the source), `seed`.
+    `teacher` (frozen Denoiser or field), `student` (a trainable copy of the teacher, or what the recipe's
+    `[student]` says), `network` (built from the recipe's `[network]`), `data` (the source), `pairs` (noise and the
+    teacher's pictures of it, by the recipe's `[pairs]`; None without that table), `seed`.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -62,6 +63,11 @@ class Method(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @classmethod
+    def pictures_for(cls, config: Any) -> str | None:
+        """What `config` needs real pictures for, as a few words ("the discriminator"); None if it needs none."""
+        return None
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         """Yield updates in order; the loop steps each role before it asks for the next.

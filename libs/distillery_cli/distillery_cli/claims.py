@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from distill_core.config import CheckConfig, Recipe, load_recipe, recipe_names
+from distill_core.config import CheckConfig, Claim, Recipe, load_recipe, recipe_names
 from distill_core.errors import ConfigError, DataError, DistilleryError, NotFound, nearest
 from distillery_cli.output import AsJson, bar, emit_json, figure, notes, results
 
@@ -213,6 +213,7 @@ def evidence(described: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Outc
         if recipe.method not in papers:
             continue
         rows.append([f"`{name}`", f"`{recipe.method}`", papers[recipe.method], *_figures(recipe, outcome)])
+        rows += [["", "", "", *cells] for cells in _further(recipe, outcome)]
         if outcome is not None and recipe.check is not None:
             remarks += _remarks(name, recipe, outcome)
     return "\n".join([_PREAMBLE, markdown(COLUMNS, rows), *remarks])
@@ -227,6 +228,19 @@ def _figures(recipe: Recipe, outcome: Outcome | None) -> list[str]:
     shown = [_cell(outcome.get(key)) for key in ("measured", "reference", "ablation")]
     passed = "yes" if outcome["passed"] else "**no**"
     return [claim_text(recipe.check), *shown, passed, _cell(outcome.get("seconds")), outcome["commit"]]
+
+
+def _further(recipe: Recipe, outcome: Outcome | None) -> list[list[str]]:
+    """The same cells for the check's other claims."""
+    rows = []
+    for index, claim in enumerate(recipe.check.also if recipe.check else []):
+        judged = dict(enumerate((outcome or {}).get("also", []))).get(index)
+        if judged is None:
+            rows.append([_said(claim), UNMEASURED, *[""] * 5])
+            continue
+        shown = [_cell(judged[key]) for key in ("measured", "reference", "ablation")]
+        rows.append([_said(claim), *shown, "yes" if judged["passed"] else "**no**", "", ""])
+    return rows
 
 
 def _cell(value: Any) -> str:
@@ -246,16 +260,21 @@ def _remarks(name: str, recipe: Recipe, outcome: Outcome) -> list[str]:
 
 def claim_text(check: CheckConfig) -> str:
     """A claim as a sentence, e.g. `psnr >= 23; with config.grid_every = 1000000 lower by >= 0.6`."""
-    bounds = []
-    if check.ratio_at_most is not None:
-        bounds.append(f"<= {check.ratio_at_most:g} x {check.reference}")
-    if check.at_most is not None:
-        bounds.append(f"<= {check.at_most:g}")
-    if check.at_least is not None:
-        bounds.append(f">= {check.at_least:g}")
     sized = f" at {_settings(check.set)}" if check.set else ""
-    said = f"{check.metric} {' and '.join(bounds)}{sized}"
-    off = check.ablation
+    seeds = "" if len(check.seeds) == 1 else f", mean of {len(check.seeds)} seeds"
+    return _said(check, sized + seeds)
+
+
+def _said(claim: Claim, circumstances: str = "") -> str:
+    bounds = {
+        f"<= {claim.ratio_at_most or 0:g} x {claim.reference}": claim.ratio_at_most,
+        f">= {claim.ratio_at_least or 0:g} x {claim.reference}": claim.ratio_at_least,
+        f"<= {claim.at_most or 0:g}": claim.at_most,
+        f">= {claim.at_least or 0:g}": claim.at_least,
+    }
+    given = " and ".join(text for text, value in bounds.items() if value is not None)
+    said = f"{claim.metric} {given}{circumstances}"
+    off = claim.ablation
     if off is None:
         return said
     worse = [] if off.ratio_at_least is None else [f">= {off.ratio_at_least:g} x as much"]

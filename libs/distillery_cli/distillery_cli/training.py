@@ -185,7 +185,8 @@ def check(
 ) -> int:
     """Test a recipe's claim against the same recipe with its key part off. Exits with 0 only if it holds.
 
-    The last line of stdout is one JSON object: name, passed, metric, measured, reference, ablation, seconds.
+    The last line of stdout is one JSON object: name, passed, metric, measured, reference, ablation, also,
+    seconds, figures.
     """
     load_recipe(name)  # a wrong name is answered before torch is loaded
     with _quiet(False, "loading, and training the teacher if no run has yet"):
@@ -201,13 +202,15 @@ def check(
 
 
 def _show_verdict(verdict: dict[str, Any]) -> None:
-    shown = [
-        f"{key} {figure(verdict[key])}"
-        for key in ("measured", "reference", "ablation")
-        if verdict[key] is not None
-    ]
+    for claim in (verdict, *verdict["also"]):
+        shown = [
+            f"{key} {figure(claim[key])}"
+            for key in ("measured", "reference", "ablation")
+            if claim[key] is not None
+        ]
+        notes.print(f"{claim['metric']}: {', '.join(shown)}")
     word = "[green]holds[/]" if verdict["passed"] else "[red]does not hold[/]"
-    notes.print(f"{verdict['name']}: the claim {word}: {verdict['metric']}: {', '.join(shown)}")
+    notes.print(f"{verdict['name']}: the claim {word}")
 
 
 @contextlib.contextmanager

@@ -5,29 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Any, Self
 
-from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.config import Config
+from distill_core.config import LoraConfig
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-class LoraConfig(Config):
-    """Size and place of the low-rank factors; their product is scaled by alpha / rank."""
-
-    rank: int = Field(64, ge=1, le=4096)
-    alpha: float = Field(64.0, gt=0)
-    targets: Literal["all-linear"] | tuple[str, ...] = ATTENTION  # ends of layer names, as in peft
-
-    @property
-    def layers(self) -> tuple[str, ...] | None:
-        """The layers' names; None is every linear layer."""
-        return None if self.targets == "all-linear" else self.targets  # type: ignore[return-value]
+from distill_core.networks.generation import preview
 
 
 class LoraDenoiser(Denoiser):
@@ -82,6 +68,30 @@ class LoraDenoiser(Denoiser):
 
     def decode(self, x0: Tensor) -> Tensor:
         return self.adapted.decode(x0)
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.adapted.enable_gradient_checkpointing()
+
+    def merged(self) -> Denoiser:
+        """A plain denoiser of its own weights, with the factors added in."""
+        from distill_core.networks.peft_io import merge_lora
+
+        plain = merge_lora(copy.deepcopy(self.adapted))
+        plain.image, plain.cond, plain.sampler = self.image, self.cond, self.sampler
+        return plain.requires_grad_(False)
+
+    def preview(self, seed: int) -> Tensor:
+        """A sheet of samples, classes in turn."""
+        return preview(self, seed)
+
+    def save(self, folder: Path) -> None:
+        """The merged model's folder, which plain diffusers opens."""
+        self.merged().save(folder)  # type: ignore[operator]
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """What a manifest says of this model."""
+        own = {"image": self.image, "cond": self.cond, "sampler": self.sampler}
+        return {**self.adapted.manifest_fields(), **own}  # type: ignore[operator]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.adapted._apply(fn, recurse)  # to a device: shared weights move once, whoever comes first

@@ -53,6 +53,13 @@ class Denoiser(nn.Module, abc.ABC):
         """`prompt_embeds` (B, T, D); models without a text encoder refuse."""
         raise ConfigError("this model takes no prompts; give class labels instead", field="prompts")
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass; networks that cannot refuse."""
+        raise ConfigError(
+            f"{type(self).__name__} cannot recompute its activations; leave student.gradient_checkpointing out",
+            field="student.gradient_checkpointing",
+        )
+
     def decode(self, x0: Tensor) -> Tensor:
         """The picture (B, C, H, W) in [-1, 1] of x0; latent models override it."""
         return x0

@@ -288,12 +288,7 @@ def build_denoiser(
     channels, height, width = shape
     args = {"in_channels": channels, "out_channels": channels, "sample_size": height, **network.args}
     args |= _class_args(network.name, num_classes)
-    try:
-        module = getattr(diffusers, network.name)(**args)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(
-            f"network.args are refused by {network.name}: {error}", field="network.args"
-        ) from None
+    module = _constructed(network.name, args)
     noise = _new_scheduler(parameterisation, scheduler or {})
     schedule = schedule_of(noise)
     sampler = SamplerSpec(
@@ -312,6 +307,39 @@ def build_denoiser(
         )
     sidecar = Sidecar(image=image, cond=cond, sampler=sampler, parameterisation=parameterisation)
     return _tried(DiffusersDenoiser(module, noise, sidecar))
+
+
+def build_like(teacher: DiffusersDenoiser, network: NetworkConfig) -> DiffusersDenoiser:
+    """A new network, random and of any size, that takes and gives what `teacher` does: its conditions and schedule.
+
+    Raises:
+        ConfigError: another kind of network than the teacher's, or arguments that it refuses.
+    """
+    theirs = teacher.network.config
+    if network.name != type(teacher.network).__name__:
+        raise ConfigError(
+            f"student.network.name = {network.name!r} cannot stand in for the teacher's "
+            f"{type(teacher.network).__name__}; give that name, with args of your choice",
+            field="student.network.name",
+        )
+    fixed = ("in_channels", "out_channels", "sample_size", "num_embeds_ada_norm", "norm_type")
+    fixed = (*fixed, "num_class_embeds", "cross_attention_dim", "encoder_hid_dim", "addition_embed_type")
+    args = {name: theirs[name] for name in fixed if theirs.get(name) is not None}
+    sidecar = Sidecar(
+        image=teacher.image,
+        cond=teacher.cond,
+        sampler=teacher.sampler,
+        parameterisation=teacher.parameterisation,
+    )
+    module = _constructed(network.name, {**network.args, **args})
+    return _tried(DiffusersDenoiser(module, teacher.scheduler, sidecar, **teacher._companions))
+
+
+def _constructed(name: str, args: dict[str, Any]) -> nn.Module:
+    try:
+        return getattr(diffusers, name)(**args)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"network.args are refused by {name}: {error}", field="network.args") from None
 
 
 def _tried(denoiser: DiffusersDenoiser) -> DiffusersDenoiser:

@@ -25,7 +25,6 @@ def default_cond(spec: CondSpec, count: int, denoiser: Denoiser) -> Cond:
     return denoiser.null_cond(count)
 
 
-@torch.no_grad()
 def generate(
     denoiser: Denoiser,
     cond: Cond,
@@ -38,25 +37,43 @@ def generate(
     batch_size: int = 128,
 ) -> Tensor:
     """`count` pictures (B, C, H, W) in [-1, 1] on the CPU; picture i depends on (seed, i, cond[i]) alone."""
-    spec = sampler or denoiser.sampler
-    guidance = spec.guidance if guidance is None else guidance
-    num_steps = num_steps or spec.num_steps
-    device = next(denoiser.parameters()).device
-    shape = denoiser.image.channels, denoiser.image.height, denoiser.image.width
     pictures = []
     for start in range(0, count, batch_size):
         indices = range(start, min(start + batch_size, count))
-        part = {name: value[start : start + batch_size].to(device) for name, value in cond.items()}
-
-        def draw(k: int, indices: range = indices) -> Tensor:
-            return torch.from_numpy(np.stack([unit_normal(seed, i, k, shape) for i in indices])).to(device)
-
-        def denoise(x: Tensor, sigma: float, part: Cond = part) -> Tensor:
-            return denoiser.guided(x, x.new_full((len(x),), sigma), part, guidance)
-
-        x0 = sample(denoise, spec, draw, num_steps)
-        pictures.append(denoiser.decode(x0).clamp(-1, 1).float().cpu())
+        part = {name: value[start : start + batch_size] for name, value in cond.items()}
+        x0 = generate_x0(
+            denoiser, part, indices, seed=seed, num_steps=num_steps, guidance=guidance, sampler=sampler
+        )
+        with torch.no_grad():
+            pictures.append(denoiser.decode(x0).clamp(-1, 1).float().cpu())
     return torch.cat(pictures)
+
+
+@torch.no_grad()
+def generate_x0(
+    denoiser: Denoiser,
+    cond: Cond,
+    indices: range,
+    *,
+    seed: int,
+    num_steps: int | None = None,
+    guidance: float | None = None,
+    sampler: SamplerSpec | None = None,
+) -> Tensor:
+    """x0 (B, C, H, W) of the pictures `indices` in one batch, before decoding; on the denoiser's device."""
+    spec = sampler or denoiser.sampler
+    guidance = spec.guidance if guidance is None else guidance
+    device = next(denoiser.parameters()).device
+    shape = denoiser.image.channels, denoiser.image.height, denoiser.image.width
+    cond = {name: value.to(device) for name, value in cond.items()}
+
+    def draw(k: int) -> Tensor:
+        return torch.from_numpy(np.stack([unit_normal(seed, i, k, shape) for i in indices])).to(device)
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        return denoiser.guided(x, x.new_full((len(x),), sigma), cond, guidance)
+
+    return sample(denoise, spec, draw, num_steps or spec.num_steps)
 
 
 def preview(denoiser: Denoiser, seed: int, count: int = 40) -> Tensor:

@@ -49,6 +49,18 @@ def with_lora(
     return twin, {name.replace(".default.", "."): value for name, value in factors.items()}
 
 
+def merge_lora(denoiser: Denoiser) -> Denoiser:
+    """`denoiser` itself with its low-rank factors added into the layers they adapt, which are plain again."""
+    adapted = [(name, layer) for name, layer in denoiser.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for name, layer in adapted:
+        layer.merge()
+        denoiser.set_submodule(name, layer.get_base_layer())
+    network = getattr(denoiser, "network", denoiser)
+    if hasattr(network, "peft_config"):
+        del network.peft_config
+    return denoiser
+
+
 @contextlib.contextmanager
 def lora_off(denoiser: Denoiser) -> Iterator[None]:
     """The weights without their low-rank factors for the duration, whatever happens inside; may be nested."""
