@@ -37,9 +37,9 @@ def run(folder: Path, name: str, **inputs: np.ndarray) -> np.ndarray:
     return session.run(None, inputs)[0]
 
 
-def test_a_text_to_image_model_is_exported_as_three_graphs_and_a_tokenizer(exported):
+def test_a_text_to_image_model_is_exported_as_four_graphs_and_a_tokenizer(exported):
     manifest, _, _ = exported
-    files = {f"exports/onnx-fp32/{name}.onnx" for name in ("denoiser", "decoder", "text_encoder")}
+    files = {f"exports/onnx-fp32/{name}.onnx" for name in ("denoiser", "decoder", "encoder", "text_encoder")}
     assert set(manifest.exports["onnx-fp32"].files) == files <= set(manifest.files)
     assert "tokenizer/tokenizer.json" in manifest.files
 
@@ -62,6 +62,9 @@ def test_a_prompt_becomes_the_same_picture_through_the_graphs_as_through_torch(e
     picture = run(folder, "decoder", x0=x0)
     assert picture.shape == (3, 3, 16, 16)
     np.testing.assert_allclose(picture, denoiser.decode(torch_x0), atol=1e-3)
+    given = np.tanh(np.random.default_rng(1).standard_normal((3, 3, 16, 16))).astype(np.float32)
+    latent = run(folder, "encoder", picture=given)
+    np.testing.assert_allclose(latent, denoiser.encode(torch.from_numpy(given)), atol=1e-3)
 
 
 @torch.no_grad()

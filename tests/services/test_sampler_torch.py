@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from distill_core.errors import ConfigError
 from distill_core.networks.diffusers_io import DiffusersDenoiser, build_denoiser, load_denoiser
 from distill_core.networks.generation import generate
 from distillery_sampler.engine import Engine
+from distillery_sampler.images import encode, to_uint8
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.requests import GenerateRequest
+from distillery_sampler.requests import GenerateRequest, ImageInput
 from distillery_sampler.settings import SamplerSettings
 from tests.helpers import tiny_text_to_image
 
@@ -128,6 +130,7 @@ def export_text_model(denoiser: DiffusersDenoiser, folder: Path) -> None:
             {"x_sigma": x, "sigma": sigma, "prompt_embeds": embeds},
         ),
         "decoder": (_Part(denoiser.decode, denoiser), {"x0": x}),
+        "encoder": (_Part(denoiser.encode, denoiser), {"picture": torch.randn(2, 3, 16, 16)}),
     }
     for name, (module, inputs) in parts.items():
         torch.onnx.export(
@@ -170,6 +173,26 @@ def test_an_exported_text_model_draws_what_its_torch_weights_draw(store, prompte
         GenerateRequest("prompted@1", guidance=3.0, **options),
     )
     np.testing.assert_allclose(onnx, plain, atol=1e-3)
+
+    picture = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    hole = np.zeros((16, 16, 1), np.uint8)
+    hole[:7, :9] = 255
+    image = ImageInput(encode(picture, "PNG"), encode(hole, "PNG"))
+    begun = [
+        GenerateRequest(model, guidance=3.0, image=image, **options) for model in ("exported", "prompted@1")
+    ]
+    onnx, plain = answer(store, tmp_path, *begun)
+    np.testing.assert_allclose(onnx, plain, atol=1e-3)
+    assert all(np.array_equal(to_uint8(made)[7:], picture[7:]) for made in plain)
+    edits = [
+        replace(request, image=ImageInput(encode(picture, "PNG"), strength=strength))
+        for request in begun
+        for strength in (0.5, 1.0)
+    ]
+    half, whole, torch_half, torch_whole = answer(store, tmp_path, *edits)
+    np.testing.assert_allclose(half, torch_half, atol=1e-3)
+    np.testing.assert_allclose(whole, torch_whole, atol=1e-3)
+    assert np.abs(half - whole).max() > 0.01
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog="Examples: distillery generate dmd2-digits --labels 0-9 --out digits.png"
         "  ·  distillery generate sd --prompt 'a red cube' --count 4 --out pictures/"
+        "  ·  distillery generate sd --prompt 'a red cube' --image room.png --mask hole.png"
     )(generate)
     app.command(
         epilog="Examples: distillery render procedural-scene --azimuth 45 --out view.png"
@@ -70,12 +71,26 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; 1 is off; unset: the model's own.")
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Begin from this picture, of the model's size, instead of noise.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="With --image: white is made anew, black stays as it is.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="With --image: share of the steps, above 0 to 1.")
+    ] = None,
+    upscale: Annotated[
+        bool, typer.Option("--upscale", help="With --image of a half, a third … of the model's size.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make pictures with a served model: one file with all of them, or one file each in a folder."""
     check_out(out)
     conditions = _conditions(parse_labels(labels), prompt or [], count)
     total = conditions.pop("total")
+    conditions |= {"strength": strength, "upscale": upscale}
+    conditions |= {name: _read(path, name) for name, path in (("image", image), ("mask", mask)) if path}
     with client() as sampler, bar(f"generate {model}", total) as line:
         pictures: dict[int, Any] = {}
         stream = sampler.generate_stream(model, seed=seed, num_steps=steps, guidance=guidance, **conditions)
@@ -83,6 +98,15 @@ def generate(
             pictures[index] = picture
             line.update(len(pictures), total)
     _say(save_pictures([pictures[index] for index in sorted(pictures)], out), as_json)
+
+
+def _read(path: Path, option: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"--{option} {path} cannot be read: {error.strerror}; name a picture", field=option
+        ) from None
 
 
 def _conditions(labels: list[int], prompts: list[str], count: int | None) -> dict[str, Any]:

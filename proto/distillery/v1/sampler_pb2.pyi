@@ -29,7 +29,7 @@ RENDER_OUTPUT_DEPTH: RenderOutput
 RENDER_OUTPUT_OPACITY: RenderOutput
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "class_labels", "prompts", "count", "seed", "seeds", "num_steps", "guidance", "image_format", "with_tensor", "priority")
+    __slots__ = ("model", "class_labels", "prompts", "count", "seed", "seeds", "num_steps", "guidance", "image_format", "with_tensor", "priority", "image")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CLASS_LABELS_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class GenerateRequest(_message.Message):
     IMAGE_FORMAT_FIELD_NUMBER: _ClassVar[int]
     WITH_TENSOR_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
     model: str
     class_labels: _containers.RepeatedScalarFieldContainer[int]
     prompts: _containers.RepeatedScalarFieldContainer[str]
@@ -52,7 +53,20 @@ class GenerateRequest(_message.Message):
     image_format: _common_pb2.ImageFormat
     with_tensor: bool
     priority: Priority
-    def __init__(self, model: _Optional[str] = ..., class_labels: _Optional[_Iterable[int]] = ..., prompts: _Optional[_Iterable[str]] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., seeds: _Optional[_Iterable[int]] = ..., num_steps: _Optional[int] = ..., guidance: _Optional[float] = ..., image_format: _Optional[_Union[_common_pb2.ImageFormat, str]] = ..., with_tensor: _Optional[bool] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    image: ImageInput
+    def __init__(self, model: _Optional[str] = ..., class_labels: _Optional[_Iterable[int]] = ..., prompts: _Optional[_Iterable[str]] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., seeds: _Optional[_Iterable[int]] = ..., num_steps: _Optional[int] = ..., guidance: _Optional[float] = ..., image_format: _Optional[_Union[_common_pb2.ImageFormat, str]] = ..., with_tensor: _Optional[bool] = ..., priority: _Optional[_Union[Priority, str]] = ..., image: _Optional[_Union[ImageInput, _Mapping]] = ...) -> None: ...
+
+class ImageInput(_message.Message):
+    __slots__ = ("image", "mask", "strength", "upscale")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    UPSCALE_FIELD_NUMBER: _ClassVar[int]
+    image: bytes
+    mask: bytes
+    strength: float
+    upscale: bool
+    def __init__(self, image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., upscale: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("images", "tensor", "summary")

@@ -58,6 +58,18 @@ class DecoderGraph(nn.Module):
         return self.decode(x0)
 
 
+class EncoderGraph(nn.Module):
+    """A picture in [-1, 1] to x0 in the denoiser's own space."""
+
+    def __init__(self, denoiser: DiffusersDenoiser) -> None:
+        super().__init__()
+        self.codec = denoiser.codec
+        self.encode = denoiser.encode
+
+    def forward(self, picture: Tensor) -> Tensor:
+        return self.encode(picture)
+
+
 class TextEncoderGraph(nn.Module):
     """Token ids to prompt_embeds."""
 
@@ -70,7 +82,7 @@ class TextEncoderGraph(nn.Module):
 
 
 def load_graphs(folder: Path, manifest: Manifest) -> list[Graph]:
-    """All graphs of a diffusers folder: the denoiser, and for text-to-image the decoder and the text encoder.
+    """All graphs of a diffusers folder: the denoiser, and for text-to-image decoder, encoder and text encoder.
 
     Raises:
         ArtifactError: the folder is damaged, or no denoiser.
@@ -79,7 +91,7 @@ def load_graphs(folder: Path, manifest: Manifest) -> list[Graph]:
     fuse_adapters(denoiser.network)
     graphs = [denoiser_graph(denoiser, manifest.sampler or denoiser.sampler)]
     if denoiser.codec is not None:
-        graphs.append(decoder_graph(denoiser))
+        graphs += [decoder_graph(denoiser), encoder_graph(denoiser)]
     if denoiser.text is not None:
         graphs.append(text_graph(denoiser.text))
         tokenizer = folder / "tokenizer" / "tokenizer.json"  # the form that is read without transformers
@@ -138,6 +150,17 @@ def decoder_graph(denoiser: DiffusersDenoiser) -> Graph:
     shape = (denoiser.image.channels, denoiser.image.height, denoiser.image.width)
     return Graph(
         "decoder", DecoderGraph(denoiser), "picture", lambda batch: {"x0": noise(batch, shape, draw=2)}
+    )
+
+
+def encoder_graph(denoiser: DiffusersDenoiser) -> Graph:
+    """The graph from pictures to latents, for latent models whose requests begin from pictures."""
+    shape = denoiser.image.picture
+    return Graph(
+        "encoder",
+        EncoderGraph(denoiser),
+        "x0",
+        lambda batch: {"picture": np.tanh(noise(batch, shape, draw=5))},
     )
 
 

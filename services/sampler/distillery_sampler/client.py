@@ -24,7 +24,7 @@ from distillery.v1 import (
     sampler_pb2,
     sampler_pb2_grpc,
 )
-from distillery_sampler.images import decode
+from distillery_sampler.images import decode, encode
 from distillery_sampler.messages import FORMATS, tensor_from
 
 DEFAULT_TIMEOUT_S = 60.0
@@ -68,7 +68,8 @@ class SamplerClient:
         """Pictures uint8 (H, W, C), in the order of the conditions.
 
         Options: class_labels, prompts, count, seed, seeds, num_steps, guidance, bulk,
-        image_format ("RAW_U8", "PNG", "JPEG", "WEBP").
+        image_format ("RAW_U8", "PNG", "JPEG", "WEBP"); to begin from a picture: image and mask (uint8 (H, W, C)
+        arrays or encoded bytes), strength, upscale.
         """
         request = generate_request(model, **{"image_format": "RAW_U8", **options})
         return [picture_from(image) for image in self.call_generate(request).images]
@@ -184,6 +185,10 @@ def generate_request(
     image_format: str = "PNG",
     with_tensor: bool = False,
     bulk: bool = False,
+    image: Any = None,
+    mask: Any = None,
+    strength: float | None = None,
+    upscale: bool = False,
 ) -> sampler_pb2.GenerateRequest:
     """The message of a Generate.
 
@@ -208,12 +213,41 @@ def generate_request(
             image_format=common_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{image_format}"),
             with_tensor=with_tensor,
             priority=sampler_pb2.PRIORITY_BULK if bulk else sampler_pb2.PRIORITY_INTERACTIVE,
+            image=_image_input(image, mask, strength, upscale),
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"the request holds a value that is not allowed: {error}; seeds are 0 to 2**63 - 1, "
             "class labels, count and num_steps whole numbers"
         ) from None
+
+
+def _image_input(
+    image: Any, mask: Any, strength: float | None, upscale: bool
+) -> sampler_pb2.ImageInput | None:
+    if image is None:
+        if mask is not None or strength is not None or upscale:
+            raise ConfigError("mask, strength and upscale go with an image; give image", field="image")
+        return None
+    return sampler_pb2.ImageInput(
+        image=_bytes(image), mask=b"" if mask is None else _bytes(mask), strength=strength, upscale=upscale
+    )
+
+
+def _bytes(picture: Any) -> bytes:
+    """Encoded bytes as they are; an array uint8 (H, W) or (H, W, C), or bool, as PNG."""
+    if isinstance(picture, bytes):
+        return picture
+    pixels = np.asarray(picture)
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * 255
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        raise ConfigError(
+            f"a picture of {pixels.dtype} and shape {pixels.shape} cannot be sent; give uint8 (H, W, C), "
+            "or PNG, JPEG or WebP bytes",
+            field="image",
+        )
+    return encode(pixels if pixels.ndim == 3 else pixels[..., None], "PNG")
 
 
 def view_options(

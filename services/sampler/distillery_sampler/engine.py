@@ -15,6 +15,7 @@ from typing import Any
 from distill_core.artifacts import ArtifactStore, ImageSpec
 from distill_core.errors import ConfigError, Overloaded
 from distillery_sampler.backends.base import Generator, SceneRenderer
+from distillery_sampler.beginnings import given
 from distillery_sampler.checks import check_view, image_items, image_key
 from distillery_sampler.loading import LoadedModel, ViewItem, cores
 from distillery_sampler.metrics import Metrics
@@ -77,6 +78,10 @@ class Engine:
             if approve and manifest.image:
                 approve(manifest.image, len(items))
             self._check_size(model, len(items))
+            if request.image is not None:  # decoding takes milliseconds: not on the event loop
+                found, begin = await asyncio.to_thread(given, request.image, manifest)
+                items = [replace(item, given=found) for item in items]
+                key = replace(key, begin=begin)
             futures = model.batcher.submit(key, items, **_of(request.call))
             try:
                 async for index in _as_ready(futures):

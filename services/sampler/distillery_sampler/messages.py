@@ -12,6 +12,7 @@ from distillery_sampler.images import Format
 from distillery_sampler.requests import (
     Call,
     GenerateRequest,
+    ImageInput,
     ModelInfo,
     Orbit,
     RenderRequest,
@@ -56,8 +57,14 @@ def generate_from(message: sampler_pb2.GenerateRequest, call: Call) -> GenerateR
         seeds=tuple(message.seeds),
         num_steps=message.num_steps if message.HasField("num_steps") else None,
         guidance=message.guidance if message.HasField("guidance") else None,
+        image=_image_input(message.image) if message.HasField("image") else None,
         call=call,
     )
+
+
+def _image_input(message: sampler_pb2.ImageInput) -> ImageInput:
+    strength = message.strength if message.HasField("strength") else None
+    return ImageInput(message.image, message.mask, strength, message.upscale)
 
 
 def generate_summary(summary: Summary) -> sampler_pb2.GenerateSummary:

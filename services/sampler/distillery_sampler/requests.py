@@ -22,6 +22,16 @@ class Call:
 
 
 @dataclass(frozen=True)
+class ImageInput:
+    """A picture to begin from, as encoded bytes; white in `mask` is made anew, black stays."""
+
+    image: bytes
+    mask: bytes = b""
+    strength: float | None = None  # share of the steps
+    upscale: bool = False  # the picture is a whole fraction of the model's size
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """Pictures from a generator; None and () mean "not given"."""
 
@@ -33,7 +43,16 @@ class GenerateRequest:
     seeds: tuple[int, ...] = ()
     num_steps: int | None = None
     guidance: float | None = None
+    image: ImageInput | None = None
     call: Call = Call()
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A decoded picture to begin from."""
+
+    picture: Float  # (C, H, W) in [-1, 1]
+    known: Float | None  # (1, H, W): 1 where a pixel stays
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,16 @@ class ImageItem:
     index: int = 0
     class_label: int | None = None
     prompt: str | None = None
+    given: Given | None = None
+
+
+@dataclass(frozen=True)
+class BeginKey:
+    """How images of one batch begin from pictures: see `distill_core.diffusion.image_to_image`."""
+
+    strength: float
+    masked: bool
+    block: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +81,7 @@ class ImageKey:
 
     num_steps: int
     guidance: float
+    begin: BeginKey | None = None
 
 
 @dataclass(frozen=True)

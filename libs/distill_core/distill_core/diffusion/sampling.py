@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from distill_core.config import Config
+from distill_core.diffusion.image_to_image import Beginning
 from distill_core.errors import ConfigError
 
 Array = Any  # torch.Tensor or numpy.ndarray
@@ -99,13 +100,23 @@ def karras_levels(num_steps: int, *, sigma_min: float, sigma_max: float, rho: fl
     return [(top + index / (num_steps - 1) * (bottom - top)) ** rho for index in range(num_steps)]
 
 
-def sample(denoise: Denoise, spec: SamplerSpec, draw: Callable[[int], Array], num_steps: int) -> Array:
+def sample(
+    denoise: Denoise,
+    spec: SamplerSpec,
+    draw: Callable[[int], Array],
+    num_steps: int,
+    beginning: Beginning | None = None,
+) -> Array:
     """The sample x0 for the noise stream `draw(k)`: draw 0 starts, draw k re-noises before evaluation k.
 
-    `draw(k)` returns unit normal noise of the batch's shape (B, C, H, W).
+    `draw(k)` returns unit normal noise of the batch's shape (B, C, H, W). With a `beginning`, a picture and its
+    strength decide where it starts and what stays.
     """
     levels = spec.levels(num_steps)
     x = draw(0) * spec.noise_scale
+    if beginning is not None:
+        levels, denoise = beginning.levels(levels), beginning.held(denoise)
+        x = beginning.start(draw(0), levels[0])
     if spec.kind == "few_step":
         return few_step(denoise, x, levels, draw)
     return (heun if spec.kind == "heun" else euler)(denoise, x, levels)

@@ -11,14 +11,17 @@ import onnxruntime
 
 from distill_core.artifacts import Manifest
 from distill_core.diffusion.guidance import guide
+from distill_core.diffusion.image_to_image import Beginning
 from distill_core.diffusion.sampling import sample
-from distill_core.errors import ArtifactError, Unavailable
+from distill_core.errors import ArtifactError, ConfigError, Unavailable
 from distillery_sampler.backends.base import Generator, noise
 from distillery_sampler.backends.tokens import PromptTokens
+from distillery_sampler.beginnings import beginning, given_pictures, with_known_pixels
 from distillery_sampler.requests import ImageItem, ImageKey
 
 Feed = dict[str, np.ndarray]
-DENOISER, DECODER, TEXT_ENCODER = "denoiser.onnx", "decoder.onnx", "text_encoder.onnx"
+DENOISER, TEXT_ENCODER = "denoiser.onnx", "text_encoder.onnx"
+DECODER, ENCODER = "decoder.onnx", "encoder.onnx"  # of latent models
 
 
 class OnnxGenerator(Generator):
@@ -31,6 +34,7 @@ class OnnxGenerator(Generator):
         self.image, self.cond, self.sampler = manifest.image, manifest.cond, manifest.sampler
         self._denoiser = open_session(folder / DENOISER, threads)
         self._decoder = open_session(folder / DECODER, threads) if (folder / DECODER).exists() else None
+        self._encoder = open_session(folder / ENCODER, threads) if (folder / ENCODER).exists() else None
         self._text = self._tokens = None
         if self.cond.kind == "prompt":
             self._text = open_session(folder / TEXT_ENCODER, threads)
@@ -48,9 +52,29 @@ class OnnxGenerator(Generator):
             with_cond, without = np.split(self._x0(np.concatenate([x, x]), sigma, both), 2)
             return guide(with_cond, without, np.float32(key.guidance))
 
-        x0 = sample(denoise, self.sampler, lambda draw: noise(items, draw, shape), key.num_steps)
-        picture = _run(self._decoder, {"x0": x0}) if self._decoder else x0
-        return np.clip(picture, -1, 1)
+        x0 = sample(
+            denoise,
+            self.sampler,
+            lambda draw: noise(items, draw, shape),
+            key.num_steps,
+            self._beginning(key, items),
+        )
+        pictures = _run(self._decoder, {"x0": x0}) if self._decoder else x0
+        return with_known_pixels(np.clip(pictures, -1, 1), items)
+
+    def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> Beginning | None:
+        if key.begin is None:
+            return None
+        y = given_pictures(items)
+        if self._decoder is not None:
+            if self._encoder is None:
+                raise ConfigError(
+                    "this export cannot read pictures, as it was made before that was possible; convert the "
+                    "model again, or leave image out",
+                    field="image",
+                )
+            y = _run(self._encoder, {"picture": y})
+        return beginning(key.begin, y, items)
 
     def _x0(self, x: np.ndarray, sigma: float, cond: Feed) -> np.ndarray:
         level = np.full(len(x), sigma, dtype=np.float32)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from distill_core.artifacts import Manifest
+from distill_core.diffusion.image_to_image import Beginning
 from distill_core.diffusion.sampling import sample
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.radiance.cameras import Camera, focal_length, orbit_camera
 from distill_core.radiance.renderer import SceneLimits, load_scene, render
 from distillery_sampler.backends.base import Backend, Generator, SceneRenderer, noise
+from distillery_sampler.beginnings import beginning, given_pictures, with_known_pixels
 from distillery_sampler.requests import ImageItem, ImageKey, Rendered, View
 
 
@@ -44,8 +47,17 @@ class TorchGenerator(Generator):
         def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
             return self._denoiser.guided(x, x.new_full((len(x),), sigma), cond, key.guidance)
 
-        x0 = sample(denoise, self._denoiser.sampler, draw, key.num_steps)
-        return self._denoiser.decode(x0).clamp(-1, 1).float().cpu().numpy()
+        x0 = sample(denoise, self._denoiser.sampler, draw, key.num_steps, self._beginning(key, items))
+        pictures = self._denoiser.decode(x0).clamp(-1, 1).float().cpu().numpy()
+        return with_known_pixels(pictures, items)
+
+    def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> Beginning | None:
+        if key.begin is None:
+            return None
+        y = self._denoiser.encode(torch.from_numpy(given_pictures(items)).to(self._device))
+        found = beginning(key.begin, y.cpu().numpy(), items)
+        known = None if found.known is None else torch.from_numpy(found.known).to(self._device)
+        return replace(found, y=y, known=known)
 
     def _condition(self, items: Sequence[ImageItem]) -> dict[str, torch.Tensor]:
         kind = self._denoiser.cond.kind

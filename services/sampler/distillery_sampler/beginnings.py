@@ -1,0 +1,137 @@
+"""Pictures that requests begin from: bytes to arrays, checked against the model; knows no backend."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from distill_core.artifacts import Manifest
+from distill_core.diffusion.image_to_image import Beginning
+from distill_core.errors import ConfigError
+from distillery_sampler.requests import BeginKey, Given, ImageInput, ImageItem
+
+KINDS = ("PNG", "JPEG", "WEBP")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+EDIT_STRENGTH = 0.5  # unset, without a mask: half of the steps
+
+
+def given(wish: ImageInput, manifest: Manifest) -> tuple[Given, BeginKey]:
+    """The decoded picture and mask of a request, and what its images share a batch by.
+
+    Raises:
+        ConfigError: no such kind of picture, another size than the model's, a strength out of range.
+    """
+    assert manifest.image is not None, "a denoiser without image is not loaded"
+    channels, height, width = manifest.image.picture
+    latent = (manifest.image.channels, manifest.image.height, manifest.image.width) != (
+        channels,
+        height,
+        width,
+    )
+    strength = wish.strength if wish.strength is not None else 1.0 if wish.mask else EDIT_STRENGTH
+    if not 0 < strength <= 1:
+        raise ConfigError(
+            f"strength = {strength:g} is not allowed: give a share of the steps above 0, up to 1",
+            field="image.strength",
+        )
+    if channels not in MODES:
+        raise ConfigError(
+            f"{manifest.ref} makes pictures of {channels} channels, which no {', '.join(KINDS)} holds; "
+            "leave image out",
+            field="image.image",
+        )
+    picture = _opened(wish.image, "image.image")
+    block = _enlargement(picture.size, (width, height), manifest.ref) if wish.upscale else 1
+    if not wish.upscale:
+        _check_size(picture.size, (width, height), manifest.ref, "image.image")
+    known = None
+    if wish.mask:
+        mask = _opened(wish.mask, "image.mask")
+        _check_size(mask.size, (width, height), manifest.ref, "image.mask")
+        known = (_pixels(mask, "L", "image.mask") < 128).astype(np.float32)
+    pixels = _pixels(picture, MODES[channels], "image.image").astype(np.float32) / 127.5 - 1
+    return Given(_enlarged(pixels, block), known), BeginKey(
+        strength, known is not None, 1 if latent else block
+    )
+
+
+def beginning(key: BeginKey, y: np.ndarray, items: list[ImageItem]) -> Beginning:
+    """What sampling begins from: `y` are the items' pictures in the network's own space (B, C, H, W)."""
+    known = known_pixels(items)
+    if known is not None and known.shape[-2:] != y.shape[-2:]:  # a latent is known if all its pixels are
+        rows, columns = known.shape[-2] // y.shape[-2], known.shape[-1] // y.shape[-1]
+        cells = (len(items), 1, y.shape[-2], rows, y.shape[-1], columns)
+        known = known.reshape(cells).min((3, 5))
+    return Beginning(y, key.strength, known, key.block)
+
+
+def given_pictures(items: list[ImageItem]) -> np.ndarray:
+    """The decoded pictures (B, C, H, W) in [-1, 1]."""
+    return np.stack([item.given.picture for item in items if item.given is not None])
+
+
+def known_pixels(items: list[ImageItem]) -> np.ndarray | None:
+    """1 where a pixel stays (B, 1, H, W); None without masks."""
+    masks = [item.given.known for item in items if item.given is not None and item.given.known is not None]
+    return np.stack(masks) if masks else None
+
+
+def with_known_pixels(pictures: np.ndarray, items: list[ImageItem]) -> np.ndarray:
+    """Finished pictures (B, C, H, W) whose known pixels are the given ones, to the bit."""
+    known = known_pixels(items)
+    return pictures if known is None else np.where(known > 0, given_pictures(items), pictures)
+
+
+def _opened(data: bytes, field: str) -> Image.Image:
+    """The picture's header; its pixels are read only after its size was checked."""
+    try:
+        return Image.open(io.BytesIO(data), formats=KINDS)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        raise ConfigError(
+            f"{field} is no picture that can be read; send {', '.join(KINDS)} bytes", field=field
+        ) from None
+
+
+def _check_size(found: tuple[int, int], wanted: tuple[int, int], ref: str, field: str) -> None:
+    if found != wanted:
+        raise ConfigError(
+            f"{field} is {found[0]} x {found[1]} pixels, and {ref} makes {wanted[0]} x {wanted[1]}; "
+            "send that size",
+            field=field,
+        )
+
+
+def _enlargement(found: tuple[int, int], wanted: tuple[int, int], ref: str) -> int:
+    factor = wanted[0] // max(found[0], 1)
+    if factor < 2 or (found[0] * factor, found[1] * factor) != wanted:
+        raise ConfigError(
+            f"image.image is {found[0]} x {found[1]} pixels, which {ref} cannot enlarge to {wanted[0]} x "
+            f"{wanted[1]}; send a half, a third … of that size",
+            field="image.image",
+        )
+    return factor
+
+
+def _pixels(picture: Image.Image, mode: str, field: str) -> np.ndarray:
+    """uint8 (C, H, W)."""
+    try:
+        pixels = np.asarray(picture.convert(mode))
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises on damaged files
+        raise ConfigError(f"{field} is damaged or breaks off; send the whole file", field=field) from None
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _enlarged(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """Bicubic, corrected so that the mean of every block is the small picture's pixel."""
+    if factor == 1:
+        return pixels
+    channels, height, width = pixels.shape
+    size = width * factor, height * factor
+    smooth = np.stack(
+        [np.asarray(Image.fromarray(plane, "F").resize(size, Image.Resampling.BICUBIC)) for plane in pixels]
+    )
+    cells = smooth.reshape(channels, height, factor, width, factor)
+    off = pixels - cells.mean((2, 4))
+    return (cells + off[:, :, None, :, None]).reshape(smooth.shape).astype(np.float32)
