@@ -71,6 +71,9 @@ class SceneSpec(Config):
     radius: float = Field(gt=0)  # usual camera distance from the centre
     fov_degrees: float = Field(40.0, gt=0, lt=180)
     background: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    transform: tuple[float, ...] | None = Field(
+        None, min_length=16, max_length=16
+    )  # from the capture's world into the scene's, 4x4 row by row; None: they are the same
 
 
 class ExportReport(Config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ class PosedImages:
     images: Tensor  # (N, H, W, 4), in [0, 1], colour multiplied by opacity
     c2w: Tensor  # (N, 4, 4)
     intrinsics: Tensor  # (N, 4): fx, fy, cx, cy in pixels
+    distortion: Tensor | None = None  # (N, 6): k1 k2 k3 k4 p1 p2 of each lens; None: pinholes
+    fisheye: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -47,7 +49,8 @@ class PosedImages:
         """The camera of view `index`."""
         height, width = self.images.shape[1:3]
         fx, fy, cx, cy = self.intrinsics[index].tolist()
-        return Camera(self.c2w[index], fx, fy, cx, cy, width, height)
+        lens = () if self.distortion is None else tuple(self.distortion[index].tolist())
+        return Camera(self.c2w[index], fx, fy, cx, cy, width, height, lens, self.fisheye)
 
     def foreground(self) -> Tensor:
         """Flat indices (P,) of the pixels, over all views, that show something."""
@@ -58,7 +61,20 @@ class PosedImages:
         height, width = self.images.shape[1:3]
         view, inside = pixels // (height * width), pixels % (height * width)
         place = torch.stack([inside % width, inside // width], -1)
-        return pixel_rays(self.c2w[view], self.intrinsics[view], place), self.images.reshape(-1, 4)[pixels]
+        lens = None if self.distortion is None else self.distortion[view]
+        rays = pixel_rays(self.c2w[view], self.intrinsics[view], place, distortion=lens, fisheye=self.fisheye)
+        return rays, self.images.reshape(-1, 4)[pixels]
+
+    def some(self, indices: list[int]) -> PosedImages:
+        """The views at these indices."""
+        lens = None if self.distortion is None else self.distortion[indices]
+        return replace(
+            self,
+            images=self.images[indices],
+            c2w=self.c2w[indices],
+            intrinsics=self.intrinsics[indices],
+            distortion=lens,
+        )
 
 
 class SceneSource(Source):
@@ -94,7 +110,7 @@ class ProceduralScene(SceneSource):
         background: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __init__(self, config: Config) -> None:
-        _check_total(config.num_views + config.num_test_views, config.size, config.size)
+        check_total(config.num_views + config.num_test_views, config.size, config.size)
         train = [_orbit(config, (i + 0.5) / config.num_views, i) for i in range(config.num_views)]
         test = [
             _orbit(config, (i + 0.3) / config.num_test_views, i + 0.37) for i in range(config.num_test_views)
@@ -235,9 +251,9 @@ def _picture(folder: Path, frame: dict[str, Any], path: Path) -> Path:
 def _read_images(paths: list[Path], factor: int) -> Tensor:
     out: Tensor | None = None
     for index, path in enumerate(paths):
-        image = shrink(_read_image(path), factor, path)
+        image = shrink(read_image(path), factor, path)
         if out is None:
-            _check_total(len(paths), *image.shape[:2])
+            check_total(len(paths), *image.shape[:2])
             out = torch.empty(len(paths), *image.shape)
         if image.shape != out.shape[1:]:
             was, now = ("{1} x {0}".format(*picture.shape) for picture in (out[0], image))
@@ -249,8 +265,8 @@ def _read_images(paths: list[Path], factor: int) -> Tensor:
     return out
 
 
-def _read_image(path: Path) -> Tensor:
-    """(H, W, 4), colour multiplied by opacity."""
+def read_image(path: Path, *, turn: bool = True) -> Tensor:
+    """(H, W, 4), colour multiplied by opacity; `turn`ed as its EXIF orientation says."""
     try:
         with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
@@ -259,7 +275,8 @@ def _read_image(path: Path) -> Tensor:
                 )
             if file.mode not in ("RGBA", "RGB", "LA", "L", "P"):
                 raise DataError(f"{path} is a picture of mode {file.mode}; give 8-bit RGB or RGBA")
-            rgba = np.asarray(ImageOps.exif_transpose(file).convert("RGBA"), dtype=np.float32) / 255
+            upright = ImageOps.exif_transpose(file) if turn else file
+            rgba = np.asarray(upright.convert("RGBA"), dtype=np.float32) / 255
     except FileNotFoundError:
         raise DataError(
             f"{path} does not exist, but the scene lists it; restore the picture or remove its frame"
@@ -285,7 +302,8 @@ def shrink(image: Tensor, factor: int, path: Path | str = "the picture") -> Tens
     return image.reshape(height // factor, factor, width // factor, factor, channels).mean(dim=(1, 3))
 
 
-def _check_total(views: int, height: int, width: int) -> None:
+def check_total(views: int, height: int, width: int) -> None:
+    """Refuse more pixels than fit into memory."""
     if views * height * width > MAX_PIXELS:
         raise DataError(
             f"{views} views of {width} x {height} pixels are more than {MAX_PIXELS} pixels; "

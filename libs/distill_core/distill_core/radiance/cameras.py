@@ -1,4 +1,4 @@
-"""Pinhole cameras: 4x4 camera-to-world, OpenGL axes (+x right, +y up, looks along -z), world +z up.
+"""Cameras: 4x4 camera-to-world, OpenGL axes (+x right, +y up, looks along -z), world +z up.
 
 The centre of the first pixel is (0.5, 0.5).
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distill_core.errors import ConfigError
+from distill_core.radiance.distortion import COEFFICIENTS, look_through
 
 
 class Rays(NamedTuple):
@@ -38,9 +39,17 @@ class Camera:
     cy: float
     width: int
     height: int
+    distortion: tuple[float, ...] = ()  # k1 k2 k3 k4 p1 p2 (radiance/distortion.py); () = a pinhole
+    fisheye: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "c2w", torch.as_tensor(self.c2w, dtype=torch.float32))
+        if len(self.distortion) not in (0, len(COEFFICIENTS)) or not all(map(math.isfinite, self.distortion)):
+            raise ConfigError(
+                f"camera distortion {self.distortion} is not allowed; give the six numbers "
+                f"{' '.join(COEFFICIENTS)}, or none",
+                field="distortion",
+            )
         for name in ("width", "height"):
             if getattr(self, name) < 1:
                 raise ConfigError(
@@ -66,9 +75,10 @@ class Camera:
         """One ray through each pixel's centre, row by row: R = height * width."""
         y, x = torch.meshgrid(torch.arange(self.height), torch.arange(self.width), indexing="ij")
         pixels = torch.stack([x, y], -1).reshape(-1, 2)
-        return pixel_rays(
-            self.c2w.expand(len(pixels), 4, 4), self.intrinsics().expand(len(pixels), 4), pixels
-        )
+        count = len(pixels)
+        lens = torch.tensor(self.distortion).expand(count, -1) if self.distortion else None
+        pose, pinhole = self.c2w.expand(count, 4, 4), self.intrinsics().expand(count, 4)
+        return pixel_rays(pose, pinhole, pixels, distortion=lens, fisheye=self.fisheye)
 
 
 def check_pose(c2w: Tensor, *, field: str = "c2w") -> None:
@@ -87,11 +97,24 @@ def check_pose(c2w: Tensor, *, field: str = "c2w") -> None:
         )
 
 
-def pixel_rays(c2w: Tensor, intrinsics: Tensor, pixels: Tensor) -> Rays:
-    """Rays through pixels (R, 2) = column, row of cameras with poses (R, 4, 4) and intrinsics (R, 4)."""
-    fx, fy, cx, cy = intrinsics.unbind(-1)
-    x, y = (pixels + 0.5).unbind(-1)
-    in_camera = torch.stack([(x - cx) / fx, (cy - y) / fy, -torch.ones_like(fx)], -1)
+def pixel_rays(
+    c2w: Tensor,
+    intrinsics: Tensor,
+    pixels: Tensor,
+    *,
+    distortion: Tensor | None = None,
+    fisheye: bool = False,
+) -> Rays:
+    """Rays through pixels (R, 2) = column, row of cameras with poses (R, 4, 4) and intrinsics (R, 4).
+
+    `distortion` (R, 6) are the lenses' coefficients, None for pinholes.
+    """
+    plane = (pixels + 0.5 - intrinsics[:, 2:]) / intrinsics[:, :2]  # x right, y down
+    if distortion is None:
+        seen = torch.cat([plane, torch.ones_like(plane[:, :1])], -1)
+    else:
+        seen = look_through(plane, distortion, fisheye=fisheye)
+    in_camera = seen * seen.new_tensor([1.0, -1.0, -1.0])
     directions = (c2w[:, :3, :3] @ in_camera[..., None]).squeeze(-1)
     return Rays(c2w[:, :3, 3], torch.nn.functional.normalize(directions, dim=-1))
 

@@ -92,6 +92,8 @@ def render_procedural(camera: Camera, supersample: int = 2) -> Tensor:
         camera.cy * n,
         camera.width * n,
         camera.height * n,
+        camera.distortion,
+        camera.fisheye,
     )
     picture = trace(fine.rays()).reshape(camera.height, n, camera.width, n, 4)
     return picture.mean(dim=(1, 3))

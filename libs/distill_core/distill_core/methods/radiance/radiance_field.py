@@ -64,7 +64,7 @@ class RadianceFieldFromImages(Method):
         super().__init__()
         if not isinstance(data, SceneSource):
             raise ConfigError(
-                "radiance_field needs posed images; set data.name to blender or procedural_scene",
+                "radiance_field needs posed images; set data.name to capture, blender or procedural_scene",
                 field="data.name",
             )
         self.config, self.data = config, data
