@@ -27,10 +27,18 @@ TINY = {
     "evaluate": {"num_samples": 40, "batch_size": 40},
 }
 
+PHASES = (
+    "regression_steps",
+    "warmup_steps",
+    "record_steps",
+)  # config keys: steps in which not every role is trained
+
 
 def tiny_recipe(name: str, **changes: object) -> Recipe:
-    """A shipped recipe at its smallest: two steps of eight items, nothing published."""
-    recipe = load_recipe(name).override({**TINY, **changes})
+    """A shipped recipe at its smallest: two steps of eight items, nothing published, a first phase of one step."""
+    recipe = load_recipe(name)
+    phases = {f"config.{key}": 1 for key in PHASES if recipe.config.get(key)}
+    recipe = recipe.override({**TINY, **phases, **changes})
     return recipe.model_copy(
         update={"publish": None, "evaluate": recipe.evaluate.model_copy(update={"judge": None})}
     )
@@ -78,34 +86,72 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def tiny_text_to_image(folder: Path, *, tokens: int = 8) -> Path:
+def tiny_text_to_image(folder: Path, *, tokens: int = 8, prediction: str = "epsilon") -> Path:
     """A plain diffusers Stable Diffusion folder with random weights: 8x8 latents, 16x16 pictures, letters as tokens."""
     import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
     torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=tokens,
-        bos_token_id=0,
-        eos_token_id=53,
-        pad_token_id=53,
-    )
-    unet = diffusers.UNet2DConditionModel(
+    diffusers.StableDiffusionPipeline(
+        unet=_tiny_unet(cross_attention_dim=16),
+        vae=_tiny_vae(),
+        text_encoder=CLIPTextModel(_tiny_text_config(tokens)),
+        tokenizer=_letter_tokenizer(folder.parent / f"{folder.name}-tokenizer", tokens),
+        scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear", prediction_type=prediction),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def tiny_sdxl(folder: Path, *, tokens: int = 8, zero_null: bool = True) -> Path:
+    """The same for Stable Diffusion XL: two text encoders, pooled prompts and picture sizes as conditions."""
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    tokenizer = _letter_tokenizer(folder.parent / f"{folder.name}-tokenizer", tokens)
+    diffusers.StableDiffusionXLPipeline(
+        unet=_tiny_unet(
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=12 + 6 * 8,
+        ),
+        vae=_tiny_vae(),
+        text_encoder=CLIPTextModel(_tiny_text_config(tokens, num_hidden_layers=2)),
+        text_encoder_2=CLIPTextModelWithProjection(
+            _tiny_text_config(tokens, num_hidden_layers=2, projection_dim=12)
+        ),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+        force_zeros_for_empty_prompt=zero_null,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def _tiny_unet(**args: object) -> torch.nn.Module:
+    import diffusers
+
+    return diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 16),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
         attention_head_dim=8,
         norm_num_groups=8,
+        **args,
     )
-    vae = diffusers.AutoencoderKL(
+
+
+def _tiny_vae() -> torch.nn.Module:
+    import diffusers
+
+    return diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -113,17 +159,20 @@ def tiny_text_to_image(folder: Path, *, tokens: int = 8) -> Path:
         norm_num_groups=4,
         sample_size=16,
     )
-    diffusers.StableDiffusionPipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=_letter_tokenizer(folder.parent / f"{folder.name}-tokenizer", tokens),
-        scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
+
+
+def _tiny_text_config(tokens: int, **args: object) -> object:
+    from transformers import CLIPTextConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return CLIPTextConfig(
+        vocab_size=54,
+        max_position_embeddings=tokens,
+        bos_token_id=0,
+        eos_token_id=53,
+        pad_token_id=53,
+        **{**sizes, **args},
+    )
 
 
 def _letter_tokenizer(folder: Path, tokens: int) -> object:
@@ -135,3 +184,27 @@ def _letter_tokenizer(folder: Path, tokens: int) -> object:
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=tokens)
+
+
+def tiny_clip(folder: Path, *, seed: int = 0, tokens: int = 8) -> Path:
+    """A transformers CLIP folder with random weights: 32x32 pictures in four patches, letters as tokens."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        **shape,
+        "vocab_size": 54,
+        "max_position_embeddings": tokens,
+        "bos_token_id": 0,
+        "eos_token_id": 53,
+        "pad_token_id": 53,
+    }
+    vision = {**shape, "image_size": 32, "patch_size": 16}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder
+    )
+    tokenizer = _letter_tokenizer(folder.parent / f"{folder.name}-tokenizer", tokens)
+    tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+    return folder

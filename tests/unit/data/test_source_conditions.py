@@ -57,5 +57,5 @@ def test_a_prompt_file_must_be_text(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not UTF-8"):
         build_source({"name": "prompts", "path": str(tmp_path / "p.txt")})
-    with pytest.raises(DataError, match="not a text file"):
+    with pytest.raises(DataError, match=r"holds no \.parquet or \.arrow file"):
         build_source({"name": "prompts", "path": str(tmp_path)})

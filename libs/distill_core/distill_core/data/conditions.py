@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, StringConstraints, model_validator
-from torch import Tensor
 
 from distill_core.config import Config as SourceConfig
+from distill_core.data.huggingface import is_table, prompts_in
+from distill_core.data.prompts import MAX_PROMPT, checked_prompts, read_lines
 from distill_core.data.source import Source, existing
-from distill_core.errors import DataError
 
-MAX_PROMPT_FILE = 64 * 2**20  # bytes
-MAX_PROMPT = 4096  # characters
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT)]
 
 
@@ -33,53 +30,36 @@ class Classes(Source):
 
 
 class Prompts(Source):
-    """`prompts` in order, as `prompt_embeds` once `encode_with` has been told how."""
+    """Prompts in order: the lines of a text file, a column of a table, or a list."""
 
     class Config(SourceConfig):
         """Options of the recipe's `[data]` table."""
 
         name: Literal["prompts"] = "prompts"
-        path: str | None = None  # a text file, one prompt per line
+        path: str | None = (
+            None  # a text file, one prompt per line; a parquet or arrow file, or a folder of them
+        )
+        column: str | None = None  # of a table; unset: found by its name
+        split: str = "train"  # of a table
         prompts: tuple[Prompt, ...] | None = None
 
         @model_validator(mode="after")
         def _exactly_one(self) -> Self:
             if (self.path is None) == (self.prompts is None):
-                raise ValueError("give exactly one of path (one prompt per line) and prompts (a list)")
+                raise ValueError("give exactly one of path (lines or a table) and prompts (a list)")
             return self
 
     def __init__(self, config: Config) -> None:
-        self.prompts = _read_lines(config.path) if config.path else list(config.prompts or ())
-        if not self.prompts:
-            where = config.path or "data.prompts"
-            raise DataError(f"{where} holds no prompt; give at least one", field="data.prompts")
-        self._encode: Callable[[list[str]], dict[str, Tensor]] | None = None
-        super().__init__(config, size=len(self.prompts))
-
-    def encode_with(self, encode: Callable[[list[str]], dict[str, Tensor]]) -> None:
-        """Give batches the embeddings that `encode` makes; the builder passes the teacher's text encoder."""
-        self._encode = encode
-
-    def conditions(self, indices: Tensor) -> dict[str, Tensor]:
-        if self._encode is None:
-            return {}
-        return self._encode([self.prompts[index] for index in indices.tolist()])
+        prompts = _prompts(config)
+        super().__init__(config, size=len(prompts), prompts=prompts)
 
 
-def _read_lines(path: str) -> list[str]:
-    file = existing(path)
-    if not file.is_file() or file.stat().st_size > MAX_PROMPT_FILE:
-        raise DataError(f"{path} is not a text file of at most {MAX_PROMPT_FILE} bytes", field="data.path")
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}", field="data.path") from None
-    for number, line in enumerate(lines, start=1):
-        if len(line) > MAX_PROMPT:
-            raise DataError(
-                f"line {number} of {path} is longer than {MAX_PROMPT} characters", field="data.path"
-            )
-    return [line for line in lines if line]
+def _prompts(config: Prompts.Config) -> list[str]:
+    if config.path is None:
+        return checked_prompts(config.prompts or (), what="data.prompts", field="data.prompts")
+    if is_table(existing(config.path)):
+        return prompts_in(config.path, split=config.split, column=config.column)
+    return read_lines(config.path)
 
 
 SOURCES = {"classes": Classes, "prompts": Prompts}

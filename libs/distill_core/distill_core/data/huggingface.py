@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill_core.config import Config as SourceConfig
 from distill_core.data.pictures import EncodedPixels
+from distill_core.data.prompts import checked_prompts
 from distill_core.data.source import (
     PICKLE_SUFFIXES,
     Pixels,
@@ -26,6 +27,9 @@ from distill_core.errors import DataError, missing_package
 
 IMAGE_COLUMNS = ("img", "image", "picture", "pixel_values", "images")
 LABEL_COLUMNS = ("label", "labels", "class", "target")
+PROMPT_COLUMNS = ("prompt", "text", "caption")
+TABLES = (".parquet", ".arrow")
+STRINGS = ("string", "large_string")
 SPLITS = {
     "train": "train",
     "test": "test",
@@ -36,7 +40,7 @@ SPLITS = {
 
 
 class HuggingFace(Source):
-    """Pictures as `datasets.Image`, as encoded bytes or as nested numbers, and class labels if any."""
+    """Pictures as `datasets.Image`, as encoded bytes or as nested numbers, and class labels and prompts if any."""
 
     class Config(SourceConfig):
         """Options of the recipe's `[data]` table."""
@@ -46,6 +50,7 @@ class HuggingFace(Source):
         split: str = "train"
         image_column: str | None = None  # unset: found by its type or name
         label_column: str | None = None  # unset: found by its type or name; "" means no labels
+        prompt_column: str | None = None  # unset: found by its name; "" means no prompts
         num_classes: int | None = Field(
             None, ge=1, le=1_000_000
         )  # unset: as the data says, or highest label + 1
@@ -60,9 +65,49 @@ class HuggingFace(Source):
         if not len(rows):
             raise _no_rows(config.path, config.split)
         image_column, label_column = _columns(rows, config)
+        prompt_column = _prompt_column(rows, config.prompt_column, option="prompt_column")
+        remedy = {"remedy": "repair it, or set data.prompt_column = ''", "field": "data.prompt_column"}
+        prompts = _prompts(rows, prompt_column, config.path, **remedy) if prompt_column else None
         labels, class_names = _labels(rows, label_column, config) if label_column else (None, ())
         pixels = _pixels(rows, image_column, config)
-        super().__init__(config, size=len(rows), pixels=pixels, labels=labels, class_names=class_names)
+        super().__init__(
+            config, size=len(rows), pixels=pixels, labels=labels, class_names=class_names, prompts=prompts
+        )
+
+
+def is_table(path: Path) -> bool:
+    """Whether `path` is for `datasets` to read: a folder, a parquet or an arrow file."""
+    return path.is_dir() or path.suffix in TABLES
+
+
+def prompts_in(path: str, *, split: str, column: str | None) -> list[str]:
+    """The prompts of a table's column; pictures beside them are not read."""
+    rows = _open(existing(path), split)
+    if not len(rows):
+        raise _no_rows(path, split)
+    found = _prompt_column(rows, column, option="column")
+    if found is None:
+        raise DataError(
+            f"no column of {', '.join(rows.features)} is known to hold prompts; set data.column",
+            field="data.column",
+        )
+    return _prompts(rows, found, path, field="data.column")
+
+
+def _prompt_column(rows: Any, given: str | None, *, option: str) -> str | None:
+    """A text column: the one that was given, else the first with a usual name."""
+    texts = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in STRINGS]
+    if given and given in rows.features and given not in texts:
+        raise DataError(
+            f"column {given} holds {getattr(rows.features[given], 'dtype', 'no text')}; a prompt is text",
+            field=f"data.{option}",
+        )
+    return _column(given, [], PROMPT_COLUMNS, texts, option=option)
+
+
+def _prompts(rows: Any, column: str, path: str, **said: str) -> list[str]:
+    values = rows.select_columns([column])[:][column]
+    return checked_prompts(values, what=f"column {column} of {path}", **said)
 
 
 def _library() -> Any:
@@ -113,12 +158,8 @@ def _chosen(splits: dict[str, Any], split: str, path: Path) -> Any:
 
 def _files_by_split(path: Path) -> dict[str, list[Path]]:
     """Files by the split that their name or folder says; a file that says none belongs to `train`."""
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(file for file in path.rglob("*") if file.suffix in (".parquet", ".arrow"))
-    )
-    if not files or files[0].suffix not in (".parquet", ".arrow"):
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in TABLES)
+    if not files or files[0].suffix not in TABLES:
         raise DataError(_nothing_found(path), field="data.path")
     if len({file.suffix for file in files}) > 1:
         raise DataError(

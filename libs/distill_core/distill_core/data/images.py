@@ -1,4 +1,4 @@
-"""A folder of pictures: all in one folder (no labels), or one sub-folder per class."""
+"""A folder of pictures: all in one folder (no labels), or one sub-folder per class; with captions if there are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill_core.config import Config as SourceConfig
 from distill_core.data.pictures import SUFFIXES, EncodedPixels
+from distill_core.data.prompts import captions
 from distill_core.data.source import PICKLE_SUFFIXES, Source, existing
 from distill_core.errors import DataError
 
@@ -28,6 +29,9 @@ class ImageFolder(Source):
         labels: Literal["auto", "folder", "none"] = (
             "auto"  # auto: sub-folders are classes where there are any
         )
+        captions: Literal["auto", "none"] = (
+            "auto"  # auto: a.txt beside a.png, or metadata.jsonl or .csv (file_name, text), where there are any
+        )
         limit: int | None = Field(None, ge=1)  # only this many, spread evenly over the folder
 
     def __init__(self, config: Config) -> None:
@@ -42,13 +46,21 @@ class ImageFolder(Source):
             chosen = torch.arange(config.limit) * len(files) // config.limit
             files = [files[index] for index in chosen.tolist()]
             labels = None if labels is None else labels[chosen]
+        prompts = captions(root, files) if config.captions == "auto" else None
         pixels = EncodedPixels(
             lambda index: (files[index], str(files[index])),
             len(files),
             size=config.size,
             channels=config.channels,
         )
-        super().__init__(config, size=len(files), pixels=pixels, labels=labels, class_names=tuple(classes))
+        super().__init__(
+            config,
+            size=len(files),
+            pixels=pixels,
+            labels=labels,
+            class_names=tuple(classes),
+            prompts=prompts,
+        )
 
 
 def _pictures(root: Path, labels: str) -> tuple[list[Path], list[str]]:

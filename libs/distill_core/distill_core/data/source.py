@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from distill_core.artifacts import FORBIDDEN_SUFFIXES
 from distill_core.config import Config as SourceConfig
 from distill_core.errors import ConfigError, DataError, nearest
-from distill_core.method import Batch
+from distill_core.method import Batch, Cond
 
 PICKLE_SUFFIXES = (*FORBIDDEN_SUFFIXES, ".npz", ".joblib")
 MAX_BATCH = 1_000_000
@@ -48,7 +49,8 @@ class ArrayPixels:
 class Source:
     """Base of the sources: an endless, reshuffled stream over `size` items, and the whole set for evaluation.
 
-    A source without pictures (labels or prompts alone) has no `shape`, and its batches have no `x0`.
+    A source without pictures (labels or prompts alone) has no `shape`, and its batches have no `x0`. One whose items
+    have words has `prompts`, one for each item.
     """
 
     Config: ClassVar[type[SourceConfig]] = SourceConfig
@@ -61,6 +63,7 @@ class Source:
         pixels: Pixels | None = None,
         labels: Tensor | None = None,
         class_names: tuple[str, ...] = (),
+        prompts: list[str] | None = None,
     ) -> None:
         self.config = config
         self.size = size
@@ -69,14 +72,24 @@ class Source:
         self.class_names = class_names
         self.num_classes: int | None = None if labels is None else len(class_names)
         self.shape: tuple[int, int, int] | None = None if pixels is None else pixels.shape
+        self.prompts = prompts
+        self._encode: Callable[[list[str]], Cond] | None = None
+
+    def encode_with(self, encode: Callable[[list[str]], Cond]) -> None:
+        """Condition the items on their prompts, as `encode` embeds them, from now on; the builder passes a model's."""
+        if self.prompts is None:
+            raise DataError("this data has no prompts to encode; choose data that has", field="data.name")
+        self._encode = encode
 
     def items(self, indices: Tensor) -> Batch:
         """The items at `indices` (B,), in that order."""
         x0 = None if self.pixels is None else self.pixels.take(indices)
         return Batch(len(indices), x0, self.conditions(indices))
 
-    def conditions(self, indices: Tensor) -> dict[str, Tensor]:
-        """What the items are conditioned on, by name, batch first."""
+    def conditions(self, indices: Tensor) -> Cond:
+        """What the items are conditioned on, by name, batch first: labels, or once `encode_with` said how, prompts."""
+        if self._encode is not None and self.prompts is not None:
+            return self._encode([self.prompts[index] for index in indices.tolist()])
         return {} if self.labels is None else {"class_label": self.labels[indices]}
 
     def batch(self, size: int, *, epoch_seed: int, position: int) -> Batch:
@@ -92,9 +105,13 @@ class Source:
 
     def all(self, limit: int | None = None) -> Batch:
         """Every item, or `limit` of them: always the same ones, picked at random, in the set's order."""
+        return self.items(self.picked(limit))
+
+    def picked(self, limit: int | None = None) -> Tensor:
+        """The indices of `all(limit)`."""
         if limit is None or limit >= self.size:
-            return self.items(torch.arange(self.size))
-        return self.items(_permutation(self.size, 0, 0)[:limit].sort().values)
+            return torch.arange(self.size)
+        return _permutation(self.size, 0, 0)[:limit].sort().values
 
     def class_frequencies(self) -> Tensor:
         """Share of each class among the items, (K,), summing to 1."""

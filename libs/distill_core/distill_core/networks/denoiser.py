@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,15 @@ from distill_core.diffusion.guidance import guide
 from distill_core.diffusion.schedule import NoiseSchedule
 from distill_core.errors import ConfigError
 from distill_core.method import Cond
+
+_loading = threading.RLock()
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """One thread at a time makes networks: diffusers changes how torch makes them, for all threads, meanwhile."""
+    with _loading:
+        yield
 
 
 def expand(sigma: Tensor, like: Tensor) -> Tensor:
@@ -30,6 +42,7 @@ class Denoiser(nn.Module, abc.ABC):
     cond: CondSpec
     sampler: SamplerSpec  # how this model is sampled by default
     schedule: NoiseSchedule
+    ref: str = ""  # name@version in the store, if these very weights came from there
 
     @abc.abstractmethod
     def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
@@ -67,14 +80,23 @@ class Denoiser(nn.Module, abc.ABC):
     def guided(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None, guidance: float | Tensor) -> Tensor:
         """x0 under classifier-free guidance, both halves in one pass; `guidance` is one scale or one per sample (B,).
 
-        The number 1 costs one evaluation.
+        The number 1 costs one evaluation. A negative prompt in `cond` takes the null condition's place, unless it
+        steers the attention (`nasa_scale`): then it does so in the half with the condition alone.
         """
         per_sample = isinstance(guidance, Tensor)
         if not cond or (not per_sample and guidance == 1):
             return self(x_sigma, sigma, cond)
-        null = self.null_cond(len(x_sigma))
-        both = {name: torch.cat([value, null[name]]) for name, value in cond.items()}
+        both = self._both_halves(cond, len(x_sigma))
         with_cond, without = self(x_sigma.repeat(2, *[1] * (x_sigma.ndim - 1)), sigma.repeat(2), both).chunk(
             2
         )
         return guide(with_cond, without, expand(guidance, x_sigma) if per_sample else guidance)
+
+    def _both_halves(self, cond: Cond, batch: int) -> Cond:
+        """`cond`, and below it the condition that guidance leads away from."""
+        null = self.null_cond(batch)
+        if "nasa_scale" in cond:
+            null |= {name: torch.zeros_like(value) for name, value in cond.items() if name not in null}
+        else:
+            null = {name: cond.get(f"negative_{name}", value) for name, value in null.items()}
+        return {name: torch.cat([cond[name], value.to(cond[name])]) for name, value in null.items()}

@@ -18,9 +18,12 @@ from distill_core.config import Config, NetworkConfig
 from distill_core.diffusion.schedule import NoiseSchedule, Parameterisation, to_x0
 from distill_core.errors import ArtifactError, ConfigError, NotFound, nearest, out_of_memory
 from distill_core.method import Cond
-from distill_core.networks.denoiser import Denoiser, expand
+from distill_core.networks.denoiser import Denoiser, expand, loading
 from distill_core.networks.generation import preview
-from distill_core.networks.text import TextEncoder
+from distill_core.networks.steering import make_steerable
+from distill_core.networks.text import TextEncoder, check_text, load_text_encoder, text_for
+from distill_core.networks.tileable import decode_wrapped, wrap_around
+from distill_core.networks.weightless import is_weightless, real_tensors
 
 NETWORKS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 SIDECAR = "distillery.json"
@@ -57,16 +60,17 @@ class DiffusersDenoiser(Denoiser):
         self.parameterisation: Parameterisation = sidecar.parameterisation
         # Frozen companions live outside the module tree: they are not trained, copied per role, or averaged.
         self._companions = {"codec": codec, "text": text}
+        if isinstance(network, diffusers.UNet2DConditionModel):
+            make_steerable(network)
+        if self.image.tileable:  # diffusers' own config has no word for it
+            wrap_around(network)
 
     def train(self, mode: bool = True) -> DiffusersDenoiser:
         return super().train(False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DiffusersDenoiser:
         network = copy.deepcopy(self.network, memo)
-        sidecar = Sidecar(
-            image=self.image, cond=self.cond, sampler=self.sampler, parameterisation=self.parameterisation
-        )
-        return DiffusersDenoiser(network, self.scheduler, sidecar, **self._companions)
+        return DiffusersDenoiser(network, self.scheduler, self._sidecar(), **self._companions)
 
     @property
     def codec(self) -> nn.Module | None:
@@ -75,6 +79,12 @@ class DiffusersDenoiser(Denoiser):
     @property
     def text(self) -> TextEncoder | None:
         return self._companions["text"]
+
+    def enable_gradient_checkpointing(self) -> None:
+        try:
+            self.network.enable_gradient_checkpointing()
+        except ValueError:  # of a class that has no blocks to recompute
+            super().enable_gradient_checkpointing()
 
     def to_device(self, device: torch.device | str) -> DiffusersDenoiser:
         """Move the network and its companions."""
@@ -104,9 +114,8 @@ class DiffusersDenoiser(Denoiser):
         if self.cond.kind == "none":
             return {}
         if self.cond.kind == "prompt":
-            return {
-                "prompt_embeds": self.encode_prompts([""])["prompt_embeds"].to(device).expand(batch, -1, -1)
-            }
+            null = self.encode_prompts([""]) if self.text is None else self.text.null()  # kept by the encoder
+            return {name: value.to(device).expand(batch, *value.shape[1:]) for name, value in null.items()}
         if self.cond.null_label is None:
             raise ConfigError(
                 "guidance needs a null class, and this model has none; use guidance = 1", field="guidance"
@@ -116,7 +125,7 @@ class DiffusersDenoiser(Denoiser):
     def encode_prompts(self, prompts: list[str]) -> Cond:
         if self.text is None:
             return super().encode_prompts(prompts)
-        return {"prompt_embeds": self.text.encode(prompts)}
+        return self.text.encode(prompts)
 
     def encode(self, picture: Tensor) -> Tensor:
         if self.codec is None:
@@ -128,6 +137,8 @@ class DiffusersDenoiser(Denoiser):
         if self.codec is None:
             return x0
         latent = x0 / self.codec.config["scaling_factor"] + (self.codec.config.get("shift_factor") or 0.0)
+        if self.image.tileable:
+            return decode_wrapped(lambda wrapped: self.codec.decode(wrapped).sample, latent)
         return self.codec.decode(latent).sample
 
     def preview(self, seed: int) -> Tensor:
@@ -140,20 +151,37 @@ class DiffusersDenoiser(Denoiser):
         self.network.save_pretrained(folder / self._slot())
         self.scheduler.save_pretrained(folder / "scheduler")
         parts = {self._slot(): self.network, "scheduler": self.scheduler}
-        if self.codec is not None:
-            self.codec.save_pretrained(folder / "vae")
-            parts["vae"] = self.codec
-        if self.text is not None:
-            parts |= self.text.save(folder)
-        sidecar = Sidecar(
-            image=self.image, cond=self.cond, sampler=self.sampler, parameterisation=self.parameterisation
-        )
-        (folder / SIDECAR).write_text(sidecar.model_dump_json(indent=1), encoding="utf-8")
+        parts |= self.save_companions(folder)
+        self.save_sidecar(folder)
         pipeline = _pipeline_class(parts, self.cond)
         if (
             pipeline
         ):  # class-conditional pixel models have no pipeline class in diffusers: they open part by part
-            (folder / "model_index.json").write_text(json.dumps(_model_index(pipeline, parts), indent=1))
+            options = {} if self.text is None else self.text.options
+            index = {**_model_index(pipeline, parts), **options}
+            (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+
+    def bare(self) -> DiffusersDenoiser:
+        """The same network without its companions."""
+        return DiffusersDenoiser(self.network, self.scheduler, self._sidecar())
+
+    def save_companions(self, folder: Path) -> dict[str, Any]:
+        """Write decoder and text encoder, if there are any; the entries of the pipeline's index."""
+        parts: dict[str, Any] = {}
+        if self.codec is not None:
+            self.codec.save_pretrained(folder / "vae")
+            parts["vae"] = self.codec
+        return parts if self.text is None else parts | self.text.save(folder)
+
+    def save_sidecar(self, folder: Path) -> None:
+        """Write only `distillery.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SIDECAR).write_text(self._sidecar().model_dump_json(indent=1), encoding="utf-8")
+
+    def _sidecar(self) -> Sidecar:
+        return Sidecar(
+            image=self.image, cond=self.cond, sampler=self.sampler, parameterisation=self.parameterisation
+        )
 
     def manifest_fields(self) -> dict[str, Any]:
         """What a manifest says of this model."""
@@ -173,7 +201,14 @@ class DiffusersDenoiser(Denoiser):
 
     def _call(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         if isinstance(self.network, diffusers.UNet2DConditionModel):
-            return self.network(x, time, encoder_hidden_states=cond["prompt_embeds"].to(x.dtype)).sample
+            prompt = cond["prompt_embeds"].to(x.dtype)
+            return self.network(x, time, encoder_hidden_states=prompt, **self._text_extras(x, cond)).sample
+        if "nasa_scale" in cond:
+            raise ConfigError(
+                f"{type(self.network).__name__} has no cross-attention that a negative prompt could steer; "
+                "leave the negative prompt out",
+                field="negative_prompt",
+            )
         labels = cond.get("class_label")
         if self._slot() == "transformer":
             if labels is None:  # a DiT always has a label table; unconditional ones use their only row
@@ -182,6 +217,21 @@ class DiffusersDenoiser(Denoiser):
                 :, : x.shape[1]
             ]  # drop learned sigma
         return self.network(x, time, class_labels=labels).sample
+
+    def _text_extras(self, x: Tensor, cond: Cond) -> dict[str, Any]:
+        """What a text-conditional network is told beside the prompt: SDXL's size and pooled prompt, and steering."""
+        extras: dict[str, Any] = {}
+        if self.cond.pooled_dim is not None:
+            _, height, width = self.image.picture
+            size = x.new_tensor(
+                [height, width, 0, 0, height, width]
+            )  # original size, corner of the crop, size
+            pooled = cond["pooled_embeds"].to(x.dtype)
+            extras["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": size.expand(x.shape[0], -1)}
+        if "nasa_scale" in cond:
+            steering = ("negative_prompt_embeds", "nasa_scale")
+            extras["cross_attention_kwargs"] = {name: cond[name] for name in steering}
+        return extras
 
     def _trunk(self) -> nn.Module:
         if self._slot() == "unet":
@@ -209,6 +259,7 @@ def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+@real_tensors()
 def schedule_of(scheduler: Any) -> NoiseSchedule:
     """The noise schedule that a diffusers scheduler's config describes."""
     config, name = scheduler.config, type(scheduler).__name__
@@ -236,8 +287,8 @@ def _parameterisation_of(scheduler: Any) -> Parameterisation:
 
 
 def _pipeline_class(parts: dict[str, Any], cond: CondSpec) -> str | None:
-    if "text_encoder" in parts:
-        return "StableDiffusionPipeline"
+    if "text_encoder" in parts and "vae" in parts:
+        return "StableDiffusionXLPipeline" if "text_encoder_2" in parts else "StableDiffusionPipeline"
     return "DDPMPipeline" if cond.kind == "none" and "unet" in parts else None
 
 
@@ -249,6 +300,8 @@ def _model_index(pipeline: str, parts: dict[str, Any]) -> dict[str, Any]:
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
         }
+    if pipeline == "StableDiffusionXLPipeline":
+        index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
     for name, part in parts.items():
         index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
     return index
@@ -261,24 +314,22 @@ def build_denoiser(
     shape: tuple[int, int, int] | None,
     num_classes: int | None,
     class_names: tuple[str, ...] = (),
+    prompts: list[str] | None = None,
     scheduler: dict[str, Any] | None = None,
     num_steps: int = 32,
 ) -> DiffusersDenoiser:
     """A new network for images of `shape` (C, H, W); `num_classes` None is unconditional.
 
-    The null class has the index `num_classes`. `scheduler` are arguments of the diffusers scheduler.
+    The null class has the index `num_classes`. A UNet2DConditionModel is conditioned on text instead, by an encoder
+    made from the words of `prompts`. `scheduler` are arguments of the diffusers scheduler.
 
     Raises:
-        ConfigError: an unknown network class, arguments that it refuses, or data without pictures.
+        ConfigError: an unknown network class, arguments that it refuses, or data without pictures or prompts.
     """
     if network.name not in NETWORKS:
         raise ConfigError(
             f"network.name = {network.name!r} is unknown{nearest(network.name, NETWORKS)}",
             field="network.name",
-        )
-    if network.name == "UNet2DConditionModel":
-        raise ConfigError(
-            "a text-conditional network comes from a diffusers folder: set teacher.path", field="network"
         )
     if shape is None:
         raise ConfigError(
@@ -286,8 +337,11 @@ def build_denoiser(
             field="data.name",
         )
     channels, height, width = shape
+    text = text_for(network, prompts) if network.name == "UNet2DConditionModel" else None
     args = {"in_channels": channels, "out_channels": channels, "sample_size": height, **network.args}
-    args |= _class_args(network.name, num_classes)
+    args |= (
+        _class_args(network.name, num_classes) if text is None else {"cross_attention_dim": text.embed_dim}
+    )
     module = _constructed(network.name, args)
     noise = _new_scheduler(parameterisation, scheduler or {})
     schedule = schedule_of(noise)
@@ -301,12 +355,14 @@ def build_denoiser(
     )
     image = ImageSpec(channels=channels, height=height, width=width, picture=shape)
     cond = CondSpec(kind="none")
-    if num_classes is not None:
+    if text is not None:
+        cond = CondSpec(kind="prompt", max_tokens=text.max_tokens, embed_dim=text.embed_dim)
+    elif num_classes is not None:
         cond = CondSpec(
             kind="class_label", num_classes=num_classes, null_label=num_classes, class_names=class_names
         )
     sidecar = Sidecar(image=image, cond=cond, sampler=sampler, parameterisation=parameterisation)
-    return _tried(DiffusersDenoiser(module, noise, sidecar))
+    return _tried(DiffusersDenoiser(module, noise, sidecar, text=text))
 
 
 def build_like(teacher: DiffusersDenoiser, network: NetworkConfig) -> DiffusersDenoiser:
@@ -324,15 +380,10 @@ def build_like(teacher: DiffusersDenoiser, network: NetworkConfig) -> DiffusersD
         )
     fixed = ("in_channels", "out_channels", "sample_size", "num_embeds_ada_norm", "norm_type")
     fixed = (*fixed, "num_class_embeds", "cross_attention_dim", "encoder_hid_dim", "addition_embed_type")
+    fixed = (*fixed, "addition_time_embed_dim", "projection_class_embeddings_input_dim")
     args = {name: theirs[name] for name in fixed if theirs.get(name) is not None}
-    sidecar = Sidecar(
-        image=teacher.image,
-        cond=teacher.cond,
-        sampler=teacher.sampler,
-        parameterisation=teacher.parameterisation,
-    )
     module = _constructed(network.name, {**network.args, **args})
-    return _tried(DiffusersDenoiser(module, teacher.scheduler, sidecar, **teacher._companions))
+    return _tried(DiffusersDenoiser(module, teacher.scheduler, teacher._sidecar(), **teacher._companions))
 
 
 def _constructed(name: str, args: dict[str, Any]) -> nn.Module:
@@ -367,6 +418,7 @@ def _class_args(name: str, num_classes: int | None) -> dict[str, Any]:
     return {} if num_classes is None else {"num_class_embeds": num_classes + 1}
 
 
+@real_tensors()
 def _new_scheduler(parameterisation: Parameterisation, args: dict[str, Any]) -> Any:
     if parameterisation == "edm":
         return diffusers.EDMEulerScheduler(**args)
@@ -376,8 +428,22 @@ def _new_scheduler(parameterisation: Parameterisation, args: dict[str, Any]) -> 
     return diffusers.DDPMScheduler(prediction_type=prediction, **args)
 
 
-def load_denoiser(folder: Path, *, device: torch.device | str = "cpu") -> DiffusersDenoiser:
-    """A denoiser from a diffusers folder, ours or any other's.
+def load_companions(folder: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The frozen decoder and text encoder of a folder, None for each that it lacks."""
+    companions: dict[str, Any] = {"codec": None, "text": None}
+    if (folder / "vae" / "config.json").is_file():
+        codec = _load(folder / "vae", diffusers.AutoencoderKL, use_safetensors=True)
+        companions["codec"] = codec.eval().requires_grad_(False).to(device)
+    if (folder / "text_encoder" / "config.json").is_file():
+        companions["text"] = load_text_encoder(folder).to(device)
+    return companions
+
+
+@loading()
+def load_denoiser(
+    folder: Path, *, device: torch.device | str = "cpu", companions: dict[str, Any] | None = None
+) -> DiffusersDenoiser:
+    """A denoiser from a diffusers folder, ours or any other's; `companions` given take the place of its own.
 
     Raises:
         NotFound: no such folder. ArtifactError: not a supported diffusers folder, damaged, or pickled weights.
@@ -391,15 +457,9 @@ def load_denoiser(folder: Path, *, device: torch.device | str = "cpu") -> Diffus
         )
     network = _load(folder / slot, _class_named(folder / slot), use_safetensors=True)
     scheduler = _load(folder / "scheduler", _class_named(folder / "scheduler", "scheduler_config.json"))
-    codec = text = None
-    if (folder / "vae" / "config.json").is_file():
-        codec = (
-            _load(folder / "vae", diffusers.AutoencoderKL, use_safetensors=True).eval().requires_grad_(False)
-        )
-    if (folder / "text_encoder" / "config.json").is_file():
-        text = TextEncoder.load(folder)
-    sidecar = _read_sidecar(folder) or _derived_sidecar(network, scheduler, codec, text)
-    return DiffusersDenoiser(network, scheduler, sidecar, codec=codec, text=text).to_device(device)
+    shared = companions or load_companions(folder)
+    sidecar = read_sidecar(folder) or _derived_sidecar(network, scheduler, **shared)
+    return DiffusersDenoiser(network, scheduler, sidecar, **shared).to_device(device)
 
 
 def _class_named(folder: Path, config: str = "config.json") -> Any:
@@ -414,6 +474,8 @@ def _class_named(folder: Path, config: str = "config.json") -> Any:
 
 
 def _load(folder: Path, cls: Any, **options: Any) -> Any:
+    if is_weightless():
+        return _shaped(folder, cls, **options)
     weights = [
         file for pattern in ("*.safetensors", "*.bin", "*.ckpt", "*.pt") for file in folder.glob(pattern)
     ]
@@ -429,7 +491,19 @@ def _load(folder: Path, cls: Any, **options: Any) -> Any:
         raise ArtifactError(f"{folder} is damaged or incomplete: {reason}") from error
 
 
-def _read_sidecar(folder: Path) -> Sidecar | None:
+def _shaped(folder: Path, cls: Any, *, use_safetensors: bool = False) -> Any:
+    """A network of the folder's config without its weights; a scheduler for real."""
+    if not use_safetensors:
+        with real_tensors():
+            return _load(folder, cls)
+    try:
+        return cls.from_config(cls.load_config(folder, local_files_only=True))
+    except Exception as error:
+        raise ArtifactError(f"{folder} is damaged or incomplete: {error}") from error
+
+
+def read_sidecar(folder: Path) -> Sidecar | None:
+    """A folder's `distillery.json`; None if it has none."""
     path = folder / SIDECAR
     if not path.is_file():
         return None
@@ -469,7 +543,15 @@ def _derived_sidecar(network: Any, scheduler: Any, codec: Any, text: TextEncoder
 def _derived_cond(network: Any, text: TextEncoder | None) -> CondSpec:
     config = network.config
     if text is not None:
-        return CondSpec(kind="prompt", max_tokens=text.max_tokens, embed_dim=config.cross_attention_dim)
+        check_text(config, text)
+        return CondSpec(
+            kind="prompt",
+            max_tokens=text.max_tokens,
+            embed_dim=config.cross_attention_dim,
+            pooled_dim=text.pooled_dim,
+        )
+    if isinstance(network, diffusers.UNet2DConditionModel):
+        raise ArtifactError("this network is conditioned on text, and its folder has no text_encoder/")
     classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
     if not classes:
         return CondSpec(kind="none")

@@ -10,7 +10,7 @@ from distill_core.artifacts import CondSpec, SamplerSpec
 from distill_core.diffusion.noise import unit_normal
 from distill_core.diffusion.sampling import sample
 from distill_core.method import Cond
-from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.denoiser import Denoiser, expand
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:
@@ -19,9 +19,11 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
 
 
 def default_cond(spec: CondSpec, count: int, denoiser: Denoiser) -> Cond:
-    """Conditions for `count` pictures when the caller has no wish: balanced classes, or none."""
+    """Conditions for `count` pictures when the caller has no wish: balanced classes, example prompts, or none."""
     if spec.kind == "class_label" and spec.num_classes:
         return {"class_label": balanced_labels(count, spec.num_classes)}
+    if spec.examples:
+        return denoiser.encode_prompts([spec.examples[i % len(spec.examples)] for i in range(count)])
     return denoiser.null_cond(count)
 
 
@@ -36,7 +38,10 @@ def generate(
     sampler: SamplerSpec | None = None,
     batch_size: int = 128,
 ) -> Tensor:
-    """`count` pictures (B, C, H, W) in [-1, 1] on the CPU; picture i depends on (seed, i, cond[i]) alone."""
+    """`count` pictures (B, C, H, W) in [-1, 1] on the CPU; picture i depends on (seed, i, cond[i]) alone.
+
+    A negative prompt is part of `cond`: see `steering.with_negative`.
+    """
     pictures = []
     for start in range(0, count, batch_size):
         indices = range(start, min(start + batch_size, count))
@@ -81,10 +86,14 @@ def preview(denoiser: Denoiser, seed: int, count: int = 40) -> Tensor:
     return generate(denoiser, default_cond(denoiser.cond, count, denoiser), count, seed=seed)
 
 
-def drop_labels(cond: Cond, spec: CondSpec, share: float) -> Cond:
-    """The condition with a random `share` of the class labels replaced by the null class, for guidance."""
-    if "class_label" not in cond or spec.null_label is None:
+def drop_condition(cond: Cond, denoiser: Denoiser, share: float) -> Cond:
+    """The condition with a random `share` of the items, their class or prompt, replaced by none, for guidance."""
+    spec = denoiser.cond
+    if not cond or spec.kind == "none" or (spec.kind == "class_label" and spec.null_label is None):
         return cond
-    labels = cond["class_label"]
-    dropped = torch.rand(len(labels), device=labels.device) < share
-    return {**cond, "class_label": labels.masked_fill(dropped, spec.null_label)}
+    batch = len(next(iter(cond.values())))
+    null, device = denoiser.null_cond(batch), next(iter(cond.values())).device
+    dropped = torch.rand(batch, device=device) < share
+    return {
+        name: torch.where(expand(dropped, value), null[name].to(value), value) for name, value in cond.items()
+    }

@@ -18,14 +18,16 @@ from distill_core.data.source import Source
 from distill_core.losses.denoising import add_noise, denoising_loss
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.networks.diffusers_io import build_denoiser
-from distill_core.networks.generation import drop_labels
+from distill_core.networks.generation import drop_condition
 
 
 class Config(MethodConfig):
     schedule: Literal["cosine", "linear"] = "cosine"  # Nichol & Dhariwal 2021; Ho et al. 2020
     num_timesteps: int = Field(1000, ge=10, le=10_000)
     prediction: Literal["eps", "v", "x0"] = "eps"
-    label_dropout: float = Field(0.1, ge=0, le=1)  # share of items trained without their class, for guidance
+    label_dropout: float = Field(
+        0.1, ge=0, le=1
+    )  # share of items trained without class or prompt, for guidance
 
 
 class DDPM(Method):
@@ -44,12 +46,13 @@ class DDPM(Method):
             shape=data.shape,
             num_classes=data.num_classes,
             class_names=data.class_names,
+            prompts=data.prompts,
             scheduler={"beta_schedule": betas, "num_train_timesteps": config.num_timesteps},
         )
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         timestep = torch.randint(self.config.num_timesteps, (batch.size,), device=batch.x0.device)
         sigma = self.teacher.schedule.sigma_at(timestep / (self.config.num_timesteps - 1))
-        cond = drop_labels(batch.cond, self.teacher.cond, self.config.label_dropout)
+        cond = drop_condition(batch.cond, self.teacher, self.config.label_dropout)
         predicted = self.teacher(add_noise(batch.x0, sigma), sigma, cond)
         yield Update("teacher", denoising_loss(predicted, batch.x0, sigma, self.teacher.schedule))

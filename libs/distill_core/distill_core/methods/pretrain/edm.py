@@ -17,7 +17,7 @@ from distill_core.data.source import Source
 from distill_core.losses.denoising import add_noise, denoising_loss
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.networks.diffusers_io import build_denoiser
-from distill_core.networks.generation import drop_labels
+from distill_core.networks.generation import drop_condition
 
 
 class Config(MethodConfig):
@@ -26,7 +26,9 @@ class Config(MethodConfig):
     sigma_min: float = Field(0.002, gt=0)  # data std; least and most noise when sampling
     sigma_max: float = Field(80.0, gt=0)
     sigma_data: float = Field(0.5, gt=0)  # standard deviation of the data
-    label_dropout: float = Field(0.1, ge=0, le=1)  # share of items trained without their class, for guidance
+    label_dropout: float = Field(
+        0.1, ge=0, le=1
+    )  # share of items trained without class or prompt, for guidance
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -50,12 +52,13 @@ class EDM(Method):
             shape=data.shape,
             num_classes=data.num_classes,
             class_names=data.class_names,
+            prompts=data.prompts,
             scheduler={name: getattr(config, name) for name in ("sigma_min", "sigma_max", "sigma_data")},
         )
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         sigma = (self.config.log_sigma_mean + self.config.log_sigma_std * torch.randn(batch.size)).exp()
         sigma = sigma.to(batch.x0.device)
-        cond = drop_labels(batch.cond, self.teacher.cond, self.config.label_dropout)
+        cond = drop_condition(batch.cond, self.teacher, self.config.label_dropout)
         predicted = self.teacher(add_noise(batch.x0, sigma), sigma, cond)
         yield Update("teacher", denoising_loss(predicted, batch.x0, sigma, self.teacher.schedule))
