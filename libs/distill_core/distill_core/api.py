@@ -8,31 +8,45 @@ import itertools
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.building import Context, build, load_model
 from distill_core.checking import verdict
-from distill_core.config import EvaluateConfig, Recipe, load_recipe, recipe_names
+from distill_core.config import EvaluateConfig, ModelSource, Recipe, load_recipe, recipe_names
 from distill_core.data import Source, build_source
 from distill_core.errors import ConfigError, DistilleryError
-from distill_core.evaluation import generator_figures, one_step
+from distill_core.evaluation import Evaluator, load_evaluator, one_step
 from distill_core.method import Method
 from distill_core.methods import family, find_method, method_names, needs
-from distill_core.metrics.judge import Judge, load_judge
+from distill_core.networks.adapters import ADAPTER, LoraDenoiser, combined, has_adapter, plain, read_base
 from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.weightless import real_tensors, weightless
 from distill_core.pictures import save_sheet
 from distill_core.training.checkpoint import writing
 from distill_core.training.loop import Trainer
+from distill_core.training.memory import MemoryPlan, plan_memory
 from distill_core.training.run import Listener, Run
 
-__all__ = ["Result", "check", "context", "describe_methods", "evaluate", "load", "publish", "train"]
+__all__ = [
+    "Result",
+    "check",
+    "context",
+    "describe_methods",
+    "evaluate",
+    "load",
+    "merge_adapters",
+    "plan",
+    "publish",
+    "train",
+    "untrained",
+]
 log = logging.getLogger(__name__)
 _should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
 
@@ -49,6 +63,7 @@ class Result:
     step: int
     stopped: bool
     figures: dict[str, float] = field(default_factory=dict)
+    measured_with: dict[str, str] = field(default_factory=dict)  # what the figures rest on, in words
     manifest: Manifest | None = None
 
 
@@ -64,6 +79,34 @@ def context(store: ArtifactStore | str | Path, cache: Path) -> Context:
 
     here = Context(opened, cache, train_into)
     return here
+
+
+def untrained(where: Context, folder: Path) -> Context:
+    """The same context with models made as recipes say, in `folder`, but not trained: for sizes and times."""
+
+    def make(recipe: Recipe, target: Path) -> Path:
+        with real_tensors():
+            method, _ = build(recipe, here)
+            method.save_result(target / "model")
+        return target / "model"
+
+    fetched = where.cache / "artifacts"
+    fetched.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "artifacts").symlink_to(fetched.absolute())  # not fetched anew
+    here = replace(where, cache=folder, train=make)
+    return here
+
+
+def plan(recipe: Recipe, where: Context) -> MemoryPlan:
+    """What training `recipe` needs of memory, in seconds and without having it: no weights are read.
+
+    Raises:
+        DistilleryError: a mistake in the recipe, or a method whose step depends on the values of its tensors.
+    """
+    with tempfile.TemporaryDirectory(prefix="distillery-plan-") as scratch, weightless():
+        method, source = build(recipe, untrained(where, Path(scratch)))
+        return plan_memory(method, source, recipe)
 
 
 def train(
@@ -93,7 +136,9 @@ def train(
 def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], bool], job: str) -> Result:
     method, source = build(recipe, where)
     run.write_recipe(recipe)
-    judge = _judge(method, source, recipe.evaluate, where)
+    evaluator = _evaluator(
+        method, source, recipe.evaluate, where
+    )  # a mistake in it is said before the training
     trainer = Trainer(method, source, recipe, run)
     outcome = trainer.train(should_stop)
     if outcome.stopped:
@@ -101,9 +146,11 @@ def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], b
     with trainer.averaged():
         with writing(f"the model to {run.model}"):
             _save_model(method, recipe, run)
-        figures = _figures(method, source, recipe.evaluate, judge)
-        manifest = publish(method, recipe, run, where, figures, job=job) if recipe.publish else None
-    return Result(run.folder, outcome.step, stopped=False, figures=figures, manifest=manifest)
+        figures = _figures(method, recipe.evaluate, evaluator)
+        said = {} if evaluator is None else evaluator.measured_with(figures)
+        told = figures | {f"measured_with.{name}": words for name, words in said.items()}
+        manifest = publish(method, recipe, run, where, told, job=job) if recipe.publish else None
+    return Result(run.folder, outcome.step, False, figures=figures, measured_with=said, manifest=manifest)
 
 
 def _save_model(method: Method, recipe: Recipe, run: Run) -> None:
@@ -115,7 +162,7 @@ def _save_model(method: Method, recipe: Recipe, run: Run) -> None:
 
 
 def publish(
-    method: Method, recipe: Recipe, run: Run, where: Context, figures: dict[str, float], *, job: str
+    method: Method, recipe: Recipe, run: Run, where: Context, figures: Mapping[str, float | str], *, job: str
 ) -> Manifest:
     """Publish a finished run's model under the recipe's name, at most once per job."""
     assert recipe.publish is not None
@@ -129,7 +176,7 @@ def publish(
         job=job,
         recipe_sha256=hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
         step=recipe.steps,
-        metrics=figures,
+        metrics=dict(figures),
         **method.manifest_fields(),
     )
     manifest = where.store.publish(run.model, draft, key=job)
@@ -138,55 +185,110 @@ def publish(
     return manifest
 
 
-def _judge(method: Method, source: Source, config: EvaluateConfig, where: Context) -> Judge | None:
-    """The recipe's judge, looked up before the training starts; None, with a warning, if it cannot read this data."""
-    if config.judge is None or not isinstance(getattr(method, method.result), Denoiser):
-        return None
-    judge = load_judge(where.folder(config.judge))
-    if source.shape is None or judge.classifier.shape == tuple(source.shape):
-        return judge
-    log.warning(
-        "the judge reads pictures of shape %s, the data has %s: no Fréchet distance or accuracy is measured; "
-        "train a classifier on this data and set evaluate.judge",
-        judge.classifier.shape,
-        tuple(source.shape),
-    )
-    return None
-
-
-def _figures(method: Method, source: Source, config: EvaluateConfig, judge: Judge | None) -> dict[str, float]:
-    """The method's own figures, and with a judge those of the generator and its teacher."""
-    figures = dict(method.evaluate(config))
+def _evaluator(method: Method, source: Source, config: EvaluateConfig, where: Context) -> Evaluator | None:
+    """What measures the method's result; None for results that generate nothing."""
     result = getattr(method, method.result)
-    if judge is None or source.shape is None or not isinstance(result, Denoiser):
+    return load_evaluator(config, result, source, where) if isinstance(result, Denoiser) else None
+
+
+def _figures(method: Method, config: EvaluateConfig, evaluator: Evaluator | None) -> dict[str, float]:
+    """The method's own figures, and with an evaluator those of the generator and its teacher."""
+    figures = dict(method.evaluate(config))
+    if evaluator is None:
         return figures
-    figures |= generator_figures(result, judge, source, config)
-    teacher = getattr(method, "teacher", None)
+    result, teacher = getattr(method, method.result), getattr(method, "teacher", None)
+    figures |= evaluator.figures(result)
+    for count in result.sampler.step_counts:  # one student that serves several numbers of steps
+        by_steps = evaluator.figures(result, num_steps=count)
+        figures |= {f"steps_{count}_{name}": value for name, value in by_steps.items()}
     if isinstance(teacher, Denoiser) and teacher is not result:
-        many = generator_figures(teacher, judge, source, config)
-        once = generator_figures(teacher, judge, source, config, sampler=one_step(teacher, result.sampler))
+        many = evaluator.figures(teacher)
+        once = evaluator.figures(teacher, sampler=one_step(teacher, result.sampler))
         figures |= {f"teacher_{name}": value for name, value in many.items()}
         figures |= {f"teacher_one_step_{name}": value for name, value in once.items()}
+    elif isinstance(result, LoraDenoiser):  # tuned without a teacher: what it was before
+        with result.off():
+            before = evaluator.figures(result)
+        figures |= {f"start_{name}": value for name, value in before.items()}
     return figures
 
 
-def evaluate(ref: str, config: EvaluateConfig, data: dict[str, Any], where: Context) -> dict[str, float]:
-    """Figures of a published generator."""
-    if config.judge is None:
+class Evaluation(NamedTuple):
+    """Figures of a model, and in words what they rest on."""
+
+    figures: dict[str, float]
+    measured_with: dict[str, str]
+
+
+def evaluate(ref: str, config: EvaluateConfig, data: dict[str, Any] | None, where: Context) -> Evaluation:
+    """Figures of a published generator on `data`, or on the data that `config` names.
+
+    Raises:
+        ConfigError: no generator, nothing to measure with, or nothing to compare with.
+    """
+    if not config.sources:
         raise ConfigError(
-            "evaluate needs a judge: set evaluate.judge.recipe, .artifact or .path", field="judge"
+            "evaluate needs something to measure with: set evaluate.judge, evaluate.extractor or evaluate.clip, "
+            "each to an .artifact, .path or .recipe",
+            field="evaluate",
         )
+    given = data or config.data
+    if given is None:
+        raise ConfigError("evaluate needs data to compare with, e.g. data.name = 'digits'", field="data")
     model = load(ref, where)
     if not isinstance(model, Denoiser):
         raise ConfigError(f"{ref} is no generator; evaluate takes denoisers", field="artifact")
-    return generator_figures(model, load_judge(where.folder(config.judge)), build_source(data), config)
+    evaluator = load_evaluator(config.model_copy(update={"data": None}), model, build_source(given), where)
+    if evaluator is None:
+        raise ConfigError(
+            f"nothing can be measured: {ref} makes pictures of shape {model.image.picture}, which the judge does "
+            "not read, or the data has no pictures",
+            field="evaluate",
+        )
+    figures = evaluator.figures(model)
+    return Evaluation(figures, evaluator.measured_with(figures))
 
 
 def load(ref: str, where: Context, *, device: str = "cpu") -> torch.nn.Module:
     """The model of a store reference, or of a folder's path."""
     path = Path(ref)
-    folder = path if path.is_dir() else where.store.fetch(ref, where.cache / "artifacts")
-    return load_model(folder, device=device)
+    if not path.is_dir():
+        return where.artifact(ref, device=device)
+    return load_model(path, device=device, base=lambda ref: where.artifact(ref, device=device))
+
+
+def merge_adapters(
+    terms: Sequence[tuple[str, float]], where: Context, *, base: str | None = None
+) -> LoraDenoiser:
+    """The adapter `a D1 + b D2 + …` of store references or folders with their weights, sampled as the first is.
+
+    `base` is the reference or folder of the model they adapt, for adapters that do not name it.
+
+    Raises:
+        ConfigError: a model without an adapter, adapters of different bases, or a base that nobody names.
+    """
+    folders = {ref: _folder(ref, where) for ref, _ in terms}
+    for ref, folder in folders.items():
+        if not has_adapter(folder):
+            raise ConfigError(f"{ref} holds no adapter; only students of [student.lora] do", field="terms")
+    meant = {ref: read_base(folder / ADAPTER) for ref, folder in folders.items()}
+    if len({said.sha256 for said in meant.values() if said}) > 1:
+        over = ", ".join(f"{ref} adapts {said.ref or 'another'}" for ref, said in meant.items() if said)
+        raise ConfigError(f"only adapters of one model can be merged, and {over}", field="terms")
+    base = base or next((said.ref for said in meant.values() if said and said.ref), None)
+    if base is None:
+        raise ConfigError(
+            f"{terms[0][0]} does not name the model it adapts; give base, its reference or folder",
+            field="base",
+        )
+    model = plain(load(base, where))
+    if not isinstance(model, Denoiser):
+        raise ConfigError(f"{base} is no denoiser; give the model that the adapters adapt", field="base")
+    return combined([(LoraDenoiser.load(model, folders[ref]), weight) for ref, weight in terms])
+
+
+def _folder(ref: str, where: Context) -> Path:
+    return Path(ref) if Path(ref).is_dir() else where.folder(ModelSource(artifact=ref))
 
 
 def describe_methods() -> list[dict[str, Any]]:
@@ -221,18 +323,22 @@ def check(name: str, where: Context, *, listener: Listener | None = None) -> dic
     claim = recipe.check
     sized = recipe.override(claim.set).model_copy(update={"publish": None})
     build(sized, where)  # a teacher that must be trained first is not this method's time
-    if sized.evaluate.judge is not None:
-        where.folder(sized.evaluate.judge)
+    for source in sized.evaluate.sources.values():
+        where.folder(source)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="distillery-check-") as scratch:
         folders = (Path(scratch) / str(number) for number in itertools.count())
+        said: dict[str, str] = {}
 
         def measure(changes: Mapping[str, Any]) -> list[dict[str, float]]:
             seeded = [sized.override(changes).model_copy(update={"seed": seed}) for seed in claim.seeds]
-            return [train(run, next(folders), where, listener=listener).figures for run in seeded]
+            results = [train(run, next(folders), where, listener=listener) for run in seeded]
+            said.update(results[0].measured_with)
+            return [result.figures for result in results]
 
         judged = verdict(claim, measure)
-    return {"name": name, **judged, "seconds": round(time.perf_counter() - began, 1)}
+    seconds = round(time.perf_counter() - began, 1)
+    return {"name": name, **judged, "measured_with": said, "seconds": seconds}
 
 
 @contextlib.contextmanager

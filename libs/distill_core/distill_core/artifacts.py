@@ -23,6 +23,7 @@ import fsspec
 from pydantic import Field
 
 from distill_core.config import Config, Name, check_name, is_reserved_alias
+from distill_core.diffusion.routing import PartitionSpec
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable, nearest
 
@@ -50,6 +51,7 @@ class ImageSpec(Config):
     height: int = Field(ge=1)
     width: int = Field(ge=1)
     picture: tuple[int, int, int]  # (C, H, W) in [-1, 1] after the decoder; the same for a pixel model
+    tileable: bool = False  # pictures repeat without a seam: the network's convolutions wrap around
 
 
 class CondSpec(Config):
@@ -61,6 +63,11 @@ class CondSpec(Config):
     class_names: tuple[str, ...] = ()
     max_tokens: int | None = None  # prompt: tokens, longer prompts are cut by the tokenizer
     embed_dim: int | None = None  # prompt: width of prompt_embeds
+    pooled_dim: int | None = None  # prompt: width of pooled_embeds, for models that take them (SDXL)
+    nasa_scale: float | None = (
+        None  # prompt: usual strength of a negative prompt in attention; unset: in guidance
+    )
+    examples: tuple[str, ...] = ()  # prompt: some that the model was trained on, for previews
 
 
 class SceneSpec(Config):
@@ -103,6 +110,7 @@ class Manifest(Config):
     title: str = ""
     licence: str = "Apache-2.0"
     parents: tuple[str, ...] = ()  # artifacts it was made from, as name@version
+    base: str = ""  # of a LoRA student: the model it adapts, as name@version, where that is in the store
     job: str = ""
     recipe_sha256: str = ""
     step: int = 0
@@ -110,6 +118,7 @@ class Manifest(Config):
     sampler: SamplerSpec | None = None
     image: ImageSpec | None = None
     cond: CondSpec | None = None
+    partition: PartitionSpec | None = None  # of a model of several experts
     scene: SceneSpec | None = None
     metrics: dict[str, float | int | str] = {}
     exports: dict[str, ExportReport] = {}
@@ -118,6 +127,14 @@ class Manifest(Config):
     @property
     def ref(self) -> str:
         return f"{self.name}@{self.version}"
+
+    @property
+    def form(self) -> Literal["full", "merged", "adapter"]:
+        """Without low-rank factors; with them, beside the weights they are merged into; or these factors alone."""
+        if "adapter/adapter_config.json" not in self.files:
+            return "full"
+        whole = any(f"{slot}/config.json" in self.files for slot in ("unet", "transformer"))
+        return "merged" if whole else "adapter"
 
 
 class AliasMove(Config):

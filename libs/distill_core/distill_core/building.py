@@ -19,19 +19,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill_core.artifacts import ArtifactStore
+from distill_core.artifacts import MANIFEST, ArtifactStore
 from distill_core.config import ModelSource, Recipe, StudentConfig, load_recipe
 from distill_core.data import Source, build_source
-from distill_core.data.conditions import Prompts
 from distill_core.data.pairs import build_pairs
 from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
 from distill_core.method import Method
 from distill_core.methods import find_method, needs
-from distill_core.networks.adapters import LoraDenoiser
+from distill_core.networks.adapters import ADAPTER, LoraDenoiser, has_adapter, plain, read_base
 from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.weightless import real_tensors
 from distill_core.training.seeding import derive, seed_everything
 
 log = logging.getLogger(__name__)
+EXAMPLES = 10  # prompts that a text-conditional model keeps for previews
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ class Context:
         if source.artifact is not None:
             return self.store.fetch(source.artifact, self.cache / "artifacts")
         return self._trained(str(source.recipe))
+
+    def load(self, source: ModelSource) -> nn.Module:
+        """The model that a source names; an adapter over its base from the store."""
+        return load_model(self.folder(source), base=self.artifact)
+
+    def artifact(self, ref: str, *, device: str = "cpu") -> nn.Module:
+        """The model of a store reference."""
+        return load_artifact(self.store, ref, self.cache / "artifacts", device=device)
 
     def _trained(self, name: str) -> Path:
         recipe = load_recipe(name)
@@ -86,22 +95,33 @@ def cache_key(recipe: Recipe, *, above: tuple[str, ...] = ()) -> str:
     made = recipe.model_copy(update={"title": "", "check": None, "publish": None}).to_toml()
     bases = [base for base in find_method(recipe.method).__mro__ if issubclass(base, Method)]
     sources = [inspect.getsource(inspect.getmodule(base)) for base in bases]  # type: ignore[arg-type]
-    for source in (recipe.teacher, recipe.student.source):
+    for source in (recipe.teacher, recipe.student.source, recipe.extractor):
         if source is not None and source.recipe is not None and source.recipe not in above:
             sources.append(cache_key(load_recipe(source.recipe), above=(*above, source.recipe)))
     return hashlib.sha256("\n".join([made, *sources, torch.__version__]).encode()).hexdigest()[:16]
 
 
-def load_model(folder: Path, *, device: str = "cpu") -> nn.Module:
-    """Whatever a model folder holds: a denoiser (diffusers folder), a radiance field, a classifier.
+Load = Callable[[str], nn.Module]  # the model of a store reference
+
+
+def load_model(folder: Path, *, device: str = "cpu", base: Load | None = None) -> nn.Module:
+    """Whatever a model folder holds: a denoiser (diffusers folder), a radiance field, a classifier, a CLIP model.
+
+    An adapter without its base's weights is put over what `base` loads, on that model's device.
 
     Raises:
-        ArtifactError: none of these, or damaged.
+        ArtifactError: none of these, damaged, or an adapter whose base cannot be loaded.
     """
     if any((folder / slot / "config.json").is_file() for slot in ("unet", "transformer")):
         from distill_core.networks.diffusers_io import load_denoiser
 
-        return load_denoiser(folder, device=device)
+        return _named(load_denoiser(folder, device=device), folder)
+    if has_adapter(folder):
+        return _named(_load_adapter(folder, base), folder)
+    if (folder / "experts").is_dir():
+        from distill_core.networks.routed import StoredExperts
+
+        return _named(StoredExperts(folder, device=device).all_loaded(), folder)
     kind = _config_kind(folder)
     if kind == "classifier":
         from distill_core.networks.classifier import load_classifier
@@ -111,14 +131,51 @@ def load_model(folder: Path, *, device: str = "cpu") -> nn.Module:
         from distill_core.radiance.renderer import load_scene
 
         return load_scene(folder)
+    if kind == "clip":
+        from distill_core.networks.clip_io import load_clip
+
+        return load_clip(folder).to(device)
     raise ArtifactError(
         f"{folder} holds no model: expected a diffusers folder, or config.json with model.safetensors"
     )
 
 
+def load_artifact(store: ArtifactStore, ref: str, cache: Path, *, device: str = "cpu") -> nn.Module:
+    """The model of a store reference; an adapter over its base from the same store."""
+    folder = store.fetch(ref, cache)
+    return load_model(folder, device=device, base=lambda ref: load_artifact(store, ref, cache, device=device))
+
+
+def _load_adapter(folder: Path, base: Load | None) -> LoraDenoiser:
+    meant = read_base(folder / ADAPTER)
+    if meant is None or not meant.ref or base is None:
+        said = f"over {meant.ref}" if meant and meant.ref else "and does not say over which model"
+        raise ArtifactError(
+            f"{folder} holds only an adapter, {said}; load it from the store that has its base"
+        )
+    try:
+        model = plain(base(meant.ref))
+    except NotFound as error:
+        raise ArtifactError(f"{folder} is an adapter over {meant.ref}, which is missing: {error}") from None
+    if not isinstance(model, Denoiser):
+        raise ArtifactError(
+            f"{folder} is an adapter over {meant.ref}, which is no denoiser; publish it again"
+        )
+    return LoraDenoiser.load(model, folder)
+
+
+def _named(model: Denoiser, folder: Path) -> Denoiser:
+    """`model` with the name under which the store has it, if `folder` came from there."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        model.ref = f"{manifest['name']}@{manifest['version']}"
+    return model
+
+
 def _config_kind(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("kind", ""))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(config.get("kind") or config.get("model_type") or "")  # model_type: transformers' folders
     except (OSError, ValueError, AttributeError):
         return ""
 
@@ -143,6 +200,9 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
             f"{recipe.data and recipe.data.get('name')!r} has none; choose data with pictures",
             field="data.name",
         )
+    arguments["extractor"] = None
+    if recipe.extractor is not None:
+        arguments["extractor"] = _loaded(recipe.extractor, context, nn.Module, "extractor")
     if {"teacher", "student"} & set(wanted):
         arguments |= _models(recipe, context, cls, source)
     unknown = [name for name in wanted if name not in arguments]
@@ -150,6 +210,8 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
         raise ConfigError(f"method {recipe.method} asks for {unknown[0]!r}, which no recipe table provides")
     seed_everything(derive(recipe.seed, "init"))
     method = cls(config, **{name: arguments[name] for name in wanted})
+    if "network" in wanted:  # a model made for this data is given the data's conditions
+        fit(source, getattr(method, method.result))
     return method, source
 
 
@@ -160,6 +222,10 @@ def _refuse_unused(recipe: Recipe, wanted: list[str]) -> None:
         )
     if recipe.pairs is not None and "pairs" not in wanted:
         raise ConfigError(f"method {recipe.method} uses no pairs; leave [pairs] out", field="pairs")
+    if recipe.extractor is not None and "extractor" not in wanted:
+        raise ConfigError(
+            f"method {recipe.method} reads no pictures; leave [extractor] out", field="extractor"
+        )
 
 
 def _models(recipe: Recipe, context: Context, cls: type[Method], source: Source) -> dict[str, Any]:
@@ -169,11 +235,15 @@ def _models(recipe: Recipe, context: Context, cls: type[Method], source: Source)
     if "teacher" in wanted or "pairs" in wanted or begins is None:
         found["teacher"] = _teacher(recipe, context, _taught_by(cls))
         fit(source, found["teacher"])
+        if recipe.student.gradient_checkpointing:  # for the fake scores that are made from it
+            found["teacher"].enable_gradient_checkpointing()
     if "student" in wanted:
         seed_everything(derive(recipe.seed, "student"))
         base = found["teacher"] if begins is None else _loaded(begins, context, _taught_by(cls), "student")
         fit(source, base)
         found["student"] = _student(base, recipe.student)
+        if recipe.publish is not None and isinstance(found["student"], LoraDenoiser):
+            found["student"].form = recipe.publish.form
     found["pairs"] = None
     if recipe.pairs is not None:
         found["pairs"] = build_pairs(found["teacher"], source, recipe.pairs, _pairs_folder(recipe, context))
@@ -231,11 +301,15 @@ def fit(source: Source, teacher: nn.Module) -> None:
             field="data",
         )
     if wanted == "prompt":
-        if not isinstance(source, Prompts):
+        if source.prompts is None:
             raise ConfigError(
-                "a text-to-image teacher needs prompts: set data.name = 'prompts'", field="data.name"
+                "a text-to-image teacher needs prompts: set data.name = 'prompts', or choose pictures with captions",
+                field="data.name",
             )
-        source.encode_with(lambda prompts: teacher.encode_prompts(prompts))
+        source.encode_with(teacher.encode_prompts)
+        if not teacher.cond.examples:
+            distinct = dict.fromkeys(source.prompts[:1000])
+            teacher.cond = teacher.cond.model_copy(update={"examples": tuple(distinct)[:EXAMPLES]})
 
 
 def _is_required(cls: type[Method], name: str) -> bool:
@@ -247,7 +321,8 @@ def _source(recipe: Recipe) -> Source:
         raise ConfigError(
             f"method {recipe.method} needs a [data] table, e.g. data.name = 'digits'", field="data"
         )
-    return build_source(recipe.data)
+    with real_tensors():  # in a plan too: only networks are without weights
+        return build_source(recipe.data)
 
 
 def _taught_by(cls: type[Method]) -> type[nn.Module]:
@@ -267,7 +342,7 @@ def _teacher(recipe: Recipe, context: Context, kind: type[nn.Module]) -> nn.Modu
 
 
 def _loaded(source: ModelSource, context: Context, kind: type[nn.Module], what: str) -> nn.Module:
-    model = load_model(context.folder(source))
+    model = plain(context.load(source))
     if not isinstance(model, kind):
         raise ArtifactError(
             f"the {what} must be a {kind.__name__}, and this is a {type(model).__name__}; "

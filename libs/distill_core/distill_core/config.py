@@ -186,13 +186,26 @@ class OptimConfig(Config):
     grad_clip: float | None = Field(None, gt=0)  # norm
 
 
-class EvaluateConfig(Config):
-    """How a run's result is measured at its end and in `check`."""
+MEASURING = ("judge", "extractor", "clip", "preference")
 
-    judge: ModelSource | None = None  # the classifier whose features and labels the figures use
+
+class EvaluateConfig(Config):
+    """How a run's result is measured at its end and in `check`. Without a judge, extractor or clip, hardly at all."""
+
+    judge: ModelSource | None = None  # a classifier: accuracy, and features where there is no extractor
+    extractor: ModelSource | None = None  # a transformers vision folder, whose features the distances use
+    clip: ModelSource | None = None  # a CLIP folder: clip_score = 100 x mean cosine of picture and prompt
+    preference: ModelSource | None = None  # a CLIP folder tuned on choices (HPSv2): preference_score
+    data: dict[str, Any] | None = None  # pictures and prompts to compare with; unset: those of the training
     num_samples: int = Field(1797, ge=2, le=100_000)
     batch_size: int = Field(128, ge=1, le=4096)
     seed: Seed = 0
+
+    @property
+    def sources(self) -> dict[str, ModelSource]:
+        """The models that measure, by key."""
+        named = {key: getattr(self, key) for key in MEASURING}
+        return {key: source for key, source in named.items() if source is not None}
 
 
 class CheckAblation(Config):
@@ -234,6 +247,7 @@ class PublishConfig(Config):
     name: Name
     licence: str = "Apache-2.0"
     alias: Name | None = None
+    form: Literal["merged", "adapter"] = "merged"  # of a LoRA student; adapter: without its base's weights
 
     @field_validator("alias")
     @classmethod
@@ -268,12 +282,29 @@ class Recipe(Config):
     teacher: ModelSource | None = None
     student: StudentConfig = StudentConfig()
     pairs: PairsConfig | None = None
+    extractor: ModelSource | None = None  # frozen; what a loss or a reward reads pictures with
     network: NetworkConfig | None = None
     optim: dict[str, OptimConfig] = {}
     ema: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}
     evaluate: EvaluateConfig = EvaluateConfig()
     check: CheckConfig | None = None
     publish: PublishConfig | None = None
+
+    @model_validator(mode="after")
+    def _base_is_published(self) -> Self:
+        if self.publish is None or self.publish.form == "merged":
+            return self
+        if self.student.lora is None:
+            raise ValueError(
+                "publish.form = 'adapter' needs a LoRA student; add [student.lora], or leave form out"
+            )
+        base = self.student.source or self.teacher
+        if base is not None and base.artifact is None:
+            raise ValueError(
+                "publish.form = 'adapter' needs a base that is in the store; give teacher.artifact (or "
+                "student.artifact) instead of a path or recipe, or leave form out"
+            )
+        return self
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML, defaults written out."""
@@ -293,6 +324,8 @@ _T = TypeVar("_T")
 def _without_none(value: _T) -> _T:
     if isinstance(value, dict):
         return {k: _without_none(v) for k, v in value.items() if v is not None}  # type: ignore[return-value]
+    if isinstance(value, list):
+        return [_without_none(entry) for entry in value]  # type: ignore[return-value]
     return value
 
 
@@ -304,7 +337,7 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(nested, dict):
             raise ConfigError(f"cannot set {key}: {parent} is a value, not a table", field=key)
         table = nested
-    if parents == ["teacher"] or parents == ["evaluate", "judge"]:
+    if parents in (["teacher"], ["extractor"], *(["evaluate", key] for key in MEASURING)):
         table.clear()  # one source replaces the other
     if parents == ["student"] and last in STUDENT_SOURCES:
         for other in STUDENT_SOURCES:

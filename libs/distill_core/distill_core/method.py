@@ -50,7 +50,8 @@ class Method(nn.Module):
     The keyword names of the constructor say what it needs; the builder passes these and no others:
     `teacher` (frozen Denoiser or field), `student` (a trainable copy of the teacher, or what the recipe's
     `[student]` says), `network` (built from the recipe's `[network]`), `data` (the source), `pairs` (noise and the
-    teacher's pictures of it, by the recipe's `[pairs]`; None without that table), `seed`.
+    teacher's pictures of it, by the recipe's `[pairs]`; None without that table), `extractor` (a frozen network that
+    a loss or a reward reads pictures with; None without its table), `seed`.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig

@@ -82,16 +82,17 @@ def _run(spec: dict[str, Any], tell: Any, stop: _StopFlag) -> int:
     if spec["kind"] == "evaluate":
         values = spec["spec"]
         config = EvaluateConfig.parse(values.get("evaluate", {}), where="evaluate")
-        figures = api.evaluate(values["artifact"], config, values["data"], where)
+        figures, said = api.evaluate(values["artifact"], config, values.get("data"), where)
         artifact = values["artifact"]
     else:
         recipe = Recipe.parse(spec["spec"]["recipe"])
         result = api.train(recipe, run_dir, where, listener=tell, should_stop=stop, job=spec["job"])
         if result.stopped:
             return EXIT_STOPPED
-        figures, artifact = result.figures, result.manifest.ref if result.manifest else ""
+        figures, said = result.figures, result.measured_with
+        artifact = result.manifest.ref if result.manifest else ""
     (run_dir / "result.json").write_text(
-        json.dumps({"artifact": artifact, "metrics": figures}), encoding="utf-8"
+        json.dumps({"artifact": artifact, "metrics": figures, "measured_with": said}), encoding="utf-8"
     )
     tell({"event": "result", "artifact": artifact, "metrics": figures})
     return 0

@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 from distill_core.errors import EXIT_OUT_OF_MEMORY, DistilleryError, meaning, out_of_memory
-from distillery_cli import bench, claims, demo, doctor, health, jobs, models, sampling, stack, training
+from distillery_cli import (
+    adapters,
+    bench,
+    claims,
+    demo,
+    doctor,
+    health,
+    jobs,
+    models,
+    sampling,
+    stack,
+    training,
+)
 from distillery_cli.output import notes
 
 EXIT_INTERRUPTED = 130
@@ -46,7 +58,7 @@ def _options(
     """Distil models, queue the work, publish the results and serve them."""
 
 
-for _module in (demo, stack, jobs, training, models, sampling, doctor, health, bench, claims):
+for _module in (demo, stack, jobs, training, models, adapters, sampling, doctor, health, bench, claims):
     _module.register(app)
 
 

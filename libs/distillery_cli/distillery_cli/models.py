@@ -48,7 +48,7 @@ def models(
         return emit_json(listed)
     if not listed:
         return results.print(f"no models in {opened.url} yet; `distillery train edm_digits` publishes one")
-    columns = ["model", "aliases", "kind", "method", "exports", "frechet_distance", "created"]
+    columns = ["model", "aliases", "kind", "form", "base", "method", "exports", "frechet_distance", "created"]
     rows = [[_cell(entry[column]) for column in columns] for entry in listed]
     return results.print(table(columns, rows))
 
@@ -59,12 +59,14 @@ def _summary(opened: ArtifactStore, name: str, version: int) -> dict[str, Any]:
         manifest = opened.manifest(f"{name}@{version}")
     except ArtifactError as error:  # the others can still be listed
         notes.print(f"warning: {error}", markup=False, soft_wrap=True)
-        empty = dict.fromkeys(("method", "exports", "frechet_distance", "created"))
+        empty = dict.fromkeys(("form", "base", "method", "exports", "frechet_distance", "created"))
         return {"model": f"{name}@{version}", "aliases": aliases, "kind": "damaged", **empty}
     return {
         "model": manifest.ref,
         "aliases": aliases,
         "kind": manifest.kind,
+        "form": manifest.form,
+        "base": manifest.base,
         "method": manifest.method,
         "exports": list(manifest.exports),
         "frechet_distance": manifest.metrics.get("frechet_distance"),
@@ -86,6 +88,7 @@ def _show(manifest: Manifest) -> None:
         ).items()
         if value not in ("", (), {}) and not isinstance(value, dict)
     ]
+    rows.append(["form", manifest.form])
     rows += [[f"metrics.{name}", figure(value)] for name, value in manifest.metrics.items()]
     rows += [
         [

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill_core.artifacts import MANIFEST, ArtifactStore, ExportReport, Manifest
+from distill_core.building import load_artifact
 from distill_core.errors import ArtifactError, Unavailable
 from distillery_converter import onnx, parity, tensorrt
 from distillery_converter.graphs import Graph, in_half, load_graphs
@@ -60,7 +61,8 @@ def convert(
                 store.fetch(source.ref, cache), folder, ignore=shutil.ignore_patterns(MANIFEST, ".claim")
             )
             on_progress(1, STEPS)
-            report = _export(folder, source, goal, versions, cache)
+            graphs = load_graphs(folder, source, lambda ref: load_artifact(store, ref, cache))
+            report = _export(folder, graphs, source, goal, versions, cache)
             on_progress(STEPS - 1, STEPS)
             published = store.publish(folder, _manifest(source, report, job), key=job)
     except OSError as error:
@@ -105,14 +107,13 @@ def _passes(report: ExportReport, goal: Target) -> bool:
 
 
 def _export(
-    folder: Path, source: Manifest, goal: Target, versions: dict[str, str], cache: Path
+    folder: Path, loaded: list[Graph], source: Manifest, goal: Target, versions: dict[str, str], cache: Path
 ) -> ExportReport:
     """Write `exports/<target>/` inside `folder`, compare every graph with PyTorch, and report."""
     started = time.perf_counter()
     exports = folder / "exports" / goal.name
     shutil.rmtree(exports, ignore_errors=True)  # by other tool versions
     found = parity.Parity(0.0, 0.0, 0.0)
-    loaded = load_graphs(folder, source)
     for graph, run in zip(loaded, _converted_graphs(loaded, exports, goal, cache), strict=True):
         found = found.worst(parity.compare(graph, run))
     log.info("%s as %s: max abs %.3g, rel-L2 %.3g", source.ref, goal.name, found.max_abs, found.rel_l2)

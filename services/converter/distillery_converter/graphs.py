@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, Manifest
+from distill_core.building import Load, load_model
 from distill_core.diffusion.noise import unit_normal
 from distill_core.diffusion.sampling import SamplerSpec
-from distill_core.networks.diffusers_io import DiffusersDenoiser, load_denoiser
+from distill_core.errors import ArtifactError
+from distill_core.networks.adapters import plain
+from distill_core.networks.diffusers_io import DiffusersDenoiser
+from distill_core.networks.routed import RoutedDenoiser
+from distill_core.networks.steering import NEGATIVE
 from distill_core.networks.text import TextEncoder
 
 Arrays = dict[str, np.ndarray]
@@ -38,12 +43,20 @@ class Graph:
 class DenoiserGraph(nn.Module):
     """x_sigma, sigma and the condition as positional tensors; all preconditioning is inside."""
 
-    def __init__(self, denoiser: DiffusersDenoiser, cond: str | None) -> None:
+    def __init__(self, denoiser: DiffusersDenoiser, cond: Sequence[str]) -> None:
         super().__init__()
-        self.denoiser, self.cond = denoiser, cond
+        self.denoiser, self.cond = denoiser, tuple(cond)
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
-        return self.denoiser(x_sigma, sigma, {self.cond: cond} if self.cond else None)
+    def forward(
+        self,
+        x_sigma: Tensor,
+        sigma: Tensor,
+        first: Tensor | None = None,  # by name: the exporter takes no variable number of tensors
+        second: Tensor | None = None,
+        third: Tensor | None = None,
+    ) -> Tensor:
+        given = [value for value in (first, second, third) if value is not None]
+        return self.denoiser(x_sigma, sigma, dict(zip(self.cond, given, strict=True)) or None)
 
 
 class DecoderGraph(nn.Module):
@@ -81,15 +94,24 @@ class TextEncoderGraph(nn.Module):
         return self.model(input_ids)[0]
 
 
-def load_graphs(folder: Path, manifest: Manifest) -> list[Graph]:
-    """All graphs of a diffusers folder: the denoiser, and for text-to-image decoder, encoder and text encoder.
+def load_graphs(folder: Path, manifest: Manifest, base: Load | None = None) -> list[Graph]:
+    """All graphs of a model's folder: the denoiser or each expert, for text-to-image decoder, encoder and text encoder.
+
+    Factors of an adapter are added into the weights of its base, which `base` loads.
 
     Raises:
-        ArtifactError: the folder is damaged, or no denoiser.
+        ArtifactError: the folder is damaged, no denoiser, or an adapter whose base cannot be loaded.
     """
-    denoiser = load_denoiser(folder)
-    fuse_adapters(denoiser.network)
-    graphs = [denoiser_graph(denoiser, manifest.sampler or denoiser.sampler)]
+    model: Any = plain(load_model(folder, base=base))
+    experts: list[Any] = list(model.experts) if isinstance(model, RoutedDenoiser) else [model]
+    for expert in experts:
+        fuse_adapters(expert.network)
+    graphs = denoiser_graphs(experts, manifest)
+    denoiser = experts[0]  # decoder and text encoder are the same for all
+    if denoiser.cond.pooled_dim is not None:
+        raise ArtifactError(
+            "models of the SDXL kind are not converted yet: their graph needs pooled prompts; serve it with torch"
+        )
     if denoiser.codec is not None:
         graphs += [decoder_graph(denoiser), encoder_graph(denoiser)]
     if denoiser.text is not None:
@@ -129,9 +151,24 @@ def _halved(
     return (args[0].half(), *args[1:]), kwargs
 
 
-def denoiser_graph(denoiser: DiffusersDenoiser, sampler: SamplerSpec) -> Graph:
-    """The graph that every denoiser has."""
-    name = {"class_label": "class_label", "prompt": "prompt_embeds"}.get(denoiser.cond.kind)
+def denoiser_graphs(experts: list[DiffusersDenoiser], manifest: Manifest) -> list[Graph]:
+    """`denoiser`, or for a routed model `expert-0` and so on: each is compared on what is routed to it."""
+    sampler = manifest.sampler or experts[0].sampler
+    if manifest.partition is None:
+        return [denoiser_graph(experts[0], sampler)]
+    graphs = []
+    for part, expert in enumerate(experts):
+        classes = tuple(label for label, own in enumerate(manifest.partition.of_class) if own == part)
+        graph = denoiser_graph(expert, sampler, classes=classes)
+        graphs.append(replace(graph, name=f"expert-{part}"))
+    return graphs
+
+
+def denoiser_graph(
+    denoiser: DiffusersDenoiser, sampler: SamplerSpec, *, classes: tuple[int, ...] = ()
+) -> Graph:
+    """The graph that every denoiser has; `classes` are those that it is asked for, () all."""
+    conditions = condition_inputs(denoiser, sampler)
 
     def inputs(batch: int) -> Arrays:
         shape = (denoiser.image.channels, denoiser.image.height, denoiser.image.width)
@@ -139,10 +176,18 @@ def denoiser_graph(denoiser: DiffusersDenoiser, sampler: SamplerSpec) -> Graph:
         x_sigma = DATA_STD * noise(batch, shape, draw=0) + sigma.reshape(-1, 1, 1, 1) * noise(
             batch, shape, draw=1
         )
-        cond = {} if name is None else {name: fixed_condition(denoiser.cond, batch)}
+        cond = {name: fixed_condition(name, denoiser.cond, batch, classes) for name in conditions}
         return {"x_sigma": x_sigma, "sigma": sigma, **cond}
 
-    return Graph("denoiser", DenoiserGraph(denoiser, name), "x0", inputs)
+    return Graph("denoiser", DenoiserGraph(denoiser, conditions), "x0", inputs)
+
+
+def condition_inputs(denoiser: DiffusersDenoiser, sampler: SamplerSpec) -> tuple[str, ...]:
+    """The graph's inputs beside x_sigma and sigma; a text student's attention can turn away from a negative prompt."""
+    if denoiser.cond.kind == "prompt":
+        steered = () if sampler.guidable else (f"{NEGATIVE}prompt_embeds", "nasa_scale")
+        return ("prompt_embeds", *steered)
+    return ("class_label",) if denoiser.cond.kind == "class_label" else ()
 
 
 def decoder_graph(denoiser: DiffusersDenoiser) -> Graph:
@@ -187,11 +232,15 @@ def fixed_sigmas(sampler: SamplerSpec, batch: int) -> np.ndarray:
     return np.asarray([levels[index % len(levels)] for index in range(batch)], dtype=np.float32)
 
 
-def fixed_condition(cond: CondSpec, batch: int) -> np.ndarray:
-    """Class labels int64 (batch,) that walk through all classes, or embeddings float32 (batch, T, D)."""
-    if cond.kind == "class_label":
-        return np.arange(batch, dtype=np.int64) % (cond.num_classes or 1)
-    return noise(batch, (cond.max_tokens or 1, cond.embed_dim or 1), draw=3)
+def fixed_condition(name: str, cond: CondSpec, batch: int, classes: tuple[int, ...] = ()) -> np.ndarray:
+    """Class labels int64 (batch,) that walk through `classes` or all, embeddings float32 (batch, T, D), or scales."""
+    if name == "nasa_scale":
+        return np.arange(batch, dtype=np.float32) % 3 / 2  # 0, 0.5, 1
+    if name == "class_label":
+        labels = np.asarray(classes or range(cond.num_classes or 1), dtype=np.int64)
+        return labels[np.arange(batch) % len(labels)]
+    draw = 6 if name.startswith(NEGATIVE) else 3
+    return noise(batch, (cond.max_tokens or 1, cond.embed_dim or 1), draw=draw)
 
 
 def fixed_tokens(batch: int, length: int, vocabulary: int) -> np.ndarray:

@@ -6,10 +6,9 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError
 from distillery_sampler.backends.base import Backend, Generator
 from distillery_sampler.backends.opening import choose, open_backend
+from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.batcher import Batcher
 from distillery_sampler.metrics import Metrics, ModelStats
 from distillery_sampler.requests import ImageItem, ImageKey, Orbit, View
@@ -83,7 +83,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_model(store: ArtifactStore, ref: str, cache: Path, settings: SamplerSettings) -> Opened:
+def open_model(store: ArtifactStore, ref: str, weights: SharedWeights, settings: SamplerSettings) -> Opened:
     """Fetch, verify, load and warm a version; runs in a thread.
 
     Raises:
@@ -92,10 +92,10 @@ def open_model(store: ArtifactStore, ref: str, cache: Path, settings: SamplerSet
     """
     manifest = store.manifest(ref)
     name = choose(manifest, settings.backend)
-    folder = store.fetch(ref, cache)
+    folder = weights.fetch(ref)
     instances = settings.instances or cores()
     threads = max(1, cores() // instances)
-    backend = open_backend(folder, manifest, name, device=settings.device, threads=threads)
+    backend = open_backend(folder, manifest, name, device=settings.device, threads=threads, weights=weights)
     return Opened(manifest, backend, *_warm(backend, manifest, settings.max_batch))
 
 
@@ -145,6 +145,7 @@ def start_model(opened: Opened, metrics: Metrics, settings: SamplerSettings) -> 
         instances=settings.instances or cores(),
         max_delay_s=settings.max_delay_s,
         cost=_cost,
+        kind=_kind(manifest),
         seconds_per_cost=seconds,
     )
     return LoadedModel(manifest, backend, batcher, stats)
@@ -153,6 +154,15 @@ def start_model(opened: Opened, metrics: Metrics, settings: SamplerSettings) -> 
 def _cost(key: Any) -> float:
     """Steps of an image, doubled by guidance; pixels of a view."""
     return key.num_steps * (1 if key.guidance == 1 else 2) if isinstance(key, ImageKey) else float(key)
+
+
+def _kind(manifest: Manifest) -> Callable[[Any], Any]:
+    """The part of an image, where its class decides it: a batch of one part is as fast as one of a plain model."""
+    partition = manifest.partition
+    if partition is None or partition.kind != "class_label":
+        return lambda _item: None
+    table = partition.table  # its last row is that of all labels outside it
+    return lambda item: table[min(item.class_label, len(table) - 1)]
 
 
 def _runner(backend: Backend) -> Any:

@@ -12,6 +12,7 @@ import structlog
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, DistilleryError, NotFound, Overloaded, Unavailable
+from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.loading import LoadedModel, open_model, start_model
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.requests import ModelInfo
@@ -28,7 +29,7 @@ class Registry:
         self, store: ArtifactStore, cache: Path, settings: SamplerSettings, metrics: Metrics
     ) -> None:
         self.store, self.settings, self.metrics = store, settings, metrics
-        self._cache = cache
+        self._weights = SharedWeights(lambda ref: store.fetch(ref, cache))
         self._loaded: dict[Key, LoadedModel] = {}
         self._loading: dict[Key, asyncio.Task[LoadedModel]] = {}
         self._failed: dict[Key, str] = {}
@@ -163,7 +164,7 @@ class Registry:
         started = time.perf_counter()
         try:
             opened = await asyncio.to_thread(
-                open_model, self.store, f"{name}@{version}", self._cache, self.settings
+                open_model, self.store, f"{name}@{version}", self._weights, self.settings
             )
         except Unavailable:
             raise  # not the model's fault: the next request tries again

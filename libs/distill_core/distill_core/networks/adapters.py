@@ -1,19 +1,39 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021): a trainable denoiser that shares the weights of a frozen one."""
+"""Low-rank adapters (LoRA, Hu et al. 2021): a trainable denoiser that shares the weights of a frozen one.
+
+    W = W0 + s D,    D = B A of rank r,    and over one base    W = W0 + a D1 + b D2
+
+`strength` is s. `combined` makes the adapter of a sum; `merged` adds an adapter into a copy of the base.
+A saved adapter is a folder `adapter/` that peft opens, with `base.json` beside: what it adapts.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.config import LoraConfig
+from distill_core.config import Config, LoraConfig
+from distill_core.errors import ArtifactError, ConfigError
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.generation import preview
+
+ADAPTER, BASE = "adapter", "base.json"  # in a model's folder; beside peft's files
+
+
+class AdapterBase(Config):
+    """What an adapter is over, exactly."""
+
+    ref: str = ""  # name@version in the store, if it came from there
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # of the network's weights
 
 
 class LoraDenoiser(Denoiser):
@@ -22,16 +42,50 @@ class LoraDenoiser(Denoiser):
     Under `off()` the output is the base's, bit for bit; `base` itself never sees the factors.
     """
 
+    form: Literal["merged", "adapter"] = "merged"  # what `save` writes; "adapter": without the base
+    base_ref: str = ""  # the base's name@version in the store, if it came from there
+
     def __init__(self, base: Denoiser, config: LoraConfig) -> None:
         from distill_core.networks.peft_io import with_lora  # peft takes seconds to import
 
         super().__init__()
-        twin, factors = with_lora(base, rank=config.rank, alpha=config.alpha, targets=config.layers)
-        self._take(twin, factors)
+        self.base_ref = base.ref
+        self._take(*with_lora(base, rank=config.rank, alpha=config.alpha, targets=config.layers))
+
+    @classmethod
+    def load(cls, base: Denoiser, folder: Path) -> LoraDenoiser:
+        """The adapter of a model folder, or of a folder in peft's format, over `base`; its other weights are not read.
+
+        Raises:
+            ArtifactError: no adapter, damaged, or one for other weights than those of `base`.
+        """
+        from distill_core.networks.diffusers_io import read_sidecar
+        from distill_core.networks.peft_io import load_peft
+
+        inside = folder / ADAPTER if has_adapter(folder) else folder
+        meant = read_base(inside)
+        if meant is not None and meant.sha256 != weights_sha256(base):
+            raise ArtifactError(
+                f"{folder} is an adapter over {meant.ref or 'a model'} with other weights than "
+                f"{base.ref or 'this one'}; load it over the model it was made for"
+            )
+        new = cls._of(base.ref, *load_peft(base, inside))
+        if sidecar := read_sidecar(folder):
+            new.image, new.cond, new.sampler = sidecar.image, sidecar.cond, sidecar.sampler
+        return new
+
+    @classmethod
+    def _of(cls, base_ref: str, twin: Denoiser, factors: dict[str, nn.Parameter]) -> LoraDenoiser:
+        new = cls.__new__(cls)
+        Denoiser.__init__(new)
+        new.base_ref = base_ref
+        new._take(twin, factors)
+        return new
 
     def _take(self, twin: Denoiser, factors: dict[str, nn.Parameter]) -> None:
         # Outside the module tree: the base's weights are no parameters of this role, and not part of its state.
         self._outside = (twin,)
+        self._strength = 1.0
         self.lora = nn.ParameterDict({name.replace(".", "/"): value for name, value in factors.items()})
         self.image, self.cond, self.sampler = twin.image, twin.cond, twin.sampler
         self.schedule = twin.schedule
@@ -40,6 +94,26 @@ class LoraDenoiser(Denoiser):
     def adapted(self) -> Denoiser:
         """The module tree that holds base weights and factors."""
         return self._outside[0]
+
+    def base(self) -> Denoiser:
+        """A module tree over the base's very weights, without the factors."""
+        from distill_core.networks.peft_io import without_lora
+
+        plain = without_lora(self.adapted)
+        plain.ref = self.base_ref
+        return plain
+
+    @property
+    def strength(self) -> float:
+        """What the factors' part is multiplied by; 0 is the base, bit for bit."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        from distill_core.networks.peft_io import set_strength
+
+        set_strength(self.adapted, value)
+        self._strength = value
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -73,25 +147,40 @@ class LoraDenoiser(Denoiser):
         self.adapted.enable_gradient_checkpointing()
 
     def merged(self) -> Denoiser:
-        """A plain denoiser of its own weights, with the factors added in."""
+        """A plain denoiser of its own weights, with the factors added in at their strength."""
         from distill_core.networks.peft_io import merge_lora
 
-        plain = merge_lora(copy.deepcopy(self.adapted))
-        plain.image, plain.cond, plain.sampler = self.image, self.cond, self.sampler
-        return plain.requires_grad_(False)
+        plain = copy.deepcopy(self._described())
+        return merge_lora(plain).requires_grad_(False)
 
     def preview(self, seed: int) -> Tensor:
         """A sheet of samples, classes in turn."""
         return preview(self, seed)
 
     def save(self, folder: Path) -> None:
-        """The merged model's folder, which plain diffusers opens."""
-        self.merged().save(folder)  # type: ignore[operator]
+        """Write `adapter/`, and as `form` says a whole diffusers folder with the factors merged in."""
+        if self.form == "merged":
+            self.merged().save(folder)  # type: ignore[operator]
+        else:
+            self._described().save_sidecar(folder)  # type: ignore[operator]
+        self.save_adapter(folder / ADAPTER)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the factors in peft's format, and what they are over."""
+        from distill_core.networks.peft_io import factors_of, save_peft
+
+        save_peft(factors_of(self.adapted), folder, base=self.base_ref)
+        base = AdapterBase(ref=self.base_ref, sha256=weights_sha256(self.adapted))
+        (folder / BASE).write_text(base.model_dump_json(indent=1), encoding="utf-8")
 
     def manifest_fields(self) -> dict[str, Any]:
         """What a manifest says of this model."""
-        own = {"image": self.image, "cond": self.cond, "sampler": self.sampler}
-        return {**self.adapted.manifest_fields(), **own}  # type: ignore[operator]
+        return {**self._described().manifest_fields(), "base": self.base_ref}  # type: ignore[operator]
+
+    def _described(self) -> Denoiser:
+        """The tree, with what a method may have changed of the student: above all its sampler."""
+        self.adapted.image, self.adapted.cond, self.adapted.sampler = self.image, self.cond, self.sampler
+        return self.adapted
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.adapted._apply(fn, recurse)  # to a device: shared weights move once, whoever comes first
@@ -103,9 +192,86 @@ class LoraDenoiser(Denoiser):
         for tensor in (*self.adapted.parameters(), *self.adapted.buffers()):
             if id(tensor) not in own:
                 memo.setdefault(id(tensor), tensor)
-        twin = copy.deepcopy(self.adapted, memo)
+        twin = copy.deepcopy(self._described(), memo)
         copied = {name.replace("/", "."): memo[id(value)] for name, value in self.lora.items()}
-        new = LoraDenoiser.__new__(LoraDenoiser)
-        Denoiser.__init__(new)
-        new._take(twin, copied)
+        new = LoraDenoiser._of(self.base_ref, twin, copied)
+        new.form, new._strength = self.form, self._strength
         return new
+
+
+def combined(terms: Sequence[tuple[LoraDenoiser, float]]) -> LoraDenoiser:
+    """The adapter `a D1 + b D2 + …` of adapters over one base; its rank is the sum of theirs, its sampler the first's.
+
+    Raises:
+        ConfigError: no terms, or adapters over different weights.
+    """
+    from distill_core.networks.peft_io import factors_of, with_factors
+
+    if not terms:
+        raise ConfigError("there is nothing to combine; give at least one adapter")
+    first = terms[0][0]
+    if any(
+        _places(first) != _places(other) and weights_sha256(first.adapted) != weights_sha256(other.adapted)
+        for other, _ in terms
+    ):
+        raise ConfigError("adapters of different bases cannot be combined; choose adapters of one model")
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for adapter, weight in terms:
+        for name, (down, up) in factors_of(adapter.adapted).items():
+            parts.setdefault(name, []).append((down, weight * up))
+    factors = {
+        name: (torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1))
+        for name, pairs in parts.items()
+    }
+    total = LoraDenoiser._of(first.base_ref, *with_factors(first.base(), factors))
+    total.image, total.cond, total.sampler = first.image, first.cond, first.sampler
+    return total
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a model's folder holds an adapter: beside its merged weights, or alone."""
+    return (folder / ADAPTER / "adapter_config.json").is_file()
+
+
+def read_base(adapter: Path) -> AdapterBase | None:
+    """What the adapter in peft's format at `adapter` is over; None if it does not say."""
+    try:
+        return AdapterBase.parse(json.loads((adapter / BASE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, ConfigError) as error:
+        raise ArtifactError(f"{adapter / BASE} is damaged: {error}") from None
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """`model`, and an adapter as the plain model it amounts to."""
+    if not isinstance(model, LoraDenoiser):
+        return model
+    merged = model.merged()
+    merged.ref = model.ref
+    return merged
+
+
+def weights_sha256(denoiser: Denoiser) -> str:
+    """SHA-256 of the network's weights by name, without low-rank factors; computed again only if they changed."""
+    weights = sorted(_weights(denoiser).items())
+    marks = [(value.data_ptr(), value._version) for _, value in weights]
+    known = getattr(denoiser, "_weights_sha256", None)
+    if known is None or known[0] != marks:
+        digest = hashlib.sha256()
+        for name, value in weights:
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        known = denoiser._weights_sha256 = marks, digest.hexdigest()  # type: ignore[assignment]
+    return str(known[1])
+
+
+def _places(adapter: LoraDenoiser) -> set[int]:
+    return {value.data_ptr() for value in _weights(adapter.adapted).values()}
+
+
+def _weights(denoiser: Denoiser) -> dict[str, Tensor]:
+    tensors = getattr(denoiser, "network", denoiser).state_dict()
+    return {
+        name.replace(".base_layer.", "."): value for name, value in tensors.items() if ".lora_" not in name
+    }

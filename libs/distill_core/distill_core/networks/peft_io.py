@@ -1,17 +1,27 @@
-"""The only door to peft: low-rank factors put into a network, and taken out of the way."""
+"""The only door to peft: low-rank factors put into a network, taken out of the way, saved and loaded."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import peft
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
 
-from distill_core.errors import ConfigError, nearest
+from distill_core.errors import ArtifactError, ConfigError, nearest
 from distill_core.networks.denoiser import Denoiser
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> (down, up): its weight gains up @ down
+PREFIX = "base_model.model."  # of the names in a peft file
+ONLY = "default"  # peft's name for a network's one adapter
 
 
 def with_lora(
@@ -25,9 +35,7 @@ def with_lora(
     Raises:
         ConfigError: a target that no layer's name ends with, or a layer that cannot have factors.
     """
-    shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
-    twin = copy.deepcopy(denoiser, shared)  # what is in the memo is not copied
-    network = getattr(twin, "network", twin)
+    network = _network(denoiser)
     names = [name for name, layer in network.named_modules() if name and not list(layer.children())]
     for target in targets or ():
         if not any(f".{name}".endswith(f".{target}") for name in names):
@@ -38,41 +46,174 @@ def with_lora(
             )
     chosen = targets or [n for n, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     try:
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(chosen))
-        peft.inject_adapter_in_model(config, network)
+        return _adapted(denoiser, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(chosen)))
     except ValueError as error:
         raise ConfigError(f"lora.targets are refused: {error}", field="lora.targets") from None
-    twin.eval()
-    factors = {name: value for name, value in network.named_parameters() if ".lora_" in name}
-    for value in factors.values():
-        value.data = value.data.float()
-    return twin, {name.replace(".default.", "."): value for name, value in factors.items()}
+
+
+def with_factors(denoiser: Denoiser, factors: Factors) -> tuple[Denoiser, dict[str, nn.Parameter]]:
+    """As `with_lora`, with these factors."""
+    factors = _one_rank(factors)
+    twin, parameters = _adapted(denoiser, _config(factors))
+    for name, (down, up) in factors.items():
+        parameters[f"{name}.lora_A.weight"].data.copy_(down)
+        parameters[f"{name}.lora_B.weight"].data.copy_(up)
+    return twin, parameters
+
+
+def factors_of(denoiser: Denoiser) -> Factors:
+    """The factors of every adapted layer, at their present strength: the scale is inside `up`."""
+    return {
+        name: (
+            layer.lora_A[ONLY].weight.detach(),
+            layer.lora_B[ONLY].weight.detach() * layer.scaling[ONLY],
+        )
+        for name, layer in _adapted_layers(_network(denoiser))
+    }
 
 
 def merge_lora(denoiser: Denoiser) -> Denoiser:
     """`denoiser` itself with its low-rank factors added into the layers they adapt, which are plain again."""
-    adapted = [(name, layer) for name, layer in denoiser.named_modules() if isinstance(layer, BaseTunerLayer)]
-    for name, layer in adapted:
+    for _, layer in _adapted_layers(denoiser):
         layer.merge()
-        denoiser.set_submodule(name, layer.get_base_layer())
-    network = getattr(denoiser, "network", denoiser)
-    if hasattr(network, "peft_config"):
-        del network.peft_config
-    return denoiser
+    return _unwrapped(denoiser)
+
+
+def without_lora(denoiser: Denoiser) -> Denoiser:
+    """A second module tree over the very same weights, without the factors."""
+    return _unwrapped(_twin(denoiser))
+
+
+def save_peft(factors: Factors, folder: Path, *, base: str = "") -> None:
+    """Write peft's own two files. The scale is inside the factors, so that alpha = rank and no reader can miss it."""
+    factors = _one_rank(factors)
+    config = _config(factors)
+    config.base_model_name_or_path = base or None
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    tensors = {}
+    for name, (down, up) in factors.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = down.float().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = up.float().cpu().contiguous()
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def load_peft(denoiser: Denoiser, folder: Path) -> tuple[Denoiser, dict[str, nn.Parameter]]:
+    """As `with_lora`, with the factors of a folder in peft's format.
+
+    Raises:
+        ArtifactError: damaged, no plain LoRA, or made for another network.
+    """
+    try:
+        twin, parameters = _adapted(denoiser, _read_config(folder))
+        saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{folder} is damaged or incomplete: {error}") from None
+    except ValueError as error:  # peft's, for layers that are not there
+        raise ArtifactError(f"{folder} does not fit a {type(_network(denoiser)).__name__}: {error}") from None
+    given = {name.removeprefix(PREFIX): value for name, value in saved.items()}
+    for name in sorted(given.keys() ^ parameters.keys()):
+        raise ArtifactError(f"{folder} does not fit its own configuration: {name} is only in one of them")
+    for name, value in given.items():
+        if value.shape != parameters[name].shape:
+            raise ArtifactError(
+                f"{folder} does not fit this base: {name} has the shape {tuple(value.shape)}, and "
+                f"{tuple(parameters[name].shape)} is needed"
+            )
+        parameters[name].data.copy_(value)
+    return twin, parameters
+
+
+def set_strength(denoiser: Denoiser, strength: float) -> None:
+    """Multiply what the factors add by `strength`; 0 skips them, so that nothing but the base is computed."""
+    with _flags_kept(denoiser):
+        for _, layer in _adapted_layers(denoiser):
+            layer.set_scale(ONLY, strength)
+            layer.enable_adapters(strength != 0)
 
 
 @contextlib.contextmanager
 def lora_off(denoiser: Denoiser) -> Iterator[None]:
     """The weights without their low-rank factors for the duration, whatever happens inside; may be nested."""
-    layers = [layer for layer in denoiser.modules() if isinstance(layer, BaseTunerLayer)]
-    active = [layer for layer in layers if not layer.disable_adapters]
+    active = [layer for _, layer in _adapted_layers(denoiser) if not layer.disable_adapters]
+    with _flags_kept(denoiser):
+        try:
+            for layer in active:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            for layer in active:
+                layer.enable_adapters(True)
+
+
+@contextlib.contextmanager
+def _flags_kept(denoiser: Denoiser) -> Iterator[None]:
+    """Peft sets `requires_grad` as it likes."""
     flags = [(value, value.requires_grad) for value in denoiser.parameters()]
     try:
-        for layer in active:
-            layer.enable_adapters(False)
         yield
     finally:
-        for layer in active:
-            layer.enable_adapters(True)
-        for value, flag in flags:  # peft sets them as it likes
+        for value, flag in flags:
             value.requires_grad_(flag)
+
+
+def _network(denoiser: Denoiser) -> nn.Module:
+    return getattr(denoiser, "network", denoiser)
+
+
+def _adapted_layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def _twin(denoiser: Denoiser) -> Denoiser:
+    shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
+    return copy.deepcopy(denoiser, shared)  # what is in the memo is not copied
+
+
+def _unwrapped(denoiser: Denoiser) -> Denoiser:
+    network = _network(denoiser)
+    for name, layer in _adapted_layers(network):
+        network.set_submodule(name, layer.get_base_layer())
+    del network.peft_config
+    return denoiser
+
+
+def _adapted(denoiser: Denoiser, config: peft.LoraConfig) -> tuple[Denoiser, dict[str, nn.Parameter]]:
+    twin = _twin(denoiser)
+    network = _network(twin)
+    peft.inject_adapter_in_model(config, network)
+    twin.eval()
+    factors = {name: value for name, value in network.named_parameters() if ".lora_" in name}
+    for value in factors.values():
+        value.data = value.data.float()
+    return twin, {name.replace(f".{ONLY}.", "."): value for name, value in factors.items()}
+
+
+def _config(factors: Factors) -> peft.LoraConfig:
+    rank = next(iter(factors.values()))[0].shape[0]
+    return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(factors))
+
+
+def _read_config(folder: Path) -> peft.LoraConfig:
+    try:
+        kind = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["peft_type"]
+        config = peft.LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{folder / CONFIG_NAME} is damaged: {error}") from None
+    if config is None or config.use_dora or config.bias != "none" or config.modules_to_save:
+        raise ArtifactError(
+            f"{folder} is no plain LoRA (without DoRA, biases or saved modules), which alone is loaded"
+        )
+    return config
+
+
+def _one_rank(factors: Factors) -> Factors:
+    """The same products with one rank for all layers: shorter factors end in zeros."""
+    rank = max(down.shape[0] for down, _ in factors.values())
+    return {name: (_longer(down, 0, rank), _longer(up, 1, rank)) for name, (down, up) in factors.items()}
+
+
+def _longer(value: Tensor, dim: int, size: int) -> Tensor:
+    after = [0, 0] * (value.ndim - 1 - dim) + [0, size - value.shape[dim]]  # pairs, the last dimension first
+    return functional.pad(value, after)

@@ -8,6 +8,7 @@ from pathlib import Path
 from distill_core.artifacts import Manifest
 from distill_core.errors import ArtifactError, missing_package
 from distillery_sampler.backends.base import Backend
+from distillery_sampler.backends.shared import SharedWeights
 
 ONNX_TARGET = "onnx-fp32"
 
@@ -34,14 +35,14 @@ def choose(manifest: Manifest, wanted: str) -> str:
     return name
 
 
-def open_backend(folder: Path, manifest: Manifest, name: str, *, device: str, threads: int) -> Backend:
+def open_backend(
+    folder: Path, manifest: Manifest, name: str, *, device: str, threads: int, weights: SharedWeights
+) -> Backend:
     """Load a model's files, already verified, into a backend."""
     if name == "onnxruntime":
         from distillery_sampler.backends.onnx_backend import OnnxGenerator
 
-        return OnnxGenerator(
-            folder / "exports" / ONNX_TARGET, folder / "tokenizer", manifest, threads=threads
-        )
+        return OnnxGenerator(folder, folder / "exports" / ONNX_TARGET, manifest, threads=threads)
     from distillery_sampler.backends import torch_backend
 
-    return torch_backend.open_model(folder, manifest, device=device, threads=threads)
+    return torch_backend.open_model(folder, manifest, device=device, threads=threads, weights=weights)

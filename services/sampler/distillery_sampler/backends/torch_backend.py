@@ -4,42 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from distill_core.artifacts import Manifest
+from distill_core.building import load_model
 from distill_core.diffusion.image_to_image import Beginning
 from distill_core.diffusion.sampling import sample
-from distill_core.networks.diffusers_io import load_denoiser
+from distill_core.networks.adapters import plain
+from distill_core.networks.denoiser import Denoiser, loading
+from distill_core.networks.routed import StoredExperts
+from distill_core.networks.steering import with_negative
 from distill_core.radiance.cameras import Camera, focal_length, orbit_camera
 from distill_core.radiance.renderer import SceneLimits, load_scene, render
 from distillery_sampler.backends.base import Backend, Generator, SceneRenderer, noise
+from distillery_sampler.backends.experts import log_expert
+from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.beginnings import beginning, given_pictures, with_known_pixels
 from distillery_sampler.requests import ImageItem, ImageKey, Rendered, View
 
 
-def open_model(folder: Path, manifest: Manifest, *, device: str, threads: int) -> Backend:
+def open_model(
+    folder: Path, manifest: Manifest, *, device: str, threads: int, weights: SharedWeights
+) -> Backend:
     """The torch backend for a manifest's kind."""
     torch.set_num_threads(threads)
-    return TorchScene(folder, device) if manifest.kind == "field" else TorchGenerator(folder, device)
+    with loading():
+        if manifest.kind == "field":
+            return TorchScene(folder, device)
+        return TorchGenerator(folder, manifest, device, weights)
 
 
 class TorchGenerator(Generator):
-    """A diffusers folder."""
+    """A denoiser. Adapters are module trees of their own over the very weights of one base: none is switched."""
 
     name = "torch"
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self._denoiser = load_denoiser(folder, device=device).eval()
+    def __init__(self, folder: Path, manifest: Manifest, device: str, weights: SharedWeights) -> None:
+        self._bases: list[torch.nn.Module] = []  # held for as long as this adapter uses them
+
+        def base(ref: str) -> torch.nn.Module:
+            fetch = weights.fetch
+            model = weights.get(ref, device, lambda: plain(load_model(fetch(ref), device=device, base=base)))
+            self._bases.append(model)
+            return model
+
+        def load() -> Any:
+            if manifest.partition is not None:  # an expert nobody asks for takes no memory
+                return StoredExperts(folder, device=device, on_read=partial(log_expert, manifest.ref))
+            return load_model(folder, device=device, base=base).eval()
+
+        whole = manifest.form != "adapter"
+        self._denoiser: Denoiser = weights.get(manifest.ref, device, load) if whole else load()
         self._device = device
 
     @torch.inference_mode()
     def generate(self, key: ImageKey, items: Sequence[ImageItem]) -> np.ndarray:
         image = self._denoiser.image
         shape = image.channels, image.height, image.width
-        cond = self._condition(items)
+        cond = self._condition(key, items)
 
         def draw(k: int) -> torch.Tensor:
             return torch.from_numpy(noise(items, k, shape)).to(self._device)
@@ -59,14 +86,25 @@ class TorchGenerator(Generator):
         known = None if found.known is None else torch.from_numpy(found.known).to(self._device)
         return replace(found, y=y, known=known)
 
-    def _condition(self, items: Sequence[ImageItem]) -> dict[str, torch.Tensor]:
+    def _condition(self, key: ImageKey, items: Sequence[ImageItem]) -> dict[str, torch.Tensor]:
         kind = self._denoiser.cond.kind
         if kind == "class_label":
             labels = [item.class_label for item in items]
             return {"class_label": torch.tensor(labels, dtype=torch.long, device=self._device)}
         if kind == "prompt":
-            return self._denoiser.encode_prompts([item.prompt or "" for item in items])
+            cond = self._denoiser.encode_prompts([item.prompt or "" for item in items])
+            return self._with_negative(key, items, cond) if key.negative else cond
         return {}
+
+    def _with_negative(
+        self, key: ImageKey, items: Sequence[ImageItem], cond: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        prompts = [item.negative or None for item in items]
+        if key.negative == "guidance":
+            return with_negative(self._denoiser, cond, prompts)
+        steered = with_negative(self._denoiser, cond, prompts, scale=1.0)
+        scales = torch.tensor([item.negative_scale for item in items])
+        return {**steered, "nasa_scale": (steered["nasa_scale"].cpu() * scales).to(self._device)}
 
 
 class TorchScene(SceneRenderer):
