@@ -1,0 +1,82 @@
+"""TSM: teacher score matching. A student of another size learns what the teacher sees in noised pictures.
+
+    L = E[ lambda(sigma) |D_theta(x_sigma, sigma, c) - D_teacher^w(x_sigma, sigma, c)|^2 ],   x_sigma = x0 + sigma eps
+
+With probability `own_share` sigma is one of the levels that the student will be used at, else any of the
+schedule's: a small network cannot afford to be as good at all of them. The result is where distribution matching
+begins (`student.recipe` of `msd` or `dmd2`); random weights are too far from the teacher for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distill_core.config import EvaluateConfig
+from distill_core.data.source import Source
+from distill_core.errors import ConfigError
+from distill_core.losses.denoising import add_noise, denoising_loss
+from distill_core.method import Batch, Method, MethodConfig, Update
+from distill_core.networks.denoiser import Denoiser
+
+Level = Annotated[float, Field(gt=0)]  # noise, data std
+
+
+class Config(MethodConfig):
+    levels: tuple[Level, ...] = ()  # that the student will be used at; () = the teacher's highest
+    own_share: float = Field(0.5, ge=0, le=1)  # of the items, noised to one of `levels`
+    guidance: float = 1.0  # of the teacher; 1 = off
+
+
+class TSM(Method):
+    Config = Config
+    paper = "Song et al. 2024, Multi-student Diffusion Distillation for Better One-step Generators, arXiv 2410.23274"
+    roles = ("student",)
+
+    def __init__(self, config: Config, *, teacher: Denoiser, student: Denoiser, data: Source) -> None:
+        super().__init__()
+        self.config, self.teacher, self.student, self.data = config, teacher, student, data
+        levels = config.levels or (teacher.sampler.sigma_max,)
+        if max(levels) > teacher.schedule.sigma_max:
+            raise ConfigError(
+                f"level {max(levels):g} is above the teacher's highest, {teacher.schedule.sigma_max:g}",
+                field="config.levels",
+            )
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+
+    @classmethod
+    def pictures_for(cls, config: Config) -> str | None:
+        return "the noised pictures that teacher and student look at"
+
+    def updates(self, batch: Batch, step: int) -> Iterator[Update]:
+        sigma = self.sample_sigma(batch.size)
+        student_x0, teacher_x0 = self.both(batch, sigma)
+        yield Update("student", denoising_loss(student_x0, teacher_x0, sigma, self.teacher.schedule))
+
+    def both(self, batch: Batch, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """What student and teacher take for x0 in the same noised pictures, (B, C, H, W) each."""
+        with torch.no_grad():
+            x_sigma = add_noise(self.teacher.encode(batch.x0), sigma)
+            teacher_x0 = self.teacher.guided(x_sigma, sigma, batch.cond, self.config.guidance)
+        return self.student(x_sigma, sigma, batch.cond), teacher_x0
+
+    def sample_sigma(self, count: int) -> Tensor:
+        """(B,) levels: the student's own for `own_share` of them, else uniform on the schedule's grid."""
+        own = self.levels[torch.randint(len(self.levels), (count,), device=self.device)]
+        grid = self.teacher.schedule.sigma_at(torch.rand(count, device=self.device))
+        return torch.where(torch.rand(count, device=self.device) < self.config.own_share, own, grid)
+
+    @torch.no_grad()
+    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+        """`own_level_error`: |D_student - D_teacher|^2 / |D_teacher|^2 on noised pictures, at the student's levels."""
+        batch = self.data.all(config.num_samples).to(self.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            sigma = self.levels[torch.arange(batch.size, device=self.device) % len(self.levels)]
+            student_x0, teacher_x0 = self.both(batch, sigma)
+        error = (student_x0 - teacher_x0).square().mean() / teacher_x0.square().mean()
+        return {"own_level_error": float(error)}
