@@ -21,7 +21,7 @@ def test_a_method_names_its_paper_its_roles_and_its_result(name):
     assert re.search(r"\b(19|20)\d\d\b", method.paper), "the paper needs its year"
     assert method.roles
     assert method.result in method.roles
-    assert set(needs(method)) <= {"teacher", "student", "network", "data", "seed"}
+    assert set(needs(method)) <= {"teacher", "student", "network", "data", "pairs", "extractor", "seed"}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from distill_core.config import PairsConfig
+from distill_core.data import build_source
+from distill_core.data.pairs import Pairs, build_pairs
 from distill_core.errors import ConfigError
+from distill_core.losses.denoising import add_noise
 from distill_core.losses.matching import dm_direction, surrogate_loss
 from distill_core.method import Batch
 from distill_core.methods.diffusion.dmd2 import DMD2
@@ -14,17 +22,13 @@ from tests.oracles import AffineDenoiser, Pusher, train
 MEAN, STD = 0.6, 0.3
 
 
-class NoImages:
-    shape = None
-
-
-def build(**config: object) -> DMD2:
+def build(pairs: Pairs | None = None, **config: object) -> DMD2:
     teacher = AffineDenoiser(MEAN, STD).requires_grad_(False)
     return DMD2(
         DMD2.Config(**{"levels": (5.0,), **config}),
         teacher=teacher,
         student=Pusher(-0.5, 1.0),
-        data=NoImages(),
+        pairs=pairs,
     )
 
 
@@ -80,8 +84,7 @@ def test_no_gradient_of_the_student_loss_reaches_teacher_or_fake_score():
 
 def test_a_student_of_two_levels_is_trained_on_its_own_intermediate_samples():
     torch.manual_seed(0)
-    teacher = AffineDenoiser(MEAN, STD).requires_grad_(False)
-    method = DMD2(DMD2.Config(levels=(5.0, 1.0)), teacher=teacher, student=Pusher(-0.5, 1.0), data=NoImages())
+    method = build(levels=(5.0, 1.0))
     seen = []
     call = method.call_student
     method.call_student = lambda x, level, cond: seen.append((level, x.requires_grad)) or call(x, level, cond)
@@ -90,11 +93,6 @@ def test_a_student_of_two_levels_is_trained_on_its_own_intermediate_samples():
     assert {level for level, _ in seen} == {5.0, 1.0}
     assert method.student.sampler.sigmas == (5.0, 1.0)
     assert method.student.sampler.num_steps == 2
-
-
-def test_the_gan_needs_images_and_says_so_before_training():
-    with pytest.raises(ConfigError, match="gan_weight needs real images"):
-        build(gan_weight=0.1)
 
 
 @pytest.mark.parametrize("levels", [(1.0, 5.0), (2.0, 2.0), (-1.0,)])
@@ -106,3 +104,124 @@ def test_levels_out_of_order_are_refused(levels):
 def test_a_level_above_the_teachers_highest_is_refused():
     with pytest.raises(ConfigError, match="level 50 is above the teacher's highest, 10"):
         build(levels=(50.0,))
+
+
+def test_only_the_students_own_update_builds_a_graph_through_the_student():
+    method, grads = build(critic_steps=3), []
+    call = method.call_student
+    method.call_student = lambda x, level, cond: grads.append(torch.is_grad_enabled()) or call(x, level, cond)
+    list(method.updates(Batch(4), 0))
+    assert grads == [False, False, False, True]
+
+
+def test_a_gan_needs_pictures_and_so_does_training_on_noised_data():
+    assert "discriminator" in DMD2.pictures_for(DMD2.Config(gan_weight=0.1))
+    assert "noised_data" in DMD2.pictures_for(DMD2.Config(rollout="noised_data"))
+    assert DMD2.pictures_for(DMD2.Config()) is None
+
+
+def seen_by(module: torch.nn.Module, seen: list) -> None:
+    module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+
+
+def test_teacher_fake_score_and_discriminator_read_one_noised_sample():
+    torch.manual_seed(0)
+    method, teacher_saw, fake_saw = build(gan_weight=0.5, critic_steps=1), [], []
+    updates = method.updates(Batch(8, torch.randn(8, 1, 2, 2)), 0)
+    next(updates)
+    seen_by(method.teacher, teacher_saw)
+    seen_by(method.fake_score.denoiser, fake_saw)
+    next(updates)
+    assert len(teacher_saw) == len(fake_saw) == 1
+    assert torch.equal(teacher_saw[0], fake_saw[0])
+
+
+def test_the_gan_pulls_the_student_through_the_trunk_by_its_weight():
+    gradients = []
+    for weight in (0.25, 0.5):
+        torch.manual_seed(0)
+        method = build(gan_weight=weight)
+        x0 = torch.full((8, 1, 2, 2), 0.3, requires_grad=True)
+        torch.manual_seed(1)
+        loss, _ = method.student_loss(x0, Batch(8), 0)
+        gradients.append(torch.autograd.grad(loss, x0)[0])
+    torch.manual_seed(1)
+    sigma = method.sample_sigma(x0)
+    _, logits = method.fake_score.with_logits(add_noise(x0, sigma), sigma, {})
+    alone = torch.autograd.grad(F.softplus(-logits).mean(), x0)[0]
+    assert alone.abs().max() > 1e-4
+    assert torch.allclose(gradients[1] - gradients[0], 0.25 * alone, atol=1e-7)
+
+
+@pytest.mark.parametrize(("rollout", "mean"), [("noised_data", 7.0), ("simulated", -0.5 - 0.5)])
+def test_later_levels_are_fed_the_students_own_samples_unless_told_otherwise(rollout, mean):
+    torch.manual_seed(0)
+    method = build(levels=(5.0, 1.0, 0.5), rollout=rollout)
+    x = method.roll_out(
+        torch.zeros(512, 1, 2, 2), method.levels[:3], Batch(512, torch.full((512, 1, 2, 2), 7.0))
+    )
+    assert x.mean().item() == pytest.approx(mean, abs=0.1)
+    assert not x.requires_grad
+
+
+def teacher_pairs(folder: Path) -> Pairs:
+    source = build_source({"name": "digits", "labelled": False})
+    return build_pairs(AffineDenoiser(MEAN, STD), source, PairsConfig(count=256, num_steps=32), folder)
+
+
+def test_the_regression_start_learns_the_teachers_pairs(tmp_path):
+    torch.manual_seed(0)
+    pairs = teacher_pairs(tmp_path)
+    method = build(pairs, regression_steps=100, levels=(2.0,))
+    before = copy.deepcopy(method.fake_score.state_dict())
+    train(method, 100, lr=0.1)
+    every = pairs.at(torch.arange(len(pairs)))
+    slope = ((every.z - every.z.mean()) * every.x0).sum() / (every.z - every.z.mean()).square().sum()
+    assert method.student.log_std.exp().item() == pytest.approx(slope.item(), abs=0.02)
+    assert method.student.mean.item() == pytest.approx((every.x0 - slope * every.z).mean().item(), abs=0.02)
+    assert all(torch.equal(value, before[name]) for name, value in method.fake_score.state_dict().items())
+    assert {update.role for update in method.updates(Batch(4), 100)} == {"fake_score", "student"}
+
+
+def test_pairs_without_a_regression_change_nothing(tmp_path):
+    results = []
+    for pairs in (None, teacher_pairs(tmp_path)):
+        torch.manual_seed(0)
+        method = build(pairs)
+        train(method, 3)
+        results.append(method.student.state_dict())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_a_regression_without_pairs_is_refused():
+    with pytest.raises(ConfigError, match=r"add a \[pairs\] table"):
+        build(regression_steps=5)
+
+
+class Elsewhere(DMD2):
+    """A variant whose target lies on the other side from step 10 on, and which counts only half its samples."""
+
+    def target(self, step):
+        return AffineDenoiser(-5.0, STD).requires_grad_(False) if step >= 10 else self.teacher
+
+    def weigh(self, direction, logits, sigma):
+        return direction * (torch.arange(len(direction)) % 2)[:, None, None, None]
+
+
+def test_a_variant_sets_the_target_and_the_weight_of_each_sample():
+    def gradient(step: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        x0 = torch.zeros(8, 1, 2, 2, requires_grad=True)
+        loss, _ = method.student_loss(x0, Batch(8), step)
+        return torch.autograd.grad(loss, x0)[0]
+
+    method = Elsewhere(
+        DMD2.Config(levels=(5.0,)),
+        teacher=AffineDenoiser(5.0, STD).requires_grad_(False),
+        student=Pusher(0.0, 1.0),
+    )
+    method.fake_score.denoiser.mean.data.fill_(0.0)
+    early, late = gradient(9), gradient(10)
+    assert (early[1::2] < 0).all()
+    assert (late[1::2] > 0).all()
+    assert (early[::2] == 0).all()

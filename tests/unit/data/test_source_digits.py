@@ -25,3 +25,12 @@ def test_the_held_out_digits_are_a_fifth_of_every_class_and_no_training_digit():
     together = torch.cat([train.all().x0, test.all().x0]).flatten(1)
     key = together.sum(1).sort().values
     assert torch.equal(key, whole.all().x0.flatten(1).sum(1).sort().values)
+
+
+def test_a_part_of_the_digits_keeps_their_labels_and_unlabelled_ones_have_none():
+    some = build_source({"name": "digits", "only": [0, 3]})
+    assert set(some.labels.tolist()) == {0, 3}
+    assert some.num_classes == 10
+    bare = build_source({"name": "digits", "labelled": False})
+    assert bare.num_classes is None
+    assert bare.batch(4, epoch_seed=0, position=0).cond == {}

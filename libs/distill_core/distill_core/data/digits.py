@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from distill_core.config import Config as SourceConfig
 from distill_core.data.source import ArrayPixels, Source
@@ -20,6 +21,8 @@ class Digits(Source):
 
         name: Literal["digits"] = "digits"
         split: Literal["all", "train", "test"] = "all"  # a fixed 80/20 split of every class
+        only: tuple[Annotated[int, Field(ge=0, le=9)], ...] = ()  # of these digits; () = of all ten
+        labelled: bool = True  # False: pictures alone, for models without a condition
 
     def __init__(self, config: Config) -> None:
         try:
@@ -28,6 +31,8 @@ class Digits(Source):
             raise missing_package("scikit-learn", "train") from None
         images, labels = load_digits(return_X_y=True)
         chosen = _split(labels, config.split)
+        if config.only:
+            chosen = chosen[np.isin(labels[chosen], config.only)]
         x0 = torch.from_numpy((images[chosen] / 8 - 1).astype(np.float32)).reshape(
             -1, 1, 8, 8
         )  # values are 0..16
@@ -35,8 +40,8 @@ class Digits(Source):
             config,
             size=len(chosen),
             pixels=ArrayPixels(x0),
-            labels=torch.from_numpy(labels[chosen].astype(np.int64)),
-            class_names=tuple("0123456789"),
+            labels=torch.from_numpy(labels[chosen].astype(np.int64)) if config.labelled else None,
+            class_names=tuple("0123456789") if config.labelled else (),
         )
 
 

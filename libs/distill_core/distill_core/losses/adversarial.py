@@ -14,3 +14,8 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """softplus(D(fake)) + softplus(-D(real)), each averaged (scalar)."""
     return F.softplus(fake_logits.float()).mean() + F.softplus(-real_logits.float()).mean()
+
+
+def approximate_r1(logits: Tensor, moved_logits: Tensor) -> Tensor:
+    """E[(D(x) - D(x + s n))^2]: for a small s, s^2 times R1 = E|dD/dx|^2, without a second derivative (scalar)."""
+    return F.mse_loss(moved_logits.float(), logits.float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +28,10 @@ def eps_direction(fake_x0: Tensor, teacher_x0: Tensor, sigma: Tensor) -> Tensor:
 def surrogate_loss(x0: Tensor, direction: Tensor) -> Tensor:
     """Scalar whose gradient in `x0` is direction / x0.numel(); its value says nothing about progress."""
     return 0.5 * (x0.float() - (x0 - direction).detach().float()).square().mean()
+
+
+def over_processes(values: Tensor) -> Tensor:
+    """The sum of `values` over all training processes, in place; what they decide by it, they decide alike."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values

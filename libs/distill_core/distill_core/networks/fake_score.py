@@ -47,7 +47,7 @@ class FakeScore(nn.Module):
             self.denoiser = LoraDenoiser(teacher, lora)
         self.head: LogitHead | None = None
         if discriminate:
-            self.head = LogitHead(_trunk_width(teacher))
+            self.head = LogitHead(trunk_width(teacher))
 
     def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """x0 (B, C, H, W)."""
@@ -65,7 +65,8 @@ class FakeScore(nn.Module):
 
 
 @torch.no_grad()
-def _trunk_width(teacher: Denoiser) -> int:
+def trunk_width(teacher: Denoiser) -> int:
+    """Channels of the features that a head on this teacher's trunk reads."""
     parameter = next(teacher.parameters())
     shape = 1, teacher.image.channels, teacher.image.height, teacher.image.width
     x = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -39,11 +39,13 @@ class Outcome:
 class Trainer:
     """Runs a method as a recipe says. `train()` resumes by itself from the run folder's last checkpoint."""
 
-    def __init__(self, method: Method, source: Source, recipe: Recipe, run: Run) -> None:
+    def __init__(
+        self, method: Method, source: Source, recipe: Recipe, run: Run, *, cpu: bool = False
+    ) -> None:
         _check_roles(method, recipe)
         mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.precision]
         AcceleratorState._reset_state()  # a teacher trained before, in this process, had a precision of its own
-        self.accelerator = Accelerator(mixed_precision=mixed)
+        self.accelerator = Accelerator(mixed_precision=mixed, cpu=cpu)
         self.method, self.source, self.recipe, self.run = method, source, recipe, run
         method.to(self.accelerator.device)
         self.parameters = {
@@ -51,9 +53,7 @@ class Trainer:
         }
         self.configs = {role: recipe.optim.get(role, OptimConfig()) for role in method.roles}
         self.optimizers = {
-            role: self.accelerator.prepare_optimizer(
-                build_optimizer(self.parameters[role], self.configs[role])
-            )
+            role: self._prepared(build_optimizer(self.parameters[role], self.configs[role]))
             for role in method.roles
         }
         self.emas = {role: EMA(_module(method, role), decay) for role, decay in recipe.ema.items()}
@@ -98,36 +98,46 @@ class Trainer:
         return values
 
     def _lock_step(self, generators: list[Iterator[Update]]) -> Iterator[tuple[Update, ...]]:
-        """Ask every micro-batch for its next update, under autocast; all of one role."""
+        """Ask every micro-batch for its next update; all of one role."""
         while True:
-            with self.accelerator.autocast():
-                together = tuple(
-                    update for update in (next(generator, None) for generator in generators) if update
-                )
+            asked = (self._differentiated(generator, len(generators)) for generator in generators)
+            together = tuple(update for update in asked if update)
             if not together:
                 return
             assert len(together) == len(generators), "micro-batches yield different numbers of updates"
             assert len({update.role for update in together}) == 1, "micro-batches yield different roles"
             yield together
 
+    def _differentiated(self, generator: Iterator[Update], micro: int) -> Update | None:
+        """A micro-batch's next update, its gradient added: activations must not wait for the other micro-batches."""
+        with self.accelerator.autocast():
+            update = next(generator, None)
+        if update is None:
+            return None
+        self.accelerator.backward(update.loss / micro, inputs=self.parameters[update.role])
+        return replace(update, loss=update.loss.detach())
+
     def apply(self, updates: tuple[Update, ...]) -> dict[str, Tensor]:
-        """Step one role on the mean loss of its micro-batches."""
+        """Step one role on the gradient of the mean loss of its micro-batches."""
         role, parameters = updates[0].role, self.parameters[updates[0].role]
         optimizer, config = self.optimizers[role], self.configs[role]
-        loss = torch.stack([update.loss.detach().float() for update in updates]).mean()
+        loss = torch.stack([update.loss.float() for update in updates]).mean()
         if not torch.isfinite(loss):
             raise self._diverged(role, float(loss))
-        for update in updates:
-            self.accelerator.backward(update.loss / len(updates), inputs=parameters)
         self._average_gradients(parameters)
         if config.grad_clip is not None:
             self.accelerator.clip_grad_norm_(parameters, config.grad_clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         if role in self.emas:
             self.emas[role].update(_module(self.method, role))
         logged = {name: torch.as_tensor(value).detach() for name, value in updates[0].metrics.items()}
         return {f"{role}_loss": loss, **logged}
+
+    def _prepared(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """In accelerate's wrapper where fp16 needs its scaler: the wrapper searches for packages at every step."""
+        return optimizer if self.accelerator.scaler is None else self.accelerator.prepare_optimizer(optimizer)
 
     def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Mean gradient over processes, in one message. No wrapper: a method calls its networks any way it likes."""
