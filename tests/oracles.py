@@ -6,7 +6,7 @@ import torch
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.diffusion.schedule import NoiseSchedule
-from distill_core.method import Batch, Method
+from distill_core.method import Batch, Cond, Method
 from distill_core.networks.denoiser import Denoiser, expand
 
 
@@ -42,14 +42,21 @@ class Pusher(AffineDenoiser):
         return self.mean + self.log_std.exp() * x_sigma / expand(sigma, x_sigma)
 
 
-def train(method: Method, steps: int, *, lr: float = 0.02, roles: tuple[str, ...] | None = None) -> None:
-    """Adam on every role, with the rate falling to 0; roles left out keep their weights."""
+def train(
+    method: Method,
+    steps: int,
+    *,
+    lr: float = 0.02,
+    roles: tuple[str, ...] | None = None,
+    cond: Cond | None = None,
+) -> None:
+    """Adam on every role, with the rate falling to 0; roles left out keep their weights. 256 items, under `cond`."""
     parameters = {role: list(getattr(method, role).parameters()) for role in roles or method.roles}
     optimizers = {
         role: torch.optim.Adam(values, lr, betas=(0.0, 0.99)) for role, values in parameters.items()
     }
     for step in range(steps):
-        for update in method.updates(Batch(256), step):
+        for update in method.updates(Batch(256, None, cond or {}), step):
             if update.role not in parameters:
                 continue
             update.loss.backward(inputs=parameters[update.role])

@@ -1,4 +1,4 @@
-"""SwiftBrush and PG-SB against an exact oracle: a Gaussian teacher, whose score is known in closed form."""
+"""SwiftBrush and PG-SB against exact oracles: teachers of one and of two Gaussians, whose scores have closed forms."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import copy
 import pytest
 import torch
 
+from distill_core.artifacts import CondSpec
 from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.losses.matching import eps_direction
 from distill_core.method import Batch
 from distill_core.methods.diffusion.pg_sb import PGSB
 from distill_core.methods.diffusion.swiftbrush import SwiftBrush
+from distill_core.networks.denoiser import expand
 from distill_core.networks.diffusers_io import build_denoiser
 from tests.oracles import AffineDenoiser, Pusher, train
 
@@ -25,6 +27,42 @@ def gaussian(**config: object) -> SwiftBrush:
     teacher = AffineDenoiser(MEAN, STD).requires_grad_(False)
     values = {"guidance": 1.0, "fake_score": "full", "level": 5.0, **config}
     return SwiftBrush(SwiftBrush.Config.parse(values), teacher=teacher, student=Pusher(-0.5, 1.0))
+
+
+class TwoClasses(AffineDenoiser):
+    """Exact for pictures N(-m, s^2) under label 0 and N(+m, s^2) under 1, both as likely; label 2 is null."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__(mean, std)
+        self.cond = CondSpec(kind="class_label", num_classes=2, null_label=2)
+
+    def forward(self, x_sigma, sigma, cond=None):
+        noise, variance = expand(sigma, x_sigma) ** 2, (2 * self.log_std).exp()
+        label = cond["class_label"]
+        posterior = torch.tanh((self.mean * x_sigma / (variance + noise)).flatten(1).sum(1))
+        centre = self.mean * expand(torch.where(label == 2, posterior, 2.0 * label - 1), x_sigma)
+        return centre + (x_sigma - centre) * variance / (variance + noise)
+
+    def null_cond(self, batch):
+        return {"class_label": torch.full((batch,), 2)}
+
+
+class ClassPusher(TwoClasses):
+    """A one-step student on the same interface: x0 = -m + s z or m + s z."""
+
+    def forward(self, x_sigma, sigma, cond=None):
+        centre = self.mean * expand(2.0 * cond["class_label"] - 1, x_sigma)
+        return centre + self.log_std.exp() * x_sigma / expand(sigma, x_sigma)
+
+
+def two_classes(cls: type[SwiftBrush] = SwiftBrush, **config: object) -> SwiftBrush:
+    """The trained method; its teacher's classes overlap, so that guidance would move them apart."""
+    torch.manual_seed(0)
+    teacher = TwoClasses(MEAN, 0.6).requires_grad_(False)
+    values = {"fake_score": "full", "level": 5.0, "condition_dropout": 0.3, **config}
+    method = cls(cls.Config.parse(values), teacher=teacher, student=ClassPusher(0.2, 1.0))
+    train(method, 400, cond={"class_label": torch.arange(256) % 2})
+    return method
 
 
 def conditional(cls: type[SwiftBrush] = SwiftBrush, num_classes: int | None = 10, **config: object):
@@ -76,6 +114,24 @@ def test_score_distillation_finds_the_mode_and_loses_the_spread(weight):
     train(method, 800)
     assert method.student.mean.item() == pytest.approx(MEAN, abs=0.05)
     assert method.student.log_std.exp().item() < 0.5 * STD
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (SwiftBrush, {"guidance": 1.0}),
+        (SwiftBrush, {"guidance": 4.0}),
+        (PGSB, {"guidance_min": 0.5, "guidance_max": 4.0}),
+    ],
+)
+def test_under_a_scale_that_both_scores_share_the_optimum_is_the_teacher_without_guidance(cls, config):
+    student = two_classes(cls, **config).student
+    assert student.mean.item() == pytest.approx(MEAN, abs=0.05)
+    assert student.log_std.exp().item() == pytest.approx(0.6, abs=0.06)
+
+
+def test_guidance_of_the_teacher_alone_moves_the_classes_apart():
+    assert two_classes(guidance=4.0, fake_guidance=1.0).student.mean.item() > MEAN + 0.15
 
 
 def test_score_distillation_never_asks_the_fake_score():
@@ -143,6 +199,12 @@ def test_a_law_of_one_scale_is_bit_identical_to_the_fixed_scale(guidance):
     assert not same(trace(wide), trace(drawn))
 
 
+def test_a_scale_of_its_own_for_the_fake_score_that_is_the_teachers_changes_nothing():
+    shared = trace(conditional(guidance=3.0))
+    assert same(trace(conditional(guidance=3.0, fake_guidance=3.0)), shared)
+    assert not same(trace(conditional(guidance=3.0, fake_guidance=2.0)), shared)
+
+
 def test_guidance_of_one_is_bit_identical_to_networks_called_without_guidance(monkeypatch):
     guided = trace(conditional(guidance=1.0))
     plain = conditional(guidance=1.0)
@@ -185,9 +247,28 @@ def test_both_scores_see_one_draw_of_the_scale_per_sample():
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        {"guidance": 2.0, "condition_dropout": 0.0},
+        {"guidance": 1.0, "fake_guidance": 2.0, "condition_dropout": 0.0},
+        {"guidance": 1.0, "condition_dropout": 0.1},
+    ],
+)
+def test_a_teacher_without_a_null_class_is_refused_where_one_is_needed(config):
+    method = conditional(guidance=1.0, condition_dropout=0.0)
+    method.teacher.cond = method.teacher.cond.model_copy(update={"null_label": None})
+    SwiftBrush(method.config, teacher=method.teacher, student=method.student)
+    with pytest.raises(ConfigError, match="this model has none"):
+        SwiftBrush(SwiftBrush.Config.parse(config), teacher=method.teacher, student=method.student)
+
+
+@pytest.mark.parametrize(
     ("make", "sentence"),
     [
         (lambda: gaussian(guidance=2.0), "needs a conditional teacher"),
+        (lambda: gaussian(fake_guidance=2.0), "needs a conditional teacher"),
+        (lambda: gaussian(level=11.0), "above the teacher's highest, 10"),
+        (lambda: gaussian(min_level=0.5, max_level=0.5), "min_level must be below max_level"),
         (lambda: conditional(lora={"targets": ["to_w"]}), "no layer of .* is called 'to_w'"),
         (lambda: conditional(PGSB, guidance_min=3.0, guidance_max=2.0), "must not be above"),
     ],

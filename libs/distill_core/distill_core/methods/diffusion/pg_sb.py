@@ -2,7 +2,8 @@
 
     dL/dtheta = E[ W (D_fake^w(x_sigma) - D_teacher^w(x_sigma)) dx0/dtheta ],   w ~ U(guidance_min, guidance_max)
 
-A fixed scale must be found anew for every teacher; a random one need not.
+A fixed scale must be found anew for every teacher; a random one need not. `fake_guidance` takes the fake score out
+of the draw, which is then the teacher's alone.
 """
 
 from __future__ import annotations

@@ -5,16 +5,18 @@
     W         = alpha_t sigma_t (the paper's), or 1 / mean |x0 - D_teacher^w(x_sigma)| (DMD's)
 
 The fake score is the teacher with a LoRA adapter, trained on the student's samples in turn with the student.
+Under one w > 0 for both scores this descends KL(x) + w KL(cond | x): its optimum is the teacher without guidance,
+whatever w. What w decides is how the fake score's errors come in: w times that given cond, w - 1 times the null's.
 Score distillation (SDS) is the same with the drawn noise for the fake score's, i.e. D_fake = x0: it seeks modes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill_core.diffusion.guidance import GuidanceLaw
@@ -22,7 +24,7 @@ from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ConfigError
 from distill_core.losses.denoising import add_noise, denoising_loss
 from distill_core.losses.matching import dm_direction, eps_direction, surrogate_loss
-from distill_core.method import Batch, Method, MethodConfig, Update
+from distill_core.method import Batch, Cond, Method, MethodConfig, Update
 from distill_core.networks.adapters import LoraConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_score import FakeScore
@@ -36,12 +38,19 @@ class ScoreConfig(MethodConfig):
     fake_score: Literal["lora", "full"] = "lora"  # full: a copy of the teacher
     lora: LoraConfig = LoraConfig(rank=64, alpha=108.0, targets=("to_q", "to_v"))  # official
     fake_steps: int = Field(1, ge=1)  # fake-score updates per student update, on the same samples
-    condition_dropout: float = Field(0.1, ge=0, le=1)  # of the fake score, the whole batch at once
+    fake_guidance: float | None = None  # of the fake score; unset: the teacher's, sample by sample
+    condition_dropout: float = Field(0.1, ge=0, le=1)  # of the fake score, the whole batch; 0 if unguided
     level: float | None = Field(
         None, gt=0
     )  # the student's noise level, data std; unset: the teacher's highest
     min_level: float = Field(0.02, ge=0, lt=1)  # range of the schedule's grid where the scores are compared
     max_level: float = Field(0.98, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _some_levels(self) -> Self:
+        if self.min_level >= self.max_level:
+            raise ValueError("min_level must be below max_level")
+        return self
 
 
 class Config(ScoreConfig):
@@ -63,6 +72,11 @@ class SwiftBrush(Method):
         self._check_null_condition()
         self.fake_score = FakeScore(teacher, lora=config.lora if config.fake_score == "lora" else None)
         level = config.level or teacher.sampler.sigma_max
+        if level > teacher.schedule.sigma_max:
+            raise ConfigError(
+                f"level {level:g} is above the teacher's highest, {teacher.schedule.sigma_max:g}",
+                field="config.level",
+            )
         student.sampler = SamplerSpec.few_step((level,), noise_scale=student.schedule.start_scale(level))
 
     def guidance_law(self, config: Config) -> GuidanceLaw:
@@ -87,24 +101,34 @@ class SwiftBrush(Method):
         """Where the samples must not go (B, C, H, W): one draw of level, noise and scale for both scores."""
         sigma = self.sample_sigma(x0, self.config.min_level, self.config.max_level)
         x_sigma, guidance = add_noise(x0, sigma), self.law.draw(x0)
-        teacher_x0 = self.teacher.guided(x_sigma, sigma, batch.cond, guidance)
+        teacher_x0 = self.teacher.guided(x_sigma, sigma, self.teacher_cond(batch), guidance)
         if self.config.score == "sds":
             fake_x0 = x0
         else:
-            fake_x0 = self.fake_score.guided(x_sigma, sigma, batch.cond, guidance)
+            if self.config.fake_guidance is not None:
+                guidance = self.config.fake_guidance
+            fake_x0 = self.fake_score.guided(x_sigma, sigma, self.fake_cond(batch), guidance)
         if self.config.weight == "dmd":
             return dm_direction(fake_x0, teacher_x0, x0)
         return eps_direction(fake_x0, teacher_x0, sigma)
 
     def fake_score_loss(self, x0: Tensor, batch: Batch) -> Tensor:
         """Denoising loss on the student's samples; at times without the condition, which guidance reads."""
-        sigma, cond = self.sample_sigma(x0, 0.0, 1.0), batch.cond
+        sigma, cond = self.sample_sigma(x0, 0.0, 1.0), self.fake_cond(batch)
         # differs from the official loss: the schedule's own weight, without a further alpha_t^2
         if self.config.condition_dropout and torch.rand(()) < self.config.condition_dropout:
             cond = self.teacher.null_cond(batch.size)
         return denoising_loss(
             self.fake_score(add_noise(x0, sigma), sigma, cond), x0, sigma, self.teacher.schedule
         )
+
+    def teacher_cond(self, batch: Batch) -> Cond:
+        """What the teacher is told of the batch; the student is told all of it."""
+        return batch.cond
+
+    def fake_cond(self, batch: Batch) -> Cond:
+        """What the fake score is told of the batch."""
+        return batch.cond
 
     def generate(self, batch: Batch) -> Tensor:
         """x0 of the student's one step, from fresh noise."""
@@ -118,10 +142,11 @@ class SwiftBrush(Method):
         return self.teacher.schedule.sigma_at(low + (high - low) * u)
 
     def _check_null_condition(self) -> None:
-        if self.teacher.cond.kind == "none" and not self.law.is_off:
+        guided = not self.law.is_off or self.config.fake_guidance not in (None, 1)
+        if self.teacher.cond.kind == "none" and guided:
             raise ConfigError(
                 "guidance needs a conditional teacher, and this one takes no condition; use guidance 1",
                 field="config.guidance",
             )
-        if not self.law.is_off or self.config.condition_dropout:
+        if guided or self.config.condition_dropout:
             self.teacher.null_cond(1)  # a teacher without a null class says so now, not at step 900
