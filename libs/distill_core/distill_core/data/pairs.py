@@ -6,6 +6,7 @@ noise stream that sampling itself draws from, so a one-step student sees the ver
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from distill_core.diffusion.noise import unit_normal
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.generation import generate_x0
+from distill_core.networks.weightless import is_weightless
 
 log = logging.getLogger(__name__)
 SHARD = 1024  # pairs per file: what a kill can cost
@@ -61,12 +63,17 @@ class Pairs:
 
 def build_pairs(teacher: Denoiser, source: Source, config: PairsConfig, folder: Path) -> Pairs:
     """The pairs in `folder`; those that are missing are made, shard by shard, so a kill costs one shard."""
+    if is_weightless():
+        shape = teacher.image.channels, teacher.image.height, teacher.image.width
+        return Pairs(torch.empty(config.count, *shape), source, config)
     folder.mkdir(parents=True, exist_ok=True)
-    shards, began = range(0, config.count, SHARD), time.monotonic()
-    made, parts = 0, []
-    for start in shards:
-        file = folder / f"{start:09d}.safetensors"
-        if not file.is_file():
+    files = {start: folder / f"{start:09d}.safetensors" for start in range(0, config.count, SHARD)}
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs that want the same pairs make them once
+        made, began = 0, time.monotonic()
+        for start, file in files.items():
+            if file.is_file():
+                continue
             stop = min(start + SHARD, config.count)
             _write(file, torch.cat(list(_sampled(teacher, source, config, start, stop))))
             made += stop - start
@@ -74,8 +81,7 @@ def build_pairs(teacher: Denoiser, source: Source, config: PairsConfig, folder: 
             log.info(
                 "teacher pairs: %d of %d, about %.0f s left", stop, config.count, (config.count - stop) / rate
             )
-        parts.append(load_file(file)["x0"])
-    return Pairs(torch.cat(parts), source, config)
+    return Pairs(torch.cat([load_file(file)["x0"] for file in files.values()]), source, config)
 
 
 def _sampled(

@@ -30,6 +30,7 @@ class SamplerSpec(Config):
     sigmas: tuple[
         float, ...
     ] = ()  # few_step: the levels that the student was trained at, descending, data std
+    step_counts: tuple[int, ...] = ()  # few_step: the numbers of steps that it was trained for; () = any
     sigma_min: float = Field(0.002, gt=0)  # heun, euler: last level above 0
     sigma_max: float = Field(80.0, gt=0)  # heun, euler: first level
     rho: float = Field(7.0, gt=0)  # heun, euler: Karras et al. 2022, Eq. 5
@@ -47,16 +48,24 @@ class SamplerSpec(Config):
             not self.sigmas or list(self.sigmas) != sorted(self.sigmas, reverse=True)
         ):
             raise ValueError("a few_step sampler needs its levels in descending order")
+        if self.step_counts and not all(1 <= count <= len(self.sigmas) for count in self.step_counts):
+            raise ValueError(f"step_counts must be 1 to {len(self.sigmas)}, the number of levels")
         return self
 
     @classmethod
-    def few_step(cls, sigmas: tuple[float, ...], *, noise_scale: float) -> SamplerSpec:
-        """The sampler of a student distilled at `sigmas`, whose guidance, if any, is baked in."""
+    def few_step(
+        cls, sigmas: tuple[float, ...], *, noise_scale: float, step_counts: tuple[int, ...] = ()
+    ) -> SamplerSpec:
+        """The sampler of a student distilled at `sigmas`, whose guidance, if any, is baked in.
+
+        With `step_counts`, for these numbers of steps: N steps use every (K / N)-th of the K levels from the first on.
+        """
         return cls(
             kind="few_step",
             sigmas=sigmas,
+            step_counts=step_counts,
             noise_scale=noise_scale,
-            num_steps=len(sigmas),
+            num_steps=max(step_counts, default=len(sigmas)),
             max_steps=len(sigmas),
             guidable=False,
         )
@@ -67,12 +76,14 @@ class SamplerSpec(Config):
         Raises:
             ConfigError: a number of steps that this model was not made for.
         """
-        allowed = f"1 to {len(self.sigmas)}" if self.kind == "few_step" else f"1 to {self.max_steps}"
         limit = len(self.sigmas) if self.kind == "few_step" else self.max_steps
-        if not 1 <= num_steps <= limit:
+        allowed = ", ".join(map(str, sorted(self.step_counts))) or f"1 to {limit}"
+        if not 1 <= num_steps <= limit or (self.step_counts and num_steps not in self.step_counts):
             raise ConfigError(
                 f"num_steps = {num_steps} is not allowed for this model: {allowed}", field="num_steps"
             )
+        if self.step_counts:
+            return [self.sigmas[index * len(self.sigmas) // num_steps] for index in range(num_steps)]
         if self.kind == "few_step":
             return list(self.sigmas[:1]) if num_steps == 1 else _thin(self.sigmas, num_steps)
         return karras_levels(num_steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)

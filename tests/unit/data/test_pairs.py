@@ -1,0 +1,164 @@
+"""Pairs of noise and the teacher's pictures: exact, made once, whoever asks and whenever they are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from distill_core.building import Context, _pairs_folder
+from distill_core.config import PairsConfig, Recipe, load_recipe
+from distill_core.data import build_source
+from distill_core.data.pairs import build_pairs
+from distill_core.diffusion.sampling import SamplerSpec
+from distill_core.networks.generation import generate
+from tests.helpers import REPOSITORY
+from tests.oracles import AffineDenoiser
+
+MEAN, STD = 0.4, 0.3
+LEVELS = 10.0
+
+
+def teacher() -> AffineDenoiser:
+    return AffineDenoiser(MEAN, STD).requires_grad_(False)
+
+
+def make(folder, denoiser=None, **table: object):
+    config = PairsConfig.parse({"count": 40, "num_steps": 16, **table})
+    return build_pairs(
+        denoiser or teacher(), build_source({"name": "classes", "num_classes": 3}), config, folder
+    )
+
+
+def test_the_target_is_the_end_of_the_ode_from_the_noise(tmp_path):
+    pairs = make(tmp_path, num_steps=64)
+    batch = pairs.at(torch.arange(40))
+    exact = MEAN + (LEVELS * batch.z - MEAN) * STD / (STD**2 + LEVELS**2) ** 0.5
+    torch.testing.assert_close(batch.x0, exact, atol=0.01, rtol=0)
+    assert batch.cond["class_label"].tolist() == [index % 3 for index in range(40)]
+
+
+def test_a_student_sampled_in_one_step_sees_the_noise_of_its_pairs(tmp_path):
+    batch = make(tmp_path, seed=9).at(torch.arange(5))
+    seen = []
+
+    class Watching(AffineDenoiser):
+        def forward(self, x_sigma, sigma, cond=None):
+            seen.append(x_sigma)
+            return super().forward(x_sigma, sigma, cond)
+
+    spec = SamplerSpec.few_step((LEVELS,), noise_scale=LEVELS)
+    generate(Watching(MEAN, STD), {}, 5, seed=9, sampler=spec)
+    assert torch.equal(seen[0], LEVELS * batch.z)
+
+
+def test_a_pair_depends_on_its_index_and_the_seed_and_not_on_the_batch_or_the_count(tmp_path):
+    first = make(tmp_path / "a")
+    other_batches = make(tmp_path / "b", batch_size=7, count=20)
+    other_seed = make(tmp_path / "c", seed=1)
+    torch.testing.assert_close(first.x0[:20], other_batches.x0, atol=1e-6, rtol=0)
+    assert not torch.allclose(first.x0, other_seed.x0, atol=0.1)
+    assert len(first.x0.flatten(1).unique(dim=0)) == 40
+
+
+def test_the_guidance_is_the_tables_or_the_teachers_own(tmp_path):
+    class Conditional(AffineDenoiser):
+        """The mean is the class label; none is 0."""
+
+        def forward(self, x_sigma, sigma, cond=None):
+            return super().forward(x_sigma, sigma) - MEAN + cond["class_label"].reshape(-1, 1, 1, 1).float()
+
+        def null_cond(self, batch):
+            return {"class_label": torch.zeros(batch, dtype=torch.long)}
+
+    plain, doubled = (make(tmp_path / str(g), Conditional(MEAN, STD), guidance=g) for g in (1.0, 2.0))
+    labels = plain.at(torch.arange(40)).cond["class_label"]
+    means = [(x0.flatten(1).mean(1) - labels).abs().mean() for x0 in (plain.x0, doubled.x0)]
+    assert means[1] > 2 * means[0]
+    own = Conditional(MEAN, STD)
+    own.sampler = own.sampler.model_copy(update={"guidance": 2.0})
+    assert torch.equal(make(tmp_path / "own", own).x0, doubled.x0)
+
+
+@pytest.fixture
+def folder_of(tmp_path):
+    """The cache folder of pairs of a teacher folder, with these changes of the recipe."""
+    for name in ("one", "two"):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "unet" / "model.safetensors").write_bytes(name.encode())
+    context = Context(None, tmp_path / "cache", None)  # nothing is fetched or trained
+    base = load_recipe("dmd2").override({"teacher.path": str(tmp_path / "one")})
+
+    def folder(**changes: object):
+        values = {"pairs": {"count": 8}, **{key.replace("__", "."): value for key, value in changes.items()}}
+        return _pairs_folder(Recipe.parse(base.override(values).model_dump()), context)
+
+    folder.root = tmp_path
+    return folder
+
+
+def test_other_data_another_teacher_or_another_table_are_other_pairs(folder_of):
+    found = [
+        folder_of(),
+        folder_of(pairs={"count": 9}),
+        folder_of(pairs={"count": 8, "guidance": 2.0}),
+        folder_of(data={"name": "digits", "split": "train"}),
+        folder_of(teacher__path=str(folder_of.root / "two")),
+    ]
+    assert len(set(found)) == 5
+    assert folder_of(steps=7, seed=3) == found[0]
+    weights = folder_of.root / "one" / "unet" / "model.safetensors"
+    weights.write_bytes(b"trained again")
+    assert folder_of() not in found
+
+
+MAKER = """
+import sys, time
+from pathlib import Path
+import distill_core.data.pairs as pairs
+from tests.unit.data.test_pairs import make
+pairs.SHARD = 10
+honest = pairs.generate_x0
+def slow(*given, **named):
+    print("batch", flush=True)
+    time.sleep(float(sys.argv[2]))
+    return honest(*given, **named)
+pairs.generate_x0 = slow
+make(Path(sys.argv[1]), batch_size=10)
+"""
+
+
+def maker(folder, pause: float) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", MAKER, str(folder), str(pause)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_killed_maker_leaves_whole_shards_that_the_next_one_goes_on_from(tmp_path, monkeypatch):
+    process = maker(tmp_path, 0.2)
+    while len(list(tmp_path.glob("*.safetensors"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
+    monkeypatch.setattr("distill_core.data.pairs.SHARD", 10)
+    resumed = make(tmp_path, batch_size=10)
+    assert all(file.stat().st_mtime_ns == made for file, made in kept.items())
+    assert torch.equal(resumed.x0, make(tmp_path.parent / "straight", batch_size=10).x0)
+
+
+def test_two_makers_at_once_make_every_shard_once(tmp_path):
+    makers = [maker(tmp_path, 0.1) for _ in range(2)]
+    told = [process.communicate(timeout=60)[0] for process in makers]
+    assert [process.returncode for process in makers] == [0, 0]
+    assert sum(text.count("batch") for text in told) == 4

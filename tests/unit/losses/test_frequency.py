@@ -1,0 +1,72 @@
+"""High-frequency losses against waves whose edges and powers are known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from distill_core.losses.frequency import high_frequency_distance, high_pass, sobel
+from distill_core.metrics.texture import high_frequency_energy
+
+
+def wave(cycles: int, size: int = 32) -> torch.Tensor:
+    """A unit wave along x, (1, 1, size, size)."""
+    x = torch.arange(size) / size
+    return torch.cos(2 * math.pi * cycles * x).expand(1, 1, size, size)
+
+
+def test_the_edges_are_sobels():
+    picture = torch.randn(2, 3, 9, 12)
+    found = sobel(picture)
+    assert found.shape == (2, 6, 9, 12)
+    for axis, part in ((2, found[:, :3]), (1, found[:, 3:])):  # x runs along the last axis
+        expected = np.stack(
+            [[ndimage.sobel(c, axis - 1, mode="nearest") / 8 for c in p] for p in picture.numpy()]
+        )
+        np.testing.assert_allclose(part.numpy(), expected, atol=1e-5)
+
+
+def test_a_ramp_has_its_slope_everywhere_and_none_across():
+    ramp = 0.3 * torch.arange(8.0).expand(1, 1, 8, 8)
+    slopes = sobel(ramp)[..., 1:-1, 1:-1]
+    torch.testing.assert_close(slopes[:, :1], torch.full((1, 1, 6, 6), 0.3))
+    assert not slopes[:, 1:].abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(("cycles", "kept"), [(0, 0.0), (3, 0.0), (8, 0.0), (9, 1.0), (15, 1.0)])
+def test_the_high_pass_keeps_waves_above_its_cutoff_alone(cycles, kept):
+    torch.testing.assert_close(high_pass(wave(cycles)), kept * wave(cycles), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 18)])
+def test_what_passes_has_the_energy_that_the_metric_measures(size):
+    pictures = torch.randn(4, 2, *size)
+    passed = high_pass(pictures).square().mean(dim=(2, 3)).mean()
+    assert passed.item() == pytest.approx(high_frequency_energy(pictures), rel=1e-4)
+
+
+def test_the_distance_is_zero_for_equal_pictures_and_sees_both_edges_and_frequencies():
+    picture = torch.randn(2, 1, 16, 16)
+    assert high_frequency_distance(picture, picture) == 0
+    assert high_frequency_distance(picture + 0.7, picture) == pytest.approx(
+        0, abs=1e-6
+    )  # brightness is no detail
+    low, high = wave(2), wave(12)
+    assert high_pass(low).abs().max() < 1e-5
+    assert high_frequency_distance(low, torch.zeros_like(low)) == pytest.approx(
+        sobel(low).abs().mean().item()
+    )
+    expected = sobel(high).abs().mean() + high.abs().mean()
+    assert high_frequency_distance(high, torch.zeros_like(high)) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_step_down_its_gradient_makes_a_blurred_edge_crisper():
+    edge = (torch.arange(16) >= 8).float().expand(1, 1, 16, 16)
+    blurred = torch.nn.functional.avg_pool2d(edge, (1, 3), 1, (0, 1)).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(high_frequency_distance(blurred, edge), blurred)
+    crisper = (blurred - 2 * gradient).detach()
+    assert (crisper - blurred)[0, 0, 8, 8] > 0.01 > -0.01 > (crisper - blurred)[0, 0, 8, 7]
