@@ -1,52 +1,248 @@
-"""Figures of a generator by a judge: the same for every method, so that methods can be compared."""
+"""Figures of generators against real pictures and prompts: the same for every method, so that methods can be compared.
+
+The distances compare features: of `evaluate.extractor`, else of the judge. Accuracy is the judge's. `clip_score` and
+`preference_score` are 100 times the mean cosine of pictures and their prompts (Hessel et al. 2021 without its factor
+2.5 and cut at 0; the values that HPSv2 prints). `Evaluator.measured_with` says what a figure rests on.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from distill_core.artifacts import SamplerSpec
-from distill_core.config import EvaluateConfig
-from distill_core.data import Source
-from distill_core.metrics.judge import Judge
+from distill_core.building import Context
+from distill_core.config import EvaluateConfig, ModelSource
+from distill_core.data import Source, build_source
+from distill_core.errors import ArtifactError, ConfigError, NotFound
+from distill_core.method import Cond
+from distill_core.metrics.classification import worst_class_accuracy
+from distill_core.metrics.extractors import ClipScorer, VisionExtractor, load_extractor, load_scorer
+from distill_core.metrics.frechet import FeatureSet, set_figures
+from distill_core.metrics.judge import Judge, load_judge
 from distill_core.networks.denoiser import Denoiser
-from distill_core.networks.generation import default_cond, generate
+from distill_core.networks.generation import default_cond, generate_x0
+
+log = logging.getLogger(__name__)
+SCORES = {"clip": "clip_score", "preference": "preference_score"}  # key of [evaluate] -> figure
 
 
-def generator_figures(
-    denoiser: Denoiser,
-    judge: Judge,
-    source: Source,
-    config: EvaluateConfig,
-    *,
-    sampler: SamplerSpec | None = None,
-    num_steps: int | None = None,
-) -> dict[str, float]:
-    """Fréchet distance, coverage and accuracy of `num_samples` pictures, and milliseconds per picture.
+class Evaluator:
+    """Measures generators against one data source; the real pictures are read once, whatever is measured.
 
-    The features are the judge's, the real set is the source's, labels are balanced, noise is that of `config.seed`.
+    Args:
+        source: real pictures, prompts, or both.
+        config: sample count, batch size and seed.
+        judge: tells classes, and gives features if there is no extractor.
+        extractor: gives the features.
+        scorers: figures that compare pictures with prompts, by name.
     """
-    count = config.num_samples
-    cond = default_cond(denoiser.cond, count, denoiser)
-    began = time.perf_counter()
-    pictures = generate(
-        denoiser,
-        cond,
-        count,
-        seed=config.seed,
-        sampler=sampler,
-        num_steps=num_steps,
-        batch_size=config.batch_size,
+
+    def __init__(
+        self,
+        source: Source,
+        config: EvaluateConfig,
+        *,
+        judge: Judge | None = None,
+        extractor: VisionExtractor | None = None,
+        scorers: Mapping[str, ClipScorer] | None = None,
+    ) -> None:
+        self.source, self.config, self.judge = source, config, judge
+        self.features: Judge | VisionExtractor | None = extractor or judge
+        self.scorers = dict(scorers or {})
+
+    def figures(
+        self, denoiser: Denoiser, *, sampler: SamplerSpec | None = None, num_steps: int | None = None
+    ) -> dict[str, float]:
+        """Figures of `num_samples` pictures, and milliseconds per picture; noise is that of `config.seed`.
+
+        Classes are balanced; prompts are the data's, those of the real pictures where it has both.
+        """
+        self._move_to(next(denoiser.parameters()).device)
+        cond = (
+            {} if self._prompted(denoiser) else default_cond(denoiser.cond, self.config.num_samples, denoiser)
+        )
+        collected: dict[str, list[Tensor]] = {}
+        seconds = 0.0
+        for indices in self._batches():
+            prompts = self._prompts(denoiser, indices)
+            given = denoiser.encode_prompts(prompts) if prompts else _part(cond, indices)
+            began = time.perf_counter()
+            pictures = _pictures(denoiser, given, indices, self.config.seed, sampler, num_steps)
+            seconds += time.perf_counter() - began
+            for name, value in self._read(pictures, prompts).items():
+                collected.setdefault(name, []).append(value)
+        seen = {name: torch.cat(values) for name, values in collected.items()}
+        found = self._figures(seen, self._labels(denoiser, cond))
+        return {**found, "ms_per_image": 1000 * seconds / self.config.num_samples}
+
+    @cached_property
+    def real(self) -> FeatureSet:
+        """Features of the real pictures, as many as are generated or all that there are."""
+        assert self.features is not None
+        parts = self.source.picked(self.config.num_samples).split(self.config.batch_size)
+        pictures = (self.source.items(part).x0 for part in parts)
+        return FeatureSet(torch.cat([self.features.features(x0) for x0 in pictures if x0 is not None]))
+
+    def measured_with(self, figures: Mapping[str, float]) -> dict[str, str]:
+        """What these figures rest on, in words: by figure, or `distances` for those that compare features."""
+        drawn = f"{self.config.num_samples} samples, seed {self.config.seed}"
+        said = {}
+        if self._compares and self.features is not None:
+            real = min(self.config.num_samples, self.source.size)
+            said["distances"] = f"features of {self.features.described}; {drawn}, {real} real pictures"
+        if self.judge is not None and "accuracy" in figures:
+            said["accuracy"] = f"{self.judge.described}; {drawn}"
+        return said | {name: f"{scorer.described}; {drawn}" for name, scorer in self.scorers.items()}
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to measure with and to compare with."""
+        return self._compares or self.judge is not None or bool(self.scorers)
+
+    @property
+    def _compares(self) -> bool:
+        return self.features is not None and self.source.shape is not None
+
+    def _batches(self) -> Iterator[range]:
+        size, count = self.config.batch_size, self.config.num_samples
+        yield from (range(start, min(start + size, count)) for start in range(0, count, size))
+
+    def _prompted(self, denoiser: Denoiser) -> bool:
+        return denoiser.cond.kind == "prompt" and self.source.prompts is not None
+
+    @cached_property
+    def _picked(self) -> list[int]:
+        return self.source.picked(self.config.num_samples).tolist()
+
+    def _prompts(self, denoiser: Denoiser, indices: Sequence[int]) -> list[str]:
+        if not self._prompted(denoiser):
+            return []
+        return [self.source.prompts[self._picked[i % len(self._picked)]] for i in indices]  # type: ignore[index]
+
+    def _read(self, pictures: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What each model sees in a batch of pictures."""
+        seen: dict[str, Tensor] = {}
+        if self.judge is not None:
+            seen["features"], seen["logits"] = self.judge.answers(pictures, "generated pictures")
+        if self._compares and self.features is not None and self.features is not self.judge:
+            seen["features"] = self.features.features(pictures)
+        return seen | {name: scorer.cosines(pictures, prompts) for name, scorer in self.scorers.items()}
+
+    def _labels(self, denoiser: Denoiser, cond: Cond) -> Tensor | None:
+        """The classes asked for (N,): of the condition, or of the items whose prompts were given, if they have any."""
+        if not self._prompted(denoiser) or self.judge is None:
+            return cond.get("class_label")
+        if self.source.labels is None or self.source.num_classes != self.judge.classifier.config.num_classes:
+            return None
+        picked = self.source.labels[torch.tensor(self._picked)]
+        return picked[torch.arange(self.config.num_samples) % len(picked)]
+
+    def _figures(self, seen: Mapping[str, Tensor], labels: Tensor | None) -> dict[str, float]:
+        found = set_figures(self.real, FeatureSet(seen["features"])) if self._compares else {}
+        if self.judge is not None and labels is not None:
+            found["accuracy"] = self.judge.accuracy(seen["logits"], labels)
+            found["worst_class_accuracy"] = worst_class_accuracy(seen["logits"], labels.cpu())
+        return found | {name: 100 * float(seen[name].double().mean()) for name in self.scorers}
+
+    def _move_to(self, device: torch.device) -> None:
+        for model in (self.judge, self.features, *self.scorers.values()):
+            if model is not None:
+                model.to(device)
+
+
+@torch.no_grad()
+def _pictures(
+    denoiser: Denoiser,
+    cond: Cond,
+    indices: range,
+    seed: int,
+    sampler: SamplerSpec | None,
+    num_steps: int | None,
+) -> Tensor:
+    x0 = generate_x0(denoiser, cond, indices, seed=seed, sampler=sampler, num_steps=num_steps)
+    return denoiser.decode(x0).clamp(-1, 1).float().cpu()
+
+
+def _part(cond: Cond, indices: range) -> Cond:
+    return {name: value[indices.start : indices.stop] for name, value in cond.items()}
+
+
+def load_evaluator(
+    config: EvaluateConfig, denoiser: Denoiser, source: Source, where: Context
+) -> Evaluator | None:
+    """The evaluator that `[evaluate]` describes, for `denoiser` and those like it; None if it can measure nothing.
+
+    Raises:
+        NotFound, ArtifactError: a model that is not there or cannot be used.
+        ConfigError: scores of pictures against prompts, where there are no prompts.
+    """
+    source = source if config.data is None else build_source(config.data)
+    judge, extractor, scorers = None, None, {}
+    for key, given in config.sources.items():
+        with _about(key):
+            folder = where.folder(given)
+            if key == "judge":
+                judge = _fitting(_named(load_judge(folder), given), denoiser)
+            elif key == "extractor":
+                extractor = _named(load_extractor(folder), given)
+            else:
+                scorers[SCORES[key]] = _named(load_scorer(folder), given)
+                _check_prompts(SCORES[key], denoiser, source)
+    evaluator = Evaluator(source, config, judge=judge, extractor=extractor, scorers=scorers)
+    if extractor is not None and source.shape is None:
+        log.warning("evaluate.extractor has no real pictures to compare with: set evaluate.data")
+    return evaluator if evaluator.measures else None
+
+
+_Model = TypeVar("_Model", Judge, VisionExtractor, ClipScorer)
+
+
+def _named(model: _Model, source: ModelSource) -> _Model:
+    """`model`, described by what the recipe calls it too."""
+    called = source.artifact or source.recipe or Path(str(source.path)).name
+    model.described = f"{called} ({model.described})"
+    return model
+
+
+@contextlib.contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Errors inside name the key."""
+    try:
+        yield
+    except (ArtifactError, NotFound) as error:
+        error.field = f"evaluate.{key}"
+        raise
+
+
+def _check_prompts(score: str, denoiser: Denoiser, source: Source) -> None:
+    if denoiser.cond.kind != "prompt" or source.prompts is None:
+        raise ConfigError(
+            f"{score} compares pictures with their prompts, and here are none; it needs a text-to-image model "
+            "and data with prompts",
+            field="evaluate",
+        )
+
+
+def _fitting(judge: Judge, denoiser: Denoiser) -> Judge | None:
+    """The judge; None, with a warning, if it cannot read what the denoiser makes."""
+    if judge.classifier.shape == tuple(denoiser.image.picture):
+        return judge
+    log.warning(
+        "the judge reads pictures of shape %s, the model makes %s: no accuracy and none of its distances are "
+        "measured; train a classifier on such pictures and set evaluate.judge",
+        judge.classifier.shape,
+        tuple(denoiser.image.picture),
     )
-    elapsed = time.perf_counter() - began
-    figures = judge.figures(pictures, _labels(cond), source.all(count))
-    return {**figures, "ms_per_image": 1000 * elapsed / count}
-
-
-def _labels(cond: Mapping[str, Tensor]) -> Tensor | None:
-    return cond.get("class_label")
+    return None
 
 
 def one_step(denoiser: Denoiser, student: SamplerSpec) -> SamplerSpec:

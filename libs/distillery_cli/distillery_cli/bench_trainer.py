@@ -1,96 +1,126 @@
-"""What a DMD2 step costs beside its network passes: noise, losses, optimisers, EMA."""
+"""What a training step costs beside its network passes: noise, losses, optimisers, EMA. For every diffusion method.
+
+A method is found by its file, its recipe by name; nothing is listed here. The passes are watched in a run of the
+very step that is timed, not declared.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from distill_core.building import Context
+    from distill_core.config import Recipe
     from distill_core.training.loop import Trainer
 
-RECIPE, TEACHER = "dmd2", "edm_digits"
+FAMILY = "diffusion"
+LIMIT = 1.10  # of step over passes
 WARM_UP = 3
 
 
-def measure_trainer(work: Path, steps: int, tell: Callable[[int, int], object]) -> dict[str, Any]:
-    """Medians over `steps` steps of the recipe, its teacher untrained."""
+def measure_trainer(
+    work: Path, steps: int, tell: Callable[[int, int], object], names: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """A row for each method: medians over `steps` steps of its recipe, every model it begins with untrained."""
     import torch
 
     from distill_core import api
-    from distill_core.building import build
     from distill_core.config import load_recipe
+    from distill_core.errors import DistilleryError
+
+    torch.set_num_threads(1)
+    where = api.untrained(api.context(work / "store", work / "cache"), work / "untrained")
+    rows = []
+    chosen = names or benched_recipes()
+    for number, name in enumerate(chosen):
+        recipe = load_recipe(name)
+
+        def told(step: int, number: int = number) -> None:
+            tell(number * (WARM_UP + steps) + step, len(chosen) * (WARM_UP + steps))
+
+        row: dict[str, Any] = {"method": recipe.method, "recipe": name, "batch_size": recipe.batch_size}
+        try:
+            row |= _measured(_trainer(recipe, where, work / name), steps, told)
+        except DistilleryError as error:  # one method that breaks off hides no other
+            row["error"] = str(error)
+        rows.append(row)
+    return rows
+
+
+def benched_recipes() -> list[str]:
+    """A recipe for each method of the family that needs no path: the one of its name, else the first."""
+    from distill_core import api
+
+    chosen = []
+    for entry in api.describe_methods():
+        own = [name for name in entry["recipes"] if _is_self_contained(name)]
+        if entry["family"] == FAMILY and own:
+            chosen.append(entry["name"] if entry["name"] in own else own[0])
+    return chosen
+
+
+def _is_self_contained(name: str) -> bool:
+    from distill_core.config import load_recipe
+
+    recipe = load_recipe(name)
+    models = (recipe.teacher, recipe.student.source, recipe.extractor)
+    given = [(recipe.data or {}).get("path"), *(model and (model.path or model.artifact) for model in models)]
+    return not any(given)
+
+
+def _trainer(recipe: Recipe, where: Context, folder: Path) -> Trainer:
+    from distill_core.building import build
     from distill_core.training.loop import Trainer
     from distill_core.training.run import Run
 
-    torch.set_num_threads(1)
-    where = api.context(work / "store", work / "cache")
-    method, _ = build(load_recipe(TEACHER), where)
-    method.save_result(work / "teacher")
-    recipe = load_recipe(RECIPE, {"teacher.path": str(work / "teacher")})
+    if recipe.pairs is not None:  # how they are made is no part of a step
+        recipe = recipe.override({"pairs.num_steps": 1})
     method, source = build(recipe, where)
-    trainer = Trainer(method, source, recipe, Run(work / "run"))
+    return Trainer(method, source, recipe, Run(folder))
+
+
+def _measured(trainer: Trainer, steps: int, told: Callable[[int], object]) -> dict[str, Any]:
+    """Each step three times: watched, timed, and as bare passes; a step's shape depends on its number alone."""
+    from distillery_cli.network_passes import Pass, passes_of_a_step
+
+    def bare(passes: list[Pass]) -> float:
+        with trainer.accelerator.autocast():
+            return sum(_seconds(network_pass.repeat) for network_pass in passes)
+
     timed = []
-    for step in range(WARM_UP + steps):
-        with _passes(trainer) as passes:
-            began = time.perf_counter()
-            trainer.train_step()
-            timed.append({"step": time.perf_counter() - began, **passes})
-        tell(step + 1, WARM_UP + steps)
-    middle = {name: statistics.median(entry[name] for entry in timed[WARM_UP:]) for name in timed[0]}
-    networks = middle["forward"] + middle["backward"]
+    for turn in range(WARM_UP + steps):
+        trainer.step = (
+            max(0, turn - WARM_UP) * (trainer.recipe.steps - 1) // steps
+        )  # over all of a method's phases
+        passes = passes_of_a_step(trainer)
+        first = (
+            bare(passes) if turn % 2 else None
+        )  # by turns before and after: a machine slows down and recovers
+        whole = _seconds(trainer.train_step)
+        differentiated = sum(network_pass.differentiated for network_pass in passes)
+        counts = len(passes) - differentiated, differentiated
+        timed.append((whole, bare(passes) if first is None else first, *counts))
+        told(turn + 1)
+    whole, alone, forward, backward = zip(*timed[WARM_UP:], strict=True)
     return {
-        "recipe": RECIPE,
-        "batch_size": recipe.batch_size,
-        "threads": 1,
-        "num_passes": int(middle["passes"]),
-        "step_ms": 1000 * middle["step"],
-        "forward_ms": 1000 * middle["forward"],
-        "backward_ms": 1000 * middle["backward"],
-        "step_over_passes": middle["step"] / networks,
+        "forward_passes": statistics.median(forward),
+        "differentiated_passes": statistics.median(backward),
+        "step_ms": 1000 * statistics.median(whole),
+        "passes_ms": 1000 * statistics.median(alone),
+        "step_over_passes": statistics.median(a / b for a, b in zip(whole, alone, strict=True)),
     }
 
 
-@contextmanager
-def _passes(trainer: Trainer) -> Iterator[dict[str, float]]:
-    """Seconds spent inside the networks' forward and backward passes, and how many of both there were."""
-    spent = {"forward": 0.0, "backward": 0.0, "passes": 0}
-    started: list[float] = []
+def _seconds(work: Callable[[], object]) -> float:
+    import torch
 
-    def before(*_: object) -> None:
-        started.append(time.perf_counter())
-
-    def after(*_: object) -> None:
-        spent["forward"] += time.perf_counter() - started.pop()
-        spent["passes"] += 1
-
-    backward = trainer.accelerator.backward
-
-    def timed_backward(*args: Any, **options: Any) -> None:
-        began = time.perf_counter()
-        backward(*args, **options)
-        spent["backward"] += time.perf_counter() - began
-        spent["passes"] += 1
-
-    hooks = []
-    for network in networks_of(trainer.method):
-        hooks += [network.register_forward_pre_hook(before), network.register_forward_hook(after)]
-    trainer.accelerator.backward = timed_backward
-    try:
-        yield spent
-    finally:
-        del trainer.accelerator.backward  # the class's own method shows again
-        for hook in hooks:
-            hook.remove()
-
-
-def networks_of(module: nn.Module) -> list[nn.Module]:
-    """The outermost diffusers networks in a method."""
-    if type(module).__module__.startswith("diffusers."):
-        return [module]
-    return [network for child in module.children() for network in networks_of(child)]
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    began = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - began

@@ -71,6 +71,10 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; 1 is off; unset: the model's own.")
     ] = None,
+    negative: Annotated[str, typer.Option(help="What pictures must not show.")] = "",
+    negative_scale: Annotated[
+        float | None, typer.Option(help="Of --negative, in a student; unset: the model's own.")
+    ] = None,
     image: Annotated[
         Path | None, typer.Option(help="Begin from this picture, of the model's size, instead of noise.")
     ] = None,
@@ -89,7 +93,8 @@ def generate(
     check_out(out)
     conditions = _conditions(parse_labels(labels), prompt or [], count)
     total = conditions.pop("total")
-    conditions |= {"strength": strength, "upscale": upscale}
+    conditions |= {"strength": strength, "upscale": upscale, "negative_scale": negative_scale}
+    conditions |= {"negative_prompts": [negative]} if negative else {}
     conditions |= {name: _read(path, name) for name, path in (("image", image), ("mask", mask)) if path}
     with client() as sampler, bar(f"generate {model}", total) as line:
         pictures: dict[int, Any] = {}

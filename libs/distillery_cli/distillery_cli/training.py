@@ -126,13 +126,14 @@ def train(
     published = result.manifest.ref if result.manifest else None
     model = folder / "model"
     if as_json:
-        emit_json(
-            {"folder": str(folder), "model": str(model), "artifact": published, "metrics": result.figures}
-        )
+        told = {"artifact": published, "metrics": result.figures, "measured_with": result.measured_with}
+        emit_json({"folder": str(folder), "model": str(model), **told})
         return 0
     results.print(f"model: {model}" + (f"\npublished: {published}" if published else ""))
     for name, value in result.figures.items():
         results.print(f"  {name} = {figure(value)}")
+    for name, words in result.measured_with.items():
+        results.print(f"{name}: {words}", markup=False)
     return 0
 
 

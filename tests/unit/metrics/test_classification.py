@@ -9,6 +9,7 @@ from distill_core.metrics.classification import (
     confusion_matrix,
     negative_log_likelihood,
     total_variation,
+    worst_class_accuracy,
 )
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [1.0, 0.0, 2.0], [2.0, 1.0, 0.0]])
@@ -39,3 +40,11 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
 def test_total_variation_is_one_for_disjoint_classes():
     assert total_variation(torch.tensor([0, 0]), torch.tensor([1, 2]), 3) == 1
     assert total_variation(torch.tensor([0, 1]), torch.tensor([1, 0, 0, 1]), 3) == 0
+
+
+def test_the_worst_class_accuracy_is_that_of_the_class_that_fails():
+    labels = torch.tensor([0, 0, 0, 0, 3, 3])
+    predicted = torch.tensor([0, 0, 0, 1, 3, 0])
+    logits = torch.nn.functional.one_hot(predicted, 5).float()
+    assert worst_class_accuracy(logits, labels) == 0.5
+    assert worst_class_accuracy(torch.nn.functional.one_hot(labels, 5).float(), labels) == 1

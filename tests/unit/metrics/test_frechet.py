@@ -4,7 +4,14 @@ import scipy.linalg
 import torch
 
 from distill_core.errors import DataError
-from distill_core.metrics.frechet import coverage, frechet_distance, precision_recall
+from distill_core.metrics.frechet import (
+    NEIGHBOURS,
+    FeatureSet,
+    frechet_distance,
+    kernel_distance,
+    neighbours,
+    set_figures,
+)
 
 
 def normal(count, width, seed=0):
@@ -48,32 +55,92 @@ def test_a_single_feature_works():
     assert frechet_distance(x, x + 2) == pytest.approx(4, rel=1e-5)
 
 
-def test_coverage_is_one_for_the_same_set_and_zero_far_away():
+def test_the_kernel_distance_is_the_unbiased_estimate_written_out():
+    a, b = normal(9, 4).double(), normal(7, 4, seed=1).double() + 0.5
+
+    def kernel(x, y):
+        return (float(x @ y) / 4 + 1) ** 3
+
+    def inside(rows):
+        pairs = [kernel(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
+        return sum(pairs) / len(pairs)
+
+    across = sum(kernel(x, y) for x in a for y in b) / (len(a) * len(b))
+    assert kernel_distance(a, b) == pytest.approx(inside(a) + inside(b) - 2 * across, rel=1e-9)
+
+
+def test_the_kernel_distance_of_one_distribution_is_about_nothing_and_grows_with_a_shift():
+    a, b = normal(800, 8), normal(800, 8, seed=1)
+    assert abs(kernel_distance(a, b)) < 0.02
+    assert kernel_distance(a, b + 1) > 1
+
+
+def test_the_same_set_is_precise_and_complete_and_one_far_away_is_neither():
     x = normal(100, 4)
-    assert coverage(x, x) == 1
-    assert coverage(x, x + 100) == 0
+    same, away = neighbours(x, x), neighbours(x, x + 100)
+    assert same[:2] == (1, 1)
+    assert same.coverage == 1
+    assert same.density == pytest.approx((NEIGHBOURS + 1) / NEIGHBOURS)  # each ball holds its own centre too
+    assert away == (0, 0, 0, 0)
 
 
-def test_coverage_drops_with_lost_modes_where_precision_does_not():
+def test_a_lost_mode_costs_recall_and_coverage_but_no_precision():
     left, right = normal(200, 2) - 20, normal(200, 2, seed=1) + 20
     real, fake = torch.cat([left, right]), normal(400, 2, seed=2) - 20
-    precision, recall = precision_recall(real, fake)
-    assert coverage(real, fake) < 0.55
-    assert precision > 0.9
-    assert recall < 0.55
+    found = neighbours(real, fake)
+    assert found.precision > 0.9
+    assert found.recall < 0.55
+    assert found.coverage < 0.55
 
 
-def test_coverage_counts_balls_by_hand():
-    real = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
-    fake = torch.tensor([[1.5]])  # within 1 of the item at 1 only
-    assert coverage(real, fake.repeat(2, 1), k=1) == 0.25
+def test_invented_samples_cost_precision_but_no_recall():
+    real = normal(300, 2)
+    fake = torch.cat([normal(300, 2, seed=1), normal(300, 2, seed=2) + 50])
+    found = neighbours(real, fake)
+    assert found.precision == pytest.approx(0.5, abs=0.05)
+    assert found.recall > 0.9
 
 
-def test_chunks_do_not_change_the_figure(monkeypatch):
+def test_an_outlier_among_the_real_ones_cannot_make_density_large_as_it_does_precision():
+    real = torch.cat([normal(200, 2), torch.tensor([[1000.0, 0.0]])])  # its ball reaches everything
+    fake = normal(200, 2, seed=1) + 100
+    found = neighbours(real, fake)
+    assert found.precision == 1
+    assert found.density == pytest.approx(1 / NEIGHBOURS)
+
+
+def test_all_four_agree_with_balls_counted_one_by_one():
+    real, fake = normal(40, 3).double(), normal(30, 3, seed=1).double() * 1.5
+    radius = {}
+    for name, points in (("real", real), ("fake", fake)):
+        radius[name] = [sorted(float((p - q).norm()) for q in points)[NEIGHBOURS] for p in points]
+    in_real = [[float((f - r).norm()) <= radius["real"][i] for i, r in enumerate(real)] for f in fake]
+    in_fake = [[float((r - f).norm()) <= radius["fake"][j] for j, f in enumerate(fake)] for r in real]
+    found = neighbours(real, fake)
+    assert found.precision == pytest.approx(sum(map(any, in_real)) / 30)
+    assert found.recall == pytest.approx(sum(map(any, in_fake)) / 40)
+    assert found.density == pytest.approx(sum(map(sum, in_real)) / (30 * NEIGHBOURS))
+    assert found.coverage == pytest.approx(sum(map(any, zip(*in_real))) / 40)
+
+
+def test_chunks_do_not_change_the_figures_and_bound_the_memory(monkeypatch):
     a, b = normal(50, 3), normal(60, 3, seed=1)
-    whole = coverage(a, b), precision_recall(a, b)
-    monkeypatch.setattr("distill_core.metrics.frechet._CHUNK", 7)
-    assert (coverage(a, b), precision_recall(a, b)) == whole
+    whole = set_figures(a, b)
+    largest = []
+    cdist = torch.cdist
+    monkeypatch.setattr("distill_core.metrics.frechet._ENTRIES", 7 * 60)
+    monkeypatch.setattr(torch, "cdist", lambda x, y: largest.append(len(x) * len(y)) or cdist(x, y))
+    assert set_figures(a, b) == pytest.approx(whole, rel=1e-9)
+    assert max(largest) <= 7 * 60
+
+
+def test_what_a_set_needs_is_computed_once(monkeypatch):
+    real, calls = FeatureSet(normal(50, 3)), []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: calls.append(1) or eigh(x))
+    for seed in (1, 2, 3):
+        frechet_distance(real, normal(50, 3, seed=seed))
+    assert len(calls) == 4  # one for the real set, one for each other
 
 
 @pytest.mark.parametrize(
@@ -88,3 +155,8 @@ def test_chunks_do_not_change_the_figure(monkeypatch):
 def test_features_that_cannot_be_compared_are_refused(a, b, message):
     with pytest.raises(DataError, match=message):
         frechet_distance(a, b)
+
+
+def test_neighbours_need_more_samples_than_there_are_in_a_ball():
+    with pytest.raises(DataError, match="give at least 6"):
+        neighbours(normal(5, 2), normal(50, 2))

@@ -12,6 +12,12 @@ def accuracy(logits: Tensor, labels: Tensor, *, top: int = 1) -> float:
     return float((logits.topk(top, dim=1).indices == labels[:, None]).any(1).double().mean())
 
 
+def worst_class_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The lowest accuracy over the classes that occur: a class that fails altogether hardly shows in the mean."""
+    correct = logits.argmax(1) == labels
+    return min(float(correct[labels == label].double().mean()) for label in labels.unique())
+
+
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
     """Mean cross-entropy in nats."""
     return float(F.cross_entropy(logits.double(), labels))

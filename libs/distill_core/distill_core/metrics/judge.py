@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
+import torch
 from torch import Tensor
 
 from distill_core.errors import DataError
 from distill_core.method import Batch
 from distill_core.metrics.classification import accuracy
-from distill_core.metrics.frechet import coverage, frechet_distance
+from distill_core.metrics.extractors import fingerprint
+from distill_core.metrics.frechet import set_figures
 from distill_core.networks.classifier import Classifier, answers, load_classifier
 
 
 class Judge:
     """Figures of pictures in one classifier's feature space. Figures of two judges cannot be compared."""
 
-    def __init__(self, classifier: Classifier, *, batch_size: int = 256) -> None:
+    def __init__(
+        self, classifier: Classifier, *, batch_size: int = 256, described: str = "classifier"
+    ) -> None:
         self.classifier = classifier.eval()
-        self.batch_size = batch_size
+        self.batch_size, self.described = batch_size, described
+
+    def to(self, device: torch.device | str) -> Self:
+        self.classifier.to(device)
+        return self
 
     def figures(self, images: Tensor, labels: Tensor | None, real: Batch) -> dict[str, float]:
-        """`frechet_distance` and `coverage` of `images` (N, C, H, W) in [-1, 1] against `real`.
+        """What `set_figures` says of `images` (N, C, H, W) in [-1, 1] against `real`.
 
         With `labels` (N,), also `accuracy`: the share of images in which the judge sees the label asked for.
 
@@ -33,17 +42,22 @@ class Judge:
                 "the data has no pictures to compare generated ones with; choose data that has",
                 field="data.name",
             )
-        features, logits = self._answers(images, "generated pictures")
-        real_features, _ = self._answers(real.x0, "the data's pictures")
-        found = {
-            "frechet_distance": frechet_distance(features, real_features),
-            "coverage": coverage(real_features, features),
-        }
+        features, logits = self.answers(images, "generated pictures")
+        found = set_figures(self.features(real.x0, "the data's pictures"), features)
         if labels is not None:
-            found["accuracy"] = self._accuracy(logits, labels)
+            found["accuracy"] = self.accuracy(logits, labels)
         return found
 
-    def _answers(self, images: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    def features(self, images: Tensor, what: str = "the pictures") -> Tensor:
+        """(N, D) on the CPU."""
+        return self.answers(images, what)[0]
+
+    def answers(self, images: Tensor, what: str = "the pictures") -> tuple[Tensor, Tensor]:
+        """Features (N, D) and logits (N, K) on the CPU; `what` is what an error calls the images.
+
+        Raises:
+            DataError: pictures of another shape than the judge's, or not finite.
+        """
         if tuple(images.shape[1:]) != self.classifier.shape:
             raise DataError(
                 f"{what} have the shape {tuple(images.shape[1:])}, this judge reads {self.classifier.shape}; "
@@ -54,7 +68,12 @@ class Judge:
             raise DataError(f"{what} hold NaN or infinity and cannot be judged")
         return answers(self.classifier, images.float(), batch_size=self.batch_size)
 
-    def _accuracy(self, logits: Tensor, labels: Tensor) -> float:
+    def accuracy(self, logits: Tensor, labels: Tensor) -> float:
+        """Share of answers (N, K) whose highest logit is the label (N,) asked for.
+
+        Raises:
+            DataError: labels that the judge does not know, or not one for each picture.
+        """
         if len(labels) != len(logits) or int(labels.max()) >= logits.shape[1] or int(labels.min()) < 0:
             raise DataError(
                 f"{len(labels)} labels up to {int(labels.max())} do not fit {len(logits)} pictures "
@@ -70,4 +89,5 @@ def load_judge(folder: Path, *, device: str = "cpu") -> Judge:
     Raises:
         ArtifactError: not a classifier's folder, or a damaged one.
     """
-    return Judge(load_classifier(Path(folder), device=device))
+    classifier = load_classifier(Path(folder), device=device)
+    return Judge(classifier, described=f"classifier, sha256 {fingerprint(Path(folder))}")

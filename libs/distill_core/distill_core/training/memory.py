@@ -1,0 +1,218 @@
+"""What a training run needs of memory, measured without having it: one step of the real loop on weightless tensors.
+
+    at the peak = weights + optimiser state + EMA + the most that is alive at once in a step
+
+The last term holds activations, gradients and temporaries; they are counted tensor by tensor as the step makes and
+frees them, so gradient checkpointing, autocast's copies and graphs that live side by side are in it. What an
+allocator adds (rounding, fragments, library workspaces) is not: leave a tenth for it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from distill_core.config import Recipe
+from distill_core.data.source import Source
+from distill_core.errors import ConfigError
+from distill_core.method import Batch, Method
+from distill_core.networks.weightless import real_tensors
+from distill_core.training.loop import Trainer
+from distill_core.training.run import Run
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a method; counts are of its own tensors, those shared with an earlier part left out."""
+
+    name: str
+    role: bool  # whether it is trained
+    parameters: int
+    trained: int  # of these
+    weights: int  # bytes, buffers included
+    shared: int  # bytes of weights that it uses and an earlier part holds
+    gradients: int  # bytes, only while its role is stepped
+    optimizer: int  # bytes of state
+    ema: int  # bytes
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that one process needs."""
+
+    parts: tuple[Part, ...]
+    activations: int  # the most that is alive when a backward pass begins
+    step: int  # the most that is alive in a step beyond the parts' weights, optimiser state and EMA
+
+    @property
+    def standing(self) -> int:
+        """Weights, optimiser state and EMA."""
+        return sum(part.weights + part.optimizer + part.ema for part in self.parts)
+
+    @property
+    def total(self) -> int:
+        """At the peak of a step."""
+        return self.standing + self.step
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside and not freed yet: `now`, and `peak` so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {
+            _storage(value)._cdata for value in _tensors((args, kwargs))
+        }  # what works in place makes nothing
+        result = func(*args, **(kwargs or {}))
+        for value in (
+            () if func.is_view else _tensors(result)
+        ):  # a fake tensor's view may have a storage of its own
+            storage = _storage(value)
+            if storage._cdata not in known and storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+
+def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
+    """What training `method` as `recipe` says needs; under `weightless()` it costs a second and no memory.
+
+    Takes two steps of the method: the optimisers' state exists from the second on.
+
+    Raises:
+        ConfigError: the method decides by the values of tensors, which weightless ones do not have.
+    """
+    if recipe.precision == "fp16":
+        recipe = recipe.model_copy(update={"precision": "bf16"})  # of the same size, and a CPU has no fp16
+    with tempfile.TemporaryDirectory(prefix="distillery-plan-") as folder:
+        batches: Any = _Batches(source)
+        trainer = Trainer(method, batches, recipe, Run(Path(folder)), cpu=True)
+        at_backward: list[int] = []
+        try:
+            trainer.train_step()
+            trainer.step += 1
+            with LiveBytes() as live, _before_backward(trainer, lambda: at_backward.append(live.now)):
+                trainer.train_step()
+        except (NotImplementedError, RuntimeError) as error:
+            raise ConfigError(
+                f"the memory of method {recipe.method} cannot be planned, since it decides by values that a plan "
+                f"does not have ({str(error).splitlines()[0][:120]}); train a few steps and watch the device",
+                field="method",
+            ) from error
+    return MemoryPlan(tuple(_parts(trainer)), max(at_backward, default=0), live.peak)
+
+
+class _Batches:
+    """A source's batches: real, whatever the mode, since sources look values up."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def batch(self, size: int, *, epoch_seed: int, position: int) -> Batch:
+        with real_tensors():
+            batch = self.source.batch(size, epoch_seed=epoch_seed, position=position)
+        x0 = None if batch.x0 is None else torch.empty_like(batch.x0).copy_(batch.x0)
+        return Batch(batch.size, x0, {name: torch.empty_like(v).copy_(v) for name, v in batch.cond.items()})
+
+
+@contextmanager
+def _before_backward(trainer: Trainer, note: Callable[[], None]) -> Iterator[None]:
+    backward = trainer.accelerator.backward
+
+    def noted(*args: Any, **options: Any) -> None:
+        note()
+        backward(*args, **options)
+
+    trainer.accelerator.backward = noted
+    try:
+        yield
+    finally:
+        del trainer.accelerator.backward  # the class's own method shows again
+
+
+def _parts(trainer: Trainer) -> Iterator[Part]:
+    seen: set[int] = set()
+    children = dict(trainer.method.named_children())
+    frozen = [name for name in children if name not in trainer.method.roles]
+    for name in (*frozen, *trainer.method.roles):
+        yield _part(name, children[name], trainer, seen)
+        for companion, module in _companions(children[name]):
+            if any(_storage(value)._cdata not in seen for value in module.parameters()):
+                yield _part(f"{name}'s {companion}", module, trainer, seen)
+
+
+def _part(name: str, module: nn.Module, trainer: Trainer, seen: set[int]) -> Part:
+    """What `module` holds beyond what was `seen`, which it is added to."""
+    trees = [module, *_adapted(module)]
+    parameters = _unseen((value for tree in trees for value in tree.parameters()), seen)
+    buffers = _unseen((value for tree in trees for value in tree.buffers()), seen)
+    used = {_storage(v)._cdata: _bytes(v) for tree in trees for v in (*tree.parameters(), *tree.buffers())}
+    trained = trainer.parameters.get(name, [])
+    state = trainer.optimizers[name].state.values() if name in trainer.optimizers else ()
+    own = sum(map(_bytes, (*parameters, *buffers)))
+    seen.update(used)
+    return Part(
+        name=name,
+        role=name in trainer.method.roles,
+        parameters=sum(value.numel() for value in parameters),
+        trained=sum(value.numel() for value in trained),
+        weights=own,
+        shared=sum(used.values()) - own,
+        gradients=sum(map(_bytes, trained)),
+        optimizer=sum(_bytes(value) for held in state for value in _tensors(held)),
+        ema=sum(map(_bytes, trainer.emas[name].weights.values())) if name in trainer.emas else 0,
+    )
+
+
+def _adapted(module: nn.Module) -> list[nn.Module]:
+    """The base networks under low-rank adapters, which are outside of the module tree."""
+    return [
+        tree for part in module.modules() if isinstance(tree := getattr(part, "adapted", None), nn.Module)
+    ]
+
+
+def _companions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Frozen text encoders and picture decoders, which are outside of the module tree."""
+    for part in [deep for tree in (module, *_adapted(module)) for deep in tree.modules()]:
+        if isinstance(codec := getattr(part, "codec", None), nn.Module):
+            yield "picture decoder", codec
+        for model in vars(getattr(part, "text", None) or object).values():
+            if isinstance(model, nn.Module):
+                yield "text encoder", model
+
+
+def _unseen(values: Iterable[Tensor], seen: set[int]) -> list[Tensor]:
+    return list(
+        {_storage(value)._cdata: value for value in values if _storage(value)._cdata not in seen}.values()
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
+def _storage(value: Tensor) -> torch.UntypedStorage:
+    return value.untyped_storage()
+
+
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
