@@ -146,7 +146,7 @@ def test_a_foreign_pipeline_is_read_through_its_own_schedule(text_folder):
         ({"data": {"name": "classes", "num_classes": 3}}, ConfigError, "needs prompts"),
         ({"data": {"name": "prompts", "prompts": []}}, DataError, "holds no prompt"),
         ({"teacher": {"path": "/nonexistent/model"}}, NotFound, "does not exist"),
-        ({"config": {"levels": [14.0], "gan_weight": 0.1}}, ConfigError, "needs real images"),
+        ({"config": {"levels": [14.0], "gan_weight": 0.1}}, ConfigError, "needs real pictures"),
     ],
 )
 def test_what_does_not_fit_a_text_to_image_teacher_is_said_before_training(

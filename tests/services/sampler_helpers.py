@@ -1,5 +1,6 @@
 """Real, tiny models in a store, and real sampler processes that serve them."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,6 +19,10 @@ from onnx import TensorProto, helper, numpy_helper
 from distill_core.artifacts import ArtifactStore, CondSpec, ExportReport, ImageSpec, Manifest, SamplerSpec
 from distillery.v1 import sampler_pb2_grpc
 from distillery_sampler.client import SamplerClient
+from distillery_sampler.engine import Engine
+from distillery_sampler.metrics import Metrics
+from distillery_sampler.requests import GenerateRequest
+from distillery_sampler.settings import SamplerSettings
 
 NUM_CLASSES = 10
 SIZE = 8
@@ -177,3 +182,18 @@ class SamplerProcess:
         self.process.kill()
         self.process.wait()
         self._reader.join(5)
+
+
+def answer(
+    store: ArtifactStore, tmp_path: Path, *requests: GenerateRequest, **settings: object
+) -> list[np.ndarray]:
+    """The pictures of requests that are sent together, (B, C, H, W) each."""
+
+    async def run() -> list[np.ndarray]:
+        values = {"instances": 1, "max_batch": 8, **settings}
+        engine = Engine(store, tmp_path, SamplerSettings(**values), Metrics())
+        answers = await asyncio.gather(*(engine.generate(request) for request in requests))
+        await engine.close()
+        return [np.stack([picture.pixels for picture in pictures]) for pictures, _ in answers]
+
+    return asyncio.run(run())

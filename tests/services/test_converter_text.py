@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from distill_core.artifacts import ArtifactStore, Manifest
+from distill_core.artifacts import ArtifactStore, Manifest, SamplerSpec
 from distill_core.networks.diffusers_io import DiffusersDenoiser, load_denoiser
+from distill_core.networks.generation import generate
+from distill_core.networks.steering import with_negative
 from distillery_converter.convert import convert
 from distillery_converter.graphs import fuse_adapters, in_half, load_graphs, tensors
+from distillery_sampler.requests import GenerateRequest
 from tests.helpers import tiny_text_to_image
+from tests.services.sampler_helpers import answer
 
 TOKENS = 8
 
@@ -25,9 +30,14 @@ def exported(tmp_path_factory) -> tuple[Manifest, Path, DiffusersDenoiser]:
     root = tmp_path_factory.mktemp("text")
     tiny_text_to_image(root / "pipeline", tokens=TOKENS)
     denoiser = load_denoiser(root / "pipeline")
+    denoiser.sampler = SamplerSpec.few_step((10.0,), noise_scale=10.0)  # a student
+    denoiser.save(root / "student")
     store = ArtifactStore(root / "store")
-    (root / "pipeline" / "tokenizer" / "tokenizer.json").unlink()  # as older pipelines on the hub are
-    store.publish(root / "pipeline", Manifest(name="prompted", **denoiser.manifest_fields()))
+    tokenizer = root / "student" / "tokenizer"  # as older pipelines on the hub are
+    (tokenizer / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(root / "pipeline-tokenizer" / name, tokenizer)
+    store.publish(root / "student", Manifest(name="prompted", **denoiser.manifest_fields()))
     manifest = convert(store, "prompted", "onnx-fp32")
     return manifest, store.fetch(manifest.ref), denoiser
 
@@ -55,7 +65,8 @@ def test_a_prompt_becomes_the_same_picture_through_the_graphs_as_through_torch(e
 
     sigma = np.asarray([10.0, 1.0, 0.1], dtype=np.float32)
     x_sigma = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)
-    x0 = run(folder, "denoiser", x_sigma=x_sigma, sigma=sigma, prompt_embeds=embeds)
+    off = {"negative_prompt_embeds": embeds[::-1].copy(), "nasa_scale": np.zeros(3, np.float32)}
+    x0 = run(folder, "denoiser", x_sigma=x_sigma, sigma=sigma, prompt_embeds=embeds, **off)
     torch_x0 = denoiser(torch.from_numpy(x_sigma), torch.from_numpy(sigma), torch_embeds)
     np.testing.assert_allclose(x0, torch_x0, atol=1e-3)
 
@@ -65,6 +76,26 @@ def test_a_prompt_becomes_the_same_picture_through_the_graphs_as_through_torch(e
     given = np.tanh(np.random.default_rng(1).standard_normal((3, 3, 16, 16))).astype(np.float32)
     latent = run(folder, "encoder", picture=given)
     np.testing.assert_allclose(latent, denoiser.encode(torch.from_numpy(given)), atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_a_student_turns_away_from_negative_prompts_on_both_backends(exported, tmp_path, scale):
+    manifest, folder, denoiser = exported
+    store = ArtifactStore(folder.parents[2])
+    options = {"prompts": ("a cat", "a dog", "a cat"), "seeds": (1, 2, 1), "negative_scale": scale}
+    requests = [
+        GenerateRequest(ref, negative_prompts=("red", "", ""), **options)
+        for ref in ("prompted", "prompted@1")
+    ]
+    plain = GenerateRequest("prompted", prompts=options["prompts"], seeds=options["seeds"])
+    onnx, there, without = answer(store, tmp_path, *requests, plain)
+    np.testing.assert_allclose(onnx, there, atol=2e-3)
+    np.testing.assert_allclose(onnx[1:], without[1:], atol=1e-5)  # an item without one is as ever
+    assert np.abs(onnx[0] - without[0]).max() > 1e-3
+    cond = denoiser.encode_prompts(["a cat"])
+    steered = with_negative(denoiser, cond, ["red"], scale=0.2 if scale is None else scale)
+    made = generate(denoiser, steered, 1, seed=1)
+    np.testing.assert_allclose(there[0], made[0], atol=1e-3)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """The torch backend, text-to-image, and scenes: the engine in this process, with the library's own models."""
 
-import asyncio
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,12 +14,11 @@ from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.networks.diffusers_io import DiffusersDenoiser, build_denoiser, load_denoiser
 from distill_core.networks.generation import generate
-from distillery_sampler.engine import Engine
+from distill_core.networks.steering import with_negative
 from distillery_sampler.images import encode, to_uint8
-from distillery_sampler.metrics import Metrics
 from distillery_sampler.requests import GenerateRequest, ImageInput
-from distillery_sampler.settings import SamplerSettings
 from tests.helpers import tiny_text_to_image
+from tests.services.sampler_helpers import answer
 
 
 @pytest.fixture(scope="module")
@@ -60,21 +58,6 @@ def prompted(store, tmp_path_factory) -> DiffusersDenoiser:
     return denoiser
 
 
-def answer(
-    store: ArtifactStore, tmp_path: Path, *requests: GenerateRequest, **settings: object
-) -> list[np.ndarray]:
-    """The pictures of requests that are sent together, (B, C, H, W) each."""
-
-    async def run() -> list[np.ndarray]:
-        values = {"instances": 1, "max_batch": 8, **settings}
-        engine = Engine(store, tmp_path, SamplerSettings(**values), Metrics())
-        answers = await asyncio.gather(*(engine.generate(request) for request in requests))
-        await engine.close()
-        return [np.stack([picture.pixels for picture in pictures]) for pictures, _ in answers]
-
-    return asyncio.run(run())
-
-
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_the_server_samples_as_the_library_does(store, denoiser, tmp_path, guidance):
     labels = (3, 1, 4)
@@ -100,6 +83,17 @@ def test_prompts_are_drawn_as_the_library_draws_them(store, prompted, tmp_path):
     made = generate(prompted, prompted.encode_prompts(["abc", "xyz"]), 2, seed=2, num_steps=2, guidance=3.0)
     np.testing.assert_allclose(served, made.numpy(), atol=1e-4)
     assert np.abs(served[0] - served[1]).max() > 1e-3
+
+
+def test_guidance_leads_away_from_a_negative_prompt(store, prompted, tmp_path):
+    options = {"prompts": ("abc", "xyz"), "seed": 2, "num_steps": 2, "guidance": 3.0}
+    request = GenerateRequest("prompted", negative_prompts=("red", ""), **options)
+    served, plain = answer(store, tmp_path, request, GenerateRequest("prompted", **options))
+    cond = with_negative(prompted, prompted.encode_prompts(["abc", "xyz"]), ["red", None])
+    made = generate(prompted, cond, 2, seed=2, num_steps=2, guidance=3.0)
+    np.testing.assert_allclose(served, made.numpy(), atol=1e-4)
+    np.testing.assert_allclose(served[1], plain[1], atol=1e-4)
+    assert np.abs(served[0] - plain[0]).max() > 1e-3
 
 
 class _Part(torch.nn.Module):
@@ -174,6 +168,15 @@ def test_an_exported_text_model_draws_what_its_torch_weights_draw(store, prompte
     )
     np.testing.assert_allclose(onnx, plain, atol=1e-3)
 
+    away = {**options, "negative_prompts": ("red", "", "green")}
+    onnx, plain = answer(
+        store,
+        tmp_path,
+        GenerateRequest("exported", guidance=3.0, **away),
+        GenerateRequest("prompted@1", guidance=3.0, **away),
+    )
+    np.testing.assert_allclose(onnx, plain, atol=1e-3)
+
     picture = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     hole = np.zeros((16, 16, 1), np.uint8)
     hole[:7, :9] = 255
@@ -200,6 +203,19 @@ def test_an_exported_text_model_draws_what_its_torch_weights_draw(store, prompte
     [
         (GenerateRequest("prompted@1"), "prompts is empty"),
         (GenerateRequest("prompted@1", prompts=("x" * 2001,)), "2001 characters is too long"),
+        (GenerateRequest("prompted@1", prompts=("a",), negative_prompts=("x" * 2001,)), "2001 characters"),
+        (
+            GenerateRequest("prompted@1", prompts=("a",), negative_prompts=("b", "c")),
+            "2 negative prompts for 1",
+        ),
+        (
+            GenerateRequest("prompted@1", prompts=("a",), negative_prompts=("b",), guidance=1.0),
+            "guidance = 1 is off",
+        ),
+        (
+            GenerateRequest("prompted@1", prompts=("a",), negative_prompts=("b",), negative_scale=0.5),
+            "is guided",
+        ),
         (GenerateRequest("prompted@1", class_labels=(1,)), "takes no class_labels; give prompts"),
     ],
 )

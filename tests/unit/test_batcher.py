@@ -45,7 +45,7 @@ class Seen:
 
 
 @asynccontextmanager
-async def batcher_of(device: Callable, seen: Seen | None = None, **options: int):
+async def batcher_of(device: Callable, seen: Seen | None = None, **options: object):
     batcher = Batcher(device, seen or Seen(), **{"max_batch": 4, "max_queue": 64, **options})
     try:
         yield batcher
@@ -71,6 +71,19 @@ def test_the_next_batch_forms_while_the_device_works():
             assert await asyncio.gather(held, *futures) == [0, 2, 4, 6, 8, 10]
         assert device.batches == [[0], [1, 2, 3, 4], [5]]
         assert seen.reasons == ["idle", "full", "idle"]
+
+    asyncio.run(run())
+
+
+def test_payloads_of_different_kinds_share_no_batch_and_are_answered_in_order():
+    async def run() -> None:
+        device = Device()
+        async with batcher_of(device, kind=lambda value: value % 2) as batcher:
+            held = await hold(batcher)
+            futures = batcher.submit("key", [1, 2, 3, 4, 5, 6])
+            device.gate.set()
+            assert await asyncio.gather(held, *futures) == [0, 2, 4, 6, 8, 10, 12]
+        assert device.batches == [[0], [1, 3, 5], [2, 4, 6]]
 
     asyncio.run(run())
 

@@ -29,7 +29,7 @@ RENDER_OUTPUT_DEPTH: RenderOutput
 RENDER_OUTPUT_OPACITY: RenderOutput
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "class_labels", "prompts", "count", "seed", "seeds", "num_steps", "guidance", "image_format", "with_tensor", "priority", "image")
+    __slots__ = ("model", "class_labels", "prompts", "count", "seed", "seeds", "num_steps", "guidance", "image_format", "with_tensor", "priority", "image", "negative_prompts", "negative_scale")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CLASS_LABELS_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,8 @@ class GenerateRequest(_message.Message):
     WITH_TENSOR_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_SCALE_FIELD_NUMBER: _ClassVar[int]
     model: str
     class_labels: _containers.RepeatedScalarFieldContainer[int]
     prompts: _containers.RepeatedScalarFieldContainer[str]
@@ -54,7 +56,9 @@ class GenerateRequest(_message.Message):
     with_tensor: bool
     priority: Priority
     image: ImageInput
-    def __init__(self, model: _Optional[str] = ..., class_labels: _Optional[_Iterable[int]] = ..., prompts: _Optional[_Iterable[str]] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., seeds: _Optional[_Iterable[int]] = ..., num_steps: _Optional[int] = ..., guidance: _Optional[float] = ..., image_format: _Optional[_Union[_common_pb2.ImageFormat, str]] = ..., with_tensor: _Optional[bool] = ..., priority: _Optional[_Union[Priority, str]] = ..., image: _Optional[_Union[ImageInput, _Mapping]] = ...) -> None: ...
+    negative_prompts: _containers.RepeatedScalarFieldContainer[str]
+    negative_scale: float
+    def __init__(self, model: _Optional[str] = ..., class_labels: _Optional[_Iterable[int]] = ..., prompts: _Optional[_Iterable[str]] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., seeds: _Optional[_Iterable[int]] = ..., num_steps: _Optional[int] = ..., guidance: _Optional[float] = ..., image_format: _Optional[_Union[_common_pb2.ImageFormat, str]] = ..., with_tensor: _Optional[bool] = ..., priority: _Optional[_Union[Priority, str]] = ..., image: _Optional[_Union[ImageInput, _Mapping]] = ..., negative_prompts: _Optional[_Iterable[str]] = ..., negative_scale: _Optional[float] = ...) -> None: ...
 
 class ImageInput(_message.Message):
     __slots__ = ("image", "mask", "strength", "upscale")

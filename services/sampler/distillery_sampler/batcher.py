@@ -1,6 +1,7 @@
 """Dynamic batching for one model: while the device works, the next batch forms by itself. asyncio only.
 
-The unit is one image. Images with equal keys (steps, guidance) may share a batch, whoever asked for them.
+The unit is one image. Images with equal keys (steps, guidance) and of one kind (the expert that makes them) may share a
+batch, whoever asked for them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 from distill_core.errors import DistilleryError, Overloaded
 
 Cost = Callable[[Hashable], float]  # what one image with this key costs, in any unit
+Kind = Callable[[Any], Hashable]  # what sets a payload apart from others with its key
 Run = Callable[[Hashable, list[Any]], Sequence[Any]]  # (key, payloads) -> results; called in a model thread
 BULK_EVERY = 8  # at least one batch of so many starts with bulk work, if there is any
 EMA_SHARE = 0.2
@@ -43,6 +45,7 @@ class Observer(Protocol):
 @dataclass(eq=False)
 class _Item:
     key: Hashable
+    group: Hashable  # key and kind: what a batch has in common
     payload: Any
     client: str
     deadline: float | None  # event loop time
@@ -52,35 +55,35 @@ class _Item:
 
 @dataclass
 class _Line:
-    """One priority class: per client, per key, first in first out; clients take turns."""
+    """One priority class: per client, per group, first in first out; clients take turns."""
 
     clients: OrderedDict[str, dict[Hashable, deque[_Item]]] = field(default_factory=OrderedDict)
 
     def add(self, item: _Item) -> None:
-        self.clients.setdefault(item.client, {}).setdefault(item.key, deque()).append(item)
+        self.clients.setdefault(item.client, {}).setdefault(item.group, deque()).append(item)
 
     def remove(self, item: _Item) -> bool:
-        keys = self.clients.get(item.client, {})
-        if item not in keys.get(item.key, ()):
+        groups = self.clients.get(item.client, {})
+        if item not in groups.get(item.group, ()):
             return False
-        keys[item.key].remove(item)
-        if not keys[item.key]:
-            del keys[item.key]
-        if not keys:
+        groups[item.group].remove(item)
+        if not groups[item.group]:
+            del groups[item.group]
+        if not groups:
             del self.clients[item.client]
         return True
 
     def first(self) -> _Item | None:
         """The oldest image of the client whose turn it is."""
-        for keys in self.clients.values():
-            return min((items[0] for items in keys.values()), key=lambda item: item.queued_at)
+        for groups in self.clients.values():
+            return min((items[0] for items in groups.values()), key=lambda item: item.queued_at)
         return None
 
-    def matching(self, key: Hashable) -> Iterator[_Item]:
-        """Take images with `key` out of the line, one a client, round and round."""
-        while waiting := [client for client, keys in self.clients.items() if key in keys]:
+    def matching(self, group: Hashable) -> Iterator[_Item]:
+        """Take images of `group` out of the line, one a client, round and round."""
+        while waiting := [client for client, groups in self.clients.items() if group in groups]:
             for client in waiting:
-                item = self.clients[client][key][0]
+                item = self.clients[client][group][0]
                 self.clients.move_to_end(client)
                 self.remove(item)
                 yield item
@@ -99,13 +102,14 @@ class Batcher:
         instances: int = 1,
         max_delay_s: float = 0.0,
         cost: Cost = lambda _key: 1.0,
+        kind: Kind = lambda _payload: None,
         seconds_per_cost: float = 0.0,
     ) -> None:
         self._run, self._observer = run, observer
         self.max_batch, self.max_queue, self.max_delay_s = max_batch, max_queue, max_delay_s
         self.queued = 0
         self.seconds_per_cost = seconds_per_cost  # a first guess; each batch corrects it
-        self._cost = cost
+        self._cost, self._kind = cost, kind
         self._queued_cost = 0.0
         self._running: dict[int, tuple[float, float]] = {}  # by batch number: when it started, what it costs
         self._lines = {False: _Line(), True: _Line()}  # by `bulk`
@@ -132,7 +136,10 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         self._admit(len(payloads), client, deadline, loop.time())
-        items = [_Item(key, p, client, deadline, loop.time(), loop.create_future()) for p in payloads]
+        items = [
+            _Item(key, (key, self._kind(p)), p, client, deadline, loop.time(), loop.create_future())
+            for p in payloads
+        ]
         for item in items:
             self._lines[bulk].add(item)
             item.future.add_done_callback(partial(self._forget, item, bulk))
@@ -192,7 +199,7 @@ class Batcher:
             self._count(item, -1)
 
     def _take(self) -> list[_Item]:
-        """The next batch: images that are still wanted, all of one key."""
+        """The next batch: images that are still wanted, all of one group."""
         self._batches += 1
         bulk_first = self._batches % BULK_EVERY == 0
         lines = [self._lines[bulk_first], self._lines[not bulk_first]]
@@ -200,7 +207,7 @@ class Batcher:
         first = lines[0].first() or lines[1].first()
         now = asyncio.get_running_loop().time()
         for line in lines if first else ():
-            matching = line.matching(first.key)  # type: ignore[union-attr]
+            matching = line.matching(first.group)  # type: ignore[union-attr]
             while len(batch) < self.max_batch and (item := next(matching, None)):
                 self._count(item, -1)
                 if not self._is_late(item, now):

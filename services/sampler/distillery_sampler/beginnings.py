@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -57,7 +58,7 @@ def given(wish: ImageInput, manifest: Manifest) -> tuple[Given, BeginKey]:
     )
 
 
-def beginning(key: BeginKey, y: np.ndarray, items: list[ImageItem]) -> Beginning:
+def beginning(key: BeginKey, y: np.ndarray, items: Sequence[ImageItem]) -> Beginning:
     """What sampling begins from: `y` are the items' pictures in the network's own space (B, C, H, W)."""
     known = known_pixels(items)
     if known is not None and known.shape[-2:] != y.shape[-2:]:  # a latent is known if all its pixels are
@@ -67,18 +68,18 @@ def beginning(key: BeginKey, y: np.ndarray, items: list[ImageItem]) -> Beginning
     return Beginning(y, key.strength, known, key.block)
 
 
-def given_pictures(items: list[ImageItem]) -> np.ndarray:
+def given_pictures(items: Sequence[ImageItem]) -> np.ndarray:
     """The decoded pictures (B, C, H, W) in [-1, 1]."""
     return np.stack([item.given.picture for item in items if item.given is not None])
 
 
-def known_pixels(items: list[ImageItem]) -> np.ndarray | None:
+def known_pixels(items: Sequence[ImageItem]) -> np.ndarray | None:
     """1 where a pixel stays (B, 1, H, W); None without masks."""
     masks = [item.given.known for item in items if item.given is not None and item.given.known is not None]
     return np.stack(masks) if masks else None
 
 
-def with_known_pixels(pictures: np.ndarray, items: list[ImageItem]) -> np.ndarray:
+def with_known_pixels(pictures: np.ndarray, items: Sequence[ImageItem]) -> np.ndarray:
     """Finished pictures (B, C, H, W) whose known pixels are the given ones, to the bit."""
     known = known_pixels(items)
     return pictures if known is None else np.where(known > 0, given_pictures(items), pictures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from distill_core.artifacts import CondSpec, Manifest
 from distill_core.errors import ConfigError
@@ -11,6 +12,8 @@ from distillery_sampler.settings import SamplerSettings
 
 MAX_SEED = 2**63
 MAX_GUIDANCE = 100.0
+NASA_SCALE = 0.2  # of students that were not trained for it, as for Stable Diffusion 2.1 (arXiv 2412.02687)
+MAX_NASA_SCALE = 10.0
 
 
 def image_items(request: GenerateRequest, manifest: Manifest, limits: SamplerSettings) -> list[ImageItem]:
@@ -27,9 +30,59 @@ def image_items(request: GenerateRequest, manifest: Manifest, limits: SamplerSet
     labels = request.class_labels or (None,) * count
     prompts = request.prompts or (None,) * count
     noises = [(seed, 0) for seed in request.seeds] or [(request.seed, index) for index in range(count)]
-    return [
+    items = [
         ImageItem(*noise, label, prompt) for noise, label, prompt in zip(noises, labels, prompts, strict=True)
     ]
+    if not request.negative_prompts and request.negative_scale is None:
+        return items
+    negatives = _negatives(request, cond, count, limits, manifest.ref)
+    scale = _negative_scale(request, manifest)
+    return [replace(item, negative=text, negative_scale=scale) for item, text in zip(items, negatives)]
+
+
+def _negatives(
+    request: GenerateRequest, cond: CondSpec, count: int, limits: SamplerSettings, ref: str
+) -> tuple[str, ...]:
+    """A negative prompt for each image, "" for none."""
+    given = request.negative_prompts
+    if cond.kind != "prompt":
+        raise ConfigError(f"{ref} takes no prompts, so it takes no negative ones", field="negative_prompts")
+    if len(given) not in (1, count):
+        raise ConfigError(
+            f"the request says {len(given)} negative prompts for {count} images; give one, or one an image",
+            field="negative_prompts",
+        )
+    for prompt in given:
+        if len(prompt) > limits.max_prompt_chars:
+            raise ConfigError(
+                f"a negative prompt of {len(prompt)} characters is too long; allowed are "
+                f"{limits.max_prompt_chars}",
+                field="negative_prompts",
+            )
+    return given * count if len(given) == 1 else given
+
+
+def _negative_scale(request: GenerateRequest, manifest: Manifest) -> float:
+    """The strength that cross-attention turns away with; 0 where guidance does it."""
+    assert manifest.sampler is not None
+    assert manifest.cond is not None
+    if manifest.sampler.guidable:
+        if request.negative_scale is not None:
+            raise ConfigError(
+                f"{manifest.ref} is guided, and guidance leads away from the negative prompt; leave "
+                "negative_scale out and set guidance",
+                field="negative_scale",
+            )
+        return 0.0
+    usual = NASA_SCALE if manifest.cond.nasa_scale is None else manifest.cond.nasa_scale
+    scale = usual if request.negative_scale is None else request.negative_scale
+    if not 0 <= scale <= MAX_NASA_SCALE:
+        raise ConfigError(
+            f"negative_scale = {scale:g} is not allowed: give 0 to {MAX_NASA_SCALE:g}; the model's own is "
+            f"{usual:g}",
+            field="negative_scale",
+        )
+    return scale
 
 
 def _count(request: GenerateRequest, limits: SamplerSettings) -> int:
@@ -108,8 +161,11 @@ def image_key(request: GenerateRequest, manifest: Manifest) -> ImageKey:
             )
         spec.check_guidance(request.guidance)
     guidance = spec.guidance if request.guidance is None else request.guidance
+    negative = any(request.negative_prompts)
     if not spec.guidable:
-        return ImageKey(num_steps, 1.0)  # it is in the weights already
+        return ImageKey(
+            num_steps, 1.0, negative="attention" if negative else ""
+        )  # it is in the weights already
     can_guide = cond.kind == "prompt" or cond.null_label is not None
     if guidance != 1 and not can_guide:
         if request.guidance is not None:
@@ -117,7 +173,12 @@ def image_key(request: GenerateRequest, manifest: Manifest) -> ImageKey:
                 "guidance needs a null condition, and this model has none; use 1", field="guidance"
             )
         guidance = 1.0
-    return ImageKey(num_steps, guidance)
+    if negative and guidance == 1:
+        raise ConfigError(
+            "guidance = 1 is off, and it is guidance that leads away from negative prompts; give more, e.g. 5",
+            field="guidance",
+        )
+    return ImageKey(num_steps, guidance, negative="guidance" if negative else "")
 
 
 def check_reply(images: int, bytes_each: int, limits: SamplerSettings, *, field: str, stream: str) -> None:

@@ -67,9 +67,9 @@ class SamplerClient:
     def generate(self, model: str, **options: Any) -> list[np.ndarray]:
         """Pictures uint8 (H, W, C), in the order of the conditions.
 
-        Options: class_labels, prompts, count, seed, seeds, num_steps, guidance, bulk,
-        image_format ("RAW_U8", "PNG", "JPEG", "WEBP"); to begin from a picture: image and mask (uint8 (H, W, C)
-        arrays or encoded bytes), strength, upscale.
+        Options: class_labels, prompts, negative_prompts (one, or one an image), negative_scale, count, seed, seeds,
+        num_steps, guidance, bulk, image_format ("RAW_U8", "PNG", "JPEG", "WEBP"); to begin from a picture: image and
+        mask (uint8 (H, W, C) arrays or encoded bytes), strength, upscale.
         """
         request = generate_request(model, **{"image_format": "RAW_U8", **options})
         return [picture_from(image) for image in self.call_generate(request).images]
@@ -177,6 +177,8 @@ def generate_request(
     *,
     class_labels: Iterable[int] = (),
     prompts: Iterable[str] = (),
+    negative_prompts: Iterable[str] = (),
+    negative_scale: float | None = None,
     count: int | None = None,
     seed: int = 0,
     seeds: Iterable[int] = (),
@@ -205,6 +207,8 @@ def generate_request(
             model=model,
             class_labels=list(class_labels),
             prompts=list(prompts),
+            negative_prompts=list(negative_prompts),
+            negative_scale=negative_scale,
             count=count,
             seed=seed,
             seeds=list(seeds),

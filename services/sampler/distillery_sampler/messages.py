@@ -58,6 +58,8 @@ def generate_from(message: sampler_pb2.GenerateRequest, call: Call) -> GenerateR
         num_steps=message.num_steps if message.HasField("num_steps") else None,
         guidance=message.guidance if message.HasField("guidance") else None,
         image=_image_input(message.image) if message.HasField("image") else None,
+        negative_prompts=tuple(message.negative_prompts),
+        negative_scale=message.negative_scale if message.HasField("negative_scale") else None,
         call=call,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -44,6 +44,8 @@ class GenerateRequest:
     num_steps: int | None = None
     guidance: float | None = None
     image: ImageInput | None = None
+    negative_prompts: tuple[str, ...] = ()  # one for all, or one an image; "" is none
+    negative_scale: float | None = None
     call: Call = Call()
 
 
@@ -64,6 +66,8 @@ class ImageItem:
     class_label: int | None = None
     prompt: str | None = None
     given: Given | None = None
+    negative: str = ""
+    negative_scale: float = 0.0  # of the attention
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class ImageKey:
     num_steps: int
     guidance: float
     begin: BeginKey | None = None
+    negative: Literal["", "guidance", "attention"] = ""  # what leads away from the items' negative prompts
 
 
 @dataclass(frozen=True)
