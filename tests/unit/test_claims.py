@@ -76,7 +76,7 @@ def test_a_recipe_without_result_or_claim_shows_no_figure(checkout):
 def test_a_measured_claim_stands_in_both_documents_with_all_its_figures(checkout):
     readme, evidence = write(checkout, DMD2)
     assert row(evidence, "dmd2")[4:] == ["1.25", "2.5", "8", "yes", "61.5", "0123456789"]
-    assert "`dmd2`: claim holds |" in readme
+    assert "`dmd2`: claim holds" in readme
 
 
 def test_a_claim_that_failed_or_broke_off_is_shown_as_such(checkout):

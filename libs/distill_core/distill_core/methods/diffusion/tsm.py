@@ -3,7 +3,7 @@
     L = E[ lambda(sigma) |D_theta(x_sigma, sigma, c) - D_teacher^w(x_sigma, sigma, c)|^2 ],   x_sigma = x0 + sigma eps
 
 With probability `own_share` sigma is one of the levels that the student will be used at, else any of the
-schedule's: a small network cannot afford to be as good at all of them. The result is where distribution matching
+schedule's: this sampling is lambda, beside the schedule's own weight. The result is where distribution matching
 begins (`student.recipe` of `msd` or `dmd2`); random weights are too far from the teacher for it.
 """
 
