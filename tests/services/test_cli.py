@@ -183,7 +183,7 @@ def test_methods_are_listed_as_json(capsys):
     listed = {entry["name"]: entry for entry in json.loads(out)}
     assert code == 0
     assert listed["dmd2"]["family"] == "diffusion"
-    assert listed["dmd2"]["needs"] == ["teacher", "student", "data"]
+    assert listed["dmd2"]["needs"] == ["teacher", "student", "pairs"]
     assert "dmd2" in listed["dmd2"]["recipes"]
     assert all(set(entry) == {"name", "family", "paper", "needs", "recipes"} for entry in listed.values())
 

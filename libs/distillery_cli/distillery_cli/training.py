@@ -107,10 +107,19 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .toml file.")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder; one that exists is resumed.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what memory it needs.")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Train as RECIPE says, in this process, and say where the result is. Ctrl-C stops with a checkpoint."""
     loaded = load_recipe(recipe, parse_overrides(overrides or []))
+    if dry_run:
+        from distillery_cli.memory import show_plan
+
+        with _quiet(as_json, "planning"):
+            from distill_core import api
+
+            plan = api.plan(loaded, here())
+        return show_plan(plan, as_json=as_json)
     folder = (out or _new_folder(recipe)).absolute()
     with _quiet(False, "loading"):
         from distill_core import api

@@ -130,7 +130,10 @@ class DiffusersDenoiser(Denoiser):
     def encode(self, picture: Tensor) -> Tensor:
         if self.codec is None:
             return picture
-        latent = self.codec.encode(picture).latent_dist.mode()
+        with torch.autocast(
+            picture.device.type, enabled=False
+        ):  # latents in 8 bits of mantissa are other pictures
+            latent = self.codec.encode(picture.to(self.codec.dtype)).latent_dist.mode().float()
         return (latent - (self.codec.config.get("shift_factor") or 0.0)) * self.codec.config["scaling_factor"]
 
     def decode(self, x0: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ allocator adds (rounding, fragments, library workspaces) is not: leave a tenth f
 
 from __future__ import annotations
 
+import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class MemoryPlan:
     """Bytes that one process needs."""
 
     parts: tuple[Part, ...]
-    activations: int  # the most that is alive when a backward pass begins
+    activations: int  # the most that is alive, gradients aside, when a backward pass begins
     step: int  # the most that is alive in a step beyond the parts' weights, optimiser state and EMA
 
     @property
@@ -63,6 +64,32 @@ class MemoryPlan:
     def total(self) -> int:
         """At the peak of a step."""
         return self.standing + self.step
+
+
+class Device(NamedTuple):
+    """What trains here, and its memory in bytes."""
+
+    name: str
+    memory: int
+    is_gpu: bool
+
+
+def training_device() -> Device:
+    """The first GPU, or this machine."""
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        return Device(found.name, found.total_memory, is_gpu=True)
+    return Device("this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), is_gpu=False)
+
+
+def too_large(plan: MemoryPlan, device: Device) -> str | None:
+    """A sentence for a plan that the device cannot hold; None for one that it can."""
+    if plan.total <= device.memory:
+        return None
+    return (
+        f"training needs {plan.total / 2**30:.1f} GiB and {device.name} has {device.memory / 2**30:.1f}; lower "
+        "batch_size, raise accumulate, set student.gradient_checkpointing = true, precision = 'bf16' or student.lora"
+    )
 
 
 class LiveBytes(TorchDispatchMode):
@@ -94,9 +121,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
-    """What training `method` as `recipe` says needs; under `weightless()` it costs a second and no memory.
+    """What training `method` as `recipe` says needs; under `weightless()` it costs seconds and no memory.
 
-    Takes two steps of the method: the optimisers' state exists from the second on.
+    Takes a step of the method, so its weights change where there are any.
 
     Raises:
         ConfigError: the method decides by the values of tensors, which weightless ones do not have.
@@ -106,11 +133,13 @@ def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
     with tempfile.TemporaryDirectory(prefix="distillery-plan-") as folder:
         batches: Any = _Batches(source)
         trainer = Trainer(method, batches, recipe, Run(Path(folder)), cpu=True)
-        at_backward: list[int] = []
+        _make_optimizer_state(trainer)
+        held: list[int] = []
         try:
-            trainer.train_step()
-            trainer.step += 1
-            with LiveBytes() as live, _before_backward(trainer, lambda: at_backward.append(live.now)):
+            with (
+                LiveBytes() as live,
+                _before_backward(trainer, lambda: held.append(live.now - _gradients(trainer))),
+            ):
                 trainer.train_step()
         except (NotImplementedError, RuntimeError) as error:
             raise ConfigError(
@@ -118,7 +147,7 @@ def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
                 f"does not have ({str(error).splitlines()[0][:120]}); train a few steps and watch the device",
                 field="method",
             ) from error
-    return MemoryPlan(tuple(_parts(trainer)), max(at_backward, default=0), live.peak)
+    return MemoryPlan(tuple(_parts(trainer)), max(held, default=0), live.peak)
 
 
 class _Batches:
@@ -132,6 +161,20 @@ class _Batches:
             batch = self.source.batch(size, epoch_seed=epoch_seed, position=position)
         x0 = None if batch.x0 is None else torch.empty_like(batch.x0).copy_(batch.x0)
         return Batch(batch.size, x0, {name: torch.empty_like(v).copy_(v) for name, v in batch.cond.items()})
+
+
+def _make_optimizer_state(trainer: Trainer) -> None:
+    """What the optimisers allocate at their first step."""
+    for role, optimizer in trainer.optimizers.items():
+        for parameter in trainer.parameters[role]:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        for parameter in trainer.parameters[role]:
+            parameter.grad = None
+
+
+def _gradients(trainer: Trainer) -> int:
+    return sum(_bytes(p.grad) for values in trainer.parameters.values() for p in values if p.grad is not None)
 
 
 @contextmanager
