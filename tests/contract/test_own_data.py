@@ -56,7 +56,7 @@ def test_a_judge_of_other_pictures_is_left_out_with_a_warning(png_folder, tmp_pa
     )
     result = api.train(recipe.model_copy(update={"publish": None}), tmp_path / "run", context)
     assert result.figures == {}
-    assert "no Fréchet distance or accuracy is measured" in caplog.text
+    assert "no accuracy and none of its distances are measured" in caplog.text
 
 
 def test_teacher_and_student_train_on_cifar_parquet(tmp_path, context):
@@ -106,5 +106,5 @@ def test_a_stop_reaches_a_teacher_that_is_trained_on_the_way(tmp_path, context):
 
 def test_a_classifier_is_refused_as_a_generators_teacher(tmp_path, context):
     judge = train("judge_digits", tmp_path / "judge", context).folder / "model"
-    with pytest.raises(ArtifactError, match="learns from a Denoiser, and this teacher is a Classifier"):
+    with pytest.raises(ArtifactError, match="the teacher must be a Denoiser, and this is a Classifier"):
         train("dmd2", tmp_path, context, teacher={"path": str(judge)})

@@ -102,8 +102,9 @@ def measured(name: str, repository: Path) -> dict[str, Any]:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """What a figure belongs to: a changed recipe makes it an old one."""
-    return hashlib.sha256(recipe.to_toml().encode()).hexdigest()
+    """What a figure belongs to: a changed recipe makes it an old one, a new key that keeps its default does not."""
+    chosen = recipe.model_dump(mode="json", exclude_defaults=True)
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 def commit(repository: Path) -> str:
