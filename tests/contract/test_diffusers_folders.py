@@ -10,7 +10,8 @@ from distill_core import api
 from distill_core.artifacts import ArtifactStore
 from distill_core.config import NetworkConfig, load_recipe
 from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
-from distill_core.networks.diffusers_io import build_denoiser, load_denoiser
+from distill_core.networks.diffusers_io import load_denoiser
+from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from tests.helpers import tiny_text_to_image
 

@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig
 
 from distill_core.artifacts import ArtifactStore, Manifest, SamplerSpec
-from distill_core.networks.diffusers_io import DiffusersDenoiser, load_denoiser
+from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
+from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.steering import with_negative
 from distillery_converter.convert import convert

@@ -19,7 +19,7 @@ from distill_core.building import load_artifact
 from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.errors import ArtifactError
 from distill_core.networks.adapters import LoraDenoiser
-from distill_core.networks.diffusers_io import build_denoiser
+from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.client import SamplerClient, generate_request

@@ -19,7 +19,8 @@ from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
 from distill_core.config import NetworkConfig
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError
-from distill_core.networks.diffusers_io import build_denoiser, load_denoiser
+from distill_core.networks.diffusers_io import load_denoiser
+from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.routed import ConditionPartition, RoutedDenoiser
 from distill_service.settings import settings

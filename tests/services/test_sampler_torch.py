@@ -12,7 +12,9 @@ import torch
 from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
 from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
-from distill_core.networks.diffusers_io import DiffusersDenoiser, build_denoiser, load_denoiser
+from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
+from distill_core.networks.diffusers_io import load_denoiser
+from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.steering import with_negative
 from distillery_sampler.images import encode, to_uint8

@@ -16,7 +16,7 @@ from distill_core.method import Batch
 from distill_core.methods.diffusion.hipa import HiPA
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.classifier import Classifier, ClassifierConfig
-from distill_core.networks.diffusers_io import build_denoiser
+from distill_core.networks.diffusers_new import build_denoiser
 from tests.oracles import AffineDenoiser, Pusher
 
 MEAN, STD, LEVEL = 0.3, 0.25, 10.0

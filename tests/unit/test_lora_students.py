@@ -17,7 +17,9 @@ from distill_core.config import NetworkConfig, Recipe, load_recipe
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.adapters import LoraDenoiser, plain
 from distill_core.networks.denoiser import Denoiser
-from distill_core.networks.diffusers_io import DiffusersDenoiser, build_denoiser, load_denoiser
+from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
+from distill_core.networks.diffusers_io import load_denoiser
+from distill_core.networks.diffusers_new import build_denoiser
 from distill_service.settings import settings
 from distillery_cli.app import main
 from tests.helpers import TINY

@@ -15,7 +15,7 @@ from distill_core.method import Batch
 from distill_core.methods.diffusion.pg_sb import PGSB
 from distill_core.methods.diffusion.swiftbrush import SwiftBrush
 from distill_core.networks.denoiser import expand
-from distill_core.networks.diffusers_io import build_denoiser
+from distill_core.networks.diffusers_new import build_denoiser
 from tests.oracles import AffineDenoiser, Pusher, train
 
 MEAN, STD = 0.6, 0.3

@@ -255,7 +255,7 @@ def _student(base: nn.Module, wish: StudentConfig) -> nn.Module:
     if wish == StudentConfig() or not isinstance(base, Denoiser):
         return copy.deepcopy(base).requires_grad_(True)
     if wish.network is not None:
-        from distill_core.networks.diffusers_io import build_like
+        from distill_core.networks.diffusers_new import build_like
 
         student: Denoiser = build_like(base, wish.network)  # type: ignore[arg-type]
     else:

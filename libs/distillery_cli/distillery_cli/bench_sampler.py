@@ -76,7 +76,7 @@ def _converted(subject: Subject, store_url: str, jobs: str, work: Path) -> str:
     from distill_core.artifacts import ArtifactStore, Manifest
     from distill_core.config import NetworkConfig
     from distill_core.errors import DistilleryError
-    from distill_core.networks.diffusers_io import build_denoiser
+    from distill_core.networks.diffusers_new import build_denoiser
     from distillery_trainer.client import JobsClient, convert_spec
 
     network = NetworkConfig(name=subject.network, args=subject.args)

@@ -19,7 +19,7 @@ from distill_core.diffusion.noise import unit_normal
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError
 from distill_core.networks.adapters import plain
-from distill_core.networks.diffusers_io import DiffusersDenoiser
+from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.routed import RoutedDenoiser
 from distill_core.networks.steering import NEGATIVE
 from distill_core.networks.text import TextEncoder

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill_core.diffusion.schedule import NoiseSchedule, to_x0
-from distill_core.networks.diffusers_io import schedule_of
+from distill_core.networks.diffusers_denoiser import schedule_of
 
 
 @pytest.fixture

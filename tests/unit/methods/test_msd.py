@@ -18,7 +18,9 @@ from distill_core.method import Batch, Method
 from distill_core.methods.diffusion.dmd2 import DMD2
 from distill_core.methods.diffusion.msd import MSD
 from distill_core.networks.denoiser import expand
-from distill_core.networks.diffusers_io import DiffusersDenoiser, build_denoiser, load_denoiser
+from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
+from distill_core.networks.diffusers_io import load_denoiser
+from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.routed import RoutedDenoiser
 from tests.helpers import tiny_text_to_image
 from tests.oracles import AffineDenoiser, Pusher

@@ -16,7 +16,8 @@ from distill_core.methods.diffusion.stablematerials_gan import StableMaterialsGA
 from distill_core.methods.pretrain.flow_matching import FlowMatching
 from distill_core.metrics.texture import seam_ratio
 from distill_core.networks.denoiser import Denoiser, expand
-from distill_core.networks.diffusers_io import build_denoiser, load_denoiser
+from distill_core.networks.diffusers_io import load_denoiser
+from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.tileable import untiled
 from tests.oracles import AffineDenoiser

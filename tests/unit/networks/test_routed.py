@@ -18,7 +18,9 @@ from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.diffusion.routing import class_parts, prompt_parts
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.adapters import LoraDenoiser
-from distill_core.networks.diffusers_io import DiffusersDenoiser, build_denoiser, load_denoiser
+from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
+from distill_core.networks.diffusers_io import load_denoiser
+from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.routed import ConditionPartition, RoutedDenoiser, StoredExperts
 from tests.helpers import tiny_text_to_image

@@ -12,7 +12,8 @@ from torch import nn
 from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.networks.adapters import LoraDenoiser
-from distill_core.networks.diffusers_io import build_denoiser, load_denoiser
+from distill_core.networks.diffusers_io import load_denoiser
+from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.tileable import (
     TiledDenoiser,

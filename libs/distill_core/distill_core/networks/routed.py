@@ -25,7 +25,8 @@ from distill_core.errors import ArtifactError, ConfigError, missing_package
 from distill_core.method import Cond
 from distill_core.networks.adapters import plain
 from distill_core.networks.denoiser import Denoiser
-from distill_core.networks.diffusers_io import SIDECAR, load_companions, load_denoiser
+from distill_core.networks.diffusers_denoiser import SIDECAR
+from distill_core.networks.diffusers_io import load_companions, load_denoiser
 from distill_core.networks.fake_score import FakeScore
 from distill_core.networks.generation import preview
 

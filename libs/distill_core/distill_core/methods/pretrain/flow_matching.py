@@ -18,7 +18,7 @@ from distill_core.data.source import Source
 from distill_core.losses.denoising import add_noise, denoising_loss
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.networks.denoiser import Denoiser
-from distill_core.networks.diffusers_io import build_denoiser
+from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import drop_condition
 
 

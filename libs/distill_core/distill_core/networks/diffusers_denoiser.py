@@ -1,0 +1,303 @@
+"""A diffusers UNet or DiT as a `Denoiser`, and back to a folder that plain diffusers opens."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
+from distill_core.config import Config
+from distill_core.diffusion.schedule import NoiseSchedule, Parameterisation, to_x0
+from distill_core.errors import ArtifactError, ConfigError
+from distill_core.method import Cond
+from distill_core.networks.denoiser import Denoiser, expand
+from distill_core.networks.generation import preview
+from distill_core.networks.steering import make_steerable
+from distill_core.networks.text import TextEncoder
+from distill_core.networks.tileable import decode_wrapped, wrap_around
+from distill_core.networks.weightless import real_tensors
+
+SIDECAR = "distillery.json"
+
+
+class Sidecar(Config):
+    """What a diffusers folder cannot say of itself; missing in foreign folders, then derived."""
+
+    image: ImageSpec
+    cond: CondSpec
+    sampler: SamplerSpec
+    parameterisation: Parameterisation
+
+
+class DiffusersDenoiser(Denoiser):
+    """A diffusers network with its schedule, and for text-to-image its text encoder and image decoder."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        scheduler: Any,
+        sidecar: Sidecar,
+        *,
+        codec: nn.Module | None = None,
+        text: TextEncoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = (
+            network.eval()
+        )  # never train(): dropout must be off in teacher, student and fake score alike
+        self.scheduler = scheduler
+        self.schedule = schedule_of(scheduler)
+        self.image, self.cond, self.sampler = sidecar.image, sidecar.cond, sidecar.sampler
+        self.parameterisation: Parameterisation = sidecar.parameterisation
+        # Frozen companions live outside the module tree: they are not trained, copied per role, or averaged.
+        self._companions = {"codec": codec, "text": text}
+        if isinstance(network, diffusers.UNet2DConditionModel):
+            make_steerable(network)
+        if self.image.tileable:  # diffusers' own config has no word for it
+            wrap_around(network)
+
+    def train(self, mode: bool = True) -> DiffusersDenoiser:
+        return super().train(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DiffusersDenoiser:
+        network = copy.deepcopy(self.network, memo)
+        return self.with_network(network)
+
+    def with_network(self, network: nn.Module) -> DiffusersDenoiser:
+        """`network` in the place of this one's, with its schedule, encoder and decoder."""
+        return DiffusersDenoiser(network, self.scheduler, self._sidecar(), **self._companions)
+
+    @property
+    def codec(self) -> nn.Module | None:
+        return self._companions["codec"]
+
+    @property
+    def text(self) -> TextEncoder | None:
+        return self._companions["text"]
+
+    def enable_gradient_checkpointing(self) -> None:
+        try:
+            self.network.enable_gradient_checkpointing()
+        except ValueError:  # of a class that has no blocks to recompute
+            super().enable_gradient_checkpointing()
+
+    def to_device(self, device: torch.device | str) -> DiffusersDenoiser:
+        """Move the network and its companions."""
+        for companion in (self.codec, self.text):
+            if companion is not None:
+                companion.to(device)
+        return self.to(device)
+
+    def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
+        scaled = x_sigma * expand(self.schedule.scale(sigma), x_sigma)
+        cond = self._with_null(cond, x_sigma.shape[0])  # len() would bake the batch into an exported graph
+        output = self._call(scaled, self.schedule.network_time(sigma), cond)
+        x0 = to_x0(
+            output.float(), x_sigma, expand(sigma, x_sigma), self.parameterisation, self.schedule.sigma_data
+        )
+        return x0.to(x_sigma.dtype)
+
+    def with_features(
+        self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        with _captured(self._trunk()) as features:
+            x0 = self(x_sigma, sigma, cond)
+        return x0, [self._as_map(feature) for feature in features]
+
+    def null_cond(self, batch: int) -> Cond:
+        device = next(self.network.parameters()).device
+        if self.cond.kind == "none":
+            return {}
+        if self.cond.kind == "prompt":
+            null = self.encode_prompts([""]) if self.text is None else self.text.null()  # kept by the encoder
+            return {name: value.to(device).expand(batch, *value.shape[1:]) for name, value in null.items()}
+        if self.cond.null_label is None:
+            raise ConfigError(
+                "guidance needs a null class, and this model has none; use guidance = 1", field="guidance"
+            )
+        return {"class_label": torch.full((batch,), self.cond.null_label, dtype=torch.long, device=device)}
+
+    def encode_prompts(self, prompts: list[str]) -> Cond:
+        if self.text is None:
+            return super().encode_prompts(prompts)
+        return self.text.encode(prompts)
+
+    def encode(self, picture: Tensor) -> Tensor:
+        if self.codec is None:
+            return picture
+        with torch.autocast(
+            picture.device.type, enabled=False
+        ):  # latents in 8 bits of mantissa are other pictures
+            latent = self.codec.encode(picture.to(self.codec.dtype)).latent_dist.mode().float()
+        return (latent - (self.codec.config.get("shift_factor") or 0.0)) * self.codec.config["scaling_factor"]
+
+    def decode(self, x0: Tensor) -> Tensor:
+        if self.codec is None:
+            return x0
+        latent = x0 / self.codec.config["scaling_factor"] + (self.codec.config.get("shift_factor") or 0.0)
+        if self.image.tileable:
+            return decode_wrapped(lambda wrapped: self.codec.decode(wrapped).sample, latent)
+        return self.codec.decode(latent).sample
+
+    def preview(self, seed: int) -> Tensor:
+        """A sheet of samples, classes in turn."""
+        return preview(self, seed)
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that plain diffusers opens, with our `distillery.json` beside."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.network.save_pretrained(folder / self._slot())
+        self.scheduler.save_pretrained(folder / "scheduler")
+        parts = {self._slot(): self.network, "scheduler": self.scheduler}
+        parts |= self.save_companions(folder)
+        self.save_sidecar(folder)
+        pipeline = _pipeline_class(parts, self.cond)
+        if (
+            pipeline
+        ):  # class-conditional pixel models have no pipeline class in diffusers: they open part by part
+            options = {} if self.text is None else self.text.options
+            index = {**_model_index(pipeline, parts), **options}
+            (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+
+    def bare(self) -> DiffusersDenoiser:
+        """The same network without its companions."""
+        return DiffusersDenoiser(self.network, self.scheduler, self._sidecar())
+
+    def save_companions(self, folder: Path) -> dict[str, Any]:
+        """Write decoder and text encoder, if there are any; the entries of the pipeline's index."""
+        parts: dict[str, Any] = {}
+        if self.codec is not None:
+            self.codec.save_pretrained(folder / "vae")
+            parts["vae"] = self.codec
+        return parts if self.text is None else parts | self.text.save(folder)
+
+    def save_sidecar(self, folder: Path) -> None:
+        """Write only `distillery.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SIDECAR).write_text(self._sidecar().model_dump_json(indent=1), encoding="utf-8")
+
+    def _sidecar(self) -> Sidecar:
+        return Sidecar(
+            image=self.image, cond=self.cond, sampler=self.sampler, parameterisation=self.parameterisation
+        )
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """What a manifest says of this model."""
+        return {
+            "kind": "denoiser",
+            "image": self.image,
+            "cond": self.cond,
+            "sampler": self.sampler,
+            "parameterisation": self.parameterisation,
+        }
+
+    def _slot(self) -> str:
+        return "transformer" if "Transformer" in type(self.network).__name__ else "unet"
+
+    def _with_null(self, cond: Cond | None, batch: int) -> Cond:
+        return cond or self.null_cond(batch)
+
+    def _call(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        if isinstance(self.network, diffusers.UNet2DConditionModel):
+            prompt = cond["prompt_embeds"].to(x.dtype)
+            return self.network(x, time, encoder_hidden_states=prompt, **self._text_extras(x, cond)).sample
+        if "nasa_scale" in cond:
+            raise ConfigError(
+                f"{type(self.network).__name__} has no cross-attention that a negative prompt could steer; "
+                "leave the negative prompt out",
+                field="negative_prompt",
+            )
+        labels = cond.get("class_label")
+        if self._slot() == "transformer":
+            if labels is None:  # a DiT always has a label table; unconditional ones use their only row
+                labels = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+            return self.network(x, timestep=time, class_labels=labels).sample[
+                :, : x.shape[1]
+            ]  # drop learned sigma
+        return self.network(x, time, class_labels=labels).sample
+
+    def _text_extras(self, x: Tensor, cond: Cond) -> dict[str, Any]:
+        """What a text-conditional network is told beside the prompt: SDXL's size and pooled prompt, and steering."""
+        extras: dict[str, Any] = {}
+        if self.cond.pooled_dim is not None:
+            _, height, width = self.image.picture
+            size = x.new_tensor(
+                [height, width, 0, 0, height, width]
+            )  # original size, corner of the crop, size
+            pooled = cond["pooled_embeds"].to(x.dtype)
+            extras["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": size.expand(x.shape[0], -1)}
+        if "nasa_scale" in cond:
+            steering = ("negative_prompt_embeds", "nasa_scale")
+            extras["cross_attention_kwargs"] = {name: cond[name] for name in steering}
+        return extras
+
+    def _trunk(self) -> nn.Module:
+        if self._slot() == "unet":
+            return self.network.mid_block
+        blocks = self.network.transformer_blocks
+        return blocks[len(blocks) // 2]
+
+    def _as_map(self, feature: Tensor) -> Tensor:
+        if feature.ndim == 4:
+            return feature
+        patch = self.network.config.patch_size
+        size = self.image.height // patch, self.image.width // patch
+        return feature.transpose(1, 2).unflatten(2, size)  # (B, N, D) -> (B, D, h, w)
+
+
+@contextlib.contextmanager
+def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(
+        lambda _module, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+@real_tensors()
+def schedule_of(scheduler: Any) -> NoiseSchedule:
+    """The noise schedule that a diffusers scheduler's config describes."""
+    config, name = scheduler.config, type(scheduler).__name__
+    if name.startswith("EDM"):
+        return NoiseSchedule(
+            "edm", sigma_min=config.sigma_min, sigma_max=config.sigma_max, sigma_data=config.sigma_data
+        )
+    if name.startswith("FlowMatch"):
+        return NoiseSchedule("flow", sigma_min=1e-3, sigma_max=999.0)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ArtifactError(
+            f"scheduler {name} is not supported; known: EDM*, FlowMatch*, and those with betas"
+        )
+    return NoiseSchedule("vp", alphas_cumprod=scheduler.alphas_cumprod)
+
+
+def _pipeline_class(parts: dict[str, Any], cond: CondSpec) -> str | None:
+    if "text_encoder" in parts and "vae" in parts:
+        return "StableDiffusionXLPipeline" if "text_encoder_2" in parts else "StableDiffusionPipeline"
+    return "DDPMPipeline" if cond.kind == "none" and "unet" in parts else None
+
+
+def _model_index(pipeline: str, parts: dict[str, Any]) -> dict[str, Any]:
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    if pipeline == "StableDiffusionPipeline":
+        index |= {
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+        }
+    if pipeline == "StableDiffusionXLPipeline":
+        index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
+    for name, part in parts.items():
+        index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
+    return index

@@ -1,0 +1,139 @@
+"""New diffusers networks: for data that a recipe names, or in the place of a teacher's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
+from distill_core.config import NetworkConfig
+from distill_core.diffusion.schedule import Parameterisation
+from distill_core.errors import ConfigError, nearest, out_of_memory
+from distill_core.networks.diffusers_denoiser import DiffusersDenoiser, Sidecar, schedule_of
+from distill_core.networks.diffusers_io import NETWORKS
+from distill_core.networks.text import text_for
+from distill_core.networks.weightless import real_tensors
+
+
+def build_denoiser(
+    network: NetworkConfig,
+    *,
+    parameterisation: Parameterisation,
+    shape: tuple[int, int, int] | None,
+    num_classes: int | None,
+    class_names: tuple[str, ...] = (),
+    prompts: list[str] | None = None,
+    scheduler: dict[str, Any] | None = None,
+    num_steps: int = 32,
+) -> DiffusersDenoiser:
+    """A new network for images of `shape` (C, H, W); `num_classes` None is unconditional.
+
+    The null class has the index `num_classes`. A UNet2DConditionModel is conditioned on text instead, by an encoder
+    made from the words of `prompts`. `scheduler` are arguments of the diffusers scheduler.
+
+    Raises:
+        ConfigError: an unknown network class, arguments that it refuses, or data without pictures or prompts.
+    """
+    if network.name not in NETWORKS:
+        raise ConfigError(
+            f"network.name = {network.name!r} is unknown{nearest(network.name, NETWORKS)}",
+            field="network.name",
+        )
+    if shape is None:
+        raise ConfigError(
+            "this data has no pictures to learn from; set data.name to digits, images, huggingface or idx",
+            field="data.name",
+        )
+    channels, height, width = shape
+    text = text_for(network, prompts) if network.name == "UNet2DConditionModel" else None
+    args = {"in_channels": channels, "out_channels": channels, "sample_size": height, **network.args}
+    args |= (
+        _class_args(network.name, num_classes) if text is None else {"cross_attention_dim": text.embed_dim}
+    )
+    module = _constructed(network.name, args)
+    noise = _new_scheduler(parameterisation, scheduler or {})
+    schedule = schedule_of(noise)
+    sampler = SamplerSpec(
+        kind="heun",
+        sigma_min=max(schedule.sigma_min, 0.002),
+        sigma_max=min(schedule.sigma_max, 80.0),
+        noise_scale=schedule.start_scale(min(schedule.sigma_max, 80.0)),
+        num_steps=num_steps,
+        max_steps=1000,
+    )
+    image = ImageSpec(channels=channels, height=height, width=width, picture=shape)
+    cond = CondSpec(kind="none")
+    if text is not None:
+        cond = CondSpec(kind="prompt", max_tokens=text.max_tokens, embed_dim=text.embed_dim)
+    elif num_classes is not None:
+        cond = CondSpec(
+            kind="class_label", num_classes=num_classes, null_label=num_classes, class_names=class_names
+        )
+    sidecar = Sidecar(image=image, cond=cond, sampler=sampler, parameterisation=parameterisation)
+    return _tried(DiffusersDenoiser(module, noise, sidecar, text=text))
+
+
+def build_like(teacher: DiffusersDenoiser, network: NetworkConfig) -> DiffusersDenoiser:
+    """A new network, random and of any size, that takes and gives what `teacher` does: its conditions and schedule.
+
+    Raises:
+        ConfigError: another kind of network than the teacher's, or arguments that it refuses.
+    """
+    theirs = teacher.network.config
+    if network.name != type(teacher.network).__name__:
+        raise ConfigError(
+            f"student.network.name = {network.name!r} cannot stand in for the teacher's "
+            f"{type(teacher.network).__name__}; give that name, with args of your choice",
+            field="student.network.name",
+        )
+    fixed = ("in_channels", "out_channels", "sample_size", "num_embeds_ada_norm", "norm_type")
+    fixed = (*fixed, "num_class_embeds", "cross_attention_dim", "encoder_hid_dim", "addition_embed_type")
+    fixed = (*fixed, "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    args = {name: theirs[name] for name in fixed if theirs.get(name) is not None}
+    module = _constructed(network.name, {**network.args, **args})
+    return _tried(teacher.with_network(module))
+
+
+def _constructed(name: str, args: dict[str, Any]) -> nn.Module:
+    try:
+        return getattr(diffusers, name)(**args)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"network.args are refused by {name}: {error}", field="network.args") from None
+
+
+def _tried(denoiser: DiffusersDenoiser) -> DiffusersDenoiser:
+    """The denoiser after one picture: a class accepts sizes that its own forward pass cannot use."""
+    image = denoiser.image
+    try:
+        with torch.no_grad():
+            denoiser(torch.zeros(1, image.channels, image.height, image.width), torch.ones(1))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"network.args do not suit pictures of shape {image.picture}: {str(error).splitlines()[0]}",
+            field="network.args",
+        ) from None
+    return denoiser
+
+
+def _class_args(name: str, num_classes: int | None) -> dict[str, Any]:
+    if name == "DiTTransformer2DModel":  # its label table has one row more, for the null class
+        return {
+            "num_embeds_ada_norm": 1 if num_classes is None else num_classes,
+            "norm_type": "ada_norm_zero",
+        }
+    return {} if num_classes is None else {"num_class_embeds": num_classes + 1}
+
+
+@real_tensors()
+def _new_scheduler(parameterisation: Parameterisation, args: dict[str, Any]) -> Any:
+    if parameterisation == "edm":
+        return diffusers.EDMEulerScheduler(**args)
+    if parameterisation == "flow":
+        return diffusers.FlowMatchEulerDiscreteScheduler(**args)
+    prediction = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[parameterisation]
+    return diffusers.DDPMScheduler(prediction_type=prediction, **args)
