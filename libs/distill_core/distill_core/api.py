@@ -49,6 +49,7 @@ __all__ = [
 ]
 log = logging.getLogger(__name__)
 _should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
+_listener: ContextVar[Listener | None] = ContextVar("who hears of models that are trained first", default=None)
 
 
 class _StoppedOnTheWay(Exception):
@@ -73,12 +74,27 @@ def context(store: ArtifactStore | str | Path, cache: Path) -> Context:
 
     def train_into(recipe: Recipe, folder: Path) -> Path:
         inner = recipe.model_copy(update={"publish": None, "evaluate": EvaluateConfig()})
-        if train(inner, folder, here, should_stop=_should_stop.get()).stopped:
+        if train(inner, folder, here, listener=_preparing(recipe), should_stop=_should_stop.get()).stopped:
             raise _StoppedOnTheWay
         return folder / "model"
 
     here = Context(opened, cache, train_into)
     return here
+
+
+def _preparing(recipe: Recipe) -> Listener | None:
+    """A listener that hands the progress of `recipe` on as that of a model which has to be there first."""
+    outer = _listener.get()
+    if outer is None:
+        return None
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if event["event"] == "progress":
+            outer({**event, "event": "preparing", "model": recipe.title or recipe.method})
+        elif event["event"] == "preparing":
+            outer(dict(event))
+
+    return tell
 
 
 def untrained(where: Context, folder: Path) -> Context:
@@ -123,7 +139,7 @@ def train(
     Raises:
         DistilleryError: a mistake in the recipe or its data, a diverged loss, a store that cannot be written.
     """
-    outer = _should_stop.set(should_stop)
+    outer, heard = _should_stop.set(should_stop), _listener.set(listener)
     try:
         with _threads(recipe.threads):
             return _train(recipe, Run(folder, listener), where, should_stop, job)
@@ -131,6 +147,7 @@ def train(
         return Result(folder, 0, stopped=True)
     finally:
         _should_stop.reset(outer)
+        _listener.reset(heard)
 
 
 def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], bool], job: str) -> Result:
@@ -322,9 +339,13 @@ def check(name: str, where: Context, *, listener: Listener | None = None) -> dic
         raise ConfigError(f"recipe {name} has no [check] table, so it claims nothing", field="check")
     claim = recipe.check
     sized = recipe.override(claim.set).model_copy(update={"publish": None})
-    build(sized, where)  # a teacher that must be trained first is not this method's time
-    for source in sized.evaluate.sources.values():
-        where.folder(source)
+    heard = _listener.set(listener)
+    try:
+        build(sized, where)  # a teacher that must be trained first is not this method's time
+        for source in sized.evaluate.sources.values():
+            where.folder(source)
+    finally:
+        _listener.reset(heard)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="distillery-check-") as scratch:
         folders = (Path(scratch) / str(number) for number in itertools.count())

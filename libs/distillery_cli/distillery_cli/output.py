@@ -83,11 +83,14 @@ class Bar:
         self._printed = self._began
 
     def tell(self, event: Mapping[str, Any]) -> None:
-        """Show a progress or metrics event."""
+        """Show an event of the training, or of a model that has to be trained before it."""
         if event.get("event") == "progress":
             self.update(event["step"], event["steps"], rate=event.get("rate", 0), eta_s=event.get("eta_s"))
         elif event.get("event") == "metrics":
             self._progress.update(self._task, figures=figures_line(event["values"], at_most=3))
+        elif event.get("event") == "preparing":
+            left = f"{duration(event['eta_s'])} left"
+            self.say(f"first {event['model']}: {event['step']}/{event['steps']}, {left}")
 
     def update(self, step: int, steps: int, *, rate: float = 0.0, eta_s: float | None = None) -> None:
         """Show how far it is, how fast, and how long it will take; the mean rate if none is given."""
@@ -96,14 +99,19 @@ class Bar:
             eta_s = (steps - step) / rate
         said = f"{rate:.3g}/s" + (f", {duration(eta_s)} left" if eta_s is not None else "")
         self._progress.update(self._task, completed=step, total=steps or None, speed=said)
-        now = time.monotonic()
-        if not self._live and now - self._printed >= LINE_EVERY_S:
-            self._printed = now
-            notes.print(f"{self.title}: {step}/{steps}, {said}")
+        self._line(f"{step}/{steps}, {said}")
 
     def say(self, text: str) -> None:
         """Show a remark in place of the figures."""
         self._progress.update(self._task, figures=text)
+        self._line(text)
+
+    def _line(self, text: str) -> None:
+        """Where nothing can be drawn over, a line now and then."""
+        now = time.monotonic()
+        if not self._live and now - self._printed >= LINE_EVERY_S:
+            self._printed = now
+            notes.print(f"{self.title}: {text}", markup=False)
 
     def done(self, text: str = "done") -> None:
         """Show that this line has ended."""
