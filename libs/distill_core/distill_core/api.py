@@ -49,7 +49,9 @@ __all__ = [
 ]
 log = logging.getLogger(__name__)
 _should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
-_listener: ContextVar[Listener | None] = ContextVar("who hears of models that are trained first", default=None)
+_listener: ContextVar[Listener | None] = ContextVar(
+    "who hears of models that are trained first", default=None
+)
 
 
 class _StoppedOnTheWay(Exception):

@@ -58,8 +58,9 @@ def test_the_distance_is_zero_for_equal_pictures_and_sees_both_edges_and_frequen
     edges = sobel(low).square().sum(1).sqrt().mean()
     assert high_frequency_distance(low, nothing) == pytest.approx(edges.item(), rel=1e-4)
     edges = sobel(high).square().sum(1).sqrt().mean()
-    peak = 32 / 2 / (32 * 17)  # one coefficient of N^2 / 2, over N, among N (N / 2 + 1)
-    assert high_frequency_distance(high, nothing) == pytest.approx(edges.item() + peak, rel=1e-4)
+    rings = spectrum(high)  # one coefficient of N^2 / 2, over N; all in the ring of 12 cycles
+    assert (rings > 1e-5).sum() == 1
+    assert high_frequency_distance(high, nothing) == pytest.approx((edges + rings.mean()).item(), rel=1e-4)
 
 
 def test_a_moved_wave_has_the_same_spectrum():
@@ -69,8 +70,16 @@ def test_a_moved_wave_has_the_same_spectrum():
 
 
 def test_noise_has_amplitudes_of_mean_square_one():
-    found = spectrum(torch.randn(64, 1, 16, 16), cutoff=0.0).square()[..., 1:-1].mean()
-    assert found == pytest.approx(1, abs=0.05)
+    found = spectrum(torch.randn(256, 1, 16, 16)).square().mean(0)
+    assert found.shape == (1, 8)  # 4 to 11 cycles per picture
+    torch.testing.assert_close(found, torch.ones(1, 8), atol=0.15, rtol=0)
+
+
+def test_the_amplitude_of_a_ring_is_that_of_its_waves():
+    rings = spectrum(wave(12))[0, 0]
+    radius = torch.hypot(torch.fft.fftfreq(32)[:, None], torch.fft.rfftfreq(32)[None]) * 32
+    members = int((radius.round() == 12).sum())
+    assert rings.max() == pytest.approx(16 / math.sqrt(members), rel=1e-4)
 
 
 def test_a_step_down_its_gradient_makes_a_blurred_edge_crisper():

@@ -1,9 +1,10 @@
 """What a picture holds beside its slow changes: edges (Sobel), and the frequencies above a cutoff (Fourier).
 
-L_hf = mean | |S(x)| - |S(y)| | + mean | |F_hf x| - |F_hf y| |          (after HiPA, arXiv 2311.18158)
+L_hf = mean | |S(x)| - |S(y)| | + mean |A(x) - A(y)|          (after HiPA, arXiv 2311.18158)
 
-S are the slopes at a pixel, F_hf the Fourier coefficients above the cutoff. HiPA's filters are not published; strengths
-are compared, not signed values: where detail cannot be told from the input, the signed one nearest to all is a blur.
+S are the slopes at a pixel, A the amplitudes of the waves above the cutoff, by length. HiPA has published no filters.
+Strengths are compared, not signed values: where detail cannot be told from the input, the signed value nearest to all
+is a blur. For the strength of single waves the same holds, less so; so those of one length are taken together.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def sobel(pictures: Tensor) -> Tensor:
 
 def high_pass(pictures: Tensor, cutoff: float = CUTOFF) -> Tensor:
     """`pictures` (B, C, H, W) without what lies at radial frequencies up to `cutoff` (cycles per pixel)."""
-    waves = torch.fft.rfft2(pictures) * _above(cutoff, pictures)
+    waves = torch.fft.rfft2(pictures) * (_radius(pictures) > cutoff)
     return torch.fft.irfft2(waves, s=pictures.shape[2:])
 
 
@@ -39,12 +40,19 @@ def edge_strength(pictures: Tensor) -> Tensor:
 
 
 def spectrum(pictures: Tensor, cutoff: float = CUTOFF) -> Tensor:
-    """Amplitudes of the waves above `cutoff` (cycles per pixel): (B, C, H, W) to (B, C, H, W // 2 + 1), else 0.
+    """Root mean square amplitude of the waves of each length above `cutoff`: (B, C, H, W) to (B, C, rings).
 
-    Divided by sqrt(H W), so that noise of variance 1 has amplitudes of mean square 1.
+    Rings are one cycle per picture wide. Of noise of variance 1 all have the amplitude 1.
     """
-    waves = torch.fft.rfft2(pictures, norm="ortho") * _above(cutoff, pictures)
-    return (waves.real.square() + waves.imag.square() + TINY).sqrt()
+    waves = torch.fft.rfft2(pictures, norm="ortho")
+    power = (waves.real.square() + waves.imag.square()).flatten(2)
+    radius = _radius(pictures).flatten()
+    kept = (radius > cutoff).nonzero().squeeze(-1)
+    ring = (radius[kept] * max(pictures.shape[2:])).round().long()
+    ring = ring - ring.min()
+    count = torch.bincount(ring).clamp_min(1)
+    total = power.new_zeros(*power.shape[:2], len(count)).index_add(2, ring, power[..., kept])
+    return (total / count + TINY).sqrt()
 
 
 def high_frequency_distance(pictures: Tensor, targets: Tensor, cutoff: float = CUTOFF) -> Tensor:
@@ -54,9 +62,8 @@ def high_frequency_distance(pictures: Tensor, targets: Tensor, cutoff: float = C
     return edges + (spectrum(x, cutoff) - spectrum(y, cutoff)).abs().mean()
 
 
-def _above(cutoff: float, pictures: Tensor) -> Tensor:
-    """Which coefficients of `rfft2` lie above the radial frequency `cutoff`, (H, W // 2 + 1) bool."""
+def _radius(pictures: Tensor) -> Tensor:
+    """Radial frequency of each coefficient of `rfft2`, (H, W // 2 + 1), cycles per pixel."""
     height, width = pictures.shape[2:]
     rows = torch.fft.fftfreq(height, device=pictures.device)[:, None]
-    columns = torch.fft.rfftfreq(width, device=pictures.device)[None]
-    return torch.hypot(rows, columns) > cutoff
+    return torch.hypot(rows, torch.fft.rfftfreq(width, device=pictures.device)[None])

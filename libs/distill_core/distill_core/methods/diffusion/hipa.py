@@ -1,8 +1,8 @@
 """HiPA: high-frequency-promoting adaptation, low-rank factors that make the teacher itself a one-step generator.
 
     min_LoRA  L_spatial(x, x*) + lambda L_hf(x, x*),   x = decode(D(sigma* z, c)),   x* = decode(ODE(z, c))
-    L_hf      = mean | |S(x)| - |S(x*)| | + mean | |F_hf x| - |F_hf x*| |
-    S: slopes (Sobel),   F_hf: Fourier coefficients above the cutoff
+    L_hf      = mean | |S(x)| - |S(x*)| | + mean |A(x) - A(x*)|
+    S: slopes (Sobel),   A: amplitudes of waves above the cutoff (Fourier), by their length
 
 The teacher's own pictures of the noise z are the targets; no fake score, no real picture. Regression alone blurs,
 and the blur is all in what L_hf looks at. Without a lambda, both terms begin equal.
