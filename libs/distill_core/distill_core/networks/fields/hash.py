@@ -9,13 +9,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from distill_core.networks.fields.base import FieldConfig, RadianceField
+from distill_core.networks.fields.base import NetworkField, NetworkFieldConfig
 
 # pi_2 = 2654435761 as the int32 with the same bits: products wrap around exactly as unsigned ones do.
 PRIMES = (1, 2654435761 - 2**32, 805459861)
 
 
-class HashConfig(FieldConfig):
+class HashConfig(NetworkFieldConfig):
     levels: int = Field(6, ge=1, le=24)
     features: int = Field(2, ge=1, le=8)  # per level
     min_resolution: int = Field(8, ge=2, le=4096)
@@ -76,7 +76,7 @@ def corner_weights(fraction: Tensor) -> Tensor:
     return (z[:, :, None, None] * y[:, None, :, None] * x[:, None, None, :]).reshape(-1, 8)
 
 
-class HashField(RadianceField):
+class HashField(NetworkField):
     """Multi-resolution hash tables, interpolated and concatenated. The fastest kind to train from images."""
 
     kind: ClassVar[str] = "hash"

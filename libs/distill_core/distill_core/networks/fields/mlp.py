@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.networks.fields.base import FieldConfig, RadianceField
+from distill_core.networks.fields.base import NetworkField, NetworkFieldConfig
 
 
-class MLPConfig(FieldConfig):
+class MLPConfig(NetworkFieldConfig):
     layers: int = Field(4, ge=1, le=16)
     width: int = Field(96, ge=4, le=1024)
     octaves: int = Field(6, ge=1, le=16)  # frequencies pi * 2^k, k < octaves
@@ -27,7 +27,7 @@ def frequency_encoding(values: Tensor, octaves: int) -> Tensor:
     return torch.cat([values, angles.sin(), angles.cos()], -1)
 
 
-class MLPField(RadianceField):
+class MLPField(NetworkField):
     """Frequency encoding and a fully connected trunk. Few parameters, slow to train, smooth."""
 
     kind: ClassVar[str] = "mlp"
