@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distill_core.config import load_recipe, parse_overrides
+from distill_core.config import NetworkConfig, load_recipe, parse_overrides
 from distill_core.errors import ConfigError, NotFound
 
 
@@ -72,3 +72,10 @@ def test_one_teacher_source_replaces_another():
     recipe = load_recipe("dmd2", {"teacher.path": "/models/x"})
     assert recipe.teacher.path == "/models/x"
     assert recipe.teacher.recipe is None
+
+
+def test_another_network_does_not_take_over_the_arguments_of_the_first():
+    other = load_recipe("nerf_procedural", {"network.name": "vm", "network.args.resolution": 32})
+    assert other.network == NetworkConfig(name="vm", args={"resolution": 32})
+    same = load_recipe("nerf_procedural", {"network.name": "hash"})
+    assert same.network == load_recipe("nerf_procedural").network

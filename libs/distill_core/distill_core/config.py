@@ -97,16 +97,17 @@ def _model_at(cls: type[BaseModel], path: Iterable[int | str]) -> type[BaseModel
 
 
 class ModelSource(Config):
-    """Where a frozen model comes from: exactly one of a store artifact, a folder, or a recipe that trains it."""
+    """Where a frozen model comes from: one of a store artifact, a folder, a recipe that trains it, a formula."""
 
     artifact: str | None = None  # name@version or name@alias in the artifact store
     path: str | None = None  # a diffusers folder or an artifact folder on disk
     recipe: str | None = None  # trained once, then cached under the recipe's content
+    scene: Literal["procedural", "alcove"] | None = None  # a radiance field in closed form, without training
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if sum(value is not None for value in (self.artifact, self.path, self.recipe)) != 1:
-            raise ValueError("give exactly one of artifact, path, recipe")
+        if sum(value is not None for value in (self.artifact, self.path, self.recipe, self.scene)) != 1:
+            raise ValueError("give exactly one of artifact, path, recipe, scene")
         return self
 
 
@@ -196,6 +197,7 @@ class EvaluateConfig(Config):
     extractor: ModelSource | None = None  # a transformers vision folder, whose features the distances use
     clip: ModelSource | None = None  # a CLIP folder: clip_score = 100 x mean cosine of picture and prompt
     preference: ModelSource | None = None  # a CLIP folder tuned on choices (HPSv2): preference_score
+    lpips: str | None = None  # of fields: a folder with LPIPS weights (metrics/lpips.py); unset: not measured
     data: dict[str, Any] | None = None  # pictures and prompts to compare with; unset: those of the training
     num_samples: int = Field(1797, ge=2, le=100_000)
     batch_size: int = Field(128, ge=1, le=4096)
@@ -339,6 +341,8 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
         table = nested
     if parents in (["teacher"], ["extractor"], *(["evaluate", key] for key in MEASURING)):
         table.clear()  # one source replaces the other
+    if parents == ["network"] and last == "name" and table.get("name") != value:
+        table.pop("args", None)  # they were those of another class
     if parents == ["student"] and last in STUDENT_SOURCES:
         for other in STUDENT_SOURCES:
             table.pop(other, None)

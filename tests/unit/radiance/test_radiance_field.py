@@ -59,13 +59,51 @@ def trained(scene, settings, folder, **arguments):
     return method
 
 
-@pytest.mark.parametrize("kind", ["hash", "mlp"])
+KINDS = {
+    "hash": NETWORK["args"],
+    "mlp": {"width": 48, "layers": 2},
+    "vm": {"resolution": 32},
+    "cp": {"resolution": 32},
+    "tensors": {"resolution": 24},
+    "sparse": {"resolution": 24},
+}
+RATES = {"tensors": 0.3, "sparse": 0.3}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_field_shows_held_out_views_better_than_before(scene, tmp_path, kind):
-    args = NETWORK["args"] if kind == "hash" else {"width": 48, "layers": 2}
-    settings = recipe(network={"name": kind, "args": args}, steps=80)
+    optim = {"field": {"name": "adam", "lr": RATES.get(kind, 2e-2), "betas": [0.9, 0.99], "eps": 1e-15}}
+    settings = recipe(network={"name": kind, "args": KINDS[kind]}, steps=80, optim=optim)
     before = build(scene, settings).evaluate(EvaluateConfig())["psnr"]
     after = trained(scene, settings, tmp_path).evaluate(EvaluateConfig())["psnr"]
     assert after > before + (4 if kind == "hash" else 1)
+
+
+def test_a_regulariser_is_added_to_the_loss_with_its_weight(scene):
+    plain, heavy = (
+        build(scene, recipe(network={"name": "vm"}, config={"regularizers": {"density_l1": weight}}))
+        for weight in (0.0, 2.0)
+    )
+    updates = []
+    for method in (plain, heavy):
+        torch.manual_seed(0)
+        updates.append(next(method.updates(Batch(64), 0)))
+    added = 2 * plain.field.regularizers()["density_l1"].item()
+    assert (updates[1].loss - updates[0].loss).item() == pytest.approx(added, rel=1e-4)
+    assert updates[1].metrics["psnr"] == updates[0].metrics["psnr"]
+
+
+@pytest.mark.parametrize(
+    ("network", "config", "said"),
+    [
+        ({"name": "analytic"}, {}, "nothing to train"),
+        ({"name": "hash"}, {"regularizers": {"density_l1": 1e-4}}, "no regulariser 'density_l1'"),
+        ({"name": "vm"}, {"regularizers": {"total_variation": 1e-4}}, "no regulariser 'total_variation'"),
+    ],
+)
+def test_a_field_that_cannot_be_trained_so_says_why(scene, network, config, said):
+    with pytest.raises(ConfigError, match=said):
+        build(scene, recipe(network=network, config=config))
 
 
 def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(scene, tmp_path):

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+from distill_core.config import NetworkConfig
+from distill_core.networks.fields import build_field
 from distill_core.radiance.cameras import Rays, orbit_camera
 from distill_core.radiance.march import box_interval, fit_budget, march, step_length
 from distill_core.radiance.occupancy import OccupancyGrid, cell_index, is_occupied
-from distill_core.radiance.procedural import ProceduralField, signed_distances
+from distill_core.radiance.procedural import signed_distances
 from distill_core.radiance.rendering import composite, over, packed_weights, render_weights
 
 
@@ -84,9 +86,9 @@ def test_packed_marching_equals_dense_marching_on_a_full_grid():
 
 
 def test_leaving_out_empty_cells_changes_nothing():
-    field, rays = ProceduralField(), view(24)
+    field, rays = build_field(NetworkConfig(name="analytic"), bound=1.0), view(24)
     centres = grid_points(16, 4)  # 4^3 points in every cell
-    occupied = torch.isfinite(field.log_density(centres.reshape(-1, 3))).reshape(16, 16, 16, -1).any(-1)
+    occupied = (field.log_density(centres.reshape(-1, 3)) > 0).reshape(16, 16, 16, -1).any(-1)
     everywhere = march(rays, bound=1.0, num_steps=96, occupied=None)
     somewhere = march(rays, bound=1.0, num_steps=96, occupied=occupied)
     assert len(somewhere.ray) < len(everywhere.ray) / 2
@@ -136,7 +138,11 @@ def solid_cells(resolution: int) -> torch.Tensor:
 
 def test_occupancy_never_culls_solid_cells_and_forgets_empty_ones():
     torch.manual_seed(0)
-    field, grid, solid = ProceduralField(), OccupancyGrid(24, 1.0, step_length(1.0, 96)), solid_cells(24)
+    field, grid, solid = (
+        build_field(NetworkConfig(name="analytic"), bound=1.0),
+        OccupancyGrid(24, 1.0, step_length(1.0, 96)),
+        solid_cells(24),
+    )
     assert int(solid.sum()) > 100
     for update in range(40):
         grid.update(field.log_density, every_cell=update < 8)

@@ -1,4 +1,4 @@
-"""Conditions without pictures, for methods that learn from a teacher alone: class labels, or prompts."""
+"""Data without pictures, for methods that learn from a teacher alone: class labels, prompts, or nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from distill_core.config import Config as SourceConfig
 from distill_core.data.huggingface import is_table, prompts_in
 from distill_core.data.prompts import MAX_PROMPT, checked_prompts, read_lines
 from distill_core.data.source import Source, existing
+from distill_core.method import Batch
 
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT)]
 
@@ -54,6 +55,22 @@ class Prompts(Source):
         super().__init__(config, size=len(prompts), prompts=prompts)
 
 
+class Nothing(Source):
+    """No data at all: the method draws what it needs, such as the poses to look at a scene from."""
+
+    class Config(SourceConfig):
+        """Options of the recipe's `[data]` table."""
+
+        name: Literal["nothing"] = "nothing"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, size=1)
+
+    def batch(self, size: int, *, epoch_seed: int, position: int) -> Batch:
+        """`size` of whatever the method draws."""
+        return Batch(size)
+
+
 def _prompts(config: Prompts.Config) -> list[str]:
     if config.path is None:
         return checked_prompts(config.prompts or (), what="data.prompts", field="data.prompts")
@@ -62,4 +79,4 @@ def _prompts(config: Prompts.Config) -> list[str]:
     return read_lines(config.path)
 
 
-SOURCES = {"classes": Classes, "prompts": Prompts}
+SOURCES = {"classes": Classes, "nothing": Nothing, "prompts": Prompts}

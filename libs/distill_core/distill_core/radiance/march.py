@@ -30,11 +30,31 @@ def step_length(bound: float, num_steps: int) -> float:
     return 2 * math.sqrt(3) * bound / num_steps
 
 
-def box_interval(rays: Rays, bound: float) -> tuple[Tensor, Tensor]:
-    """Distances (R,) at which rays enter and leave [-bound, bound]^3; a ray that misses has near >= far."""
+def box_interval(
+    rays: Rays, bound: float, corners: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Distances (R,) at which rays enter and leave a box; a ray that misses has near >= far.
+
+    The box is [-bound, bound]^3, or between the lowest and the highest of `corners`, (3,) each.
+    """
+    low, high = corners or (-bound, bound)
     inverse = 1 / torch.where(rays.directions.abs() < 1e-9, 1e-9, rays.directions)
-    one, other = (-bound - rays.origins) * inverse, (bound - rays.origins) * inverse
+    one, other = (low - rays.origins) * inverse, (high - rays.origins) * inverse
     return torch.minimum(one, other).amax(-1).clamp_min(MIN_NEAR), torch.maximum(one, other).amin(-1)
+
+
+def occupied_extent(occupied: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Lowest and highest corner (3,) of the set cells, a little beyond them; low above high where none is set."""
+    as_bytes = occupied.view(
+        torch.uint8
+    )  # whose maxima take a fiftieth of the time that `any` of bools takes
+    above = as_bytes.amax(0)
+    used = torch.stack([as_bytes.amax(1).amax(1), above.amax(1), above.amax(0)]).bool()
+    cells = torch.arange(len(occupied), device=occupied.device)
+    size, slack = 2 * bound / len(occupied), 0.01  # of a cell: rounding puts a point into its neighbour's
+    low = torch.where(used, cells, len(occupied)).amin(1)
+    high = torch.where(used, cells + 1, 0).amax(1)
+    return (low - slack) * size - bound, (high + slack) * size - bound
 
 
 def march(
@@ -48,14 +68,25 @@ def march(
     near, far = box_interval(rays, bound)
     start = near + torch.as_tensor(offset, device=near.device) * delta
     column = torch.arange(num_steps, device=near.device) * delta
-    ray, step = (start[:, None] + column < far[:, None]).nonzero(as_tuple=True)
-    distance = start[ray] + column[step]
-    positions = torch.addcmul(rays.origins[ray], rays.directions[ray], distance[:, None])
+    first, last = near, far
+    if occupied is not None:  # most rays cross little of the set cells' own box
+        first, last = box_interval(rays, bound, occupied_extent(occupied, bound))
+    low = ((first - start) / delta).floor().clamp(0, num_steps)
+    high = ((torch.minimum(last, far) - start) / delta).ceil().clamp(0, num_steps)
+    wanted = (high - low).clamp_min(0).long()
+    ray = torch.arange(len(near), device=near.device).repeat_interleave(wanted)
+    skipped = low.long() - (wanted.cumsum(0) - wanted)
+    # index_select is three times as fast as indexing on a CPU
+    step = skipped.index_select(0, ray) + torch.arange(len(ray), device=ray.device)
+    distance = start.index_select(0, ray) + column.index_select(0, step)
+    origins, directions = (part.contiguous().index_select(0, ray) for part in rays)  # expanded: slow
+    positions = torch.addcmul(origins, directions, distance[:, None])
     if occupied is not None:
         kept = is_occupied(occupied, positions, bound).nonzero().squeeze(-1)
-        ray, distance, positions = ray[kept], distance[kept], positions[kept]
+        ray, distance, positions = (part.index_select(0, kept) for part in (ray, distance, positions))
     counts = torch.bincount(ray, minlength=len(near))
-    rank = torch.arange(len(ray), device=ray.device) - (counts.cumsum(0) - counts)[ray]
+    before = (counts.cumsum(0) - counts).index_select(0, ray)
+    rank = torch.arange(len(ray), device=ray.device) - before
     return Samples(positions, distance, ray, rank, delta, len(near))
 
 

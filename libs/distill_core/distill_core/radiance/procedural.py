@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from distill_core.networks.fields.base import FieldSample
 from distill_core.radiance.cameras import Camera, Rays
 from distill_core.radiance.march import box_interval
 
@@ -22,29 +23,32 @@ CHECKER = 5.0  # squares per unit
 LIGHT = (0.48, 0.36, 0.8)
 AMBIENT, DIFFUSE, SPECULAR, SHININESS = 0.45, 0.5, 0.35, 24
 MAX_TRACE_STEPS, HIT_DISTANCE = 64, 1e-3
-SOLID_DENSITY = 400.0  # of the field form: 1/unit inside, 0 outside
+
+Distances = Callable[[Tensor], Tensor]  # positions (M, 3) to signed distances (M, objects)
+
+
+def box_distance(
+    positions: Tensor, centre: tuple[float, float, float], half: tuple[float, float, float]
+) -> Tensor:
+    """Signed distance (M,) to a box with half sides `half`."""
+    beyond = (positions - positions.new_tensor(centre)).abs() - positions.new_tensor(half)
+    return beyond.clamp_min(0).norm(dim=-1) + beyond.amax(-1).clamp_max(0)
 
 
 def signed_distances(positions: Tensor) -> Tensor:
     """Distance (M, 3) of `positions` (M, 3) to the sphere, the box and the torus; negative inside."""
-
-    def from_centre(centre: tuple[float, float, float]) -> Tensor:
-        return positions - positions.new_tensor(centre)
-
-    sphere = from_centre(SPHERE_CENTRE).norm(dim=-1) - SPHERE_RADIUS
-    beyond = from_centre(BOX_CENTRE).abs() - positions.new_tensor(BOX_HALF)
-    box = beyond.clamp_min(0).norm(dim=-1) + beyond.amax(-1).clamp_max(0)
-    p = from_centre(TORUS_CENTRE)
+    sphere = (positions - positions.new_tensor(SPHERE_CENTRE)).norm(dim=-1) - SPHERE_RADIUS
+    box = box_distance(positions, BOX_CENTRE, BOX_HALF)
+    p = positions - positions.new_tensor(TORUS_CENTRE)
     torus = torch.hypot(p[:, :2].norm(dim=-1) - TORUS_RADIUS, p[:, 2]) - TORUS_TUBE
     return torch.stack([sphere, box, torus], -1)
 
 
-def surface_normals(positions: Tensor, step: float = 1e-3) -> Tensor:
+def surface_normals(positions: Tensor, step: float = 1e-3, distances: Distances = signed_distances) -> Tensor:
     """Unit outward normals (M, 3) of the nearest object, by central differences."""
     shifts = step * torch.eye(3, device=positions.device)
     sides = [
-        signed_distances(positions + shift).amin(-1) - signed_distances(positions - shift).amin(-1)
-        for shift in shifts
+        distances(positions + shift).amin(-1) - distances(positions - shift).amin(-1) for shift in shifts
     ]
     return nn.functional.normalize(torch.stack(sides, -1), dim=-1)
 
@@ -54,29 +58,41 @@ def shade(positions: Tensor, directions: Tensor) -> Tensor:
     which = signed_distances(positions).abs().argmin(-1)
     square = (positions * CHECKER).floor().sum(-1).long() % 2
     albedo = torch.tensor(COLOURS, device=positions.device)[which, square]
-    normals = surface_normals(positions)
-    light = nn.functional.normalize(positions.new_tensor(LIGHT), dim=0)
+    return lit(albedo, surface_normals(positions), directions)
+
+
+def lit(albedo: Tensor, normals: Tensor, directions: Tensor) -> Tensor:
+    """`albedo` (M, 3) under the light, seen along `directions` (M, 3): Lambert and a Blinn-Phong highlight."""
+    light = nn.functional.normalize(normals.new_tensor(LIGHT), dim=0)
     halfway = nn.functional.normalize(light - directions, dim=-1)
     lambert = (normals @ light).clamp_min(0)[:, None]
     highlight = (normals * halfway).sum(-1).clamp_min(0)[:, None] ** SHININESS
     return (albedo * (AMBIENT + DIFFUSE * lambert) + SPECULAR * highlight).clamp(0, 1)
 
 
-def trace(rays: Rays) -> Tensor:
-    """First hit of each ray by sphere tracing: colour and opacity (R, 4), all 0 where nothing is hit."""
+def first_hits(rays: Rays) -> tuple[Tensor, Tensor]:
+    """By sphere tracing: distance (R,) to what each ray hits first, 0 where nothing, and whether it hits (R,)."""
     near, far = box_interval(rays, BOUND)
-    out = torch.zeros(len(near), 4, device=near.device)
+    hit = torch.zeros(len(near), dtype=torch.bool, device=near.device)
     distance = near.clone()
     active = (near < far).nonzero().squeeze(-1)
     for _ in range(MAX_TRACE_STEPS):
         positions = rays.origins[active] + distance[active, None] * rays.directions[active]
         free = signed_distances(positions).amin(-1)
         distance[active] += free
-        out[active, 3] = (free < HIT_DISTANCE).float()
+        hit[active] = free < HIT_DISTANCE
         active = active[(free >= HIT_DISTANCE) & (distance[active] < far[active])]
         if len(active) == 0:
             break
-    hit = out[:, 3].nonzero().squeeze(-1)
+    return distance * hit, hit
+
+
+def trace(rays: Rays) -> Tensor:
+    """First hit of each ray: colour and opacity (R, 4), all 0 where nothing is hit."""
+    distance, found = first_hits(rays)
+    out = torch.zeros(len(distance), 4, device=distance.device)
+    hit = found.nonzero().squeeze(-1)
+    out[hit, 3] = 1
     out[hit, :3] = shade(rays.origins[hit] + distance[hit, None] * rays.directions[hit], rays.directions[hit])
     return out
 
@@ -99,16 +115,6 @@ def render_procedural(camera: Camera, supersample: int = 2) -> Tensor:
     return picture.mean(dim=(1, 3))
 
 
-class ProceduralField(nn.Module):
-    """The scene as a field: solid inside, empty outside. Stands in where an exact field is needed."""
-
-    bound = BOUND
-
-    def log_density(self, positions: Tensor) -> Tensor:
-        """Log-density (M,) at `positions` (M, 3); minus infinity outside the objects."""
-        inside = signed_distances(positions).amin(-1) < 0
-        return (SOLID_DENSITY * inside).log()
-
-    def forward(self, positions: Tensor, directions: Tensor) -> FieldSample:
-        """Density and radiance at `positions` (M, 3), seen along `directions` (M, 3)."""
-        return FieldSample(self.log_density(positions).exp(), shade(positions, directions))
+def procedural_distance(camera: Camera) -> Tensor:
+    """How far away is what the centre of each pixel shows: (H, W), scene units, 0 where it shows nothing."""
+    return first_hits(camera.rays())[0].reshape(camera.height, camera.width)

@@ -8,8 +8,10 @@ Rays are marched where the occupancy grid is set, as many as fit a budget of sam
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any, Literal
 
 import torch
@@ -20,8 +22,10 @@ from distill_core.config import EvaluateConfig, NetworkConfig
 from distill_core.data.scenes import SceneSource
 from distill_core.errors import ConfigError
 from distill_core.method import Batch, Method, MethodConfig, Update
-from distill_core.metrics.image import psnr, ssim
+from distill_core.metrics.image import depth_error, psnr, ssim
+from distill_core.metrics.lpips import LPIPS
 from distill_core.networks.fields import build_field
+from distill_core.networks.fields.regularizers import RegularizerWeights, check_trainable, regularization
 from distill_core.radiance.cameras import Rays
 from distill_core.radiance.march import fit_budget, march, step_length
 from distill_core.radiance.occupancy import OccupancyGrid
@@ -29,6 +33,7 @@ from distill_core.radiance.renderer import Rendering, Scene, render, render_samp
 from distill_core.radiance.rendering import over
 
 PREVIEWS = 4
+log = logging.getLogger(__name__)
 
 
 class Config(MethodConfig):
@@ -43,6 +48,8 @@ class Config(MethodConfig):
     grid_resolution: int = Field(32, ge=4, le=256)
     grid_every: int = Field(16, ge=1)  # steps between looks at the occupancy
     grid_warmup: int = Field(256, ge=0)  # steps during which every cell is looked at
+    regularizers: RegularizerWeights = RegularizerWeights()
+    compile: bool = False  # the field by torch.compile in training; pays on a GPU and in long runs
 
 
 def pixel_loss(rendered: Tensor, rgba: Tensor, background: Tensor) -> Tensor:
@@ -70,6 +77,9 @@ class RadianceFieldFromImages(Method):
         self.config, self.data = config, data
         self.spec = data.spec.model_copy(update={"field": network.name})
         self.field = build_field(network, self.spec.bound)
+        check_trainable(self.field, config.regularizers)
+        if config.compile:
+            self.field.compile(dynamic=True)  # the number of samples differs from step to step
         delta = step_length(self.spec.bound, config.num_steps)
         self.grid = OccupancyGrid(config.grid_resolution, self.spec.bound, delta)
         self.foreground = data.train.foreground()
@@ -95,7 +105,7 @@ class RadianceFieldFromImages(Method):
             "rays": used,
             "occupancy": self.grid.occupied.float().mean(),
         }
-        yield Update("field", loss, figures)
+        yield Update("field", loss + regularization(self.field, self.config.regularizers), figures)
 
     def draw_rays(self, count: int) -> tuple[Rays, Tensor]:
         """Rays and their pixels (R, 4), a share of them from the foreground, in random order."""
@@ -133,17 +143,32 @@ class RadianceFieldFromImages(Method):
         return views.permute(0, 3, 1, 2) * 2 - 1
 
     def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
-        """Mean PSNR and SSIM (Gaussian window) over the held-out views, on the scene's background."""
+        """Means over the held-out views, on the scene's background: PSNR, SSIM (Gaussian window), maybe more.
+
+        `depth_error` (scene units) where the data knows the truth, LPIPS where `config.lpips` names its weights.
+        """
         test = self.data.test
         background = torch.tensor(self.spec.background)
-        targets = over(test.images[..., :3], test.images[..., 3:], background).numpy()
-        pictures = [self.render_test(index).rgb.cpu().numpy() for index in range(len(test))]
-        pairs = list(zip(pictures, targets))
-        return {
-            "psnr": sum(psnr(*pair) for pair in pairs) / len(pairs),
-            "ssim": sum(ssim(*pair) for pair in pairs) / len(pairs),
+        targets = over(test.images[..., :3], test.images[..., 3:], background)
+        renderings = [self.render_test(index) for index in range(len(test))]
+        pairs = [(one.rgb.cpu(), target) for one, target in zip(renderings, targets)]
+        figures = {
+            "psnr": mean(psnr(one.numpy(), target.numpy()) for one, target in pairs),
+            "ssim": mean(ssim(one.numpy(), target.numpy()) for one, target in pairs),
             "test_views": float(len(pairs)),
         }
+        if test.distance is not None:
+            covered = test.images[..., 3] == 1
+            figures["depth_error"] = mean(
+                depth_error(one.depth.cpu().numpy(), truth.numpy(), full.numpy())
+                for one, truth, full in zip(renderings, test.distance, covered)
+                if full.any()
+            )
+        if config.lpips is None:
+            log.info("LPIPS is not available: evaluate.lpips names no folder with its weights")
+            return figures
+        lpips = LPIPS(Path(config.lpips))
+        return figures | {lpips.name: mean(lpips(one, target) for one, target in pairs)}
 
     def save_result(self, folder: Path) -> None:
         save_scene(self.scene(), folder)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError, nearest
+from distill_core.networks.fields.analytic import AnalyticField
 from distill_core.networks.fields.base import FieldSample, RadianceField
+from distill_core.networks.fields.factors import CPField, VMField
 from distill_core.networks.fields.hash import HashField
 from distill_core.networks.fields.mlp import MLPField
+from distill_core.networks.fields.tensors import SparseField, TensorsField
 
 __all__ = ["FIELDS", "FieldSample", "HashField", "MLPField", "RadianceField", "build_field"]
 
-FIELDS: dict[str, type[RadianceField]] = {cls.kind: cls for cls in (HashField, MLPField)}
+KINDS = (HashField, MLPField, VMField, CPField, TensorsField, SparseField, AnalyticField)
+FIELDS: dict[str, type[RadianceField]] = {cls.kind: cls for cls in KINDS}
 
 
 def build_field(network: NetworkConfig, bound: float) -> RadianceField:

@@ -1,4 +1,4 @@
-"""What every radiance field is: block 1 maps position to density and feature, block 2 feature and direction to colour."""
+"""What every radiance field is: block 1 maps position to density and feature, block 2 these and direction to colour."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def bias_free_mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def build_color_net(config: NetworkFieldConfig) -> nn.Sequential:
+    """Block 2 as a network: the direction's basis, then the feature, to channels. Of one shape for all kinds."""
+    return bias_free_mlp(config.sh_degree**2 + config.geo_dim, config.hidden, config.hidden, config.channels)
+
+
 class RadianceField(nn.Module, abc.ABC):
     """A scene in the box [-bound, bound]^3, in two blocks."""
 
@@ -93,27 +98,41 @@ class RadianceField(nn.Module, abc.ABC):
         """Log of the density (M,): all that occupancy and meshes need."""
         return self.block1(positions).log_density
 
+    def regularizers(self) -> dict[str, Tensor]:
+        """Scalars by name that a training loss may add with a weight; none where the kind has none."""
+        return {}
+
+    def occupy(self, occupied: Tensor) -> None:
+        """Be told, before training, where the scene is: (G, G, G) bool. A kind that stores cells keeps only those."""
+
     def forward(self, positions: Tensor, directions: Tensor) -> FieldSample:
         """Density and radiance at `positions` (M, 3), seen along `directions` (M, 3)."""
         log_density, geo = self.block1(positions)
         return FieldSample(log_density.exp(), self.block2(geo, directions))
 
 
-class NetworkField(RadianceField):
-    """An encoding, then two small networks: `encode` is all that such kinds differ in."""
+class ColorNetField(RadianceField):
+    """A field whose block 2 is a small network of the feature and the direction; the same for all such kinds."""
 
     Config: ClassVar[type[NetworkFieldConfig]] = NetworkFieldConfig
     config: NetworkFieldConfig
-
-    def __init__(self, config: NetworkFieldConfig, bound: float, encoding_dim: int) -> None:
-        super().__init__(config, bound)
-        self.sigma_net = bias_free_mlp(encoding_dim, config.hidden, 1 + config.geo_dim)
-        wide = config.geo_dim + config.sh_degree**2
-        self.color_net = bias_free_mlp(wide, config.hidden, config.hidden, config.channels)
+    color_net: nn.Sequential
 
     @property
     def geo_dim(self) -> int:
         return self.config.geo_dim
+
+    def radiance(self, geo: Tensor, basis: Tensor) -> Tensor:
+        return self.color_net(torch.cat([basis, geo], -1))
+
+
+class NetworkField(ColorNetField):
+    """An encoding, then two small networks: `encode` is all that such kinds differ in."""
+
+    def __init__(self, config: NetworkFieldConfig, bound: float, encoding_dim: int) -> None:
+        super().__init__(config, bound)
+        self.sigma_net = bias_free_mlp(encoding_dim, config.hidden, 1 + config.geo_dim)
+        self.color_net = build_color_net(config)
 
     @abc.abstractmethod
     def encode(self, unit: Tensor) -> Tensor:
@@ -122,6 +141,3 @@ class NetworkField(RadianceField):
     def raw(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         raw = self.sigma_net(self.encode(unit)).float()
         return raw[:, 0], raw[:, 1:]
-
-    def radiance(self, geo: Tensor, basis: Tensor) -> Tensor:
-        return self.color_net(torch.cat([basis, geo], -1))

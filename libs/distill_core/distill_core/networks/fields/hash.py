@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from typing import ClassVar, NamedTuple
 
@@ -76,6 +78,21 @@ def corner_weights(fraction: Tensor) -> Tensor:
     return (z[:, :, None, None] * y[:, None, :, None] * x[:, None, None, :]).reshape(-1, 8)
 
 
+@torch.compiler.assume_constant_result
+def runs_triton(device: torch.device) -> bool:
+    """Whether the encoding's Triton kernels (hash_triton.py) can be had on `device`: on CUDA, after a self-test."""
+    return device.type == "cuda" and _triton_works(device)
+
+
+@functools.cache
+def _triton_works(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from distill_core.networks.fields import hash_triton
+
+    return hash_triton.works(device)
+
+
 class HashField(NetworkField):
     """Multi-resolution hash tables, interpolated and concatenated. The fastest kind to train from images."""
 
@@ -91,7 +108,12 @@ class HashField(NetworkField):
         )
 
     def encode(self, unit: Tensor) -> Tensor:
-        indices, weights = zip(*(self._corners(unit, level) for level in self.levels))
+        if runs_triton(self.table.device):
+            from distill_core.networks.fields import hash_triton
+
+            return hash_triton.encode(unit, self.table, self.levels)
+        placed = unit.clamp(0, 1)
+        indices, weights = zip(*(self._corners(placed, level) for level in self.levels))
         index, weight = torch.stack(indices, 1), torch.stack(weights, 1)  # (M, L, 8)
         inside = ((unit >= 0) & (unit <= 1)).all(-1)  # outside the box the encoding is zero
         weight = weight * inside[:, None, None]
@@ -101,6 +123,6 @@ class HashField(NetworkField):
         return torch.stack(found, -1).flatten(1)
 
     def _corners(self, unit: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        position = unit.clamp(0, 1) * level.scale + 0.5
+        position = unit * level.scale + 0.5
         corner = position.floor()
         return corner_indices(corner.int(), level), corner_weights(position - corner)
