@@ -13,7 +13,7 @@ from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.networks.fields import build_field
 from distill_core.radiance.cameras import orbit_camera
-from distill_core.radiance.renderer import Scene, render, save_scene
+from distill_core.radiance.renderer import Scene, refined, render, save_scene
 from distillery.v1 import sampler_pb2
 from tests.services.sampler_helpers import SamplerProcess
 
@@ -62,7 +62,7 @@ def test_a_view_equals_the_librarys_rendering(client, scene):
     seen = client.render(
         "cloud", azimuth=30, elevation=20, width=12, height=10, outputs=("rgb", "depth", "opacity")
     )
-    rendered = render(scene, camera(30.0))
+    rendered = render(refined(scene), camera(30.0))
     np.testing.assert_allclose(seen.rgb.astype(int), as_uint8(rendered.rgb), atol=1)
     np.testing.assert_allclose(seen.depth, rendered.depth.numpy(), atol=1e-4)
     np.testing.assert_allclose(seen.opacity, rendered.opacity.numpy(), atol=1e-4)
@@ -137,7 +137,7 @@ def test_a_path_that_nobody_reads_stops_being_rendered(sampler, client):
         ({"background": (0.0, 0.5, 2.0)}, "give 3 numbers in", "background"),
         ({"background": (0.0,)}, "has 1 numbers", "options.background"),
         ({"radius": -1.0}, "radius = -1 is not allowed", "orbit.radius"),
-        ({"intrinsics": (1, 1, 1, 1)}, "intrinsics go with a pose", "intrinsics"),
+        ({"intrinsics": (1, 1, 1, 1)}, "intrinsics and a lens go with a pose", "intrinsics"),
         ({"pose": np.eye(3)}, "a pose of 9 numbers", "pose.matrix"),
         ({"pose": np.full((4, 4), np.nan)}, "NaN or infinity", "c2w"),
     ],

@@ -16,7 +16,8 @@ from distill_core.errors import ConfigError, DistilleryError
 from distillery_cli import report as reports
 from distillery_cli.jobs import shown_until_end, state_name
 from distillery_cli.output import AsJson, Bars, emit_json, notes, results
-from distillery_cli.sampling import save_gif, save_pictures
+from distillery_cli.rendering import save_gif
+from distillery_cli.sampling import save_pictures
 from distillery_cli.stack import Stack, free_port
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`distillery generate` and `render`: pictures from a running sampler."""
+"""`distillery generate`: pictures from a running sampler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(help="name, name@version or name@alias.")]
 Out = Annotated[Path, typer.Option("--out", help="A file, or a folder for one file each.")]
-FRAME_MS = 50
 
 
 def register(app: typer.Typer) -> None:
@@ -27,10 +26,6 @@ def register(app: typer.Typer) -> None:
         "  ·  distillery generate sd --prompt 'a red cube' --count 4 --out pictures/"
         "  ·  distillery generate sd --prompt 'a red cube' --image room.png --mask hole.png"
     )(generate)
-    app.command(
-        epilog="Examples: distillery render procedural-scene --azimuth 45 --out view.png"
-        "  ·  distillery render procedural-scene --orbit 60 --out orbit.gif"
-    )(render)
 
 
 def client() -> SamplerClient:
@@ -102,7 +97,7 @@ def generate(
         for index, picture in stream:
             pictures[index] = picture
             line.update(len(pictures), total)
-    _say(save_pictures([pictures[index] for index in sorted(pictures)], out), as_json)
+    say_files(save_pictures([pictures[index] for index in sorted(pictures)], out), as_json)
 
 
 def _read(path: Path, option: str) -> bytes:
@@ -177,52 +172,8 @@ def sheet(pictures: list[np.ndarray], *, columns: int = 10, min_side: int = 32) 
     return Image.fromarray(whole[:-1, :-1].squeeze())
 
 
-def render(
-    model: Model,
-    out: Out = Path("view.png"),
-    azimuth: Annotated[float, typer.Option(help="Degrees around the scene.")] = 0.0,
-    elevation: Annotated[float, typer.Option(help="Degrees above the horizon.")] = 30.0,
-    radius: Annotated[float | None, typer.Option(help="Camera distance; unset: the scene's own.")] = None,
-    size: Annotated[int, typer.Option(help="Pixels per side.")] = 256,
-    orbit: Annotated[
-        int | None, typer.Option(help="So many views around the scene, as GIF or in a folder.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Render a view of a served scene, or an orbit around it."""
-    check_out(out)
-    if orbit is not None and orbit < 1:
-        raise ConfigError(f"--orbit {orbit} is not allowed; ask for at least 1 view", field="orbit")
-    with client() as sampler:
-        if orbit is None:
-            view = sampler.render(
-                model, azimuth=azimuth, elevation=elevation, radius=radius, width=size, height=size
-            )
-            return _say(save_pictures([view.rgb], out), as_json)
-        views = sampler.render_path(
-            model, count=orbit, elevation=elevation, radius=radius, width=size, height=size
-        )
-        frames = []
-        with bar(f"orbit of {model}", orbit) as line:
-            for frame in views:
-                frames.append(frame.rgb)
-                line.update(len(frames), orbit)
-    if out.suffix == ".gif":
-        save_gif(frames, out)
-        return _say([out], as_json)
-    return _say(save_pictures(frames, out), as_json)
-
-
-def save_gif(frames: list[np.ndarray], path: Path) -> None:
-    """An endless GIF."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    first, *rest = (Image.fromarray(frame) for frame in frames)
-    first.save(path, save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
-
-
-def _say(paths: list[Path], as_json: bool) -> None:
+def say_files(paths: list[Path], as_json: bool) -> None:
+    """Print what was written."""
     if as_json:
         emit_json({"files": [str(path) for path in paths]})
     else:

@@ -94,18 +94,20 @@ class GeneratorInfo(_message.Message):
     def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ..., channels: _Optional[int] = ..., condition: _Optional[str] = ..., num_classes: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ..., num_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., guidance: _Optional[float] = ..., guidable: _Optional[bool] = ...) -> None: ...
 
 class SceneInfo(_message.Message):
-    __slots__ = ("field", "bound", "radius", "fov_degrees", "background")
+    __slots__ = ("field", "bound", "radius", "fov_degrees", "background", "transform")
     FIELD_FIELD_NUMBER: _ClassVar[int]
     BOUND_FIELD_NUMBER: _ClassVar[int]
     RADIUS_FIELD_NUMBER: _ClassVar[int]
     FOV_DEGREES_FIELD_NUMBER: _ClassVar[int]
     BACKGROUND_FIELD_NUMBER: _ClassVar[int]
+    TRANSFORM_FIELD_NUMBER: _ClassVar[int]
     field: str
     bound: float
     radius: float
     fov_degrees: float
     background: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, field: _Optional[str] = ..., bound: _Optional[float] = ..., radius: _Optional[float] = ..., fov_degrees: _Optional[float] = ..., background: _Optional[_Iterable[float]] = ...) -> None: ...
+    transform: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, field: _Optional[str] = ..., bound: _Optional[float] = ..., radius: _Optional[float] = ..., fov_degrees: _Optional[float] = ..., background: _Optional[_Iterable[float]] = ..., transform: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ("all_versions",)

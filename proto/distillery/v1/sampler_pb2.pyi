@@ -20,6 +20,7 @@ class RenderOutput(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RENDER_OUTPUT_RGB: _ClassVar[RenderOutput]
     RENDER_OUTPUT_DEPTH: _ClassVar[RenderOutput]
     RENDER_OUTPUT_OPACITY: _ClassVar[RenderOutput]
+    RENDER_OUTPUT_NORMAL: _ClassVar[RenderOutput]
 PRIORITY_UNSPECIFIED: Priority
 PRIORITY_INTERACTIVE: Priority
 PRIORITY_BULK: Priority
@@ -27,6 +28,7 @@ RENDER_OUTPUT_UNSPECIFIED: RenderOutput
 RENDER_OUTPUT_RGB: RenderOutput
 RENDER_OUTPUT_DEPTH: RenderOutput
 RENDER_OUTPUT_OPACITY: RenderOutput
+RENDER_OUTPUT_NORMAL: RenderOutput
 
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "class_labels", "prompts", "count", "seed", "seeds", "num_steps", "guidance", "image_format", "with_tensor", "priority", "image", "negative_prompts", "negative_scale")
@@ -142,8 +144,16 @@ class Intrinsics(_message.Message):
     cy: float
     def __init__(self, fx: _Optional[float] = ..., fy: _Optional[float] = ..., cx: _Optional[float] = ..., cy: _Optional[float] = ...) -> None: ...
 
+class Lens(_message.Message):
+    __slots__ = ("distortion", "fisheye")
+    DISTORTION_FIELD_NUMBER: _ClassVar[int]
+    FISHEYE_FIELD_NUMBER: _ClassVar[int]
+    distortion: _containers.RepeatedScalarFieldContainer[float]
+    fisheye: bool
+    def __init__(self, distortion: _Optional[_Iterable[float]] = ..., fisheye: _Optional[bool] = ...) -> None: ...
+
 class ViewOptions(_message.Message):
-    __slots__ = ("width", "height", "fov_degrees", "intrinsics", "background", "outputs", "image_format", "priority")
+    __slots__ = ("width", "height", "fov_degrees", "intrinsics", "background", "outputs", "image_format", "priority", "progressive", "lens")
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     FOV_DEGREES_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +162,8 @@ class ViewOptions(_message.Message):
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FORMAT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESSIVE_FIELD_NUMBER: _ClassVar[int]
+    LENS_FIELD_NUMBER: _ClassVar[int]
     width: int
     height: int
     fov_degrees: float
@@ -160,7 +172,9 @@ class ViewOptions(_message.Message):
     outputs: _containers.RepeatedScalarFieldContainer[RenderOutput]
     image_format: _common_pb2.ImageFormat
     priority: Priority
-    def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ..., fov_degrees: _Optional[float] = ..., intrinsics: _Optional[_Union[Intrinsics, _Mapping]] = ..., background: _Optional[_Iterable[float]] = ..., outputs: _Optional[_Iterable[_Union[RenderOutput, str]]] = ..., image_format: _Optional[_Union[_common_pb2.ImageFormat, str]] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    progressive: bool
+    lens: Lens
+    def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ..., fov_degrees: _Optional[float] = ..., intrinsics: _Optional[_Union[Intrinsics, _Mapping]] = ..., background: _Optional[_Iterable[float]] = ..., outputs: _Optional[_Iterable[_Union[RenderOutput, str]]] = ..., image_format: _Optional[_Union[_common_pb2.ImageFormat, str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., progressive: _Optional[bool] = ..., lens: _Optional[_Union[Lens, _Mapping]] = ...) -> None: ...
 
 class RenderRequest(_message.Message):
     __slots__ = ("model", "pose", "orbit", "options")
@@ -174,17 +188,33 @@ class RenderRequest(_message.Message):
     options: ViewOptions
     def __init__(self, model: _Optional[str] = ..., pose: _Optional[_Union[Pose, _Mapping]] = ..., orbit: _Optional[_Union[Orbit, _Mapping]] = ..., options: _Optional[_Union[ViewOptions, _Mapping]] = ...) -> None: ...
 
+class Region(_message.Message):
+    __slots__ = ("top", "rows", "factor", "last")
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    top: int
+    rows: int
+    factor: int
+    last: bool
+    def __init__(self, top: _Optional[int] = ..., rows: _Optional[int] = ..., factor: _Optional[int] = ..., last: _Optional[bool] = ...) -> None: ...
+
 class View(_message.Message):
-    __slots__ = ("index", "rgb", "depth", "opacity")
+    __slots__ = ("index", "rgb", "depth", "opacity", "normal", "region")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     RGB_FIELD_NUMBER: _ClassVar[int]
     DEPTH_FIELD_NUMBER: _ClassVar[int]
     OPACITY_FIELD_NUMBER: _ClassVar[int]
+    NORMAL_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
     index: int
     rgb: _common_pb2.Image
     depth: _common_pb2.FloatTensor
     opacity: _common_pb2.FloatTensor
-    def __init__(self, index: _Optional[int] = ..., rgb: _Optional[_Union[_common_pb2.Image, _Mapping]] = ..., depth: _Optional[_Union[_common_pb2.FloatTensor, _Mapping]] = ..., opacity: _Optional[_Union[_common_pb2.FloatTensor, _Mapping]] = ...) -> None: ...
+    normal: _common_pb2.FloatTensor
+    region: Region
+    def __init__(self, index: _Optional[int] = ..., rgb: _Optional[_Union[_common_pb2.Image, _Mapping]] = ..., depth: _Optional[_Union[_common_pb2.FloatTensor, _Mapping]] = ..., opacity: _Optional[_Union[_common_pb2.FloatTensor, _Mapping]] = ..., normal: _Optional[_Union[_common_pb2.FloatTensor, _Mapping]] = ..., region: _Optional[_Union[Region, _Mapping]] = ...) -> None: ...
 
 class RenderResponse(_message.Message):
     __slots__ = ("view", "summary")

@@ -81,7 +81,8 @@ class SamplerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RenderPath(self, request, context):
-        """One view a message, in order, rendered no faster than the client reads; a summary at the end.
+        """One view a message, or one region of a view, in order, rendered no faster than the client reads; a summary at the
+        end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,12 +1,13 @@
 """Dynamic batching for one model: while the device works, the next batch forms by itself. asyncio only.
 
-The unit is one image. Images with equal keys (steps, guidance) and of one kind (the expert that makes them) may share a
-batch, whoever asked for them.
+The unit is one image, or one tile of a view. Those with equal keys (steps, guidance) and of one kind (the expert that
+makes them) may share a batch, whoever asked for them, as long as it costs no more than `max_cost`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 from distill_core.errors import DistilleryError, Overloaded
 
-Cost = Callable[[Hashable], float]  # what one image with this key costs, in any unit
+Cost = Callable[[Any, Any], float]  # what a payload with this key costs, in any unit
 Kind = Callable[[Any], Hashable]  # what sets a payload apart from others with its key
 Run = Callable[[Hashable, list[Any]], Sequence[Any]]  # (key, payloads) -> results; called in a model thread
 BULK_EVERY = 8  # at least one batch of so many starts with bulk work, if there is any
@@ -47,6 +48,7 @@ class _Item:
     key: Hashable
     group: Hashable  # key and kind: what a batch has in common
     payload: Any
+    cost: float
     client: str
     deadline: float | None  # event loop time
     queued_at: float
@@ -79,11 +81,13 @@ class _Line:
             return min((items[0] for items in groups.values()), key=lambda item: item.queued_at)
         return None
 
-    def matching(self, group: Hashable) -> Iterator[_Item]:
-        """Take images of `group` out of the line, one a client, round and round."""
+    def matching(self, group: Hashable, fits: Callable[[_Item], bool]) -> Iterator[_Item]:
+        """Take images of `group` out of the line, one a client, round and round, until one does not fit."""
         while waiting := [client for client, groups in self.clients.items() if group in groups]:
             for client in waiting:
                 item = self.clients[client][group][0]
+                if not fits(item):
+                    return
                 self.clients.move_to_end(client)
                 self.remove(item)
                 yield item
@@ -101,12 +105,14 @@ class Batcher:
         max_queue: int,
         instances: int = 1,
         max_delay_s: float = 0.0,
-        cost: Cost = lambda _key: 1.0,
+        max_cost: float = math.inf,
+        cost: Cost = lambda _key, _payload: 1.0,
         kind: Kind = lambda _payload: None,
         seconds_per_cost: float = 0.0,
     ) -> None:
         self._run, self._observer = run, observer
         self.max_batch, self.max_queue, self.max_delay_s = max_batch, max_queue, max_delay_s
+        self.max_cost = max_cost  # of a batch of several
         self.queued = 0
         self.seconds_per_cost = seconds_per_cost  # a first guess; each batch corrects it
         self._cost, self._kind = cost, kind
@@ -137,13 +143,22 @@ class Batcher:
         loop = asyncio.get_running_loop()
         self._admit(len(payloads), client, deadline, loop.time())
         items = [
-            _Item(key, (key, self._kind(p)), p, client, deadline, loop.time(), loop.create_future())
-            for p in payloads
+            _Item(
+                key,
+                (key, self._kind(payload)),
+                payload,
+                self._cost(key, payload),
+                client,
+                deadline,
+                loop.time(),
+                loop.create_future(),
+            )
+            for payload in payloads
         ]
         for item in items:
             self._lines[bulk].add(item)
             item.future.add_done_callback(partial(self._forget, item, bulk))
-        self._count(items[0], len(items))
+            self._count(item, 1)
         self._work.set()
         return [item.future for item in items]
 
@@ -188,7 +203,7 @@ class Batcher:
 
     def _count(self, item: _Item, change: int) -> None:
         self.queued += change
-        self._queued_cost = self._queued_cost + change * self._cost(item.key) if self.queued else 0.0
+        self._queued_cost = self._queued_cost + change * item.cost if self.queued else 0.0
         self._per_client[item.client] = self._per_client.get(item.client, 0) + change
         if not self._per_client[item.client]:
             del self._per_client[item.client]
@@ -205,9 +220,15 @@ class Batcher:
         lines = [self._lines[bulk_first], self._lines[not bulk_first]]
         batch: list[_Item] = []
         first = lines[0].first() or lines[1].first()
+        if first is None:
+            return batch
         now = asyncio.get_running_loop().time()
-        for line in lines if first else ():
-            matching = line.matching(first.group)  # type: ignore[union-attr]
+
+        def fits(item: _Item) -> bool:
+            return not batch or item.cost + sum(other.cost for other in batch) <= self.max_cost
+
+        for line in lines:
+            matching = line.matching(first.group, fits)
             while len(batch) < self.max_batch and (item := next(matching, None)):
                 self._count(item, -1)
                 if not self._is_late(item, now):
@@ -232,7 +253,7 @@ class Batcher:
                 self._work.clear()
             if not batch:
                 continue
-            started, number, cost = loop.time(), self._batches, len(batch) * self._cost(batch[0].key)
+            started, number, cost = loop.time(), self._batches, sum(item.cost for item in batch)
             self._running[number] = started, cost
             try:
                 await self._execute(batch)

@@ -212,5 +212,7 @@ def check_view(view: View, limits: SamplerSettings) -> None:
         raise ConfigError(
             f"background {view.background} is not allowed: give 3 numbers in [0, 1]", field="background"
         )
-    if view.intrinsics is not None and view.pose is None:
-        raise ConfigError("intrinsics go with a pose; an orbit takes fov_degrees", field="intrinsics")
+    if (view.intrinsics is not None or view.distortion) and view.pose is None:
+        raise ConfigError(
+            "intrinsics and a lens go with a pose; an orbit takes fov_degrees", field="intrinsics"
+        )

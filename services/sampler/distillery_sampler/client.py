@@ -28,14 +28,16 @@ from distillery_sampler.images import decode, encode
 from distillery_sampler.messages import FORMATS, tensor_from
 
 DEFAULT_TIMEOUT_S = 60.0
+FLOATS = ("depth", "opacity", "normal")  # of a view, beside its colours
 
 
 class SeenView(NamedTuple):
-    """A rendered view: `rgb` uint8 (H, W, 3); `depth` and `opacity` float32 (H, W) if they were asked for."""
+    """A rendered view: `rgb` uint8 (H, W, 3); float32 if asked for: `depth`, `opacity` (H, W), `normal` (H, W, 3)."""
 
     rgb: np.ndarray
     depth: np.ndarray | None
     opacity: np.ndarray | None
+    normal: np.ndarray | None = None
 
 
 class SamplerClient:
@@ -100,8 +102,8 @@ class SamplerClient:
     ) -> SeenView:
         """One view of a scene, from a camera on an orbit (degrees) or at a `pose` (4, 4).
 
-        Options: width, height, fov_degrees, intrinsics (fx, fy, cx, cy), background, outputs ("rgb", "depth",
-        "opacity").
+        Options: width, height, fov_degrees, background, outputs ("rgb", "depth", "opacity", "normal"); with a pose
+        intrinsics (fx, fy, cx, cy), distortion (k1, k2, k3, k4, p1, p2), fisheye.
         """
         request = sampler_pb2.RenderRequest(model=model, options=view_options(**options))
         if pose is None:
@@ -124,16 +126,36 @@ class SamplerClient:
         **options: Any,
     ) -> Iterator[SeenView]:
         """The views of an orbit of `count` cameras, or of `poses`, in order, with the options of `render`."""
-        request = sampler_pb2.RenderPathRequest(model=model, options=view_options(**options))
-        if poses is None:
-            start = _orbit(0.0, elevation, radius)
-            request.orbit.CopyFrom(sampler_pb2.OrbitPath(count=count, start=start, degrees=degrees))
-        else:
-            request.poses.CopyFrom(sampler_pb2.PosePath(poses=[_pose(pose) for pose in poses]))
+        start = sampler_pb2.OrbitPath(count=count, start=_orbit(0.0, elevation, radius), degrees=degrees)
+        request = _path(model, start if poses is None else poses, options)
         with self._errors():
             for reply in self._sampler.RenderPath(request, timeout=timeout_s):
                 if reply.HasField("view"):
                     yield _seen(reply.view)
+
+    def render_progressive(
+        self,
+        model: str,
+        *,
+        azimuth: float = 0.0,
+        elevation: float = 30.0,
+        radius: float | None = None,
+        pose: Any = None,
+        **options: Any,
+    ) -> Iterator[SeenView]:
+        """One view, better each time: a small one enlarged, then with more and more of the tiles of `render`'s.
+
+        The last one is `render`'s, bit for bit unless `image_format` is JPEG. Close the iterator to stop rendering.
+        """
+        orbit = sampler_pb2.OrbitPath(count=1, start=_orbit(azimuth, elevation, radius))
+        request = _path(model, orbit if pose is None else [pose], options)
+        request.options.progressive = True
+        shown: SeenView | None = None
+        with self._errors():
+            for reply in self._sampler.RenderPath(request, timeout=self.timeout_s):
+                if reply.HasField("view"):
+                    shown = _improved(shown, reply.view, request.options)
+                    yield shown
 
     def models(self, *, all_versions: bool = False) -> list[models_pb2.Model]:
         """The models of the sampler's store, and which are loaded."""
@@ -263,6 +285,8 @@ def view_options(
     background: Sequence[float] = (),
     outputs: Iterable[str] = ("rgb",),
     image_format: str = "PNG",
+    distortion: Sequence[float] = (),
+    fisheye: bool = False,
 ) -> sampler_pb2.ViewOptions:
     """The message that says how views are made."""
     pinhole = dict(zip(("fx", "fy", "cx", "cy"), intrinsics, strict=True)) if intrinsics else None
@@ -272,9 +296,18 @@ def view_options(
         fov_degrees=fov_degrees,
         intrinsics=sampler_pb2.Intrinsics(**pinhole) if pinhole else None,
         background=list(background),
-        outputs=[sampler_pb2.RenderOutput.Value(f"RENDER_OUTPUT_{name.upper()}") for name in outputs],
+        lens=sampler_pb2.Lens(distortion=list(distortion), fisheye=fisheye)
+        if distortion or fisheye
+        else None,
+        outputs=[_output(name) for name in outputs],
         image_format=common_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{image_format}"),
     )
+
+
+def _output(name: str) -> sampler_pb2.RenderOutput:
+    if name not in ("rgb", *FLOATS):
+        raise ConfigError(f"output {name!r} is not known; known: rgb, {', '.join(FLOATS)}", field="outputs")
+    return sampler_pb2.RenderOutput.Value(f"RENDER_OUTPUT_{name.upper()}")
 
 
 def picture_from(image: common_pb2.Image) -> np.ndarray:
@@ -291,9 +324,37 @@ def _pose(pose: Any) -> sampler_pb2.Pose:
 
 
 def _seen(view: sampler_pb2.View) -> SeenView:
-    depth, opacity = (
-        tensor_from(getattr(view, name)) if view.HasField(name) else None for name in ("depth", "opacity")
-    )
-    return SeenView(
-        picture_from(view.rgb) if view.HasField("rgb") else np.empty((0, 0, 3), np.uint8), depth, opacity
-    )
+    rgb = picture_from(view.rgb) if view.HasField("rgb") else np.empty((0, 0, 3), np.uint8)
+    floats = (tensor_from(getattr(view, name)) if view.HasField(name) else None for name in FLOATS)
+    return SeenView(rgb, *floats)
+
+
+def _path(model: str, path: Any, options: dict[str, Any]) -> sampler_pb2.RenderPathRequest:
+    """The message of a RenderPath along an orbit, or along poses."""
+    request = sampler_pb2.RenderPathRequest(model=model, options=view_options(**options))
+    if isinstance(path, sampler_pb2.OrbitPath):
+        request.orbit.CopyFrom(path)
+    else:
+        request.poses.CopyFrom(sampler_pb2.PosePath(poses=[_pose(pose) for pose in path]))
+    return request
+
+
+def _improved(shown: SeenView | None, view: sampler_pb2.View, options: sampler_pb2.ViewOptions) -> SeenView:
+    """What is shown with one more region of it; the first one covers the whole view."""
+    seen, region = _seen(view), view.region
+
+    def enlarged(part: np.ndarray | None) -> np.ndarray | None:
+        if part is None:
+            return None
+        whole = part.repeat(region.factor, axis=0).repeat(region.factor, axis=1)
+        return whole[: options.height, : options.width]
+
+    if shown is None:
+        return SeenView(*(enlarged(part) for part in seen))  # type: ignore[arg-type]
+    parts = []
+    for old, new in zip(shown, seen, strict=True):
+        whole = None if old is None else old.copy()  # what was yielded stays as it was
+        if whole is not None and whole.size:
+            whole[region.top : region.top + region.rows] = new
+        parts.append(whole)
+    return SeenView(*parts)  # type: ignore[arg-type]

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from distill_core.artifacts import ArtifactStore, ImageSpec
-from distill_core.errors import ConfigError, Overloaded
+from distill_core.errors import ConfigError
 from distillery_sampler.backends.base import Generator, SceneRenderer
 from distillery_sampler.beginnings import given
 from distillery_sampler.checks import check_view, image_items, image_key
-from distillery_sampler.loading import LoadedModel, ViewItem, cores
+from distillery_sampler.loading import LoadedModel, cores
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.registry import Registry
-from distillery_sampler.requests import (
-    Call,
-    GenerateRequest,
-    Picture,
-    Rendered,
-    RenderRequest,
-    Summary,
-    View,
-)
+from distillery_sampler.requests import GenerateRequest, Picture, Rendered, RenderRequest, Summary
 from distillery_sampler.settings import SamplerSettings
+from distillery_sampler.views import drop, render_views, terms
 
 Approve = Callable[[ImageSpec, int], None]  # (what a picture is like, how many)
 
@@ -82,17 +72,17 @@ class Engine:
                 found, begin = await asyncio.to_thread(given, request.image, manifest)
                 items = [replace(item, given=found) for item in items]
                 key = replace(key, begin=begin)
-            futures = model.batcher.submit(key, items, **_of(request.call))
+            futures = model.batcher.submit(key, items, **terms(request.call))
             try:
                 async for index in _as_ready(futures):
                     yield Picture(index, items[index].seed, futures[index].result())
             finally:
-                _drop(futures)
+                drop(futures)
             seconds = time.perf_counter() - started
             yield Summary(manifest.ref, model.backend.name, len(items), seconds, key.num_steps, key.guidance)
 
     async def render(self, request: RenderRequest) -> AsyncGenerator[Rendered | Summary, None]:
-        """The views of a request, in order, only a few ahead of who reads them, then the summary."""
+        """The views of a request, in order, only a few tiles ahead of who reads them, then the summary."""
         started = time.perf_counter()
         for view in request.views:
             check_view(view, self.settings)
@@ -101,14 +91,9 @@ class Engine:
                 raise ConfigError(
                     f"{model.manifest.ref} is a {model.manifest.kind}; use Generate", field="model"
                 )
-            ahead: deque[asyncio.Future[Rendered]] = deque()
-            waiting = deque(request.views)
-            try:
-                for index in range(len(request.views)):
-                    await self._fill(ahead, waiting, model, request.call, started=index > 0)
-                    yield replace(await ahead.popleft(), index=index)
-            finally:
-                _drop(ahead)
+            async with aclosing(render_views(request, model, self.settings.instances or cores())) as shown:
+                async for rendered in shown:
+                    yield rendered
             seconds = time.perf_counter() - started
             yield Summary(model.manifest.ref, model.backend.name, len(request.views), seconds)
 
@@ -116,51 +101,12 @@ class Engine:
         """Free all models."""
         await self.models.close()
 
-    async def _fill(
-        self,
-        ahead: deque[asyncio.Future[Rendered]],
-        waiting: deque[View],
-        model: LoadedModel,
-        call: Call,
-        *,
-        started: bool,
-    ) -> None:
-        """Queue the next views. A path once started waits for room, since what was accepted is finished."""
-        while waiting and len(ahead) <= (self.settings.instances or cores()):
-            try:
-                ahead.append(_submit_view(model, waiting[0], call))
-                waiting.popleft()
-            except Overloaded as error:
-                if ahead:
-                    return
-                if not started:
-                    raise
-                await asyncio.sleep(min(error.retry_after_s, 1.0))
-
     def _check_size(self, model: LoadedModel, images: int) -> None:
         if images > model.batcher.max_queue:
             raise ConfigError(
                 f"{images} images are more than the queue of {model.batcher.max_queue}; send fewer",
                 field="count",
             )
-
-
-def _of(call: Call) -> dict[str, Any]:
-    return {"client": call.client, "deadline": call.deadline, "bulk": call.bulk}
-
-
-def _drop(futures: Iterable[asyncio.Future[Any]]) -> None:
-    """Take what is not done out of the queue; errors that nobody awaits are no news."""
-    for future in futures:
-        if not future.cancel() and not future.cancelled():
-            future.exception()
-
-
-def _submit_view(model: LoadedModel, view: View, call: Call) -> asyncio.Future[Rendered]:
-    item = ViewItem(view, threading.Event())
-    (future,) = model.batcher.submit(view.width * view.height, [item], **_of(call))
-    future.add_done_callback(lambda _: item.stop.set())  # cancelled: the rendering thread gives up
-    return future
 
 
 async def _as_ready(futures: list[asyncio.Future[object]]) -> AsyncIterator[int]:

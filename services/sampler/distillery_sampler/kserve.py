@@ -261,7 +261,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             for pose, pinhole in zip(poses, pinholes, strict=True)
         )
         rendered, version = [], ref
-        async with aclosing(self._engine.render(RenderRequest(ref, views, call))) as events:
+        async with aclosing(self._engine.render(RenderRequest(ref, views, call=call))) as events:
             async for event in events:
                 if isinstance(event, Rendered):
                     rendered.append(event)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +20,13 @@ from distillery_sampler.backends.opening import choose, open_backend
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.batcher import Batcher
 from distillery_sampler.metrics import Metrics, ModelStats
-from distillery_sampler.requests import ImageItem, ImageKey, Orbit, View
+from distillery_sampler.requests import ImageItem, ImageKey, Orbit, Region, Tile, View
 from distillery_sampler.settings import SamplerSettings
+from distillery_sampler.views import TILE_RAYS
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 WORTH_IT = 1.1  # a larger batch must bring so many times the images per second: it also costs latency
+MAX_TILES = 64  # in a batch, whose pixels are those of one full tile at most
 TRIAL_SIDE = 16  # pixels of the view that warms a scene
 TRIAL_S = 0.5  # no larger batch is tried after one that took longer
 
@@ -34,13 +36,6 @@ class Opened(NamedTuple):
     backend: Backend
     max_batch: int
     seconds: float  # an image of one step, or a view of one pixel, takes about so long
-
-
-class ViewItem(NamedTuple):
-    """A view in the queue, and the flag that ends its rendering when nobody wants it any more."""
-
-    view: View
-    stop: threading.Event
 
 
 @dataclass(eq=False)
@@ -105,9 +100,10 @@ def _warm(backend: Backend, manifest: Manifest, max_batch: int | None) -> tuple[
         _trial(backend, manifest, 1)
         return _best_batch(backend, manifest, (max_batch,) if max_batch else BATCH_SIZES)
     started = time.perf_counter()
-    seen = backend.render(View(TRIAL_SIDE, TRIAL_SIDE, orbit=Orbit(30.0, 30.0)), lambda: False)
+    view = View(TRIAL_SIDE, TRIAL_SIDE, orbit=Orbit(30.0, 30.0))
+    (seen,) = backend.render([Tile(view, Region(range(TRIAL_SIDE)))])
     _check_finite(manifest, seen.rgb)
-    return 1, (time.perf_counter() - started) / TRIAL_SIDE**2
+    return max_batch or MAX_TILES, (time.perf_counter() - started) / TRIAL_SIDE**2
 
 
 def _best_batch(backend: Generator, manifest: Manifest, sizes: tuple[int, ...]) -> tuple[int, float]:
@@ -144,6 +140,7 @@ def start_model(opened: Opened, metrics: Metrics, settings: SamplerSettings) -> 
         max_queue=settings.max_queue_images,
         instances=settings.instances or cores(),
         max_delay_s=settings.max_delay_s,
+        max_cost=math.inf if isinstance(backend, Generator) else TILE_RAYS,
         cost=_cost,
         kind=_kind(manifest),
         seconds_per_cost=seconds,
@@ -151,9 +148,11 @@ def start_model(opened: Opened, metrics: Metrics, settings: SamplerSettings) -> 
     return LoadedModel(manifest, backend, batcher, stats)
 
 
-def _cost(key: Any) -> float:
-    """Steps of an image, doubled by guidance; pixels of a view."""
-    return key.num_steps * (1 if key.guidance == 1 else 2) if isinstance(key, ImageKey) else float(key)
+def _cost(key: Any, payload: Any) -> float:
+    """Steps of an image, doubled by guidance; pixels of a tile."""
+    if isinstance(payload, Tile):
+        return payload.rays
+    return key.num_steps * (1 if key.guidance == 1 else 2)
 
 
 def _kind(manifest: Manifest) -> Callable[[Any], Any]:
@@ -168,4 +167,4 @@ def _kind(manifest: Manifest) -> Callable[[Any], Any]:
 def _runner(backend: Backend) -> Any:
     if isinstance(backend, Generator):
         return lambda key, items: list(backend.generate(key, items))
-    return lambda _key, items: [backend.render(item.view, item.stop.is_set) for item in items]
+    return lambda key, tiles: backend.render(tiles, normals=key.normals)

@@ -104,9 +104,14 @@ def render_from(message: sampler_pb2.RenderRequest, call: Call) -> RenderRequest
     """The engine's request for one view."""
     if message.WhichOneof("camera") is None:
         raise ConfigError("the request names no camera; give pose or orbit", field="camera")
+    options = message.options
+    if options.progressive:
+        raise ConfigError(
+            "progressive is for RenderPath, which a path of one view also takes", field="options.progressive"
+        )
     pose = _pose(message.pose) if message.HasField("pose") else None
     orbit = _orbit(message.orbit) if message.HasField("orbit") else None
-    return RenderRequest(message.model, (_view(message.options, pose, orbit),), call)
+    return RenderRequest(message.model, (_view(options, pose, orbit),), _normals(options), call=call)
 
 
 def path_from(message: sampler_pb2.RenderPathRequest, call: Call, limits: SamplerSettings) -> RenderRequest:
@@ -127,7 +132,21 @@ def path_from(message: sampler_pb2.RenderPathRequest, call: Call, limits: Sample
         views = tuple(_view(message.options, _pose(pose), None) for pose in message.poses.poses)
     else:
         views = tuple(_view(message.options, None, orbit) for orbit in _orbits(message.orbit, count))
-    return RenderRequest(message.model, views, call)
+    options = message.options
+    return RenderRequest(message.model, views, _normals(options), options.progressive, call)
+
+
+def outputs_from(options: sampler_pb2.ViewOptions) -> frozenset[int]:
+    """The outputs asked for; none is RGB."""
+    known = set(sampler_pb2.RenderOutput.values()) - {sampler_pb2.RENDER_OUTPUT_UNSPECIFIED}
+    wanted = frozenset(options.outputs) or frozenset({sampler_pb2.RENDER_OUTPUT_RGB})
+    if not wanted <= known:
+        raise ConfigError("options.outputs may hold RGB, DEPTH, OPACITY and NORMAL", field="options.outputs")
+    return wanted
+
+
+def _normals(options: sampler_pb2.ViewOptions) -> bool:
+    return sampler_pb2.RENDER_OUTPUT_NORMAL in options.outputs
 
 
 def _orbits(path: sampler_pb2.OrbitPath, count: int) -> list[Orbit]:
@@ -172,7 +191,19 @@ def _view(options: sampler_pb2.ViewOptions, pose: np.ndarray | None, orbit: Orbi
         intrinsics=(pinhole.fx, pinhole.fy, pinhole.cx, pinhole.cy) if given else None,
         fov_degrees=options.fov_degrees if options.HasField("fov_degrees") else None,
         background=_three(options.background, "options.background"),
+        distortion=_distortion(options),
+        fisheye=options.lens.fisheye,
     )
+
+
+def _distortion(options: sampler_pb2.ViewOptions) -> tuple[float, ...]:
+    values = tuple(options.lens.distortion)
+    if len(values) not in (0, 6):
+        raise ConfigError(
+            f"a lens of {len(values)} coefficients is not allowed; give k1 k2 k3 k4 p1 p2, or none",
+            field="options.lens.distortion",
+        )
+    return values or ((0.0,) * 6 if options.lens.fisheye else ())
 
 
 def model_to(info: ModelInfo) -> models_pb2.Model:
@@ -231,4 +262,5 @@ def _scene(info: ModelInfo) -> models_pb2.SceneInfo | None:
         radius=scene.radius,
         fov_degrees=scene.fov_degrees,
         background=scene.background,
+        transform=scene.transform or (),
     )

@@ -131,25 +131,53 @@ class View:
     intrinsics: tuple[float, float, float, float] | None = None
     fov_degrees: float | None = None
     background: tuple[float, float, float] | None = None
+    distortion: tuple[float, ...] = ()  # k1 k2 k3 k4 p1 p2, with a pose only; () = a pinhole
+    fisheye: bool = False
 
 
 @dataclass(frozen=True)
 class RenderRequest:
-    """Views of a scene, answered in order."""
+    """Views of a scene, answered in order; `progressive` ones each as a small preview, then tile by tile."""
 
     model: str
     views: tuple[View, ...]
+    normals: bool = False
+    progressive: bool = False
     call: Call = Call()
+
+
+@dataclass(frozen=True)
+class Region:
+    """Rows of a view; with a `factor` above 1, of the view with pixels so many times as large."""
+
+    rows: range
+    factor: int = 1
+    last: bool = False  # of its view
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """A part of a view that is rendered at once."""
+
+    view: View
+    region: Region
+
+    @property
+    def rays(self) -> int:
+        """How many pixels it has."""
+        return len(self.region.rows) * -(-self.view.width // self.region.factor)
 
 
 @dataclass(frozen=True, eq=False)
 class Rendered:
-    """A rendered view: rgb (H, W, 3) in [0, 1], depth (H, W) in scene units, opacity (H, W); float32."""
+    """A rendered view, or a region of it; float32."""
 
     index: int
-    rgb: Float
-    depth: Float
-    opacity: Float
+    rgb: Float  # (H, W, 3), in [0, 1]
+    depth: Float  # (H, W), scene units
+    opacity: Float  # (H, W), in [0, 1]
+    normal: Float | None = None  # (H, W, 3), world axes
+    region: Region | None = None  # None: the whole view
 
 
 @dataclass(frozen=True)

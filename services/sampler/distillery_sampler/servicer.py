@@ -32,6 +32,7 @@ from distillery_sampler.messages import (
     generate_summary,
     is_bulk,
     model_to,
+    outputs_from,
     path_from,
     render_from,
     render_summary,
@@ -116,9 +117,9 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         self, request: sampler_pb2.RenderRequest, context: ServicerContext
     ) -> sampler_pb2.RenderResponse:
         wanted = render_from(request, call_of(context, bulk=is_bulk(request.options.priority)))
-        outputs = _outputs(request.options)
+        outputs = outputs_from(request.options)
         image_format = format_from(request.options.image_format)
-        self._check_view_size(request.options, len(outputs))
+        self._check_view_size(request.options, outputs)
         reply = sampler_pb2.RenderResponse()
         async with aclosing(self._engine.render(wanted)) as events:
             async for event in events:
@@ -133,9 +134,9 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     ) -> AsyncIterator[sampler_pb2.RenderPathResponse]:
         call = call_of(context, bulk=is_bulk(request.options.priority))
         wanted = path_from(request, call, self._engine.settings)
-        outputs = _outputs(request.options)
+        outputs = outputs_from(request.options)
         image_format = format_from(request.options.image_format)
-        self._check_view_size(request.options, len(outputs))
+        self._check_view_size(request.options, outputs)
         async with aclosing(self._engine.render(wanted)) as events:
             async for event in events:
                 if isinstance(event, Rendered):
@@ -157,8 +158,9 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
 
         return approve
 
-    def _check_view_size(self, options: sampler_pb2.ViewOptions, outputs: int) -> None:
-        bytes_each = options.width * options.height * 4 * outputs
+    def _check_view_size(self, options: sampler_pb2.ViewOptions, outputs: frozenset[int]) -> None:
+        floats = sum(3 if output == sampler_pb2.RENDER_OUTPUT_NORMAL else 1 for output in outputs)
+        bytes_each = options.width * options.height * 4 * floats
         check_reply(
             1, bytes_each, self._engine.settings, field="options.width", stream="several smaller views"
         )
@@ -178,15 +180,15 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
             view.depth.CopyFrom(tensor_to(rendered.depth))
         if sampler_pb2.RENDER_OUTPUT_OPACITY in outputs:
             view.opacity.CopyFrom(tensor_to(rendered.opacity))
+        if rendered.normal is not None:
+            view.normal.CopyFrom(tensor_to(rendered.normal))
+        if rendered.region is not None:
+            region = rendered.region
+            rows = region.rows
+            view.region.CopyFrom(
+                sampler_pb2.Region(top=rows.start, rows=len(rows), factor=region.factor, last=region.last)
+            )
         return view
-
-
-def _outputs(options: sampler_pb2.ViewOptions) -> frozenset[int]:
-    known = set(sampler_pb2.RenderOutput.values()) - {sampler_pb2.RENDER_OUTPUT_UNSPECIFIED}
-    wanted = frozenset(options.outputs) or frozenset({sampler_pb2.RENDER_OUTPUT_RGB})
-    if not wanted <= known:
-        raise ConfigError("options.outputs may hold RGB, DEPTH and OPACITY", field="options.outputs")
-    return wanted
 
 
 class ModelsServicer(models_pb2_grpc.ModelsServiceServicer):

@@ -10,7 +10,7 @@ from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.fields import build_field
 from distill_core.radiance.cameras import Camera, orbit_camera
-from distill_core.radiance.procedural import BOUND, ProceduralField, render_procedural
+from distill_core.radiance.procedural import BOUND, render_procedural
 from distill_core.radiance.renderer import (
     RenderStopped,
     Scene,
@@ -30,7 +30,12 @@ def camera(size: int = 40) -> Camera:
 
 
 def exact_scene() -> Scene:
-    return Scene(ProceduralField(), FULL, SPEC.model_copy(update={"bound": BOUND}), num_steps=400)
+    return Scene(
+        build_field(NetworkConfig(name="analytic"), BOUND),
+        FULL,
+        SPEC.model_copy(update={"bound": BOUND}),
+        num_steps=400,
+    )
 
 
 def small_scene(seed: int = 0) -> Scene:
@@ -58,7 +63,9 @@ def test_depth_is_the_distance_to_the_surface():
 
 
 def test_the_background_shows_where_nothing_is():
-    empty = Scene(ProceduralField(), torch.zeros_like(FULL), SPEC, num_steps=32)
+    empty = Scene(
+        build_field(NetworkConfig(name="analytic"), BOUND), torch.zeros_like(FULL), SPEC, num_steps=32
+    )
     assert torch.equal(render(empty, camera(8)).rgb, torch.ones(8, 8, 3))
     blue = render(empty, camera(8), background=(0.0, 0.0, 1.0))
     assert torch.equal(blue.rgb, torch.tensor([0.0, 0.0, 1.0]).expand(8, 8, 3))

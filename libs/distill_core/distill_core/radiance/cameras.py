@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -71,9 +71,24 @@ class Camera:
         """fx, fy, cx, cy as (4,)."""
         return torch.tensor([self.fx, self.fy, self.cx, self.cy])
 
-    def rays(self) -> Rays:
-        """One ray through each pixel's centre, row by row: R = height * width."""
-        y, x = torch.meshgrid(torch.arange(self.height), torch.arange(self.width), indexing="ij")
+    def reduced(self, factor: int) -> Camera:
+        """The same view with pixels `factor` times as large; the last column and row may reach beyond it."""
+        return replace(
+            self,
+            fx=self.fx / factor,
+            fy=self.fy / factor,
+            cx=self.cx / factor,
+            cy=self.cy / factor,
+            width=-(-self.width // factor),
+            height=-(-self.height // factor),
+        )
+
+    def rays(self, rows: range | None = None) -> Rays:
+        """One ray through each pixel's centre, row by row: R = height * width, or those of some `rows`."""
+        wanted = range(self.height) if rows is None else rows
+        y, x = torch.meshgrid(
+            torch.arange(wanted.start, wanted.stop), torch.arange(self.width), indexing="ij"
+        )
         pixels = torch.stack([x, y], -1).reshape(-1, 2)
         count = len(pixels)
         lens = torch.tensor(self.distortion).expand(count, -1) if self.distortion else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,12 +20,14 @@ from distill_core.config import Config, NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.fields import RadianceField, build_field
 from distill_core.radiance.cameras import Camera, Rays
-from distill_core.radiance.march import Samples, march
-from distill_core.radiance.rendering import composite, over, packed_weights, render_weights
+from distill_core.radiance.march import step_length
+from distill_core.radiance.occupancy import MIN_OPACITY
+from distill_core.radiance.rendering import over, render_weights
+from distill_core.radiance.segments import render_samples, render_tiles
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-STOP_TRANSMITTANCE = 1e-4  # a ray with less light left is finished
-SEGMENT = 12  # samples per ray between two looks at what is left
+REFINED, MAX_FACTOR = 128, 4  # cells a side of a refined grid, and of one cell at most
+CHUNK_POINTS = 8192  # of a refined grid's, evaluated at once
 
 
 class RenderStopped(Exception):
@@ -63,11 +66,15 @@ class Scene:
 
 
 class Rendering(NamedTuple):
-    """A picture, the expected distance of each pixel (0 where empty) and its opacity."""
+    """A picture, the expected distance of each pixel (0 where empty), its opacity and, if asked for, its normal.
+
+    The normal is the weighted sum of the samples' normals, world axes, as long as the pixel is opaque.
+    """
 
     rgb: Tensor  # (H, W, 3), in [0, 1]
     depth: Tensor  # (H, W), scene units
     opacity: Tensor  # (H, W), in [0, 1]
+    normal: Tensor | None = None  # (H, W, 3)
 
 
 def save_scene(scene: Scene, folder: Path) -> None:
@@ -118,6 +125,30 @@ def load_scene(folder: Path, *, device: str | torch.device = "cpu") -> Scene:
     )
 
 
+@torch.no_grad()
+def refined(scene: Scene) -> Scene:
+    """The same scene with smaller cells, up to 128 a side: those in which, or beside which, the field is dense.
+
+    Thinner than one cell of the result, and thinner than training looked for, is what may be lost.
+    """
+    factor = min(REFINED // len(scene.occupied), MAX_FACTOR)
+    if factor < 2 or not scene.occupied.any():
+        return scene
+    bound, size = scene.spec.bound, len(scene.occupied) * factor
+    inside = scene.occupied
+    for axis in range(3):
+        inside = inside.repeat_interleave(factor, axis)
+    cells = inside.nonzero()
+    centres = (cells + 0.5) * (2 * bound / size) - bound
+    seen = [scene.field.log_density(part).exp() for part in centres.split(CHUNK_POINTS)]
+    density = torch.zeros(inside.shape, device=inside.device)
+    density[tuple(cells.T)] = torch.cat(seen).float()
+    least = -math.log1p(-MIN_OPACITY) / step_length(bound, scene.num_steps)
+    dense = density > min(float(density.mean()), least)  # as training's grid has it: thin fog stays
+    beside = nn.functional.max_pool3d(dense[None, None].float(), 3, stride=1, padding=1)[0, 0] > 0
+    return replace(scene, occupied=beside & inside)
+
+
 def _read_description(path: Path) -> tuple[SceneFile, RadianceField]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -140,14 +171,15 @@ def render(
     camera: Camera,
     *,
     background: tuple[float, float, float] | None = None,
+    normals: bool = False,
     should_stop: Callable[[], bool] | None = None,
     limits: SceneLimits | None = None,
 ) -> Rendering:
     """The scene through `camera`, over `background` (unset: the scene's own). Deterministic.
 
     Raises:
-        ConfigError: more pixels than `limits` allow, or a background outside [0, 1].
-        RenderStopped: `should_stop()`, asked between chunks of rays, was true.
+        ConfigError: more pixels than `limits` allow, a background outside [0, 1], a field not of colours.
+        RenderStopped: `should_stop()`, asked between bands of rows, was true.
     """
     limits = limits or SceneLimits()
     if camera.width * camera.height > limits.max_pixels:
@@ -156,53 +188,63 @@ def render(
             f"at most {limits.max_pixels} pixels are allowed",
             field="width",
         )
-    colour = scene.spec.background if background is None else background
-    if len(colour) != 3 or not all(0 <= value <= 1 for value in colour):
-        raise ConfigError(
-            f"background {tuple(colour)} is not a colour; give three values in [0, 1]", field="background"
-        )
-    device = scene.occupied.device
-    origins, directions = (part.to(device) for part in camera.rays())
+    check_background(background)
     parts = []
-    for first in range(0, len(origins), limits.chunk_rays):
+    for rows in bands(camera.width, camera.height, limits.chunk_rays):
         if should_stop is not None and should_stop():
             raise RenderStopped
-        chunk = slice(first, first + limits.chunk_rays)
-        parts.append(_render_rays(scene, Rays(origins[chunk], directions[chunk])))
-    out = torch.cat(parts).reshape(camera.height, camera.width, 5)
-    rgb = over(out[..., :3], out[..., 4:], torch.tensor(colour, device=device)).clamp(0, 1)
-    return Rendering(rgb, out[..., 3], out[..., 4].clamp(0, 1))
+        parts += render_rays(scene, [camera.rays(rows)], normals=normals)
+    return develop(scene, torch.cat(parts), camera.width, background)
 
 
-def render_samples(field: nn.Module, rays: Rays, samples: Samples) -> Tensor:
-    """Colour, distance and opacity (R, 5) of each ray from all its samples at once; with gradients."""
-    density, radiance = field(samples.positions, rays.directions[samples.ray])
-    weights = packed_weights(density, samples)
-    channels = torch.cat([radiance, samples.distance[:, None], torch.ones_like(weights)[:, None]], -1)
-    return composite(weights, channels, samples)
+def bands(width: int, height: int, chunk_rays: int) -> list[range]:
+    """The rows of a picture in runs of at most `chunk_rays` pixels, never less than one row."""
+    rows = max(1, chunk_rays // width)
+    return [range(first, min(first + rows, height)) for first in range(0, height, rows)]
 
 
-def _render_rays(scene: Scene, rays: Rays) -> Tensor:
-    """`render_samples` in segments along the rays, without those that no light passes any more."""
-    samples = march(rays, bound=scene.spec.bound, num_steps=scene.num_steps, occupied=scene.occupied)
-    out = torch.zeros(samples.num_rays, 5, device=rays.origins.device)
-    light = torch.ones(samples.num_rays, device=rays.origins.device)
-    longest = int(samples.rank.max()) + 1 if len(samples.rank) else 0
-    for first in range(0, longest, SEGMENT):
-        wanted = (
-            (samples.rank >= first)
-            & (samples.rank < first + SEGMENT)
-            & (light[samples.ray] > STOP_TRANSMITTANCE)
+def render_rays(scene: Scene, tiles: Sequence[Rays], *, normals: bool = False) -> list[Tensor]:
+    """`render_tiles` of the scene's field, for fields of any number of channels."""
+    device = scene.occupied.device
+    here = [Rays(tile.origins.to(device), tile.directions.to(device)) for tile in tiles]
+    return render_tiles(
+        scene.field,
+        here,
+        bound=scene.spec.bound,
+        num_steps=scene.num_steps,
+        occupied=scene.occupied,
+        normals=normals,
+    )
+
+
+def develop(
+    scene: Scene, rays: Tensor, width: int, background: tuple[float, float, float] | None = None
+) -> Rendering:
+    """The picture, `width` pixels wide, of rendered rays (R, 5), or (R, 8) with normals.
+
+    Raises:
+        ConfigError: the field composites other than 3 colours.
+    """
+    if rays.shape[-1] not in (5, 8):
+        raise ConfigError(
+            f"the field has {rays.shape[-1] - 2} channels, a latent and no picture; render fields of 3 channels",
+            field="channels",
         )
-        kept = wanted.nonzero().squeeze(-1)
-        if len(kept) == 0:
-            break
-        positions, distance, ray, rank = (value[kept] for value in samples[:4])
-        segment = Samples(positions, distance, ray, rank - first, samples.delta, samples.num_rays)
-        passed = render_samples(scene.field, rays, segment)
-        out += light[:, None] * passed
-        light = light * (1 - passed[:, 4])
-    return out
+    colour = rays.new_tensor(scene.spec.background if background is None else background)
+    out = rays.reshape(-1, width, rays.shape[-1])
+    opacity = out[..., 4:5]
+    rgb = over(out[..., :3], opacity, colour).clamp(0, 1)
+    opacity = opacity.clamp(0, 1)
+    normal = nn.functional.normalize(out[..., 5:], dim=-1) * opacity if out.shape[-1] == 8 else None
+    return Rendering(rgb, out[..., 3], opacity[..., 0], normal)
+
+
+def check_background(background: Sequence[float] | None) -> None:
+    """Raise `ConfigError` unless it is a colour, or not given."""
+    if background is not None and (len(background) != 3 or not all(0 <= value <= 1 for value in background)):
+        raise ConfigError(
+            f"background {tuple(background)} is not a colour; give three values in [0, 1]", field="background"
+        )
 
 
 __all__ = [
@@ -210,8 +252,12 @@ __all__ = [
     "Rendering",
     "Scene",
     "SceneLimits",
+    "bands",
+    "develop",
     "load_scene",
+    "refined",
     "render",
+    "render_rays",
     "render_samples",
     "render_weights",
     "save_scene",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from distill_core.diffusion.noise import unit_normal
-from distillery_sampler.requests import ImageItem, ImageKey, Rendered, View
+from distillery_sampler.requests import ImageItem, ImageKey, Rendered, Tile
 
 
 class Generator(abc.ABC):
@@ -27,8 +27,8 @@ class SceneRenderer(abc.ABC):
     name: str
 
     @abc.abstractmethod
-    def render(self, view: View, should_stop: Callable[[], bool]) -> Rendered:
-        """One view; gives up soon after `should_stop()` turns true."""
+    def render(self, tiles: Sequence[Tile], *, normals: bool = False) -> list[Rendered]:
+        """Tiles of any views; what a tile shows does not depend on those it is rendered with."""
 
 
 Backend = Generator | SceneRenderer

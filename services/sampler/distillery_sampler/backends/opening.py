@@ -24,6 +24,8 @@ def choose(manifest: Manifest, wanted: str) -> str:
         raise ArtifactError(f"{manifest.ref} is a {manifest.kind}; a sampler serves denoisers and fields")
     if manifest.kind == "denoiser" and not (manifest.image and manifest.cond and manifest.sampler):
         raise ArtifactError(f"{manifest.ref}: its manifest lacks image, cond or sampler; publish it again")
+    if manifest.kind == "field":  # its marching is not in an exported graph
+        wanted = "torch"
     has_onnx = ONNX_TARGET in manifest.exports
     if wanted == "onnxruntime" and not has_onnx:
         raise ArtifactError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,18 @@ from distill_core.artifacts import Manifest
 from distill_core.building import load_model
 from distill_core.diffusion.image_to_image import Beginning
 from distill_core.diffusion.sampling import sample
+from distill_core.errors import ArtifactError
 from distill_core.networks.adapters import plain
 from distill_core.networks.denoiser import Denoiser, loading
 from distill_core.networks.routed import StoredExperts
 from distill_core.networks.steering import with_negative
 from distill_core.radiance.cameras import Camera, focal_length, orbit_camera
-from distill_core.radiance.renderer import SceneLimits, load_scene, render
+from distill_core.radiance.renderer import develop, load_scene, refined, render_rays
 from distillery_sampler.backends.base import Backend, Generator, SceneRenderer, noise
 from distillery_sampler.backends.experts import log_expert
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.beginnings import beginning, given_pictures, with_known_pixels
-from distillery_sampler.requests import ImageItem, ImageKey, Rendered, View
+from distillery_sampler.requests import ImageItem, ImageKey, Rendered, Tile, View
 
 
 def open_model(
@@ -35,7 +36,7 @@ def open_model(
     torch.set_num_threads(threads)
     with loading():
         if manifest.kind == "field":
-            return TorchScene(folder, device)
+            return TorchScene(folder, manifest, device)
         return TorchGenerator(folder, manifest, device, weights)
 
 
@@ -112,19 +113,28 @@ class TorchScene(SceneRenderer):
 
     name = "torch"
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self._scene = load_scene(folder, device=device)
+    def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
+        self._scene = refined(load_scene(folder, device=device))
+        said, bound = manifest.scene.bound if manifest.scene else None, self._scene.spec.bound
+        if said is not None and said != bound:
+            raise ArtifactError(
+                f"{manifest.ref} is said to lie in the box of half side {said:g}, but its field was trained in "
+                f"{bound:g}; publish it again"
+            )
 
     @torch.inference_mode()
-    def render(self, view: View, should_stop: Callable[[], bool]) -> Rendered:
-        seen = render(
-            self._scene,
-            self._camera(view),
-            background=view.background,
-            should_stop=should_stop,
-            limits=SceneLimits(max_pixels=view.width * view.height),  # the engine has checked it
-        )
-        return Rendered(0, *(_array(part) for part in (seen.rgb, seen.depth, seen.opacity)))
+    def render(self, tiles: Sequence[Tile], *, normals: bool = False) -> list[Rendered]:
+        cameras = [self._camera(tile.view).reduced(tile.region.factor) for tile in tiles]
+        rays = [camera.rays(tile.region.rows) for camera, tile in zip(cameras, tiles, strict=True)]
+        out = []
+        for tile, camera, rendered in zip(
+            tiles, cameras, render_rays(self._scene, rays, normals=normals), strict=True
+        ):
+            seen = develop(self._scene, rendered, camera.width, tile.view.background)
+            normal = None if seen.normal is None else _array(seen.normal)
+            rgb, depth, opacity = (_array(part) for part in (seen.rgb, seen.depth, seen.opacity))
+            out.append(Rendered(0, rgb, depth, opacity, normal, tile.region))
+        return out
 
     def _camera(self, view: View) -> Camera:
         spec = self._scene.spec
@@ -142,7 +152,7 @@ class TorchScene(SceneRenderer):
         focal = focal_length(view.width, fov)
         fx, fy, cx, cy = view.intrinsics or (focal, focal, view.width / 2, view.height / 2)
         pose = torch.as_tensor(view.pose, dtype=torch.float32)
-        return Camera(pose, fx, fy, cx, cy, view.width, view.height)
+        return Camera(pose, fx, fy, cx, cy, view.width, view.height, view.distortion, view.fisheye)
 
 
 def _array(value: torch.Tensor) -> np.ndarray:
