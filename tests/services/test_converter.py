@@ -154,13 +154,13 @@ def test_a_tolerance_that_is_no_distance_is_refused(converted, tolerance):
         convert(converted[0], "digits", "onnx-fp32", tolerance=tolerance)
 
 
-@pytest.mark.parametrize("kind", ["field", "classifier"])
-def test_only_denoisers_are_converted(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["gaussians", "classifier"])
+def test_only_denoisers_and_fields_are_converted(tmp_path, kind):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     store = ArtifactStore(tmp_path / "store")
     store.publish(tmp_path / "model", Manifest(name="other", kind=kind))
-    with pytest.raises(ArtifactError, match=f"other@1 is a {kind}, and only a denoiser"):
+    with pytest.raises(ArtifactError, match=f"other@1 is of kind {kind}, and only denoisers and fields"):
         convert(store, "other", "onnx-fp32")
 
 

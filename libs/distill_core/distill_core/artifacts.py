@@ -104,7 +104,7 @@ class Manifest(Config):
     name: Name
     version: int = Field(0, ge=0)
     created: str = ""
-    kind: Literal["denoiser", "field", "classifier", "model"]
+    kind: Literal["denoiser", "field", "gaussians", "classifier", "model"]
     method: str = ""
     paper: str = ""
     title: str = ""

@@ -13,6 +13,7 @@ from distill_core.artifacts import MANIFEST, ArtifactStore, ExportReport, Manife
 from distill_core.building import load_artifact
 from distill_core.errors import ArtifactError, Unavailable
 from distillery_converter import onnx, parity, tensorrt
+from distillery_converter.fields import field_graphs
 from distillery_converter.graphs import Graph, in_half, load_graphs
 from distillery_converter.targets import Target, find_target
 
@@ -41,12 +42,12 @@ def convert(
 
     Raises:
         ConfigError: an unknown target or a bad tolerance. NotFound: no such model or version.
-        ArtifactError: not a denoiser, a damaged file, or outputs that differ too much from PyTorch.
+        ArtifactError: neither denoiser nor field, a damaged file, or outputs that differ too much from PyTorch.
         Unavailable: the target needs a GPU or a package that is not here, or the disk is full.
     """
     goal = find_target(target, tolerance=tolerance)
     source = store.manifest(ref)
-    _require_denoiser(source)
+    _require_convertible(source)
     versions = _tool_versions(goal)
     done = _converted(store, source, goal, versions)
     if done is not None:
@@ -61,7 +62,10 @@ def convert(
                 store.fetch(source.ref, cache), folder, ignore=shutil.ignore_patterns(MANIFEST, ".claim")
             )
             on_progress(1, STEPS)
-            graphs = load_graphs(folder, source, lambda ref: load_artifact(store, ref, cache))
+            if source.kind == "field":
+                graphs = field_graphs(folder, goal)
+            else:
+                graphs = load_graphs(folder, source, lambda ref: load_artifact(store, ref, cache))
             report = _export(folder, graphs, source, goal, versions, cache)
             on_progress(STEPS - 1, STEPS)
             published = store.publish(folder, _manifest(source, report, job), key=job)
@@ -73,11 +77,11 @@ def convert(
     return published
 
 
-def _require_denoiser(source: Manifest) -> None:
-    if source.kind != "denoiser":
+def _require_convertible(source: Manifest) -> None:
+    if source.kind not in ("denoiser", "field"):
         raise ArtifactError(
-            f"{source.ref} is a {source.kind}, and only a denoiser can be converted; `distillery models` "
-            "shows the kinds",
+            f"{source.ref} is of kind {source.kind}, and only denoisers and fields can be converted; "
+            "`distillery models` shows the kinds",
             field="artifact",
         )
 

@@ -21,7 +21,7 @@ from distill_core.errors import ConfigError, DataError
 from distill_core.method import Batch
 from distill_core.radiance.cameras import Camera, Rays, check_pose, focal_length, orbit_camera, pixel_rays
 from distill_core.radiance.procedural import BOUND as PROCEDURAL_BOUND
-from distill_core.radiance.procedural import render_procedural
+from distill_core.radiance.procedural import procedural_distance, render_procedural
 
 MAX_PIXELS = 2**27  # of all views together, 2 GiB in memory
 GOLDEN_ANGLE = 180 * (3 - math.sqrt(5))
@@ -36,6 +36,9 @@ class PosedImages:
     intrinsics: Tensor  # (N, 4): fx, fy, cx, cy in pixels
     distortion: Tensor | None = None  # (N, 6): k1 k2 k3 k4 p1 p2 of each lens; None: pinholes
     fisheye: bool = False
+    distance: Tensor | None = (
+        None  # (N, H, W), scene units, of what pixels' centres show, 0 for nothing; None: unknown
+    )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,12 +71,14 @@ class PosedImages:
     def some(self, indices: list[int]) -> PosedImages:
         """The views at these indices."""
         lens = None if self.distortion is None else self.distortion[indices]
+        distance = None if self.distance is None else self.distance[indices]
         return replace(
             self,
             images=self.images[indices],
             c2w=self.c2w[indices],
             intrinsics=self.intrinsics[indices],
             distortion=lens,
+            distance=distance,
         )
 
 
@@ -148,6 +153,7 @@ def _render_views(cameras: list[Camera]) -> PosedImages:
         torch.stack([render_procedural(camera) for camera in cameras]),
         torch.stack([camera.c2w for camera in cameras]),
         torch.stack([camera.intrinsics() for camera in cameras]),
+        distance=torch.stack([procedural_distance(camera) for camera in cameras]),
     )
 
 

@@ -1,4 +1,4 @@
-"""Likeness of two pictures. Both figures are per picture; a set's figure is the mean over its pictures."""
+"""Likeness of two pictures. Figures are per picture; a set's figure is the mean over its pictures."""
 
 from __future__ import annotations
 
@@ -50,3 +50,16 @@ def ssim(prediction: np.ndarray, target: np.ndarray) -> float:
             use_sample_covariance=False,
         )
     )
+
+
+def depth_error(prediction: np.ndarray, target: np.ndarray, covered: np.ndarray) -> float:
+    """Mean absolute difference of distances (H, W), in their unit, over the pixels that are `covered` (H, W) in truth.
+
+    Raises:
+        DataError: the shapes differ, or no pixel is covered.
+    """
+    if not prediction.shape == target.shape == covered.shape:
+        raise DataError(f"distances of shapes {prediction.shape} and {target.shape} cannot be compared")
+    if not covered.any():
+        raise DataError("no pixel of the true picture shows anything, so there is no depth to compare")
+    return float(np.abs(prediction.astype(np.float64) - target)[covered].mean())

@@ -135,19 +135,26 @@ def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
         trainer = Trainer(method, batches, recipe, Run(Path(folder)), cpu=True)
         _make_optimizer_state(trainer)
         held: list[int] = []
-        try:
-            with (
-                LiveBytes() as live,
-                _before_backward(trainer, lambda: held.append(live.now - _gradients(trainer))),
-            ):
-                trainer.train_step()
-        except (NotImplementedError, RuntimeError) as error:
-            raise ConfigError(
-                f"the memory of method {recipe.method} cannot be planned, since it decides by values that a plan "
-                f"does not have ({str(error).splitlines()[0][:120]}); train a few steps and watch the device",
-                field="method",
-            ) from error
+        with (
+            refusing_values(recipe.method),
+            LiveBytes() as live,
+            _before_backward(trainer, lambda: held.append(live.now - _gradients(trainer))),
+        ):
+            trainer.train_step()
     return MemoryPlan(tuple(_parts(trainer)), max(held, default=0), live.peak)
+
+
+@contextmanager
+def refusing_values(method: str) -> Iterator[None]:
+    """Turns what torch says where a program asks weightless tensors for more than shapes into a `ConfigError`."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        raise ConfigError(
+            f"the memory of method {method} cannot be planned, since it decides by values that a plan "
+            f"does not have ({str(error).splitlines()[0][:120]}); train a few steps and watch the device",
+            field="method",
+        ) from error
 
 
 class _Batches:
