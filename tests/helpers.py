@@ -28,6 +28,7 @@ TINY = {
 }
 
 PHASES = (
+    "reconstruct_steps",
     "regression_steps",
     "warmup_steps",
     "record_steps",

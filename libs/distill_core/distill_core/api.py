@@ -25,13 +25,14 @@ from distill_core.errors import ConfigError, DistilleryError
 from distill_core.evaluation import Evaluator, load_evaluator, one_step
 from distill_core.method import Method
 from distill_core.methods import family, find_method, method_names, needs
+from distill_core.metrics.lpips import LPIPS
 from distill_core.networks.adapters import ADAPTER, LoraDenoiser, combined, has_adapter, plain, read_base
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.weightless import real_tensors, weightless
 from distill_core.pictures import save_sheet
 from distill_core.training.checkpoint import writing
 from distill_core.training.loop import Trainer
-from distill_core.training.memory import MemoryPlan, plan_memory
+from distill_core.training.memory import MemoryPlan, plan_memory, refusing_values
 from distill_core.training.run import Listener, Run
 
 __all__ = [
@@ -123,7 +124,8 @@ def plan(recipe: Recipe, where: Context) -> MemoryPlan:
         DistilleryError: a mistake in the recipe, or a method whose step depends on the values of its tensors.
     """
     with tempfile.TemporaryDirectory(prefix="distillery-plan-") as scratch, weightless():
-        method, source = build(recipe, untrained(where, Path(scratch)))
+        with refusing_values(recipe.method):
+            method, source = build(recipe, untrained(where, Path(scratch)))
         return plan_memory(method, source, recipe)
 
 
@@ -206,6 +208,8 @@ def publish(
 
 def _evaluator(method: Method, source: Source, config: EvaluateConfig, where: Context) -> Evaluator | None:
     """What measures the method's result; None for results that generate nothing."""
+    if config.lpips is not None:
+        LPIPS(Path(config.lpips))  # the method opens it again, after the training
     result = getattr(method, method.result)
     return load_evaluator(config, result, source, where) if isinstance(result, Denoiser) else None
 

@@ -23,12 +23,19 @@ from distill_core.artifacts import MANIFEST, ArtifactStore
 from distill_core.config import ModelSource, Recipe, StudentConfig, load_recipe
 from distill_core.data import Source, build_source
 from distill_core.data.pairs import build_pairs
+from distill_core.data.scenes import SceneSource
 from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
 from distill_core.method import Method
 from distill_core.methods import find_method, needs
 from distill_core.networks.adapters import ADAPTER, LoraDenoiser, has_adapter, plain, read_base
+from distill_core.networks.classifier import load_classifier
+from distill_core.networks.clip_io import load_clip
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.weightless import real_tensors
+from distill_core.radiance.gaussians import load_gaussians
+from distill_core.radiance.latent_scene import load_latent_scene
+from distill_core.radiance.relightable import load_relightable
+from distill_core.radiance.renderer import load_scene
 from distill_core.training.seeding import derive, seed_everything
 
 log = logging.getLogger(__name__)
@@ -52,10 +59,18 @@ class Context:
             return path
         if source.artifact is not None:
             return self.store.fetch(source.artifact, self.cache / "artifacts")
-        return self._trained(str(source.recipe))
+        if source.recipe is None:
+            raise ConfigError(
+                f"scene {source.scene!r} is a formula and no folder; it can only be a teacher", field="scene"
+            )
+        return self._trained(source.recipe)
 
     def load(self, source: ModelSource) -> nn.Module:
         """The model that a source names; an adapter over its base from the store."""
+        if source.scene is not None:
+            from distill_core.radiance.closed_form import closed_form_scene
+
+            return closed_form_scene(source.scene)
         return load_model(self.folder(source), base=self.artifact)
 
     def artifact(self, ref: str, *, device: str = "cpu") -> nn.Module:
@@ -102,10 +117,18 @@ def cache_key(recipe: Recipe, *, above: tuple[str, ...] = ()) -> str:
 
 
 Load = Callable[[str], nn.Module]  # the model of a store reference
+LOADERS: dict[str, Callable[..., Any]] = {  # by what config.json says of itself
+    "classifier": load_classifier,
+    "clip": load_clip,
+    "field": real_tensors()(load_scene),  # real in a plan too: small beside what it is trained on
+    "gaussians": load_gaussians,
+    "latent_field": load_latent_scene,
+    "relightable": load_relightable,
+}
 
 
 def load_model(folder: Path, *, device: str = "cpu", base: Load | None = None) -> nn.Module:
-    """Whatever a model folder holds: a denoiser (diffusers folder), a radiance field, a classifier, a CLIP model.
+    """Whatever a model folder holds: a denoiser (diffusers folder), a radiance field, Gaussians, a classifier, CLIP.
 
     An adapter without its base's weights is put over what `base` loads, on that model's device.
 
@@ -122,19 +145,9 @@ def load_model(folder: Path, *, device: str = "cpu", base: Load | None = None) -
         from distill_core.networks.routed import StoredExperts
 
         return _named(StoredExperts(folder, device=device).all_loaded(), folder)
-    kind = _config_kind(folder)
-    if kind == "classifier":
-        from distill_core.networks.classifier import load_classifier
-
-        return load_classifier(folder).to(device)
-    if kind == "field":
-        from distill_core.radiance.renderer import load_scene
-
-        return load_scene(folder)
-    if kind == "clip":
-        from distill_core.networks.clip_io import load_clip
-
-        return load_clip(folder).to(device)
+    load = LOADERS.get(_config_kind(folder))
+    if load is not None:
+        return load(folder, device=device)
     raise ArtifactError(
         f"{folder} holds no model: expected a diffusers folder, or config.json with model.safetensors"
     )
@@ -285,8 +298,8 @@ def fit(source: Source, teacher: nn.Module) -> None:
     Raises:
         ConfigError, DataError: pictures of another shape, no or too many classes, no prompts.
     """
-    if not isinstance(teacher, Denoiser):
-        return
+    if not isinstance(teacher, Denoiser) or isinstance(source, SceneSource):
+        return  # of a scene's views no condition is told: a method that edits them says its own
     if source.shape is not None and tuple(source.shape) != tuple(teacher.image.picture):
         raise DataError(
             f"the data's pictures have the shape {tuple(source.shape)}, the teacher makes {teacher.image.picture}; "
@@ -349,4 +362,6 @@ def _loaded(source: ModelSource, context: Context, kind: type[nn.Module], what: 
             "`distillery models` shows the kinds",
             field=what,
         )
-    return model.requires_grad_(False).eval()
+    if isinstance(model, nn.Module):  # a scene is more than its field, and was loaded frozen
+        model.requires_grad_(False).eval()
+    return model

@@ -46,8 +46,8 @@ class Clip(nn.Module):
         return F.normalize(self.model.text_projection(pooled), dim=1)
 
 
-def load_clip(folder: Path) -> Clip:
-    """The CLIP model in a transformers folder, from safetensors.
+def load_clip(folder: Path, *, device: str = "cpu") -> Clip:
+    """The CLIP model in a transformers folder, from safetensors, on `device`.
 
     Raises:
         ArtifactError: the model or its tokenizer is missing or damaged.
@@ -61,4 +61,5 @@ def load_clip(folder: Path) -> Clip:
     except Exception as error:  # transformers raises many kinds on damaged files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArtifactError(f"CLIP folder {folder} is damaged or incomplete: {reason}") from error
-    return Clip(model, tokenizer, given.get("image_mean", MEAN), given.get("image_std", STD))
+    clip = Clip(model, tokenizer, given.get("image_mean", MEAN), given.get("image_std", STD))
+    return clip.to(device)

@@ -142,10 +142,9 @@ class DiffusersDenoiser(Denoiser):
     def decode(self, x0: Tensor) -> Tensor:
         if self.codec is None:
             return x0
-        latent = x0 / self.codec.config["scaling_factor"] + (self.codec.config.get("shift_factor") or 0.0)
         if self.image.tileable:
-            return decode_wrapped(lambda wrapped: self.codec.decode(wrapped).sample, latent)
-        return self.codec.decode(latent).sample
+            return decode_wrapped(lambda wrapped: self.codec.decode(wrapped).sample, unscaled(self.codec, x0))
+        return decode_latent(self.codec, x0)
 
     def preview(self, seed: int) -> Tensor:
         """A sheet of samples, classes in turn."""
@@ -251,6 +250,16 @@ class DiffusersDenoiser(Denoiser):
         patch = self.network.config.patch_size
         size = self.image.height // patch, self.image.width // patch
         return feature.transpose(1, 2).unflatten(2, size)  # (B, N, D) -> (B, D, h, w)
+
+
+def unscaled(codec: nn.Module, x0: Tensor) -> Tensor:
+    """The codec's own latent of a model's `x0`."""
+    return x0 / codec.config["scaling_factor"] + (codec.config.get("shift_factor") or 0.0)
+
+
+def decode_latent(codec: nn.Module, x0: Tensor) -> Tensor:
+    """The picture (B, C, H, W) in [-1, 1] of a latent model's `x0`."""
+    return codec.decode(unscaled(codec, x0)).sample
 
 
 @contextlib.contextmanager

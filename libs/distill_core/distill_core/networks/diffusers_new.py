@@ -28,8 +28,9 @@ def build_denoiser(
     prompts: list[str] | None = None,
     scheduler: dict[str, Any] | None = None,
     num_steps: int = 32,
+    codec: nn.Module | None = None,
 ) -> DiffusersDenoiser:
-    """A new network for images of `shape` (C, H, W); `num_classes` None is unconditional.
+    """A new network for images of `shape` (C, H, W), or for their latents by `codec`; no `num_classes`: unconditional.
 
     The null class has the index `num_classes`. A UNet2DConditionModel is conditioned on text instead, by an encoder
     made from the words of `prompts`. `scheduler` are arguments of the diffusers scheduler.
@@ -47,7 +48,7 @@ def build_denoiser(
             "this data has no pictures to learn from; set data.name to digits, images, huggingface or idx",
             field="data.name",
         )
-    channels, height, width = shape
+    channels, height, width = shape if codec is None else latent_shape(codec, shape)
     text = text_for(network, prompts) if network.name == "UNet2DConditionModel" else None
     args = {"in_channels": channels, "out_channels": channels, "sample_size": height, **network.args}
     args |= (
@@ -73,7 +74,53 @@ def build_denoiser(
             kind="class_label", num_classes=num_classes, null_label=num_classes, class_names=class_names
         )
     sidecar = Sidecar(image=image, cond=cond, sampler=sampler, parameterisation=parameterisation)
-    return _tried(DiffusersDenoiser(module, noise, sidecar, text=text))
+    return _tried(DiffusersDenoiser(module, noise, sidecar, codec=codec, text=text))
+
+
+def build_codec(args: dict[str, Any], shape: tuple[int, int, int] | None) -> nn.Module:
+    """A new diffusers AutoencoderKL for pictures of `shape` (C, H, W); `args` are its own.
+
+    Raises:
+        ConfigError: data without pictures, arguments that the class refuses, or sides that do not divide.
+    """
+    if shape is None:
+        raise ConfigError(
+            "this data has no pictures to learn from; choose data with pictures", field="data.name"
+        )
+    count = len(args.get("block_out_channels", (64,)))
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * count,
+        "up_block_types": ("UpDecoderBlock2D",) * count,
+    }
+    sizes = {"in_channels": shape[0], "out_channels": shape[0], "sample_size": shape[1]}
+    try:
+        codec = diffusers.AutoencoderKL(**{**blocks, **sizes, **args})
+        latent_shape(codec, shape)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"config.codec is refused by AutoencoderKL: {error}", field="config.codec"
+        ) from None
+    return codec
+
+
+def latent_shape(codec: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of pictures of `shape`.
+
+    Raises:
+        ConfigError: sides that the codec does not divide.
+    """
+    factor = 2 ** (len(codec.config["block_out_channels"]) - 1)
+    if shape[1] % factor or shape[2] % factor:
+        raise ConfigError(
+            f"pictures of {shape[2]} x {shape[1]} pixels do not divide by the codec's factor {factor}",
+            field="data.size",
+        )
+    return codec.config["latent_channels"], shape[1] // factor, shape[2] // factor
+
+
+def scale_latents(codec: nn.Module, scale: float) -> None:
+    """Multiply what `codec` encodes to by `scale` from now on; it is kept in the codec's own config."""
+    codec.register_to_config(scaling_factor=scale)
 
 
 def build_like(teacher: DiffusersDenoiser, network: NetworkConfig) -> DiffusersDenoiser:
