@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,6 +229,8 @@ def test_the_worked_example_of_contributing_trains_as_it_stands(tmp_path, monkey
 def test_the_tables_of_methods_and_evidence_are_those_of_the_kept_results(tmp_path):
     """`distillery claims --no-run` would change nothing."""
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs/scenes.json", tmp_path / "docs")
     write_documents(tmp_path, kept(ROOT))
     for name in ("README.md", "docs/evidence.md", "docs/evidence.json"):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), (

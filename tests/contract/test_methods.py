@@ -91,7 +91,7 @@ def test_a_result_is_saved_and_loads_again_with_the_same_output(name, context, t
         fields = trainer.method.manifest_fields()
     files = [file for file in (tmp_path / "model").rglob("*") if file.is_file()]
     assert any(file.suffix == ".safetensors" for file in files)
-    assert fields["kind"] in {"denoiser", "field", "classifier", "model"}
+    assert fields["kind"] in {"denoiser", "field", "gaussians", "classifier", "model"}
     load_model(tmp_path / "model")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distillery_cli.bench import markdown
+from distillery_cli.bench_conversion import conclusions, conversion_rows
 
 
 def test_the_page_names_the_machine_and_every_measured_load():
@@ -18,15 +19,42 @@ def test_the_page_names_the_machine_and_every_measured_load():
     good = {**step, "step_ms": 287.0, "passes_ms": 270.0, "step_over_passes": 1.063}
     slow = {**step, "method": "slow", "step_ms": 300.0, "passes_ms": 200.0, "step_over_passes": 1.5}
     broken = {"method": "broken", "recipe": "broken", "batch_size": 8, "error": "the loss became nan"}
+    curves = {
+        "mlp_from_images": [(250.0, 20.0), (500.0, 25.0)],
+        "hash_teacher": [(30.0, 26.0)],
+        "mlp_converted": [(20.0, 24.0), (40.0, 25.1)],
+        "vm_staged": [(12.0, 25.0)],
+        "vm_pixels": [(12.0, 22.5)],
+    }
     page = markdown(
         {
             "machine": {"cpu": "A processor", "cores": 2, "system": "Linux", "python": "3.11"},
             "sampler": [{"model": "unet", "bare": bare, "loads": [load]}],
-            "trainer": [good, slow, broken],
+            "rendering": {
+                "sparse": {"num_steps": 96, "speedup": 17.25, "psnr_loss": 0.2},
+                "served": {"ratio": 0.957},
+                "first": [{"side": 256, "first_ms": 41.5, "last_ms": 900.0}],
+            },
+            "conversion": {"curves": curves, **conclusions(curves)},
+            "steps": [good, slow, broken],
         }
     )
     assert "A processor, 2 cores" in page
     assert "| unet | sampler, 8 clients, 1 images a request | 12.3 | 150 | 0.5 |" in page
-    assert "| dmd2 | 128 | 6 | 19 | 287 | 270 | 1.06 | PASS |" in page
+    assert "96 samples a ray, times as fast | 17.25 | at least 15 | PASS |" in page
+    assert "| PSNR lost by it, dB | 0.2 | at most 0.1 | short |" in page
+    assert "| gRPC over bare renderer, views of 128 x 128 a second | 0.957 | at least 0.9 | PASS |" in page
+    assert "first picture of 256 x 256, ms (last: 900) | 41.5 | at most 100 | PASS |" in page
+    assert "| hash grid from images, the teacher | 30 | 26 |" in page
+    assert "as good as from images (12.5 x sooner, asked 10) | 40 | 25 | PASS |" in page
+    assert "what the stages gain over pixels alone (asked 3 dB) |  | 2.5 | below |" in page
+    assert "| dmd2 | 128 | 6 | 19 | 287 | 270 | 1.063 | PASS |" in page
     assert "| slow | 128 | 6 | 19 | 300 | 200 | 1.5 | over |" in page
     assert "| broken | 8 |  |  |  |  |  | the loss became nan |" in page
+
+
+def test_a_conversion_that_never_gets_there_says_so():
+    curves = {name: [(10.0, 20.0)] for name in ("hash_teacher", "vm_staged", "vm_pixels")}
+    curves |= {"mlp_from_images": [(500.0, 25.0)], "mlp_converted": [(25.0, 23.0), (50.0, 24.9)]}
+    rows = conversion_rows({"curves": curves, **conclusions(curves)})
+    assert any("not reached" in row[0] and row[3] == "below" for row in rows)

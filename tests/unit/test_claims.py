@@ -13,6 +13,7 @@ from distill_core.errors import ConfigError, DataError, NotFound
 from distill_service.settings import settings
 from distillery_cli import claims
 from distillery_cli.app import main
+from distillery_cli.output import markdown_table
 
 README = f"# Title\n\nbefore\n\n{claims.BEGIN}\nold table\n{claims.END}\n\nafter\n"
 DMD2 = {
@@ -118,7 +119,7 @@ def test_a_claim_is_said_with_its_size_its_bound_and_its_ablation():
 
 
 def test_a_bar_inside_a_cell_does_not_end_it():
-    assert claims.markdown(("a", "b"), [["|x|", r"y \| z"]]).splitlines()[2] == r"| \|x\| | y \| z |"
+    assert markdown_table(("a", "b"), [["|x|", r"y \| z"]]).splitlines()[2] == r"| \|x\| | y \| z |"
 
 
 def test_names_are_checked_before_anything_runs():

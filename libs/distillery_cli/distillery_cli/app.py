@@ -14,14 +14,19 @@ from distillery_cli import (
     adapters,
     bench,
     claims,
+    conversion,
     demo,
     doctor,
     health,
     jobs,
     models,
+    rendering,
     sampling,
+    scene_evidence,
+    scenes,
     stack,
     training,
+    viewing,
 )
 from distillery_cli.output import notes
 
@@ -58,7 +63,24 @@ def _options(
     """Distil models, queue the work, publish the results and serve them."""
 
 
-for _module in (demo, stack, jobs, training, models, adapters, sampling, doctor, health, bench, claims):
+for _module in (
+    demo,
+    stack,
+    jobs,
+    training,
+    models,
+    adapters,
+    sampling,
+    rendering,
+    viewing,
+    scenes,
+    conversion,
+    scene_evidence,
+    doctor,
+    health,
+    bench,
+    claims,
+):
     _module.register(app)
 
 

@@ -1,4 +1,4 @@
-"""`distillery bench`: server against bare runtime, training step against its network passes, in one run."""
+"""`distillery bench`: server against bare runtimes, renderer against renderer, training step against its passes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from distill_core.errors import ConfigError
+from distillery_cli.bench_conversion import CONVERSION_COLUMNS, PLOT, conversion_rows, save_plot
+from distillery_cli.bench_radiance import COLUMNS, rendering_rows
 from distillery_cli.bench_trainer import LIMIT
-from distillery_cli.output import AsJson, bar, emit_json, notes, results, table
+from distillery_cli.output import AsJson, bar, emit_json, markdown_table, notes, results, table
 
 
 def register(app: typer.Typer) -> None:
@@ -21,38 +24,71 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Examples: distillery bench  ·  distillery bench --seconds 20 --out out/bench")(bench)
 
 
+PARTS = ("steps", "sampler", "rendering", "conversion")
+
+
 def bench(
     out: Annotated[Path, typer.Option("--out", help="Where report.json goes.")] = Path("out/bench"),
     seconds: Annotated[float, typer.Option(min=1, max=600, help="Of load at each concurrency.")] = 5.0,
     page: Annotated[Path | None, typer.Option("--page", help="Write the tables as Markdown too.")] = None,
     steps: Annotated[int, typer.Option(min=3, max=10_000, help="Training steps that are timed.")] = 20,
+    only: Annotated[str, typer.Option(help="Parts; the others stay as --out has them.")] = ",".join(PARTS),
+    train_seconds: Annotated[
+        float, typer.Option(min=1, help="Of the field from images that a conversion is compared with.")
+    ] = 480.0,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the sampler against a bare ONNX Runtime forward, each method's training step against its network passes.
+    """Measure the sampler and the renderer against bare ones, training steps against their passes, field conversions.
 
-    The networks are untrained: time does not depend on the weights.
+    Networks are untrained where time does not depend on the weights. The conversions take a quarter of an hour.
     """
-    from distillery_cli.bench_sampler import measure_sampler
-    from distillery_cli.bench_trainer import measure_trainer
-
+    chosen = [name.strip() for name in only.split(",")]
+    if unknown := set(chosen) - set(PARTS):
+        raise ConfigError(
+            f"no part of the bench is called {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}",
+            field="only",
+        )
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
+    report = {**_kept(out / "report.json"), "machine": _machine()}
     with tempfile.TemporaryDirectory(prefix="distillery-bench-") as scratch:
-        with bar("training steps") as line:
-            training = measure_trainer(Path(scratch), steps, line.update)
-        serving = measure_sampler(Path(scratch) / "state", seconds, notes.print)
-    report = {
-        "machine": _machine(),
-        "sampler": serving,
-        "trainer": training,
-        "seconds": round(time.monotonic() - began, 1),
-    }
+        for name in chosen:
+            report[name] = _measured(name, Path(scratch) / name, seconds, steps, train_seconds)
+    report["seconds"] = round(time.monotonic() - began, 1)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if page is not None:
         page.write_text(markdown(report), encoding="utf-8")
+        if "conversion" in chosen:
+            (page.parent / PLOT).parent.mkdir(parents=True, exist_ok=True)
+            save_plot(report["conversion"], page.parent / PLOT)
     if as_json:
         return emit_json(report)
     return _show(report, out)
+
+
+def _measured(name: str, work: Path, seconds: float, steps: int, train_seconds: float) -> Any:
+    from distillery_cli.bench_conversion import measure_conversion
+    from distillery_cli.bench_radiance import measure_radiance
+    from distillery_cli.bench_sampler import measure_sampler
+    from distillery_cli.bench_trainer import measure_trainer
+
+    if name == "steps":
+        with bar("training steps") as line:
+            return measure_trainer(work, steps, line.update)
+    if name == "sampler":
+        return measure_sampler(work, seconds, notes.print)
+    if name == "rendering":
+        return measure_radiance(work, seconds, notes.print)
+    return measure_conversion(work, train_seconds, notes.print)
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """An earlier report, whose parts stay where they are not measured anew."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _machine() -> dict[str, Any]:
@@ -78,7 +114,7 @@ def _cpu_name() -> str:
 
 def _serving_rows(report: dict[str, Any]) -> list[list[Any]]:
     rows: list[list[Any]] = []
-    for model in report["sampler"]:
+    for model in report.get("sampler", ()):
         best = model["bare"]
         how = f"bare ONNX Runtime, {best['sessions']} x batch {best['batch']}"
         rows.append([model["model"], how, "", best["images_per_s"], 1.0])
@@ -90,7 +126,7 @@ def _serving_rows(report: dict[str, Any]) -> list[list[Any]]:
 
 def _training_rows(report: dict[str, Any]) -> list[list[Any]]:
     rows: list[list[Any]] = []
-    for row in report["trainer"]:
+    for row in report.get("steps", ()):
         if "error" in row:
             rows.append([row["method"], row["batch_size"], *[""] * 5, row["error"]])
             continue
@@ -114,39 +150,55 @@ STEP_COLUMNS = [
 ]
 
 
+def _tables(report: dict[str, Any]) -> list[tuple[str, str, list[str], list[list[Any]]]]:
+    """Title, remark, columns and rows of each part that was measured."""
+    steps = (
+        "`passes` are calls without a gradient, `with backward` those with one; networks are diffusers networks,\n"
+        "discriminator heads and whatever else a step calls. The same calls, repeated bare in the same run, take\n"
+        f"`bare passes`. One thread, untrained networks of each method's own recipe; `PASS` is at most {LIMIT:g}."
+    )
+    sampler = (
+        "Clients run on the server's own cores, so one-image requests to a network of a few microseconds measure\n"
+        "gRPC and Python, not the network."
+    )
+    rendering = (
+        "A trained hash-grid field. `dense` evaluates every sample inside the box; PSNR is against the closed form.\n"
+        "The bare renderer runs a thread a core in the client's process, turn and turn about with the sampler."
+    )
+    conversion = (
+        "PSNR on true pictures that no field was trained on. The times are of training steps on one thread; the\n"
+        f"teacher's own is shown, not hidden.\n\n![PSNR against seconds]({PLOT})"
+    )
+    found = []
+    if "sampler" in report:
+        rows = _serving_rows(report)
+        found.append(("Sampler against the bare runtime", sampler, SERVING_COLUMNS, rows))
+    if "rendering" in report:
+        found.append(("Rendering", rendering, COLUMNS, rendering_rows(report["rendering"])))
+    if "conversion" in report:
+        rows = conversion_rows(report["conversion"])
+        found.append(("Converting a field against training one", conversion, CONVERSION_COLUMNS, rows))
+    if "steps" in report:
+        rows = _training_rows(report)
+        found.append(("A training step against its network passes", steps, STEP_COLUMNS, rows))
+    return found
+
+
 def _show(report: dict[str, Any], out: Path) -> None:
-    results.print(table(SERVING_COLUMNS, _serving_rows(report), title="sampler"))
-    title = f"training step against its bare network passes, at most {LIMIT:g}"
-    results.print(table(STEP_COLUMNS, _training_rows(report), title=title))
+    for title, _, columns, rows in _tables(report):
+        results.print(table(columns, rows, title=title))
     results.print(f"took {report['seconds']:.0f} s; report.json is in {out}")
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page of documentation."""
     machine = report["machine"]
-    lines = [
-        "# Performance",
-        "",
-        "Written by `make bench`; every figure is of one run. Clients run on the server's own cores, so one-image",
-        "requests to a network of a few microseconds measure gRPC and Python, not the network.",
-        "",
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}.",
-        "",
-        "## Sampler against the bare runtime",
-        "",
-        *_markdown_table(SERVING_COLUMNS, _serving_rows(report)),
-        "",
-        "## A training step against its network passes",
-        "",
-        "`passes` are calls without a gradient, `with backward` those with one; networks are diffusers networks,",
-        "discriminator heads and whatever else a step calls. The same calls, repeated bare in the same run, take",
-        f"`bare passes`. One thread, untrained networks of each method's own recipe; `PASS` is at most {LIMIT:g}.",
-        "",
-        *_markdown_table(STEP_COLUMNS, _training_rows(report)),
+    about = f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}"
+    parts = [
+        f"# Performance\n\nWritten by `make bench`; ratios are of one run.\n\nMachine: {about}.\n",
+        *(
+            f"## {title}\n\n{remark}\n\n{markdown_table(columns, rows)}"
+            for title, remark, columns, rows in _tables(report)
+        ),
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _markdown_table(columns: list[str], rows: list[list[Any]]) -> list[str]:
-    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells]]
+    return "\n".join(parts)

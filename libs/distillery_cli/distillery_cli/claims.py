@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ import typer
 
 from distill_core.config import CheckConfig, Claim, Recipe, load_recipe, recipe_names
 from distill_core.errors import ConfigError, DataError, DistilleryError, NotFound, nearest
-from distillery_cli.output import AsJson, bar, emit_json, figure, notes, results
+from distillery_cli import scene_evidence
+from distillery_cli.output import AsJson, bar, emit_json, figure, markdown_table, notes, results
 
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
 EVIDENCE, KEPT, README = Path("docs/evidence.md"), Path("docs/evidence.json"), Path("README.md")
@@ -153,7 +153,8 @@ def write_documents(repository: Path, outcomes: Mapping[str, Outcome]) -> None:
     readme = with_table(read_readme(repository), methods_table(ours, known))
     (repository / EVIDENCE).parent.mkdir(parents=True, exist_ok=True)
     (repository / KEPT).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    (repository / EVIDENCE).write_text(evidence(ours, known), encoding="utf-8")
+    page = evidence(ours, known) + scene_evidence.section(repository)
+    (repository / EVIDENCE).write_text(page, encoding="utf-8")
     (repository / README).write_text(readme, encoding="utf-8")
 
 
@@ -186,7 +187,7 @@ def methods_table(described: Sequence[Mapping[str, Any]], outcomes: Mapping[str,
     for entry in sorted(described, key=lambda entry: (entry["family"], entry["name"])):
         states = [(name, state(load_recipe(name), outcomes.get(name))) for name in entry["recipes"]]
         rows.append([f"`{entry['name']}`", entry["family"], entry["paper"], _states(states)])
-    return markdown(("method", "family", "paper", "recipes and their state"), rows)
+    return markdown_table(("method", "family", "paper", "recipes and their state"), rows)
 
 
 def _states(states: Sequence[tuple[str, str]]) -> str:
@@ -217,7 +218,7 @@ def evidence(described: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Outc
         rows += [["", "", "", *cells] for cells in _further(recipe, outcome)]
         if outcome is not None and recipe.check is not None:
             remarks += _remarks(name, recipe, outcome)
-    return "\n".join([_PREAMBLE, markdown(COLUMNS, rows), *remarks])
+    return "\n".join([_PREAMBLE, markdown_table(COLUMNS, rows), *remarks])
 
 
 def _figures(recipe: Recipe, outcome: Outcome | None) -> list[str]:
@@ -285,14 +286,6 @@ def _said(claim: Claim, circumstances: str = "") -> str:
 
 def _settings(changes: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {json.dumps(value)}" for key, value in changes.items())
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar inside a cell is escaped."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(
-        "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in line) + " |\n" for line in lines
-    )
 
 
 _PREAMBLE = """# Evidence

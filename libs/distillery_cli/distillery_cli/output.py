@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +52,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str |
     for row in rows:
         made.add_row(*(figure(cell) for cell in row))
     return made
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """The same as Markdown; a bar inside a cell is escaped."""
+    lines = [columns, ["---"] * len(columns), *([figure(cell) for cell in row] for row in rows)]
+    return "".join(
+        "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in line) + " |\n" for line in lines
+    )
 
 
 def figure(value: Any) -> str:

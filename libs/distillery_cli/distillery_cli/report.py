@@ -113,7 +113,7 @@ def table(report: Report) -> Table:
 
 def save_contact_sheet(panels: Mapping[str, np.ndarray], path: Path) -> None:
     """Titled grids side by side; each panel is (N, C, H, W) in [-1, 1], ten pictures a row."""
-    pyplot = _pyplot()
+    pyplot = pyplot_without_display()
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.5), layout="constrained")
     for axis, (title, pictures) in zip(axes, panels.items(), strict=True):
         axis.imshow(grid(pictures), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
@@ -137,7 +137,7 @@ def grid(pictures: np.ndarray, *, columns: int = 10) -> np.ndarray:
 
 def save_curves(curves: Mapping[str, Curve], path: Path) -> None:
     """A panel per stage: its losses over the steps."""
-    pyplot = _pyplot()
+    pyplot = pyplot_without_display()
     shown = {stage: curve for stage, curve in curves.items() if stage in CURVES and curve}
     figure, axes = pyplot.subplots(
         1, max(1, len(shown)), figsize=(5 * max(1, len(shown)), 3.5), layout="constrained", squeeze=False
@@ -167,7 +167,8 @@ def save_strip(frames: Sequence[np.ndarray], path: Path, *, count: int = 8) -> N
     Image.fromarray(np.concatenate(list(frames[::step])[:count], axis=1)).save(path)
 
 
-def _pyplot() -> Any:
+def pyplot_without_display() -> Any:
+    """Matplotlib's pyplot, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed

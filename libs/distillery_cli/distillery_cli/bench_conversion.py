@@ -1,0 +1,175 @@
+"""What converting a radiance field costs beside training one from images: PSNR on true pictures against seconds.
+
+PVD's claim is about time (arXiv 2211.15977: an MLP distilled from a hash grid is ready 10 to 20 times sooner). All
+times are of training steps alone; looking at the pictures in between is not counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill_core.building import Context
+    from distill_core.config import Recipe
+    from distill_core.training.loop import Trainer
+
+TEACHER, FROM_IMAGES, CONVERTED = "nerf_procedural", "nerf_procedural_mlp", "pvd"
+POINTS = 12  # of a curve
+PROBE = 40  # steps from which the time of a step is known
+SHARE = 10  # the conversion's time is this part of the training's
+STAGES = {"config.feature_until": 0.15, "config.points_until": 0.4}  # as shares of the run
+PIXELS_ONLY = {
+    "config.feature_until": 0.0,
+    "config.points_until": 0.0,
+    "config.weights": {
+        "feature": 0.0,
+        "feature_decay": 1.0,
+        "density": 0.0,
+        "color": 0.0,
+        "pixel": 10.0,
+        "late": 1.0,
+    },
+}
+VM_SECONDS = 12.0
+FASTER, GAIN_DB = 10.0, 3.0  # what is wanted
+CONVERSION_COLUMNS = ["field", "seconds", "PSNR dB", ""]
+PLOT = Path("images/conversion.png")  # beside the page
+TITLES = {
+    "mlp_from_images": "MLP from images",
+    "hash_teacher": "hash grid from images, the teacher",
+    "mlp_converted": "MLP from the teacher (PVD)",
+    "vm_staged": "VM from the teacher (PVD)",
+    "vm_pixels": "VM from the teacher, by pixels alone",
+}
+Curve = list[tuple[float, float]]  # seconds, dB
+Tell = Callable[[str], object]
+
+
+def measure_conversion(work: Path, seconds: float, tell: Tell) -> dict[str, Any]:
+    """An MLP from images for `seconds`; its teacher; the same MLP by conversion in a tenth; VM staged and by pixels."""
+    import torch
+
+    from distill_core import api
+    from distill_core.config import load_recipe
+
+    torch.set_num_threads(1)
+    where = api.context(work / "store", work / "cache")
+    network = load_recipe(FROM_IMAGES).network
+    assert network is not None
+    mlp = {"network": network.model_dump(mode="json"), "optim.student.lr": 3e-3}
+    images = _curve("MLP from images", load_recipe(FROM_IMAGES), seconds, where, work / "images", tell)
+    teacher = _curve("hash teacher from images", load_recipe(TEACHER), None, where, work / "teacher", tell)
+    pvd = load_recipe(CONVERTED, {"teacher": {"path": str(work / "teacher" / "model")}})
+    spent = images[-1][0] / SHARE
+    curves = {
+        "mlp_from_images": images,
+        "hash_teacher": teacher,
+        "mlp_converted": _curve("MLP from the teacher", pvd.override(mlp), spent, where, work / "mlp", tell),
+        "vm_staged": _curve("VM, staged", pvd, VM_SECONDS, where, work / "vm", tell),
+        "vm_pixels": _curve("VM, pixels alone", pvd, VM_SECONDS, where, work / "pixels", tell, PIXELS_ONLY),
+    }
+    return {"curves": curves, **conclusions(curves)}
+
+
+def conclusions(curves: dict[str, Curve]) -> dict[str, float | None]:
+    """When the converted MLP is as good as the one from images, and what the stages are worth in dB."""
+    seconds, wanted = curves["mlp_from_images"][-1]
+    reached = next((at for at, psnr in curves["mlp_converted"] if psnr >= wanted), None)
+    return {
+        "from_images_seconds": seconds,
+        "from_images_psnr": wanted,
+        "converted_seconds": reached,  # None: not within a tenth of the time
+        "converted_psnr": curves["mlp_converted"][-1][1],
+        "times_faster": None if reached is None else seconds / reached,
+        "teacher_seconds": curves["hash_teacher"][-1][0],
+        "staged_gain_db": curves["vm_staged"][-1][1] - curves["vm_pixels"][-1][1],
+    }
+
+
+def _curve(
+    title: str,
+    recipe: Recipe,
+    seconds: float | None,
+    where: Context,
+    folder: Path,
+    tell: Tell,
+    stages: dict[str, Any] | None = None,
+) -> Curve:
+    """Train as `recipe` says, for as many steps as fit `seconds` (None: its own number); the model is saved."""
+    steps = (
+        recipe.steps if seconds is None else max(PROBE, round(seconds / _step_seconds(recipe, where, folder)))
+    )
+    changes: dict[str, Any] = {"steps": steps}
+    for key, share in {**(STAGES if recipe.method == CONVERTED else {}), **(stages or {})}.items():
+        changes[key] = round(share * steps) if key in STAGES else share
+    recipe = recipe.override(changes)
+    trainer = _trainer(recipe, where, folder)
+    points: Curve = []
+    spent, every = 0.0, max(1, steps // POINTS)
+    while trainer.step < steps:
+        began = time.perf_counter()
+        trainer.train_step()
+        trainer.step += 1
+        spent += time.perf_counter() - began
+        if trainer.step % every == 0 or trainer.step == steps:
+            psnr = trainer.method.evaluate(recipe.evaluate)["psnr"]
+            points.append((round(spent, 3), round(psnr, 3)))
+            tell(f"{title}: {trainer.step}/{steps} steps, {spent:.0f} s, {psnr:.2f} dB")
+    trainer.method.save_result(folder / "model")
+    return points
+
+
+def _step_seconds(recipe: Recipe, where: Context, folder: Path) -> float:
+    """The middle one of the last half of a few steps, when the occupancy grid is no longer full."""
+    trainer = _trainer(recipe, where, folder / "probe")
+    times = []
+    for _ in range(PROBE):
+        began = time.perf_counter()
+        trainer.train_step()
+        trainer.step += 1
+        times.append(time.perf_counter() - began)
+    return sorted(times[PROBE // 2 :])[PROBE // 4]
+
+
+def _trainer(recipe: Recipe, where: Context, folder: Path) -> Trainer:
+    from distill_core.building import build
+    from distill_core.training.loop import Trainer
+    from distill_core.training.run import Run
+
+    method, source = build(recipe, where)
+    return Trainer(method, source, recipe, Run(folder))
+
+
+def conversion_rows(found: dict[str, Any]) -> list[list[Any]]:
+    """A line for each curve's end, and what follows from them."""
+    rows: list[list[Any]] = [
+        [TITLES[name], float(curve[-1][0]), float(curve[-1][1]), ""]
+        for name, curve in found["curves"].items()
+    ]
+    reached, faster = found["converted_seconds"], found["times_faster"]
+    said = "not reached" if reached is None else f"{faster:.3g} x sooner"
+    held = "PASS" if faster is not None and faster >= FASTER else "below"
+    what = f"MLP from the teacher at least as good as from images ({said}, asked {FASTER:g})"
+    rows.append([what, "" if reached is None else float(reached), float(found["from_images_psnr"]), held])
+    gain = float(found["staged_gain_db"])
+    what = f"VM: what the stages gain over pixels alone (asked {GAIN_DB:g} dB)"
+    return [*rows, [what, "", gain, "PASS" if gain >= GAIN_DB else "below"]]
+
+
+def save_plot(found: dict[str, Any], path: Path) -> None:
+    """PSNR against seconds of training, of every field."""
+    from distillery_cli.report import pyplot_without_display
+
+    pyplot = pyplot_without_display()
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for name, curve in found["curves"].items():
+        axis.plot(*zip(*curve, strict=True), marker=".", label=TITLES[name])
+    axis.axhline(found["from_images_psnr"], color="grey", linewidth=0.8, linestyle="--")
+    axis.set(xlabel="seconds of training, one thread", ylabel="PSNR on true pictures, dB", xscale="log")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
