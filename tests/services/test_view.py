@@ -87,10 +87,15 @@ def test_the_browser_shows_the_scene_from_its_own_camera(page, scene):
         page.wait_for_selector("canvas")
         wait_until(lambda: [v._state.value for v in viewer._views.values()] == ["rgb, 128 x 128"])
         (visitor,) = viewer._views.values()
-        camera = _from_viser(visitor._client.camera, 60)
         usual = orbit_camera(45, 30, SPEC.radius, fov_degrees=SPEC.fov_degrees, width=60, height=60)
-        torch.testing.assert_close(camera.c2w, usual.c2w, atol=1e-3, rtol=0)
-        assert camera.fx == pytest.approx(usual.fx, rel=1e-3)
+
+        def seen_from() -> torch.Tensor:
+            return _from_viser(visitor._client.camera, 60).c2w
+
+        wait_until(
+            lambda: torch.allclose(seen_from(), usual.c2w, atol=1e-3)
+        )  # the page begins at one of its own
+        assert _from_viser(visitor._client.camera, 60).fx == pytest.approx(usual.fx, rel=1e-3)
 
         def differs(output: str) -> float:
             seen = LocalScene(scene).render(_from_viser(visitor._client.camera, 128), needed_outputs(output))
@@ -107,12 +112,8 @@ def test_the_browser_shows_the_scene_from_its_own_camera(page, scene):
         page.mouse.down()
         page.mouse.move(420, 450, steps=4)
         page.mouse.up()
-        moved = _from_viser(visitor._client.camera, 60).c2w
-        wait_until(
-            lambda: not torch.allclose(_from_viser(visitor._client.camera, 60).c2w, usual.c2w, atol=0.05)
-        )
+        wait_until(lambda: not torch.allclose(seen_from(), usual.c2w, atol=0.05))
         wait_until(lambda: differs("normal") < 16)
-        assert moved.shape == (4, 4)
     finally:
         viewer.close()
     assert all(url.startswith((f"http://127.0.0.1:{viewer.port}", "data:", "blob:")) for url in requests)

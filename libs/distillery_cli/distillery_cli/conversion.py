@@ -16,11 +16,12 @@ from distillery_cli.output import AsJson, Overrides
 
 RECIPE = "pvd"
 CLOSED_FORM = ("procedural", "alcove")
-STEPS = {"hash": 400, "vm": 400, "cp": 600, "tensors": 1000, "sparse": 1000, "mlp": 1500}
+STEPS = {"hash": 400, "vm": 400, "cp": 600, "tensors": 600, "sparse": 1000, "mlp": 4000}
 ARGUMENTS: dict[str, dict[str, int]] = {
     "hash": {"levels": 8, "min_resolution": 12, "max_resolution": 192},
     "vm": {"resolution": 128},
     "cp": {"resolution": 128, "density_rank": 48, "color_rank": 96},
+    "tensors": {"resolution": 96},
     "sparse": {"resolution": 96},
 }
 LEARNING_RATES = {"hash": 2e-2, "vm": 2e-2, "cp": 2e-2, "tensors": 0.1, "sparse": 0.1, "mlp": 3e-3}

@@ -37,7 +37,7 @@ def conversions(
         Path, typer.Argument(help="A folder with transforms_train.json and transforms_test.json.")
     ],
     factor: Annotated[int, typer.Option(min=1, help="Pictures are averaged over factor x factor.")] = 1,
-    kinds: Annotated[str, typer.Option(help="Fields to convert to.")] = "mlp,vm,cp,tensors",
+    kinds: Annotated[str, typer.Option(help="Fields to convert to.")] = "mlp,vm,cp,tensors,sparse",
     repository: Annotated[Path, typer.Option(help="The checkout whose documents are written.")] = Path(),
     as_json: AsJson = False,
 ) -> int:

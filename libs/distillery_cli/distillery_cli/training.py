@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import secrets
 import shlex
 import signal
 import time
@@ -149,7 +150,10 @@ def train(
 def _new_folder(recipe: str) -> Path:
     from distill_service.settings import settings
 
-    return settings().runs / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    moment = time.strftime("%Y%m%d-%H%M%S")
+    return (
+        settings().runs / f"{Path(recipe).stem}-{moment}-{secrets.token_hex(2)}"
+    )  # two may begin in one second
 
 
 @contextlib.contextmanager
