@@ -91,7 +91,9 @@ class Engine:
                 raise ConfigError(
                     f"{model.manifest.ref} is a {model.manifest.kind}; use Generate", field="model"
                 )
-            async with aclosing(render_views(request, model, self.settings.instances or cores())) as shown:
+            async with aclosing(
+                render_views(request, model.batcher, self.settings.instances or cores())
+            ) as shown:
                 async for rendered in shown:
                     yield rendered
             seconds = time.perf_counter() - started

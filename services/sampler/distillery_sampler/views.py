@@ -9,16 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from distill_core.errors import Overloaded
 from distillery_sampler.batcher import Batcher
 from distillery_sampler.requests import Call, Region, Rendered, RenderRequest, Tile
-
-if TYPE_CHECKING:
-    from distillery_sampler.loading import LoadedModel
 
 TILE_RAYS = 4096
 PREVIEW_RAYS = 1024  # of a preview, which is to be seen at once
@@ -44,10 +41,10 @@ def regions(width: int, height: int, *, progressive: bool) -> Iterator[Region]:
 
 
 async def render_views(
-    request: RenderRequest, model: LoadedModel, instances: int
+    request: RenderRequest, batcher: Batcher, instances: int
 ) -> AsyncGenerator[Rendered, None]:
     """The views of a request, whole ones, or their regions if it is progressive."""
-    window = _Window(model.batcher, _tiles(request), request, instances + 1)
+    window = _Window(batcher, _tiles(request), request, instances + 1)
     parts: list[Rendered] = []
     try:
         while (index := await window.fill()) is not None:
