@@ -58,7 +58,7 @@ def bench(
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if page is not None:
         page.write_text(markdown(report), encoding="utf-8")
-        if "conversion" in chosen:
+        if "conversion" in report:
             (page.parent / PLOT).parent.mkdir(parents=True, exist_ok=True)
             save_plot(report["conversion"], page.parent / PLOT)
     if as_json:

@@ -16,7 +16,7 @@ from distillery_cli.output import AsJson, Overrides
 
 RECIPE = "pvd"
 CLOSED_FORM = ("procedural", "alcove")
-STEPS = {"hash": 400, "vm": 400, "cp": 600, "tensors": 600, "sparse": 1000, "mlp": 4000}
+STEPS = {"hash": 400, "vm": 400, "cp": 600, "tensors": 1000, "sparse": 1000, "mlp": 4000}
 ARGUMENTS: dict[str, dict[str, int]] = {
     "hash": {"levels": 8, "min_resolution": 12, "max_resolution": 192},
     "vm": {"resolution": 128},
