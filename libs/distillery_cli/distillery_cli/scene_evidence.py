@@ -144,7 +144,7 @@ def section(repository: Path) -> str:
         parts += [
             f"\n## {name}, {scene['size']} pixels wide: one field converted into the others, without images\n",
             "Mean PSNR over the test views; `lost` is what the hash field has more. Seconds are of one thread, with\n"
-            f"evaluation, on a shared machine. Written by `distillery conversions`. Pictures: {shown}.\n",
+            f"evaluation, on a shared machine. Written by `distillery conversions {name}`. Pictures: {shown}.\n",
             markdown_table(COLUMNS, rows),
             f"![{shown}](images/{scene['picture']})\n",
         ]
