@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from distill_core.errors import ConfigError
-from distillery_cli.bench_conversion import CONVERSION_COLUMNS, PLOT, conversion_rows, save_plot
+from distillery_cli.bench_conversion import CONVERSION_COLUMNS, PLOT, conversion_rows, save_plot, stage_rows
 from distillery_cli.bench_radiance import COLUMNS, rendering_rows
 from distillery_cli.bench_trainer import LIMIT
 from distillery_cli.output import AsJson, bar, emit_json, markdown_table, notes, results, table
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Examples: distillery bench  ·  distillery bench --seconds 20 --out out/bench")(bench)
 
 
-PARTS = ("steps", "sampler", "rendering", "conversion")
+PARTS = ("steps", "sampler", "rendering", "conversion", "stages")
 
 
 def bench(
@@ -67,7 +67,7 @@ def bench(
 
 
 def _measured(name: str, work: Path, seconds: float, steps: int, train_seconds: float) -> Any:
-    from distillery_cli.bench_conversion import measure_conversion
+    from distillery_cli.bench_conversion import measure_conversion, measure_stages
     from distillery_cli.bench_radiance import measure_radiance
     from distillery_cli.bench_sampler import measure_sampler
     from distillery_cli.bench_trainer import measure_trainer
@@ -79,6 +79,8 @@ def _measured(name: str, work: Path, seconds: float, steps: int, train_seconds: 
         return measure_sampler(work, seconds, notes.print)
     if name == "rendering":
         return measure_radiance(work, seconds, notes.print)
+    if name == "stages":
+        return measure_stages(work, notes.print)
     return measure_conversion(work, train_seconds, notes.print)
 
 
@@ -178,6 +180,10 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, str, list[str], list[list
     if "conversion" in report:
         rows = conversion_rows(report["conversion"])
         found.append(("Converting a field against training one", conversion, CONVERSION_COLUMNS, rows))
+    if "stages" in report:
+        remark = "A hash grid becomes a VM field in equal time; PSNR is against the teacher's own renders."
+        rows = stage_rows(report["stages"])
+        found.append(("PVD's stages against pixels alone", remark, CONVERSION_COLUMNS, rows))
     if "steps" in report:
         rows = _training_rows(report)
         found.append(("A training step against its network passes", steps, STEP_COLUMNS, rows))
