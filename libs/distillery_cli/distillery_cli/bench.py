@@ -32,7 +32,9 @@ def bench(
     seconds: Annotated[float, typer.Option(min=1, max=600, help="Of load at each concurrency.")] = 5.0,
     page: Annotated[Path | None, typer.Option("--page", help="Write the tables as Markdown too.")] = None,
     steps: Annotated[int, typer.Option(min=3, max=10_000, help="Training steps that are timed.")] = 20,
-    only: Annotated[str, typer.Option(help="Parts; the others stay as --out has them.")] = ",".join(PARTS),
+    only: Annotated[
+        str, typer.Option(help="Parts to measure; the others stay as --out has them.")
+    ] = ",".join(PARTS),
     train_seconds: Annotated[
         float, typer.Option(min=1, help="Of the field from images that a conversion is compared with.")
     ] = 480.0,
@@ -42,7 +44,7 @@ def bench(
 
     Networks are untrained where time does not depend on the weights. The conversions take a quarter of an hour.
     """
-    chosen = [name.strip() for name in only.split(",")]
+    chosen = [name.strip() for name in only.split(",") if name.strip()]
     if unknown := set(chosen) - set(PARTS):
         raise ConfigError(
             f"no part of the bench is called {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}",

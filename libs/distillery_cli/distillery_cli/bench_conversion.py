@@ -182,7 +182,7 @@ def conversion_rows(found: dict[str, Any]) -> list[list[Any]]:
     rows.append([what, "" if reached is None else float(reached), float(ends["from_images_psnr"]), held])
     later = ends["from_images_seconds_to_converted_psnr"]
     if later is not None:
-        what = f"MLP from images as good as the converted one ({later / found['converted_total_seconds']:.3g} x later)"
+        what = f"MLP from images as good as the converted one ({later / ends['converted_total_seconds']:.3g} x later)"
         rows.append([what, float(later), float(ends["converted_psnr"]), ""])
     return rows
 
