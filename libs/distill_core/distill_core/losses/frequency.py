@@ -19,12 +19,23 @@ TINY = 1e-12  # under a root, whose slope at 0 would be infinite
 
 def sobel(pictures: Tensor) -> Tensor:
     """Slopes along x, then y, in units per pixel: (B, C, H, W) to (B, 2C, H, W); borders are repeated."""
-    smooth, slope = pictures.new_tensor([1.0, 2.0, 1.0]) / 4, pictures.new_tensor([-1.0, 0.0, 1.0]) / 2
-    kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None]
-    channels = pictures.shape[1]
-    padded = F.pad(pictures, (1, 1, 1, 1), mode="replicate")
-    slopes = F.conv2d(padded, kernels.repeat(channels, 1, 1, 1), groups=channels)
-    return slopes.unflatten(1, (channels, 2)).transpose(1, 2).flatten(1, 2)
+    padded = F.pad(
+        pictures, (1, 1, 1, 1), mode="replicate"
+    )  # differences: a convolution takes several times as long
+    across, down = _step(padded, 3), _step(padded, 2)
+    return torch.cat([_smooth(across, 2), _smooth(down, 3)], 1)
+
+
+def _step(x: Tensor, axis: int) -> Tensor:
+    """Half the difference of the neighbours along an axis, which gets two shorter."""
+    size = x.shape[axis] - 2
+    return (x.narrow(axis, 2, size) - x.narrow(axis, 0, size)) / 2
+
+
+def _smooth(x: Tensor, axis: int) -> Tensor:
+    """Mean with weights 1, 2, 1 along an axis, which gets two shorter."""
+    size = x.shape[axis] - 2
+    return (x.narrow(axis, 0, size) + 2 * x.narrow(axis, 1, size) + x.narrow(axis, 2, size)) / 4
 
 
 def high_pass(pictures: Tensor, cutoff: float = CUTOFF) -> Tensor:
