@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,6 +72,26 @@ def test_concurrent_publishers_get_distinct_versions(store, folder):
     with ThreadPoolExecutor(12) as pool:
         versions = [m.version for m in pool.map(lambda _: store.publish(folder, draft()), range(12))]
     assert sorted(versions) == list(range(1, 13))
+
+
+def test_of_many_who_claim_one_version_at_once_one_gets_it(store, tmp_path):
+    """Also when all of them looked before any of them wrote."""
+    target = str(tmp_path / "store/digits/versions/1/.claim")
+    together = threading.Barrier(8)
+
+    def create(number: int) -> bool:
+        together.wait()
+        try:
+            store._create(target, str(number).encode())
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        for attempt in range(50):
+            Path(target).unlink(missing_ok=True)
+            assert sum(pool.map(create, range(8))) == 1, attempt
+    assert [path.name for path in Path(target).parent.iterdir()] == [".claim"]
 
 
 def test_a_damaged_file_is_named(store, folder):

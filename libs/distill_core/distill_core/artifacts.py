@@ -357,13 +357,21 @@ class ArtifactStore:
                 return number
         number = max(taken, default=0) + 1
         while True:
-            if self.local:
-                Path(f"{base}/{number}").mkdir(parents=True, exist_ok=True)
             try:
-                self.fs.pipe_file(f"{base}/{number}/.claim", key.encode() or b"-", mode="create")
+                self._create(f"{base}/{number}/.claim", key.encode() or b"-")
                 return number
             except FileExistsError:
                 number += 1
+
+    def _create(self, target: str, data: bytes) -> None:
+        """Write a file that must not exist; of several who try at once, one succeeds."""
+        if not self.local:
+            self.fs.pipe_file(target, data, mode="create")
+            return
+        path = Path(target)  # fsspec's own looks first and then writes, which is not exclusive on a disk
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            file.write(data)
 
     def _put(self, source: Path, target: str) -> None:
         if self.local:
