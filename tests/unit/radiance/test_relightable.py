@@ -187,7 +187,7 @@ def test_a_damaged_folder_says_what_is_wrong(scene, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["materials"]["normal_width"] = 16
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArtifactError, match="is not the scene that config.json describes"):
+    with pytest.raises(ArtifactError, match="is not what config.json describes"):
         load_relightable(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match="does not describe a relightable scene"):

@@ -10,7 +10,6 @@ What is composited is what fields composite: colour times opacity, distance from
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,8 +17,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -29,13 +26,13 @@ from distill_core.errors import ArtifactError, ConfigError
 from distill_core.radiance.cameras import Camera
 from distill_core.radiance.rendering import over
 from distill_core.radiance.sh import spherical_harmonics
+from distill_core.radiance.stored import CONFIG, WEIGHTS, read_description, read_tensors, write_scene
 
 DILATION = 0.3  # pixels^2 on the diagonal of Sigma2: no splat is thinner than about a pixel
 MAX_ALPHA, MIN_ALPHA = 0.99, 1 / 255  # a splat below the second is not there
 NEAR = 0.01  # scene units: a centre no further than this in front of the camera is not drawn
 TILE = 16  # pixels per side
 MARGIN = 0.3  # J is taken at most so far outside of the picture, in its half-widths
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_COUNT = 10_000_000
 
 
@@ -267,7 +264,6 @@ def render_gaussians(
 
 def save_gaussians(scene: GaussianScene, folder: Path) -> None:
     """Write config.json and model.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
     gaussians = scene.gaussians
     described = GaussiansFile(
         scene=scene.spec,
@@ -275,9 +271,7 @@ def save_gaussians(scene: GaussianScene, folder: Path) -> None:
         sh_degree=gaussians.sh_degree,
         num_extra=gaussians.extra.shape[1],
     )
-    tensors = {name: value.detach().contiguous() for name, value in gaussians.tensors().items()}
-    save_file(tensors, folder / WEIGHTS)
-    (folder / CONFIG).write_text(described.model_dump_json(indent=1), encoding="utf-8")
+    write_scene(folder, described, gaussians.tensors())
 
 
 def load_gaussians(folder: Path, *, device: str | torch.device = "cpu") -> GaussianScene:
@@ -286,18 +280,17 @@ def load_gaussians(folder: Path, *, device: str | torch.device = "cpu") -> Gauss
     Raises:
         ArtifactError: a file is missing or damaged, or does not hold what config.json says.
     """
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        described = GaussiansFile.parse(values if isinstance(values, dict) else {})
-        tensors = load_file(folder / WEIGHTS, device=str(device))
-    except (OSError, ValueError, ConfigError, SafetensorError) as error:
-        raise ArtifactError(f"{folder} does not hold Gaussians: {error}") from None
-    empty = GaussianModel.at(
-        torch.zeros(described.count, 3), sh_degree=described.sh_degree, num_extra=described.num_extra
-    )
-    wanted = {name: value.shape for name, value in empty.tensors().items()}
+
+    def empty(
+        file: GaussiansFile,
+    ) -> GaussianModel:  # shapes alone: a count is only believed once tensors have it
+        return GaussianModel.at(
+            torch.zeros(file.count, 3, device="meta"), sh_degree=file.sh_degree, num_extra=file.num_extra
+        )
+
+    described, like = read_description(folder, GaussiansFile, empty, what="Gaussians")
+    tensors = read_tensors(folder)
+    wanted = {name: value.shape for name, value in like.tensors().items()}
     if {name: value.shape for name, value in tensors.items()} != wanted:
         raise ArtifactError(f"{folder / WEIGHTS} does not hold the Gaussians that {CONFIG} describes")
-    if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-        raise ArtifactError(f"{folder / WEIGHTS} holds NaN or infinity; make the Gaussians again")
-    return GaussianScene(GaussianModel(**tensors), described.scene)
+    return GaussianScene(GaussianModel(**tensors).to(device), described.scene)

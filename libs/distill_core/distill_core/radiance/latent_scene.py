@@ -9,15 +9,12 @@ linear, and its background is the encoded background.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill_core.artifacts import SceneSpec
@@ -28,8 +25,8 @@ from distill_core.networks.refinement import RefinementConfig, RefinementHead
 from distill_core.radiance.cameras import Camera, Rays
 from distill_core.radiance.march import Samples, march
 from distill_core.radiance.rendering import composite, over, packed_weights
+from distill_core.radiance.stored import fill, read_description, read_tensors, write_scene
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Box = tuple[float, float, float, float, float, float]  # least x, y, z, then greatest; scene units
 
 
@@ -111,7 +108,6 @@ class LatentScene(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors; the decoder belongs beside them, as vae/."""
-        folder.mkdir(parents=True, exist_ok=True)
         described = LatentFile(
             network=NetworkConfig(name=self.field.kind, args=self.field.config.model_dump(mode="json")),
             head=self.head.config,
@@ -120,9 +116,7 @@ class LatentScene(nn.Module):
             grid_resolution=len(self.occupied),
             size=tuple(self.background.shape),
         )
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS)
-        (folder / CONFIG).write_text(described.model_dump_json(indent=1), encoding="utf-8")
+        write_scene(folder, described, self.state_dict())
 
 
 def latent_rays(cameras: Sequence[Camera], size: Sequence[int]) -> Rays:
@@ -150,28 +144,18 @@ def load_latent_scene(folder: Path, *, device: str | torch.device = "cpu") -> La
     from distill_core.networks.diffusers_denoiser import decode_latent
     from distill_core.networks.diffusers_io import load_companions
 
-    try:
-        file = LatentFile.parse(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-        size = (file.grid_resolution,) * 3
-        scene = LatentScene(
+    def made(file: LatentFile) -> LatentScene:
+        return LatentScene(
             build_field(file.network, file.scene.bound),
             RefinementHead(file.head, file.size[0]),
-            occupied=torch.zeros(size, dtype=torch.bool),
+            occupied=torch.zeros((file.grid_resolution,) * 3, dtype=torch.bool),
             background=torch.zeros(file.size),
             spec=file.scene,
             num_steps=file.num_steps,
         )
-    except (OSError, ValueError, TypeError, ConfigError) as error:
-        raise ArtifactError(f"{folder / CONFIG} does not describe a latent scene: {error}") from None
-    try:
-        scene.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{folder / WEIGHTS} is missing or damaged: {error}") from None
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ArtifactError(
-            f"{folder / WEIGHTS} is not the scene that {CONFIG} describes: {reason}"
-        ) from None
+
+    file, scene = read_description(folder, LatentFile, made, what="a latent scene")
+    fill(scene, read_tensors(folder), folder)
     codec = load_companions(folder, device=device)["codec"]
     if codec is not None:
         scene.decoders = [functools.partial(decode_latent, codec)]

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill_core.artifacts import SceneSpec
 from distill_core.config import Config, NetworkConfig
-from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.fields import RadianceField, build_field
 from distill_core.networks.materials import MaterialConfig, MaterialField
 from distill_core.radiance.cameras import Camera, Rays
@@ -24,8 +20,8 @@ from distill_core.radiance.environment import EnvironmentLight
 from distill_core.radiance.march import Samples, march
 from distill_core.radiance.rendering import composite, over, packed_weights
 from distill_core.radiance.shading import GBuffer, blend_progress, physical
+from distill_core.radiance.stored import fill, read_description, read_tensors, write_scene
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KIND = "relightable"
 MIN_WEIGHT = 5e-3  # of a sample on its ray, to count
 FRONT = 0.1
@@ -129,7 +125,6 @@ class RelightableScene(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors."""
-        folder.mkdir(parents=True, exist_ok=True)
         described = RelightableFile(
             network=NetworkConfig(name=self.raw.kind, args=self.raw.config.model_dump(mode="json")),
             materials=self.materials.config,
@@ -138,9 +133,7 @@ class RelightableScene(nn.Module):
             grid_resolution=len(self.occupied),
             environment_height=len(self.light.log_radiance),
         )
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS)
-        (folder / CONFIG).write_text(described.model_dump_json(indent=1), encoding="utf-8")
+        write_scene(folder, described, self.state_dict())
 
 
 def front_distance(weights: Tensor, samples: Samples) -> Tensor:
@@ -173,26 +166,17 @@ def load_relightable(folder: Path, *, device: str | torch.device = "cpu") -> Rel
     Raises:
         ArtifactError: a file is missing or damaged, or the weights are of another scene.
     """
-    try:
-        file = RelightableFile.parse(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-        size = (file.grid_resolution,) * 3
-        scene = RelightableScene(
+
+    def made(file: RelightableFile) -> RelightableScene:
+        return RelightableScene(
             build_field(file.network, file.scene.bound),
             MaterialField(file.materials, file.scene.bound),
             EnvironmentLight(file.environment_height),
-            occupied=torch.zeros(size, dtype=torch.bool),
+            occupied=torch.zeros((file.grid_resolution,) * 3, dtype=torch.bool),
             spec=file.scene,
             num_steps=file.num_steps,
         )
-    except (OSError, ValueError, TypeError, ConfigError) as error:
-        raise ArtifactError(f"{folder / CONFIG} does not describe a relightable scene: {error}") from None
-    try:
-        scene.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{folder / WEIGHTS} is missing or damaged: {error}") from None
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ArtifactError(
-            f"{folder / WEIGHTS} is not the scene that {CONFIG} describes: {reason}"
-        ) from None
+
+    _, scene = read_description(folder, RelightableFile, made, what="a relightable scene")
+    fill(scene, read_tensors(folder), folder)
     return scene.to(device).eval().requires_grad_(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +10,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill_core.artifacts import SceneSpec
@@ -24,8 +21,8 @@ from distill_core.radiance.march import step_length
 from distill_core.radiance.occupancy import MIN_OPACITY
 from distill_core.radiance.rendering import over, render_weights
 from distill_core.radiance.segments import render_samples, render_tiles
+from distill_core.radiance.stored import WEIGHTS, fill, read_description, read_tensors, write_scene
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 REFINED, MAX_FACTOR = 128, 4  # cells a side of a refined grid, and of one cell at most
 CHUNK_POINTS = 8192  # of a refined grid's, evaluated at once
 
@@ -80,16 +77,14 @@ class Rendering(NamedTuple):
 def save_scene(scene: Scene, folder: Path) -> None:
     """Write config.json and model.safetensors. The field must be one that `build_field` knows."""
     assert isinstance(scene.field, RadianceField), "only trained kinds of field can be saved"
-    folder.mkdir(parents=True, exist_ok=True)
     described = SceneFile(
         network=NetworkConfig(name=scene.field.kind, args=scene.field.config.model_dump(mode="json")),
         scene=scene.spec,
         num_steps=scene.num_steps,
         grid_resolution=len(scene.occupied),
     )
-    tensors = {f"field.{name}": value.contiguous() for name, value in scene.field.state_dict().items()}
-    save_file(tensors | {"occupied": scene.occupied.contiguous()}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(described.model_dump_json(indent=1), encoding="utf-8")
+    tensors = {f"field.{name}": value for name, value in scene.field.state_dict().items()}
+    write_scene(folder, described, tensors | {"occupied": scene.occupied})
 
 
 def load_scene(folder: Path, *, device: str | torch.device = "cpu") -> Scene:
@@ -98,25 +93,15 @@ def load_scene(folder: Path, *, device: str | torch.device = "cpu") -> Scene:
     Raises:
         ArtifactError: a file is missing or damaged, or the weights are of another field.
     """
-    described, field = _read_description(folder / CONFIG)
-    tensors = _read_weights(folder / WEIGHTS)
+    described, field = read_description(folder, SceneFile, _field_of, what="a radiance field")
+    tensors = read_tensors(folder)
     size = described.grid_resolution
     occupied = tensors.pop("occupied", None)
     if occupied is None or occupied.shape != (size, size, size) or occupied.dtype != torch.bool:
         raise ArtifactError(
             f"{folder / WEIGHTS} holds no occupancy grid of {size} cells per side; publish it again"
         )
-    try:
-        field.load_state_dict(
-            {name.removeprefix("field."): value for name, value in tensors.items()}, strict=True
-        )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ArtifactError(
-            f"{folder / WEIGHTS} is not the field that {CONFIG} describes: {reason}"
-        ) from None
-    if not all(bool(torch.isfinite(value).all()) for value in field.state_dict().values()):
-        raise ArtifactError(f"{folder / WEIGHTS} holds NaN or infinity; train the field again")
+    fill(field, {name.removeprefix("field."): value for name, value in tensors.items()}, folder)
     return Scene(
         field.to(device).eval().requires_grad_(False),
         occupied.to(device),
@@ -149,20 +134,8 @@ def refined(scene: Scene) -> Scene:
     return replace(scene, occupied=beside & inside)
 
 
-def _read_description(path: Path) -> tuple[SceneFile, RadianceField]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        described = SceneFile.parse(values if isinstance(values, dict) else {})
-        return described, build_field(described.network, described.scene.bound)
-    except (OSError, ValueError, ConfigError) as error:
-        raise ArtifactError(f"{path} does not describe a radiance field: {error}") from None
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} is missing or damaged: {error}") from None
+def _field_of(file: SceneFile) -> RadianceField:
+    return build_field(file.network, file.scene.bound)
 
 
 @torch.no_grad()

@@ -73,7 +73,8 @@ def export_scene(
 def import_splats(path: Path) -> GaussianScene:
     """The Gaussians of a 3DGS PLY file, moved into the box [-1, 1]^3 around most of them."""
     gaussians = load_splats(path)
-    low, high = gaussians.means.double().quantile(torch.tensor([1 - CORE, CORE]).double(), dim=0)
+    ordered = gaussians.means.double().sort(dim=0).values  # torch's quantile refuses 16 million and more
+    low, high = (ordered[round(share * (len(ordered) - 1))] for share in (1 - CORE, CORE))
     half = max(float((high - low).max()) / 2, 1e-6)
     transform = torch.eye(4, dtype=torch.float64) / half
     transform[:3, 3], transform[3, 3] = -(low + high) / 2 / half, 1

@@ -65,6 +65,8 @@ def load_splats(path: Path) -> GaussianModel:
         raise DataError(
             f"{path} is no PLY file of 3DGS: it lacks {missing[0] if missing else 'whole SH bands'}"
         )
+    if count == 0 or len(set(names)) != len(names):
+        raise DataError(f"{path} holds no Gaussians, or names a property twice; export it again")
     if len(data) < body + 4 * count * len(names):
         raise DataError(
             f"{path} is cut off: it holds fewer than the {count} Gaussians that its header counts"
@@ -141,7 +143,8 @@ def _header(data: bytes, path: Path) -> tuple[list[str], int, int]:
     if (
         lines[0].strip() != "ply"
         or "format binary_little_endian 1.0" not in (line.strip() for line in lines)
-        or [element[1] for element in elements] != ["vertex"]
+        or [element[1:2] for element in elements] != [["vertex"]]
+        or len(elements[0]) != 3
         or not elements[0][2].isdecimal()
         or len(plain) != len(properties)
     ):
