@@ -3,12 +3,15 @@
 import json
 
 import pytest
+from PIL import Image
 
 from distill_core.artifacts import ArtifactStore
 from distill_core.config import load_recipe, parse_overrides
 from distill_service.settings import settings as service_settings
 from distillery_cli.app import main
 from distillery_cli.conversion import LEARNING_RATES, STEPS, settings
+from distillery_cli.scene_evidence import section
+from tests.unit.radiance.test_scenes import write_scene
 
 TINY = [
     *("-s", "steps=4", "-s", "batch_size=16", "-s", "config.max_samples=128", "-s", "config.test_size=8"),
@@ -97,3 +100,27 @@ def test_a_scene_is_converted_published_and_converted_on(home, capsys):
 def test_a_mistake_is_one_sentence(arguments, code, said, home, capsys):
     assert main(["convert-field", *arguments]) == code
     assert said in capsys.readouterr().err
+
+
+def test_a_scene_as_every_kind_makes_a_table_and_pictures(home, capsys):
+    scene, checkout = home / "little", home / "checkout"
+    write_scene(scene, size=(16, 16), frames=2, alpha=128)
+    (checkout / "docs").mkdir(parents=True)
+    little = ("-s", "steps=4", "-s", "batch_size=16", "-s", "config.max_samples=128", "--kinds", "hash,cp")
+    assert main(["conversions", str(scene), "--repository", str(checkout), "--json", *little]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(row["field"], row["made_from"]) for row in told["rows"]] == [
+        ("hash", "images"),
+        ("hash", "the hash field"),
+        ("cp", "the hash field"),
+    ]
+    with Image.open(checkout / "docs/images/little.png") as picture:
+        assert picture.size == (4 * 2 * 16, 2 * 16)  # the photograph and three fields, twice as large
+    page = section(checkout)
+    assert page.count("| cp | the hash field |") == 1
+    assert "![the photograph, hash, hash, cp](images/little.png)" in page
+
+
+def test_a_scene_as_an_unknown_kind_is_refused_before_any_training(home, capsys):
+    assert main(["conversions", str(home), "--kinds", "vm,wm"]) == 2
+    assert "no field is called wm; choose from hash" in capsys.readouterr().err

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.config import load_recipe, parse_overrides
-from distill_core.errors import DataError
+from distill_core.errors import ConfigError
 from distillery_cli.conversion import STEPS, settings
-from distillery_cli.output import AsJson, bar, emit_json, figure, markdown_table, results, table
+from distillery_cli.output import AsJson, Overrides, bar, emit_json, figure, markdown_table, results, table
 
 if TYPE_CHECKING:
-    from distill_core.building import Context
+    from distill_core.config import Recipe
     from distill_core.data.scenes import SceneSource
+    from distill_core.radiance.cameras import Camera
     from distill_core.radiance.renderer import Scene
 
 FROM_IMAGES, CONVERSION = "nerf_blender", "pvd"
@@ -38,6 +39,7 @@ def conversions(
     ],
     factor: Annotated[int, typer.Option(min=1, help="Pictures are averaged over factor x factor.")] = 1,
     kinds: Annotated[str, typer.Option(help="Fields to convert to.")] = "mlp,vm,cp,tensors,sparse",
+    overrides: Overrides = None,
     repository: Annotated[Path, typer.Option(help="The checkout whose documents are written.")] = Path(),
     as_json: AsJson = False,
 ) -> int:
@@ -47,10 +49,13 @@ def conversions(
     """
     chosen = [kind.strip() for kind in kinds.split(",")]
     if unknown := set(chosen) - STEPS.keys():
-        raise DataError(f"no field is called {', '.join(sorted(unknown))}; choose from {', '.join(STEPS)}")
+        raise ConfigError(
+            f"no field is called {', '.join(sorted(unknown))}; choose from {', '.join(STEPS)}", field="kinds"
+        )
     data = {"name": "blender", "path": str(scene.absolute()), "factor": factor}
     with tempfile.TemporaryDirectory(prefix="distillery-conversions-") as scratch:
-        rows, pictures, size = measured(data, chosen, Path(scratch))
+        changes = parse_overrides(overrides or [])
+        rows, pictures, size = measured(data, chosen, Path(scratch), changes)
     name = scene.resolve().name
     picture = IMAGES / f"{name}.png"
     (repository / IMAGES).mkdir(parents=True, exist_ok=True)
@@ -67,35 +72,38 @@ def conversions(
 
 
 def measured(
-    data: Mapping[str, Any], kinds: Sequence[str], scratch: Path
+    data: Mapping[str, Any], kinds: Sequence[str], scratch: Path, changes: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], list[Any], int]:
     """A row for each field, pictures of one test view (the photograph first), and their width in pixels."""
-    from distill_core import api
     from distill_core.data import build_source
-    from distillery_cli.training import here
 
-    where, source = here(), build_source(dict(data))
+    source = build_source(dict(data))
     camera = source.test.camera(VIEW)
     rows, pictures = [], [_photograph(source)]
-    plans = [("hash", load_recipe(FROM_IMAGES, {"data": dict(data)}), "images")]
-    model = scratch / "hash" / "model"
-    for kind in kinds:
-        keys = parse_overrides(settings(str(scratch / "hash" / "model"), kind, steps=STEPS[kind]))
-        keys = {**keys, "teacher.path": str(model), "data": dict(data)}
-        plans.append((kind, (CONVERSION, keys), "the hash field"))  # the teacher's folder is there by then
-    for kind, recipe, origin in plans:
-        if isinstance(recipe, tuple):
-            recipe = load_recipe(*recipe)
-        began = time.perf_counter()
-        with bar(kind) as line:
-            unpublished = recipe.model_copy(update={"publish": None})
-            figures = api.train(unpublished, scratch / kind, where, listener=line.tell).figures
-        row = {"field": kind, "made_from": origin, "seconds": round(time.perf_counter() - began, 1)}
-        row |= {"psnr": figures["psnr"], "lost": figures.get("psnr_lost", 0.0)}
-        seen, picture = _looked_at(scratch / kind / "model", camera, where)
-        rows.append({**row, **seen})
+    for kind in ("hash", *kinds):
+        if not rows:
+            recipe = load_recipe(FROM_IMAGES, {"data": dict(data), **changes})
+        else:
+            keys = parse_overrides(settings(str(scratch / "hash" / "model"), kind, steps=STEPS[kind]))
+            recipe = load_recipe(CONVERSION, {**keys, "data": dict(data), **changes})
+        row, picture = _trained(kind, recipe, camera, scratch / str(len(rows)) if rows else scratch / "hash")
+        rows.append({"field": kind, "made_from": "the hash field" if rows else "images", **row})
         pictures.append(picture)
     return rows, pictures, camera.width
+
+
+def _trained(kind: str, recipe: Recipe, camera: Camera, folder: Path) -> tuple[dict[str, Any], Any]:
+    """Figures of a field that `recipe` trains, and its picture."""
+    from distill_core import api
+    from distillery_cli.training import here
+
+    began = time.perf_counter()
+    with bar(kind) as line:
+        unpublished = recipe.model_copy(update={"publish": None})
+        figures = api.train(unpublished, folder, here(), listener=line.tell).figures
+    spent = round(time.perf_counter() - began, 1)
+    seen, picture = _looked_at(folder / "model", camera)
+    return {"seconds": spent, "psnr": figures["psnr"], "lost": figures.get("psnr_lost", 0.0), **seen}, picture
 
 
 def _photograph(source: SceneSource) -> Any:
@@ -107,7 +115,7 @@ def _photograph(source: SceneSource) -> Any:
     return over(rgba[..., :3], rgba[..., 3:], torch.tensor(source.spec.background)).numpy()
 
 
-def _looked_at(folder: Path, camera: Any, where: Context) -> tuple[dict[str, float], Any]:
+def _looked_at(folder: Path, camera: Camera) -> tuple[dict[str, float], Any]:
     """Size and speed of a saved field, and its picture."""
     from distill_core.radiance.renderer import load_scene, render
 
