@@ -21,21 +21,21 @@ TRAINED = sorted(set(FIELDS) - {"analytic"})
 
 def test_a_hashed_level_indexes_as_computed_by_hand():
     level = Level(scale=1.0, resolution=2, dense=False, offset=1000, length=2**15)
-    index = corner_indices(torch.tensor([[5, 7, 11]], dtype=torch.int32), level)
+    index = corner_indices(torch.tensor([[5], [7], [11]], dtype=torch.int32), level)
     expected = [
         (((5 + dx) * 1) ^ ((7 + dy) * 2654435761) ^ ((11 + dz) * 805459861)) % 2**32 % 2**15 + 1000
         for dz in (0, 1)
         for dy in (0, 1)
         for dx in (0, 1)
     ]
-    assert index[0].tolist() == expected
+    assert index[:, 0].tolist() == expected
 
 
 def test_a_dense_level_strides_by_its_vertices_plus_one():
     level = Level(scale=15.0, resolution=16, dense=True, offset=0, length=4920)
-    index = corner_indices(torch.tensor([[1, 2, 3]], dtype=torch.int32), level)
+    index = corner_indices(torch.tensor([[1], [2], [3]], dtype=torch.int32), level)
     assert index[0, 0] == 1 + 2 * 17 + 3 * 17 * 17
-    assert index[0, 7] == 2 + 3 * 17 + 4 * 17 * 17
+    assert index[7, 0] == 2 + 3 * 17 + 4 * 17 * 17
 
 
 def test_levels_follow_tiny_cuda_nn():
@@ -73,9 +73,9 @@ def test_a_table_of_the_published_size_has_the_published_layout():
 
 
 def test_corner_weights_are_trilinear():
-    weights = corner_weights(torch.tensor([[0.25, 0.0, 1.0]]))
-    assert weights[0].tolist() == [0, 0, 0, 0, 0.75, 0.25, 0, 0]
-    torch.testing.assert_close(corner_weights(torch.rand(9, 3)).sum(-1), torch.ones(9))
+    weights = corner_weights(torch.tensor([[0.25], [0.0], [1.0]]))
+    assert weights[:, 0].tolist() == [0, 0, 0, 0, 0.75, 0.25, 0, 0]
+    torch.testing.assert_close(corner_weights(torch.rand(3, 9)).sum(0), torch.ones(9))
 
 
 def test_the_encoding_interpolates_the_table_linearly():

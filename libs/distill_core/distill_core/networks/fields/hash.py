@@ -59,23 +59,23 @@ def table_levels(config: HashConfig) -> list[Level]:
 
 
 def corner_indices(corner: Tensor, level: Level) -> Tensor:
-    """Table entries (M, 8) of the corners of the cell at `corner` (M, 3) int32; x varies fastest."""
-    both = torch.stack([corner, corner + 1], -1)  # (M, 3, 2)
+    """Table entries (8, M) of the corners of the cell at `corner` (3, M) int32; x varies fastest."""
+    both = torch.stack([corner, corner + 1], 1)  # (3, 2, M)
     if level.dense:
         stride = level.resolution + 1
-        x, y, z = both[:, 0], both[:, 1] * stride, both[:, 2] * stride**2
-        index = z[:, :, None, None] + y[:, None, :, None] + x[:, None, None, :]
+        x, y, z = both[0], both[1] * stride, both[2] * stride**2
+        index = z[:, None, None] + y[None, :, None] + x[None, None, :]
     else:
-        x, y, z = both[:, 0], both[:, 1] * PRIMES[1], both[:, 2] * PRIMES[2]
-        index = (z[:, :, None, None] ^ y[:, None, :, None] ^ x[:, None, None, :]) & (level.length - 1)
-    return index.reshape(-1, 8) + level.offset
+        x, y, z = both[0], both[1] * PRIMES[1], both[2] * PRIMES[2]
+        index = (z[:, None, None] ^ y[None, :, None] ^ x[None, None, :]) & (level.length - 1)
+    return index.flatten(0, 2) + level.offset
 
 
 def corner_weights(fraction: Tensor) -> Tensor:
-    """Trilinear weights (M, 8) in the order of `corner_indices`, from the position in the cell (M, 3)."""
-    both = torch.stack([1 - fraction, fraction], -1)
-    x, y, z = both[:, 0], both[:, 1], both[:, 2]
-    return (z[:, :, None, None] * y[:, None, :, None] * x[:, None, None, :]).reshape(-1, 8)
+    """Trilinear weights (..., 8, M) in the order of `corner_indices`, from the position in the cell (3, ..., M)."""
+    x, y, z = torch.stack([1 - fraction, fraction], -2)  # (..., 2, M) each
+    products = z[..., :, None, None, :] * y[..., None, :, None, :] * x[..., None, None, :, :]
+    return products.flatten(-4, -2)
 
 
 @torch.compiler.assume_constant_result
@@ -112,17 +112,15 @@ class HashField(NetworkField):
             from distill_core.networks.fields import hash_triton
 
             return hash_triton.encode(unit, self.table, self.levels)
-        placed = unit.clamp(0, 1)
-        indices, weights = zip(*(self._corners(placed, level) for level in self.levels))
-        index, weight = torch.stack(indices, 1), torch.stack(weights, 1)  # (M, L, 8)
-        inside = ((unit >= 0) & (unit <= 1)).all(-1)  # outside the box the encoding is zero
-        weight = weight * inside[:, None, None]
-        # One 1-D gather per feature: on a CPU its gradient is eight times as fast as that of (E, F) rows.
-        entries = [column.index_select(0, index.reshape(-1)) for column in self.table.unbind(1)]
-        found = [(entry.reshape(weight.shape) * weight).sum(-1) for entry in entries]
-        return torch.stack(found, -1).flatten(1)
-
-    def _corners(self, unit: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        position = unit * level.scale + 0.5
+        # Points lie along the last axis: on a CPU every step then runs through whole vectors, four times as fast.
+        scale = unit.new_tensor([level.scale for level in self.levels])
+        position = unit.clamp(0, 1).T[:, None] * scale[:, None] + 0.5  # (3, L, M)
         corner = position.floor()
-        return corner_indices(corner.int(), level), corner_weights(position - corner)
+        inside = ((unit >= 0) & (unit <= 1)).all(-1)  # outside the box the encoding is zero
+        weight = corner_weights(position - corner) * inside  # (L, 8, M)
+        cells = zip(corner.int().unbind(1), self.levels)
+        index = torch.stack([corner_indices(cell, level) for cell, level in cells]).flatten()
+        # One 1-D gather per feature: on a CPU its gradient is eight times as fast as that of (E, F) rows.
+        entries = [column.index_select(0, index) for column in self.table.unbind(1)]
+        found = [(entry.view_as(weight) * weight).sum(1) for entry in entries]
+        return torch.stack(found, 1).flatten(0, 1).T  # (M, L x F)
