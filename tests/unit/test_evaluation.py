@@ -16,6 +16,7 @@ from distill_core.errors import ArtifactError, ConfigError, NotFound
 from distill_core.evaluation import Evaluator, load_evaluator
 from distill_core.metrics.frechet import set_figures
 from distill_core.metrics.judge import Judge
+from distill_core.networks.answers import parity_sample
 from distill_core.networks.classifier import Classifier, ClassifierConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_io import load_denoiser
@@ -219,6 +220,8 @@ def test_a_published_model_is_evaluated_and_its_training_says_what_measured_it(c
     close = {name: value for name, value in result.figures.items() if not name.startswith("ms_")}
     assert {name: figures[name] for name in close} == pytest.approx(close, rel=1e-3)
     assert said == result.measured_with
+    answered, published = parity_sample(api.load("edm-digits", where)), result.manifest.parity
+    np.testing.assert_allclose(answered.means, published.means, atol=1e-3)  # what it will be compared with
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,12 @@ from distill_core.method import Method
 from distill_core.methods import family, find_method, method_names, needs
 from distill_core.metrics.lpips import LPIPS
 from distill_core.networks.adapters import ADAPTER, LoraDenoiser, combined, has_adapter, plain, read_base
+from distill_core.networks.answers import parity_sample
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.weightless import real_tensors, weightless
+from distill_core.parity import ParitySample
 from distill_core.pictures import save_sheet
+from distill_core.radiance.renderer import load_scene
 from distill_core.training.checkpoint import writing
 from distill_core.training.loop import Trainer
 from distill_core.training.memory import MemoryPlan, plan_memory, refusing_values
@@ -200,10 +203,17 @@ def publish(
         metrics=dict(figures),
         **method.manifest_fields(),
     )
+    draft = draft.model_copy(update={"parity": _parity(method, draft, run)})
     manifest = where.store.publish(run.model, draft, key=job)
     if recipe.publish.alias:
         where.store.set_alias(manifest.name, recipe.publish.alias, manifest.version, who=job)
     return manifest
+
+
+def _parity(method: Method, draft: Manifest, run: Run) -> ParitySample | None:
+    if draft.kind == "field":
+        return parity_sample(load_scene(run.model))
+    return parity_sample(getattr(method, method.result))
 
 
 def _evaluator(method: Method, source: Source, config: EvaluateConfig, where: Context) -> Evaluator | None:

@@ -26,6 +26,7 @@ from distill_core.config import Config, Name, check_name, is_reserved_alias
 from distill_core.diffusion.routing import PartitionSpec
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable, nearest
+from distill_core.parity import ParitySample
 
 MANIFEST = "manifest.json"
 FORBIDDEN_SUFFIXES = (
@@ -83,6 +84,30 @@ class SceneSpec(Config):
     )  # from the capture's world into the scene's, 4x4 row by row; None: they are the same
 
 
+class GraphReport(Config):
+    """One graph of a converted form, at its worst over all compared batches."""
+
+    precision: Literal["fp32", "fp16", "bf16", "int8"]  # of its weights
+    size: int = Field(ge=0)  # bytes, with its side file
+    max_abs_difference: float
+    rel_l2: float
+    snr_db: float | None = None  # the same as a signal-to-noise ratio; None: no difference at all
+    changed_pixels: float | None = None  # share of 8-bit values that differ; None: its output is no picture
+    left_in_float: str = ""  # what of it is in float32, and why, where the target says otherwise
+
+
+class FrechetReport(Config):
+    """Samples of the model before and after conversion, each against the same reference."""
+
+    before: float = Field(ge=0)
+    after: float = Field(ge=0)
+    ratio: float = Field(ge=0)
+    samples: int = Field(ge=1)  # of each set
+    num_steps: int = Field(ge=1)
+    features: str  # what the distance compares
+    reference: str  # with what: the pictures that the model was trained for, or other samples of it
+
+
 class ExportReport(Config):
     """One converted form of the model, and how it compares with PyTorch on fixed inputs."""
 
@@ -95,6 +120,29 @@ class ExportReport(Config):
     batches: tuple[int, ...]
     seconds: float
     tool_versions: dict[str, str] = {}
+    graphs: dict[str, GraphReport] = {}  # by file stem
+    frechet: FrechetReport | None = None  # None: no pictures, too dear, or a target that needs none
+
+    @property
+    def snr_db(self) -> float | None:
+        """Signal-to-noise ratio of the worst graph; None where no graph differs."""
+        return min((graph.snr_db for graph in self.graphs.values() if graph.snr_db is not None), default=None)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What was measured, by name."""
+        changed = [graph.changed_pixels for graph in self.graphs.values() if graph.changed_pixels is not None]
+        found = {
+            "max_abs_difference": self.max_abs_difference,
+            "rel_l2": self.rel_l2,
+            "snr_db": self.snr_db,
+            "changed_pixels": max(changed, default=None),
+            "frechet_before": self.frechet.before if self.frechet else None,
+            "frechet_after": self.frechet.after if self.frechet else None,
+            "frechet_ratio": self.frechet.ratio if self.frechet else None,
+            "megabytes": sum(graph.size for graph in self.graphs.values()) / 1e6 if self.graphs else None,
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Manifest(Config):
@@ -120,6 +168,7 @@ class Manifest(Config):
     cond: CondSpec | None = None
     partition: PartitionSpec | None = None  # of a model of several experts
     scene: SceneSpec | None = None
+    parity: ParitySample | None = None  # what it answered when it was published
     metrics: dict[str, float | int | str] = {}
     exports: dict[str, ExportReport] = {}
     files: dict[str, FileEntry] = {}
@@ -323,7 +372,7 @@ class ArtifactStore:
     def _read_json(self, *parts: str) -> dict[str, Any]:
         try:
             values = json.loads(self.fs.cat_file(self._path(*parts)))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ArtifactError(f"{'/'.join(parts)} in {self.url} is damaged: {error}") from None
         if not isinstance(values, dict):
             raise ArtifactError(f"{'/'.join(parts)} in {self.url} is damaged: it holds no table")

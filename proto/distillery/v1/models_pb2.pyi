@@ -23,7 +23,7 @@ MODEL_STATE_FAILED: ModelState
 MODEL_STATE_UNLOADED: ModelState
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "aliases", "kind", "state", "message", "backend", "title", "method", "paper", "licence", "created", "parents", "exports", "metrics", "generator", "scene", "max_batch")
+    __slots__ = ("name", "version", "aliases", "kind", "state", "message", "backend", "title", "method", "paper", "licence", "created", "parents", "exports", "metrics", "generator", "scene", "max_batch", "instances", "threads", "memory_bytes")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,9 @@ class Model(_message.Message):
     GENERATOR_FIELD_NUMBER: _ClassVar[int]
     SCENE_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     aliases: _containers.RepeatedScalarFieldContainer[str]
@@ -67,7 +70,10 @@ class Model(_message.Message):
     generator: GeneratorInfo
     scene: SceneInfo
     max_batch: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., message: _Optional[str] = ..., backend: _Optional[str] = ..., title: _Optional[str] = ..., method: _Optional[str] = ..., paper: _Optional[str] = ..., licence: _Optional[str] = ..., created: _Optional[str] = ..., parents: _Optional[_Iterable[str]] = ..., exports: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., generator: _Optional[_Union[GeneratorInfo, _Mapping]] = ..., scene: _Optional[_Union[SceneInfo, _Mapping]] = ..., max_batch: _Optional[int] = ...) -> None: ...
+    instances: int
+    threads: int
+    memory_bytes: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., message: _Optional[str] = ..., backend: _Optional[str] = ..., title: _Optional[str] = ..., method: _Optional[str] = ..., paper: _Optional[str] = ..., licence: _Optional[str] = ..., created: _Optional[str] = ..., parents: _Optional[_Iterable[str]] = ..., exports: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., generator: _Optional[_Union[GeneratorInfo, _Mapping]] = ..., scene: _Optional[_Union[SceneInfo, _Mapping]] = ..., max_batch: _Optional[int] = ..., instances: _Optional[int] = ..., threads: _Optional[int] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
 
 class GeneratorInfo(_message.Message):
     __slots__ = ("width", "height", "channels", "condition", "num_classes", "class_names", "num_steps", "max_steps", "guidance", "guidable")

@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import nn
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.diffusion.schedule import Parameterisation
@@ -50,19 +51,38 @@ def load_denoiser(
     network = _load(folder / slot, _class_named(folder / slot), use_safetensors=True)
     scheduler = _load(folder / "scheduler", _class_named(folder / "scheduler", "scheduler_config.json"))
     shared = companions or load_companions(folder)
-    sidecar = read_sidecar(folder) or _derived_sidecar(network, scheduler, **shared)
-    return DiffusersDenoiser(network, scheduler, sidecar, **shared).to_device(device)
+    sidecar = read_sidecar(folder)
+    try:
+        sidecar = sidecar or _derived_sidecar(network, scheduler, **shared)
+        denoiser = DiffusersDenoiser(network, scheduler, sidecar, **shared)
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{folder} is damaged: its settings do not fit together: {_reason(error)}"
+        ) from error
+    return denoiser.to_device(device)
 
 
 def _class_named(folder: Path, config: str = "config.json") -> Any:
-    try:
-        name = json.loads((folder / config).read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{folder / config} cannot be read as a diffusers config: {error}") from None
+    name = _table(folder / config, "cannot be read as a diffusers config").get("_class_name")
     known = config != "config.json" or name in NETWORKS
-    if not known or not hasattr(diffusers, str(name)):
+    if not known or not isinstance(name, str) or not hasattr(diffusers, name):
         raise ArtifactError(f"{folder} holds a {name}, which is not supported; known: {', '.join(NETWORKS)}")
     return getattr(diffusers, name)
+
+
+def _table(path: Path, otherwise: str) -> dict[str, Any]:
+    """The table in a JSON file; what an error says of any other file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} {otherwise}: {_reason(error)}") from None
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} {otherwise}: it holds no table")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _load(folder: Path, cls: Any, **options: Any) -> Any:
@@ -77,10 +97,14 @@ def _load(folder: Path, cls: Any, **options: Any) -> Any:
             f"{folder} holds {held}: only safetensors are loaded, since pickles can execute code"
         )
     try:
-        return cls.from_pretrained(folder, local_files_only=True, **options)
+        loaded = cls.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # safetensors, json and diffusers each raise their own kinds on damaged files
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise ArtifactError(f"{folder} is damaged or incomplete: {reason}") from error
+        raise ArtifactError(f"{folder} is damaged or incomplete: {_reason(error)}") from error
+    if isinstance(loaded, nn.Module):  # what a file lacks is left without memory
+        lacking = next((name for name, value in loaded.named_parameters() if value.is_meta), None)
+        if lacking is not None:
+            raise ArtifactError(f"{folder} is incomplete: its weights lack {lacking}")
+    return loaded
 
 
 def _shaped(folder: Path, cls: Any, *, use_safetensors: bool = False) -> Any:
@@ -100,8 +124,8 @@ def read_sidecar(folder: Path) -> Sidecar | None:
     if not path.is_file():
         return None
     try:
-        return Sidecar.parse(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, ConfigError) as error:
+        return Sidecar.parse(_table(path, "is damaged"))
+    except ConfigError as error:
         raise ArtifactError(f"{path} is damaged: {error}") from None
 
 

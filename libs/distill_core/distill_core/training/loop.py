@@ -249,6 +249,7 @@ class _Meter:
     """Progress with rate and time left, told at most four times a second; metrics to file and TensorBoard."""
 
     def __init__(self, run: Run, recipe: Recipe, start: int) -> None:
+        self.batch_size = recipe.batch_size
         self.run, self.steps, self.start, self.began, self.told = (
             run,
             recipe.steps,
@@ -270,6 +271,8 @@ class _Meter:
             steps=self.steps,
             rate=round(rate, 3),
             eta_s=round((self.steps - step) / rate, 1),
+            images_per_second=round(rate * self.batch_size, 2),
+            gpu_memory_bytes=torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0,
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
