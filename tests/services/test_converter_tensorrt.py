@@ -12,12 +12,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, load
 from torch import nn
 
 from distill_core.errors import ArtifactError, Unavailable
+from distill_core.networks import engines
+from distill_core.networks.engines import Host
 from distillery_converter import onnx, parity, tensorrt
-from distillery_converter.graphs import Graph
-from distillery_converter.tensorrt import Host
+from distillery_converter.graphs import Graph, denoiser_graph
+from distillery_converter.precision import lowered
+from distillery_converter.targets import TARGETS
+from tests.services.test_converter import tiny_denoiser
 
 HOST = Host(tensorrt="11.4.0", gpu="NVIDIA L4", compute_capability="8.9")
 
@@ -128,7 +133,7 @@ def test_an_engine_is_built_with_a_profile_and_says_where_it_runs(trt, source, t
         ArtifactError, match="double.plan is damaged; rebuild it"
     ):  # the stand-in cannot run plans
         tensorrt.build([source], [GRAPH], tmp_path / "out", target="trt-fp16", cache=tmp_path / "cache")
-    info = tensorrt.require_host(tmp_path / "out", HOST)
+    info = engines.require_host(tmp_path / "out", HOST)
     assert (info.target, info.host) == ("trt-fp16", HOST)
     assert {name: tuple(map(tuple, shapes)) for name, shapes in info.engines[0].profile.items()} == PROFILE
     assert len(info.engines[0].onnx_sha256) == 64
@@ -151,7 +156,7 @@ def test_an_engine_of_another_gpu_or_version_is_refused_with_the_way_to_rebuild_
         ArtifactError,
         match="built by TensorRT 11.4.0 on NVIDIA L4 .* distillery convert MODEL --target trt-fp16",
     ):
-        tensorrt.require_host(tmp_path, here)
+        engines.require_host(tmp_path, here)
 
 
 def test_kernel_timings_are_kept_between_builds(trt, source, tmp_path):
@@ -162,6 +167,43 @@ def test_kernel_timings_are_kept_between_builds(trt, source, tmp_path):
     timings.write_bytes(b"of another version")
     tensorrt.build_plan(source, PROFILE, timings=timings)
     assert timings.read_bytes() == b"+timed"
+
+
+def built(trt, source, folder, graph=GRAPH) -> bool:
+    """Whether TensorRT was asked for a plan on the way to engines in `folder`."""
+    asked = []
+    ask = trt.Builder.build_serialized_network
+    trt.Builder.build_serialized_network = lambda self, *args: asked.append(1) or ask(self, *args)
+    try:
+        with pytest.raises(ArtifactError, match="damaged"):  # the stand-in cannot run plans
+            tensorrt.build([source], [graph], folder / "out", target="trt-bf16", cache=folder / "cache")
+    finally:
+        trt.Builder.build_serialized_network = ask
+    return bool(asked)
+
+
+def test_an_engine_is_built_once_for_a_graph_a_machine_and_a_profile(trt, source, tmp_path, monkeypatch):
+    assert built(trt, source, tmp_path)
+    (tmp_path / "out" / "double.plan").unlink()
+    assert not built(trt, source, tmp_path)
+    assert (tmp_path / "out" / "double.plan").read_bytes() == b"a plan"
+    wider = Graph("double", Double(), "x0", lambda batch: {"x_sigma": np.ones((batch, 1, 8, 8), np.float32)})
+    assert built(trt, source, tmp_path, wider)
+    source.write_bytes(b"another onnx file")
+    assert built(trt, source, tmp_path)
+    source.with_name("double.onnx.data").write_bytes(b"weights beside it")
+    assert built(trt, source, tmp_path)
+    monkeypatch.setattr(tensorrt, "this_host", lambda: HOST.model_copy(update={"gpu": "NVIDIA H100"}))
+    assert built(trt, source, tmp_path)
+    assert not built(trt, source, tmp_path)
+
+
+def test_a_kept_engine_that_was_damaged_is_built_again(trt, source, tmp_path):
+    assert built(trt, source, tmp_path)
+    (kept,) = (tmp_path / "cache" / "tensorrt" / "plans").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert built(trt, source, tmp_path)
+    assert (tmp_path / "out" / "double.plan").read_bytes() == b"a plan"
 
 
 def test_a_graph_that_tensorrt_cannot_read_is_an_error_with_its_reasons(trt, source, tmp_path):
@@ -182,7 +224,28 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
     with pytest.raises(Unavailable, match=r"TensorRT is not installed; .*distillery\[trt\]"):
-        tensorrt.this_host()
+        engines.this_host()
+
+
+@pytest.mark.parametrize(("precision", "stored"), [("fp16", "FLOAT16"), ("bf16", "BFLOAT16")])
+def test_the_graph_that_tensorrt_is_given_says_the_precision(precision, stored, tmp_path):
+    denoiser = tiny_denoiser()
+    graph = denoiser_graph(denoiser, denoiser.sampler)
+    low = lowered(graph, precision)
+    path = onnx.export(low, tmp_path, opset=onnx.OPSETS[precision])
+    model = load(str(path))
+    kinds = {TensorProto.DataType.Name(weight.data_type) for weight in model.graph.initializer}
+    assert stored in kinds
+    ends = [value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)]
+    assert set(ends) == {TensorProto.FLOAT, TensorProto.INT64}
+    (convolution,) = (node for node in model.graph.node if node.op_type == "Conv")
+    assert convolution.input[1] in {
+        weight.name for weight in model.graph.initializer if weight.data_type == getattr(TensorProto, stored)
+    }
+    found = parity.compare(graph, low.run)
+    gate = TARGETS[f"trt-{precision}"]
+    assert 0 < found.rel_l2 <= gate.rel_l2
+    assert found.scaled_max_abs <= gate.max_abs
 
 
 @pytest.mark.gpu

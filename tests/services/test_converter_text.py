@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from peft import LoraConfig
+from tritonclient.grpc import InferenceServerClient
 
 from distill_core.artifacts import ArtifactStore, Manifest, SamplerSpec
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
@@ -17,10 +18,12 @@ from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.steering import with_negative
 from distillery_converter.convert import convert
-from distillery_converter.graphs import fuse_adapters, in_half, load_graphs, tensors
+from distillery_converter.graphs import fuse_adapters, load_graphs, tensors
+from distillery_converter.precision import lowered
 from distillery_sampler.requests import GenerateRequest
 from tests.helpers import tiny_text_to_image
-from tests.services.sampler_helpers import answer
+from tests.services.sampler_helpers import SamplerProcess, answer
+from tests.services.test_sampler_kserve import tensors as triton_tensors
 
 TOKENS = 8
 
@@ -99,6 +102,31 @@ def test_a_student_turns_away_from_negative_prompts_on_both_backends(exported, t
     np.testing.assert_allclose(there[0], made[0], atol=1e-3)
 
 
+def test_prompts_get_the_same_bytes_through_both_protocols_on_both_backends(exported):
+    _, folder, _ = exported
+    prompts, negatives, seeds = ["a cat", "zw\u00f6lf Hunde"], ["red", ""], np.array([[1], [2]], np.uint64)
+    texts = {
+        name: np.array([[text.encode()] for text in column], dtype=object)
+        for name, column in (("prompt", prompts), ("negative_prompt", negatives))
+    }
+    with (
+        SamplerProcess(str(folder.parents[2])) as sampler,
+        sampler.client() as client,
+        InferenceServerClient(sampler.address) as triton,
+    ):
+        for version, backend in (("2", "onnxruntime"), ("1", "torch")):
+            options = {"prompts": prompts, "negative_prompts": negatives, "seeds": [1, 2]}
+            ours = client.generate(f"prompted@{version}", **options, image_format="PNG")
+            theirs = triton.infer("prompted", triton_tensors(seed=seeds, **texts), version).as_numpy("images")
+            assert theirs.shape == (2, 16, 16, 3)
+            assert theirs.tobytes() == np.stack(ours).tobytes()
+            assert client.model(f"prompted@{version}").backend == backend
+            plain = triton.infer("prompted", triton_tensors(seed=seeds, prompt=texts["prompt"]), version)
+            assert plain.as_numpy("images")[0].tobytes() != theirs[0].tobytes()
+        metadata = triton.get_model_metadata("prompted", as_json=True)
+        assert ("prompt", "BYTES") in {(found["name"], found["datatype"]) for found in metadata["inputs"]}
+
+
 @torch.no_grad()
 def test_adapters_are_fused_into_the_layers_they_adapt(exported):
     _, folder, _ = exported
@@ -116,7 +144,7 @@ def test_adapters_are_fused_into_the_layers_they_adapt(exported):
 def test_in_half_only_the_network_is_in_float16(exported):
     _, folder, denoiser = exported
     graphs = load_graphs(folder, Manifest(name="prompted", **denoiser.manifest_fields()))
-    halved = [in_half(graph) for graph in graphs]
+    halved = [lowered(graph, "fp16") for graph in graphs]
     assert halved[1:] == graphs[1:]
     kinds = [{weight.dtype for weight in graph.module.parameters()} for graph in (graphs[0], halved[0])]
     assert kinds == [{torch.float32}, {torch.float16}]

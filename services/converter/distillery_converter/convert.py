@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from distill_core.artifacts import MANIFEST, ArtifactStore, ExportReport, Manifest
+from distill_core.artifacts import MANIFEST, ArtifactStore, ExportReport, FrechetReport, Manifest
 from distill_core.building import load_artifact
 from distill_core.errors import ArtifactError, Unavailable
-from distillery_converter import onnx, parity, tensorrt
+from distill_core.networks.answers import parity_sample
+from distillery_converter import frechet, int8, onnx, parity, tensorrt
 from distillery_converter.fields import field_graphs
-from distillery_converter.graphs import Graph, in_half, load_graphs
+from distillery_converter.forms import Form, write_forms
+from distillery_converter.frechet import Side
+from distillery_converter.graphs import Graph, load_graphs
 from distillery_converter.targets import Target, find_target
 
 OnProgress = Callable[[int, int], None]  # (steps done, steps in all)
@@ -68,7 +71,10 @@ def convert(
                 graphs = load_graphs(folder, source, lambda ref: load_artifact(store, ref, cache))
             report = _export(folder, graphs, source, goal, versions, cache)
             on_progress(STEPS - 1, STEPS)
-            published = store.publish(folder, _manifest(source, report, job), key=job)
+            # older versions have none
+            sample = source.parity or parity_sample(load_artifact(store, source.ref, cache))
+            draft = _manifest(source, report, job).model_copy(update={"parity": sample})
+            published = store.publish(folder, draft, key=job)
     except OSError as error:
         raise Unavailable(
             f"cannot convert {source.ref}: {error.strerror or error}; see to the disk and retry"
@@ -87,23 +93,36 @@ def _require_convertible(source: Manifest) -> None:
 
 
 def _tool_versions(goal: Target) -> dict[str, str]:
-    extra = tensorrt.tool_versions() if goal.runtime == "tensorrt" else {}
-    return {**onnx.tool_versions(), **extra}
+    versions = onnx.tool_versions()
+    if goal.runtime == "tensorrt":
+        versions |= tensorrt.tool_versions()
+    return versions | ({"calibration": int8.CALIBRATION} if goal.precision == "int8" else {})
 
 
 def _converted(
     store: ArtifactStore, source: Manifest, goal: Target, versions: dict[str, str]
 ) -> Manifest | None:
-    """The newest version that is `source` or was made from it and has this export, made by the same tools."""
+    """The newest version from `source` on that has its weights and this export, made by the same tools."""
     for number in reversed(store.versions(source.name)):
         if number < source.version:
             return None
         found = store.manifest(f"{source.name}@{number}")
         report = found.exports.get(goal.name)
-        related = found.version == source.version or found.parents == (source.ref,)
-        if related and report is not None and report.tool_versions == versions and _passes(report, goal):
+        made = report is not None and report.tool_versions == versions and _passes(report, goal)
+        if made and _content(found) == _content(source):
             return found
     return None
+
+
+def _content(manifest: Manifest) -> tuple[object, ...]:
+    """What decides an export: the weights with their configurations, and what the manifest says of their use."""
+    files = {
+        path: entry.sha256
+        for path, entry in manifest.files.items()
+        if path.endswith((".safetensors", "config.json")) and not path.startswith("exports/")
+    }
+    used = (manifest.kind, manifest.base, manifest.sampler, manifest.image, manifest.cond, manifest.partition)
+    return files, *used, manifest.scene
 
 
 def _passes(report: ExportReport, goal: Target) -> bool:
@@ -117,33 +136,46 @@ def _export(
     started = time.perf_counter()
     exports = folder / "exports" / goal.name
     shutil.rmtree(exports, ignore_errors=True)  # by other tool versions
-    found = parity.Parity(0.0, 0.0, 0.0)
-    for graph, run in zip(loaded, _converted_graphs(loaded, exports, goal, cache), strict=True):
-        found = found.worst(parity.compare(graph, run))
-    log.info("%s as %s: max abs %.3g, rel-L2 %.3g", source.ref, goal.name, found.max_abs, found.rel_l2)
-    parity.require(found, goal, model=source.ref)
+    forms = write_forms(loaded, exports, goal, cache)
+    for form in forms:
+        log.info(
+            "%s as %s, %s: max abs %.3g, rel-L2 %.3g",
+            *(source.ref, goal.name, form.graph.name, form.parity.max_abs, form.parity.rel_l2),
+        )
+        parity.require(form.parity, goal, model=source.ref, part=form.graph.name)
+    samples = _samples(forms, folder, source) if goal.lossy else None
+    frechet.require(samples, goal, model=source.ref)
     return ExportReport(
         target=goal.name,
         files=tuple(sorted(path.relative_to(folder).as_posix() for path in exports.iterdir())),
-        opset=onnx.OPSET,
-        max_abs_difference=found.max_abs,
-        rel_l2=found.rel_l2,
+        opset=onnx.OPSETS[goal.precision],
+        max_abs_difference=max(form.parity.max_abs for form in forms),
+        rel_l2=max(form.parity.rel_l2 for form in forms),
         tolerance=goal.max_abs,
         batches=parity.BATCHES,
         seconds=round(time.perf_counter() - started, 3),
         tool_versions=versions,
+        graphs={form.graph.name: form.report for form in forms},
+        frechet=samples,
     )
 
 
-def _converted_graphs(loaded: list[Graph], exports: Path, goal: Target, cache: Path) -> list[parity.Run]:
-    onnx_folder = (
-        exports if goal.runtime == "onnx" else exports.parents[2] / "onnx"
-    )  # beside the model: not published
-    wanted = [in_half(graph) for graph in loaded] if goal.precision == "fp16" else loaded
-    files = [onnx.export(graph, onnx_folder) for graph in wanted]
-    if goal.runtime == "tensorrt":
-        return tensorrt.build(files, loaded, exports, target=goal.name, cache=cache)
-    return [parity.onnx_runner(path) for path in files]
+def _samples(forms: list[Form], folder: Path, source: Manifest) -> FrechetReport | None:
+    """The worst report of the model's denoisers, with its decoder; None for what is no generator."""
+    denoisers = [(form, form.graph.walk) for form in forms if form.graph.walk is not None]
+    if source.image is None or not denoisers:
+        return None
+    decoder = next((form for form in forms if form.graph.name == "decoder"), None)
+    # an expert draws a part of the data only
+    real = frechet.real_pictures(folder, source.image.picture) if source.partition is None else None
+    reports = []
+    for form, walk in denoisers:
+        before = Side(form.graph.run, decoder.graph.run if decoder else None)
+        after = Side(form.run, decoder.run if decoder else None)
+        share = frechet.SECONDS / len(denoisers)
+        reports.append(frechet.compare_samples(walk, before, after, real=real, seconds=share))
+    found = [report for report in reports if report is not None]
+    return max(found, key=lambda report: report.ratio, default=None)
 
 
 def _manifest(source: Manifest, report: ExportReport, job: str) -> Manifest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,17 +17,19 @@ from distill_core.artifacts import CondSpec, Manifest
 from distill_core.building import Load, load_model
 from distill_core.diffusion.noise import unit_normal
 from distill_core.diffusion.sampling import SamplerSpec
-from distill_core.errors import ArtifactError
+from distill_core.errors import ArtifactError, out_of_memory
 from distill_core.networks.adapters import plain
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.routed import RoutedDenoiser
 from distill_core.networks.steering import NEGATIVE
 from distill_core.networks.text import TextEncoder
+from distillery_converter.walks import COUNT, Arrays, Walk
 
-Arrays = dict[str, np.ndarray]
 SEED = 20_260_101  # of the fixed inputs
 EXAMPLE_BATCH = 2  # to trace with: a batch of 1 would be baked in as a constant, silently
 DATA_STD = 0.5  # of the stand-in for data that the fixed inputs are noised from, as in Karras et al. 2022
+
+EVALUATION_ERRORS = (RuntimeError, ValueError, TypeError, ArithmeticError, AttributeError, LookupError)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,28 @@ class Graph:
     module: nn.Module
     output: str
     inputs: Callable[[int], Arrays]  # fixed inputs for a batch of this size
+    served: Callable[[int], list[Arrays]] | None = None  # see `feeds`; None: the fixed inputs are such
+    walk: Walk | None = None  # of a denoiser
+    makes_pictures: bool = False  # the output is pixels in [-1, 1]
+
+    def run(self, inputs: Arrays) -> np.ndarray:
+        """What PyTorch computes, on the CPU.
+
+        Raises:
+            ArtifactError: it cannot, as the model's weights and settings do not fit together.
+        """
+        try:
+            with torch.inference_mode():
+                return self.module(*tensors(inputs)).numpy()
+        except EVALUATION_ERRORS as error:
+            if out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ArtifactError(f"the model's {self.name} cannot be evaluated: {reason}") from error
+
+    def feeds(self, seed: int) -> list[Arrays]:
+        """Batches of `COUNT` items as serving feeds them, others for another seed."""
+        return self.served(seed) if self.served is not None else [self.inputs(COUNT)]
 
 
 class DenoiserGraph(nn.Module):
@@ -113,9 +137,10 @@ def load_graphs(folder: Path, manifest: Manifest, base: Load | None = None) -> l
             "models of the SDXL kind are not converted yet: their graph needs pooled prompts; serve it with torch"
         )
     if denoiser.codec is not None:
-        graphs += [decoder_graph(denoiser), encoder_graph(denoiser)]
+        ends = functools.lru_cache(maxsize=2)(functools.partial(_ends, graphs[0]))
+        graphs += [decoder_graph(denoiser, ends), encoder_graph(denoiser, ends)]
     if denoiser.text is not None:
-        graphs.append(text_graph(denoiser.text))
+        graphs.append(text_graph(denoiser.text, denoiser.cond.examples))
         tokenizer = folder / "tokenizer" / "tokenizer.json"  # the form that is read without transformers
         if not tokenizer.is_file():
             denoiser.text.tokenizer.save_pretrained(tokenizer.parent)
@@ -127,28 +152,6 @@ def fuse_adapters(network: Any) -> None:
     if getattr(network, "_hf_peft_config_loaded", False):
         network.fuse_lora()
         network.unload_lora()
-
-
-def in_half(graph: Graph) -> Graph:
-    """The graph with its network in float16; inputs, outputs and preconditioning stay float32.
-
-    sigma**2 overflows float16. Decoder and text encoder are left as they are: they run once an image, and
-    published decoders overflow it too.
-    """
-    if not isinstance(graph.module, DenoiserGraph):
-        return graph
-    module = copy.deepcopy(graph.module)
-    module.denoiser.network.half().register_forward_pre_hook(_halved, with_kwargs=True)
-    return replace(graph, module=module)
-
-
-def _halved(
-    _network: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """The image and the prompt in float16; the time is embedded in float32 by the network itself."""
-    if "encoder_hidden_states" in kwargs:
-        kwargs = {**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"].half()}
-    return (args[0].half(), *args[1:]), kwargs
 
 
 def denoiser_graphs(experts: list[DiffusersDenoiser], manifest: Manifest) -> list[Graph]:
@@ -169,9 +172,9 @@ def denoiser_graph(
 ) -> Graph:
     """The graph that every denoiser has; `classes` are those that it is asked for, () all."""
     conditions = condition_inputs(denoiser, sampler)
+    shape = (denoiser.image.channels, denoiser.image.height, denoiser.image.width)
 
     def inputs(batch: int) -> Arrays:
-        shape = (denoiser.image.channels, denoiser.image.height, denoiser.image.width)
         sigma = fixed_sigmas(sampler, batch)
         x_sigma = DATA_STD * noise(batch, shape, draw=0) + sigma.reshape(-1, 1, 1, 1) * noise(
             batch, shape, draw=1
@@ -179,7 +182,21 @@ def denoiser_graph(
         cond = {name: fixed_condition(name, denoiser.cond, batch, classes) for name in conditions}
         return {"x_sigma": x_sigma, "sigma": sigma, **cond}
 
-    return Graph("denoiser", DenoiserGraph(denoiser, conditions), "x0", inputs)
+    walk = Walk(
+        sampler,
+        shape,
+        lambda count: served_condition(denoiser, conditions, count, classes),
+        lambda count: {name: value.cpu().numpy() for name, value in denoiser.null_cond(count).items()},
+    )
+    graph = Graph(
+        "denoiser",
+        DenoiserGraph(denoiser, conditions),
+        "x0",
+        inputs,
+        walk=walk,
+        makes_pictures=denoiser.codec is None,
+    )
+    return replace(graph, served=lambda seed: walk.trail(graph.run, seed)[0])
 
 
 def condition_inputs(denoiser: DiffusersDenoiser, sampler: SamplerSpec) -> tuple[str, ...]:
@@ -190,37 +207,63 @@ def condition_inputs(denoiser: DiffusersDenoiser, sampler: SamplerSpec) -> tuple
     return ("class_label",) if denoiser.cond.kind == "class_label" else ()
 
 
-def decoder_graph(denoiser: DiffusersDenoiser) -> Graph:
-    """The graph from latents to pictures, for latent models."""
+def _ends(graph: Graph, seed: int) -> np.ndarray:
+    """x0 (B, C, H, W) at the end of a walk."""
+    assert graph.walk is not None
+    return graph.walk.trail(graph.run, seed)[1]
+
+
+def decoder_graph(denoiser: DiffusersDenoiser, ends: Callable[[int], np.ndarray]) -> Graph:
+    """The graph from latents to pictures, for latent models; `ends` gives a seed's sampled latents."""
     shape = (denoiser.image.channels, denoiser.image.height, denoiser.image.width)
     return Graph(
-        "decoder", DecoderGraph(denoiser), "picture", lambda batch: {"x0": noise(batch, shape, draw=2)}
+        "decoder",
+        DecoderGraph(denoiser),
+        "picture",
+        lambda batch: {"x0": noise(batch, shape, draw=2)},
+        served=lambda seed: [{"x0": ends(seed)}],
+        makes_pictures=True,
     )
 
 
-def encoder_graph(denoiser: DiffusersDenoiser) -> Graph:
+def encoder_graph(denoiser: DiffusersDenoiser, ends: Callable[[int], np.ndarray]) -> Graph:
     """The graph from pictures to latents, for latent models whose requests begin from pictures."""
     shape = denoiser.image.picture
+
+    def served(seed: int) -> list[Arrays]:
+        with torch.inference_mode():
+            return [{"picture": denoiser.decode(torch.from_numpy(ends(seed))).clamp(-1, 1).numpy()}]
+
+    fixed = functools.partial(noise, shape=shape, draw=5)
     return Graph(
         "encoder",
         EncoderGraph(denoiser),
         "x0",
-        lambda batch: {"picture": np.tanh(noise(batch, shape, draw=5))},
+        lambda batch: {"picture": np.tanh(fixed(batch))},
+        served=served,
     )
 
 
-def text_graph(text: TextEncoder) -> Graph:
-    """The graph from token ids to prompt_embeds, for text-to-image models."""
+def text_graph(text: TextEncoder, examples: Sequence[str] = ()) -> Graph:
+    """The graph from token ids to prompt_embeds, for text-to-image models; `examples` are prompts of its kind."""
+    vocabulary = text.model.config.vocab_size
+
+    def served(seed: int) -> list[Arrays]:
+        if not examples:
+            return [{"input_ids": fixed_tokens(COUNT, text.max_tokens, vocabulary, seed=seed)}]
+        prompts = [examples[(index + seed) % len(examples)] for index in range(COUNT)]
+        found = text.tokenizer(prompts, padding="max_length", max_length=text.max_tokens, truncation=True)
+        return [{"input_ids": np.asarray(found["input_ids"], dtype=np.int64)}]
 
     def inputs(batch: int) -> Arrays:
-        return {"input_ids": fixed_tokens(batch, text.max_tokens, text.model.config.vocab_size)}
+        return {"input_ids": fixed_tokens(batch, text.max_tokens, vocabulary)}
 
-    return Graph("text_encoder", TextEncoderGraph(text), "prompt_embeds", inputs)
+    return Graph("text_encoder", TextEncoderGraph(text), "prompt_embeds", inputs, served=served)
 
 
-def noise(batch: int, shape: tuple[int, ...], *, draw: int) -> np.ndarray:
+def noise(batch: int, shape: tuple[int, ...], *, draw: int, seed: int = SEED) -> np.ndarray:
     """Unit normal float32 (batch, *shape): item i is the same in a batch of any size."""
-    return np.stack([unit_normal(SEED, index, draw, shape) for index in range(batch)])
+    return np.stack([unit_normal(seed, index, draw, shape) for index in range(batch)])
 
 
 def fixed_sigmas(sampler: SamplerSpec, batch: int) -> np.ndarray:
@@ -243,9 +286,28 @@ def fixed_condition(name: str, cond: CondSpec, batch: int, classes: tuple[int, .
     return noise(batch, (cond.max_tokens or 1, cond.embed_dim or 1), draw=draw)
 
 
-def fixed_tokens(batch: int, length: int, vocabulary: int) -> np.ndarray:
+def served_condition(
+    denoiser: DiffusersDenoiser, names: Sequence[str], count: int, classes: tuple[int, ...] = ()
+) -> Arrays:
+    """What requests are conditioned on: every class in turn, or example prompts, or random words without them."""
+    if "prompt_embeds" not in names:
+        return {name: fixed_condition(name, denoiser.cond, count, classes) for name in names}
+    examples, text = denoiser.cond.examples, denoiser.text
+    with torch.inference_mode():
+        if examples or text is None:
+            prompts = [examples[index % len(examples)] if examples else "" for index in range(count)]
+            embeds = denoiser.encode_prompts(prompts)["prompt_embeds"]
+        else:
+            tokens = fixed_tokens(count, text.max_tokens, text.model.config.vocab_size)
+            embeds = text.model(torch.from_numpy(tokens))[0]
+    # A plain request's negative prompt counts nothing, as the sampler feeds it.
+    off = {f"{NEGATIVE}prompt_embeds": embeds.numpy(), "nasa_scale": np.zeros(count, np.float32)}
+    return {name: embeds.numpy() if name == "prompt_embeds" else off[name] for name in names}
+
+
+def fixed_tokens(batch: int, length: int, vocabulary: int, *, seed: int = SEED) -> np.ndarray:
     """Token ids int64 (batch, length), spread over the vocabulary; the last one closes every prompt."""
-    uniform = np.vectorize(math.erf)(noise(batch, (length,), draw=4) / math.sqrt(2)) * 0.5 + 0.5
+    uniform = np.vectorize(math.erf)(noise(batch, (length,), draw=4, seed=seed) / math.sqrt(2)) * 0.5 + 0.5
     tokens = np.minimum((uniform * vocabulary).astype(np.int64), vocabulary - 1)
     tokens[:, -1] = vocabulary - 1
     return tokens

@@ -13,8 +13,10 @@ import torch
 
 from distill_core.errors import ArtifactError
 from distillery_converter.graphs import EXAMPLE_BATCH, Graph, tensors
+from distillery_converter.precision import widen
 
-OPSET = 20
+OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}  # convolutions know bfloat16 from 22 on
+OPSET = OPSETS["fp32"]
 MAX_BATCH = 1024
 INLINE_BYTES = 1_500_000_000  # above it weights go to a side file; protobuf's own limit is 2 GiB
 
@@ -28,7 +30,7 @@ def tool_versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
 
 
-def export(graph: Graph, folder: Path) -> Path:
+def export(graph: Graph, folder: Path, *, opset: int = OPSET) -> Path:
     """Write `<folder>/<graph.name>.onnx`, with a side file only if the weights exceed 1.5 GB.
 
     The first axis of every input and of the output is called `batch`; all others are fixed.
@@ -36,12 +38,13 @@ def export(graph: Graph, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{graph.name}.onnx"
     module = graph.module.eval().requires_grad_(False)
-    program = _program(graph, module)
+    program = _program(graph, module, opset)
+    widen(program.model)
     _strip(program.model)
     program.save(path, external_data=_weight_bytes(module) > INLINE_BYTES)
     _require_dynamic_batch(path)
     onnx.checker.check_model(str(path), full_check=True)
-    log.info("exported %s, opset %d, %d bytes", path.name, OPSET, path.stat().st_size)
+    log.info("exported %s, opset %d, %d bytes", path.name, opset, path.stat().st_size)
     return path
 
 
@@ -61,7 +64,7 @@ def _require_dynamic_batch(path: Path) -> None:
             )
 
 
-def _program(graph: Graph, module: torch.nn.Module) -> torch.onnx.ONNXProgram:
+def _program(graph: Graph, module: torch.nn.Module, opset: int) -> torch.onnx.ONNXProgram:
     inputs = graph.inputs(EXAMPLE_BATCH)
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     for name in CHATTY:
@@ -75,7 +78,7 @@ def _program(graph: Graph, module: torch.nn.Module) -> torch.onnx.ONNXProgram:
                 input_names=list(inputs),
                 output_names=[graph.output],
                 dynamic_shapes=tuple({0: batch} for _ in inputs),
-                opset_version=OPSET,
+                opset_version=opset,
                 dynamo=True,
                 verbose=False,
             )

@@ -40,9 +40,7 @@ def run(spec: dict[str, Any], tell: Tell, _stop: Callable[[], bool]) -> int:
         on_progress=_progress(tell),
     )
     report = manifest.exports[values["target"]]
-    figures = {
-        name: getattr(report, name) for name in ("max_abs_difference", "rel_l2", "tolerance", "seconds")
-    }
+    figures = {**report.figures, "tolerance": report.tolerance, "seconds": report.seconds}
     result = {"artifact": manifest.ref, "metrics": figures}
     (run_dir / "result.json").write_text(json.dumps(result), encoding="utf-8")
     tell({"event": "result", **result})

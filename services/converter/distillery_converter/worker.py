@@ -21,7 +21,7 @@ def main() -> int:
             found,
             commands={"convert": "distillery_converter.run"},
             service="converter",
-            metrics_port=found.converter_metrics_port,
+            metrics_port="converter_metrics_port",
         )
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,155 @@
+"""The graphs of a model in the form that a target says, each compared with PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distill_core.artifacts import GraphReport
+from distill_core.errors import ArtifactError
+from distillery_converter import onnx, parity, tensorrt
+from distillery_converter.graphs import DenoiserGraph, Graph
+from distillery_converter.int8 import quantise
+from distillery_converter.parity import Parity
+from distillery_converter.precision import half_field, lowered
+from distillery_converter.targets import Target
+from distillery_converter.walks import Run
+
+WORTH_IT = 0.9  # a part's file must shrink below this share to give up its float32
+ONCE = "runs once an image, and overflows or gains little"
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One converted graph."""
+
+    graph: Graph
+    run: Run
+    parity: Parity
+    precision: Precision
+    size: int  # bytes, with its side file
+    left_in_float: str = ""
+
+    @property
+    def report(self) -> GraphReport:
+        """What the manifest says of it."""
+        return GraphReport(
+            precision=self.precision,
+            size=self.size,
+            max_abs_difference=self.parity.max_abs,
+            rel_l2=self.parity.rel_l2,
+            snr_db=self.parity.snr_db,
+            changed_pixels=self.parity.changed_pixels,
+            left_in_float=self.left_in_float,
+        )
+
+
+def write_forms(graphs: list[Graph], exports: Path, goal: Target, cache: Path) -> list[Form]:
+    """Write every graph into `exports`, which holds nothing else afterwards; what is not published goes beside it.
+
+    Raises:
+        ArtifactError: a graph cannot be converted, or none of them gains by it.
+        Unavailable: the target needs a GPU or a package that is not here.
+    """
+    scratch = exports.parents[2] / "onnx"
+    if goal.runtime == "tensorrt":
+        return _engines(graphs, exports, scratch, goal, cache)
+    if goal.precision == "int8":
+        forms = [_int8(graph, exports, scratch, goal) for graph in graphs]
+    elif goal.precision == "fp16":
+        forms = [_fp16(graph, exports, scratch, goal) for graph in graphs]
+    else:
+        return [_form(graph, onnx.export(graph, exports), "fp32") for graph in graphs]
+    if all(form.precision == "fp32" for form in forms):
+        reasons = "; ".join(f"{form.graph.name}: {form.left_in_float}" for form in forms)
+        raise ArtifactError(
+            f"no part of this model gains by {goal.name} ({reasons}), so nothing was published; choose onnx-fp32",
+            field="target",
+        )
+    return forms
+
+
+def _engines(graphs: list[Graph], exports: Path, scratch: Path, goal: Target, cache: Path) -> list[Form]:
+    low = goal.precision if goal.precision in ("fp16", "bf16") else None
+    wanted = [lowered(graph, low) if low else graph for graph in graphs]
+    opset = onnx.OPSETS[goal.precision]
+    files = [onnx.export(graph, scratch, opset=opset) for graph in wanted]
+    runs = tensorrt.build(files, graphs, exports, target=goal.name, cache=cache)
+    forms = []
+    for graph, given, run in zip(graphs, wanted, runs, strict=True):
+        kept = low is not None and given is graph
+        size = (exports / f"{graph.name}.plan").stat().st_size
+        found = parity.compare(graph, run)
+        forms.append(Form(graph, run, found, "fp32" if kept else goal.precision, size, ONCE if kept else ""))
+    return forms
+
+
+def _fp16(graph: Graph, exports: Path, scratch: Path, goal: Target) -> Form:
+    half = lowered(graph, "fp16")
+    if half is not graph:
+        return _form(graph, onnx.export(half, exports), "fp16")
+    if graph.name.startswith("block"):
+        return _if_worth_it(graph, exports, scratch, goal, lambda source, target: half_field(source, target))
+    return _form(graph, onnx.export(graph, exports), "fp32", left_in_float=ONCE)
+
+
+def _int8(graph: Graph, exports: Path, scratch: Path, goal: Target) -> Form:
+    if not isinstance(graph.module, DenoiserGraph):
+        return _if_worth_it(
+            graph, exports, scratch, goal, lambda source, target: quantise(graph, source, target)
+        )
+    exports.mkdir(parents=True, exist_ok=True)
+    target = exports / f"{graph.name}.onnx"
+    left = quantise(graph, onnx.export(graph, scratch), target)
+    return _form(graph, target, "int8", as_served=True, left_in_float=left)
+
+
+def _if_worth_it(
+    graph: Graph, exports: Path, scratch: Path, goal: Target, write: Callable[[Path, Path], str | None]
+) -> Form:
+    """The graph as `write` makes it of its float32 file; that file where the gate fails or little is gained."""
+    exports.mkdir(parents=True, exist_ok=True)
+    source, target = onnx.export(graph, scratch), exports / f"{graph.name}.onnx"
+    try:
+        left = write(source, target) or ""
+        form = _form(graph, target, goal.precision, as_served=True, left_in_float=left)
+        why = _refused(form, _size(source), goal)
+    except ArtifactError as error:
+        why = str(error)
+    if not why:
+        return form
+    for file in _files(target):
+        file.unlink()
+    for file in _files(source):  # by their own names: the side file's is stored inside
+        shutil.copyfile(file, exports / file.name)
+    return _form(graph, target, "fp32", left_in_float=why)
+
+
+def _refused(form: Form, size: int, goal: Target) -> str:
+    """Why a part stays in float32; nothing where it gains."""
+    if form.parity.rel_l2 > goal.rel_l2:
+        return f"differs by {form.parity.rel_l2:.2g} relative L2 in {goal.precision}, of {goal.rel_l2:.2g} allowed"
+    if form.size > WORTH_IT * size:
+        return f"its file would still have {form.size / size:.0%} of its bytes in {goal.precision}"
+    return ""
+
+
+def _form(
+    graph: Graph, path: Path, precision: Precision, *, as_served: bool = False, left_in_float: str = ""
+) -> Form:
+    run = parity.onnx_runner(path)
+    found = parity.compare(graph, run, as_served=as_served)
+    return Form(graph, run, found, precision, _size(path), left_in_float)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """An ONNX file, and its side file if there is one."""
+    return (file for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in _files(path))

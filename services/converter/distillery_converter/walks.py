@@ -1,0 +1,70 @@
+"""A model's own sampling, so that its graphs are calibrated and compared on what serving feeds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from distill_core.diffusion.guidance import guide
+from distill_core.diffusion.noise import unit_normal
+from distill_core.diffusion.sampling import SamplerSpec, sample
+
+Arrays = dict[str, np.ndarray]
+Run = Callable[[Arrays], np.ndarray]
+COUNT = 16  # pictures of a walk
+STEPS = 8  # of a walk at most, where the model takes any number: its levels are spread over the same range
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """From noise to x0 by the sampler's steps, with the inputs of a denoiser's graph on the way."""
+
+    sampler: SamplerSpec
+    shape: tuple[int, int, int]  # (C, H, W) of x0
+    cond: Callable[[int], Arrays]  # condition inputs of the graph for a number of pictures; {} without
+    null: Callable[[int], Arrays]  # those that guidance leads away from; only called where it is on
+
+    @property
+    def steps(self) -> int:
+        """The sampler's own number of steps, `STEPS` where that is more and not the model's own."""
+        own = self.sampler.num_steps
+        return own if self.sampler.kind == "few_step" else min(own, STEPS)
+
+    @property
+    def fewest_steps(self) -> int:
+        """The smallest number of steps that gives pictures: 1 for students that may take it."""
+        if self.sampler.kind != "few_step":
+            return self.steps
+        return min(self.sampler.step_counts, default=1)
+
+    def x0(self, run: Run, *, seed: int, indices: range, num_steps: int) -> np.ndarray:
+        """x0 (B, C, H, W) of the pictures `indices` of a request with `seed`; `run` evaluates the graph."""
+        last = indices.stop  # picture i has condition i, whatever else is asked for
+        cond = {name: value[indices.start :] for name, value in self.cond(last).items()}
+        guided = bool(cond) and self.sampler.guidance != 1
+        null = {name: value[indices.start :] for name, value in self.null(last).items()} if guided else {}
+
+        def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
+            feed = {"x_sigma": np.asarray(x, np.float32), "sigma": np.full(len(x), sigma, np.float32), **cond}
+            if not guided:
+                return run(feed)
+            without = run({**feed, **null})
+            return guide(run(feed), without, np.float32(self.sampler.guidance))  # type: ignore[arg-type, return-value]
+
+        def draw(step: int) -> np.ndarray:
+            return np.stack([unit_normal(seed, index, step, self.shape) for index in indices])
+
+        return np.asarray(sample(denoise, self.sampler, draw, num_steps), np.float32)
+
+    def trail(self, run: Run, seed: int) -> tuple[list[Arrays], np.ndarray]:
+        """Every evaluation's inputs on one walk of `COUNT` pictures, and the x0 at its end."""
+        feeds: list[Arrays] = []
+
+        def recorded(feed: Arrays) -> np.ndarray:
+            feeds.append(feed)
+            return run(feed)
+
+        x0 = self.x0(recorded, seed=seed, indices=range(COUNT), num_steps=self.steps)
+        return feeds, x0

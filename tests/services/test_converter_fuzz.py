@@ -1,0 +1,54 @@
+"""A short seed of `make fuzz-converter`: damaged models end in one sentence, in the converter and in the sampler."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import pytest
+import torch
+
+from tests.services.fuzz.converter import Subject, fuzz
+from tests.services.fuzz.damage import KINDS, lying_header, odd_value, truncated
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> Subject:
+    torch.set_num_threads(1)
+    return Subject(tmp_path_factory.mktemp("fuzz"))
+
+
+def test_a_hundred_damaged_models_are_read_or_refused_in_one_sentence(subject):
+    taken = fuzz(subject, first=1, count=100)
+    assert sum(taken.values()) == 100
+    kinds = Counter()
+    for what, times in taken.items():
+        kinds[what.split()[1]] += times
+    assert kinds["ArtifactError"] >= 20
+    assert set(kinds) <= {"read", "ArtifactError", "ConfigError"}
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".json"])
+def test_what_is_cut_off_is_refused(subject, suffix):
+    path = next(
+        path for path in subject.files if path.endswith("config.json" if suffix == ".json" else suffix)
+    )
+    whole = (subject.folder / path).read_bytes()
+    assert subject.tried(path, whole) == "read"
+    assert subject.tried(path, whole[: len(whole) // 2]) == "ArtifactError"
+
+
+def test_a_failure_that_is_not_one_of_ours_is_seen(subject, monkeypatch):
+    monkeypatch.setattr(Subject, "_convert", lambda self: 1 // 0)
+    path = next(path for path in subject.files if path.endswith(".json"))
+    with pytest.raises(ZeroDivisionError):
+        subject.tried(path, b"{}")
+
+
+def test_damage_is_the_same_for_the_same_number(subject):
+    for path in subject.files:
+        whole = (subject.folder / path).read_bytes()
+        for damage in KINDS["." + path.rsplit(".", 1)[1]]:
+            assert damage(whole, Random(3)) == damage(whole, Random(3))
+    assert len(truncated(whole, Random(1))) < len(whole)
+    assert lying_header.__name__ != odd_value.__name__
