@@ -16,7 +16,7 @@ Scope = Literal["use", "admin"]
 
 
 class Caller(NamedTuple):
-    """Who sent the call now being handled: a token's name, or the peer's address if there are no tokens."""
+    """Who sent the call now being handled: a token's name; without tokens, a certificate's, or the peer's host."""
 
     name: str
     scope: Scope

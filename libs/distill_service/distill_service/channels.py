@@ -10,22 +10,32 @@ from typing import Any, NamedTuple
 import grpc
 
 from distill_core.errors import ConfigError
+from distill_service.tracing import start_tracing
 
-_RETRY = {
-    "maxAttempts": 5,
+MAX_RETRIES = 4  # gRPC's own limit
+_POLICY = {
     "initialBackoff": "0.1s",
     "maxBackoff": "5s",
     "backoffMultiplier": 2,
     "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
 }
-SERVICE_CONFIG = json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": _RETRY}]})
-OPTIONS = [
+_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.enable_retries", 1),
-    ("grpc.service_config", SERVICE_CONFIG),
+    ("grpc.per_rpc_retry_buffer_size", 64 * 2**20),  # by default a request over 256 KiB is never sent again
 ]
+
+
+def _options(retries: int) -> list[tuple[str, Any]]:
+    """A channel's options; refused calls are sent again when the server's pushback says, up to `retries` times."""
+    if not 0 <= retries <= MAX_RETRIES:
+        raise ConfigError(f"retries = {retries} is not allowed: give 0 to {MAX_RETRIES}", field="retries")
+    if not retries:
+        return [*_OPTIONS, ("grpc.enable_retries", 0)]
+    policy = {"name": [{}], "retryPolicy": {"maxAttempts": retries + 1, **_POLICY}}
+    config = json.dumps({"methodConfig": [policy]})
+    return [*_OPTIONS, ("grpc.enable_retries", 1), ("grpc.service_config", config)]
 
 
 def is_local(address: str) -> bool:
@@ -43,30 +53,66 @@ def read_file(path: Path | None, field: str) -> bytes:
 
 
 def channel(
-    address: str, *, token: str | None = None, ca: Path | str | None = None, aio: bool = False
+    address: str,
+    *,
+    token: str | None = None,
+    ca: Path | str | None = None,
+    cert: Path | str | None = None,
+    key: Path | str | None = None,
+    retries: int = MAX_RETRIES,
+    aio: bool = False,
 ) -> Any:
     """A `grpc.Channel` (`grpc.aio.Channel` with `aio=True`) to a Distillery server; TLS if `ca` is given.
 
+    `cert` and `key` are the client's own certificate, for servers that ask for one. Calls that are refused as
+    overloaded, or do not arrive, are sent again up to `retries` times, 0 to 4, within their deadline.
+
     Raises:
-        ConfigError: a token would be sent unencrypted to another machine.
+        ConfigError: a token would be sent unencrypted to another machine; a file cannot be read.
     """
     if token and ca is None and not is_local(address):
         raise ConfigError(
             f"a token for {address} would travel unencrypted; set DISTILLERY_TLS_CA to the server's CA file",
             field="token",
         )
-    credentials = grpc.ssl_channel_credentials(read_file(Path(ca), "ca")) if ca is not None else None
+    credentials, options = _credentials(ca, cert, key), _options(retries)
+    traced = start_tracing("client")
     if aio:
-        interceptors = [kind(token) for kind in _AIO_KINDS] if token else None
+        interceptors = [kind(token) for kind in _AIO_KINDS] if token else []
+        interceptors += traced.client_interceptors() if traced else []
         if credentials:
-            return grpc.aio.secure_channel(address, credentials, OPTIONS, interceptors=interceptors)
-        return grpc.aio.insecure_channel(address, OPTIONS, interceptors=interceptors)
+            return grpc.aio.secure_channel(address, credentials, options, interceptors=interceptors)
+        return grpc.aio.insecure_channel(address, options, interceptors=interceptors)
     plain = (
-        grpc.secure_channel(address, credentials, OPTIONS)
+        grpc.secure_channel(address, credentials, options)
         if credentials
-        else grpc.insecure_channel(address, OPTIONS)
+        else grpc.insecure_channel(address, options)
     )
-    return grpc.intercept_channel(plain, _Token(token)) if token else plain
+    plain = grpc.intercept_channel(plain, _Token(token)) if token else plain
+    return traced.intercepted(plain) if traced else plain
+
+
+def _credentials(
+    ca: Path | str | None, cert: Path | str | None, key: Path | str | None
+) -> grpc.ChannelCredentials | None:
+    if (cert is None) != (key is None):
+        raise ConfigError(
+            "a client certificate and its key belong together; set DISTILLERY_TLS_CLIENT_CERT and "
+            "DISTILLERY_TLS_CLIENT_KEY, or neither",
+            field="cert",
+        )
+    if ca is None:
+        if cert is not None:
+            raise ConfigError(
+                "a client certificate goes with TLS; set DISTILLERY_TLS_CA to the server's CA file too",
+                field="ca",
+            )
+        return None
+    if cert is None or key is None:
+        return grpc.ssl_channel_credentials(read_file(Path(ca), "ca"))
+    return grpc.ssl_channel_credentials(
+        read_file(Path(ca), "ca"), read_file(Path(key), "key"), read_file(Path(cert), "cert")
+    )
 
 
 class _Details(NamedTuple):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import grpc
@@ -24,6 +26,9 @@ from distill_core.errors import (
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRPC clients with a retry policy wait exactly this long
 DEFAULT_RETRY_S = 1.0
+MAX_MESSAGE_BYTES = (
+    1000  # it travels thrice in headers, and gRPC refuses answers with more than 8 KiB of them
+)
 
 
 class StatusError(DistilleryError):
@@ -50,32 +55,40 @@ def status_name(error: DistilleryError) -> str:
     return getattr(error, "grpc_status", None) or meaning(error).grpc_status
 
 
+def shortened(text: str) -> str:
+    """A sentence without its middle if a caller's own long value is in it."""
+    data = text.encode(errors="replace")
+    if len(data) <= MAX_MESSAGE_BYTES:
+        return text
+    half = MAX_MESSAGE_BYTES // 2 - 2
+    return data[:half].decode(errors="ignore") + "…" + data[-half:].decode(errors="ignore")
+
+
 def wire_status(error: DistilleryError) -> WireStatus:
     """The error as a status with machine-readable details; its sentence is also the plain message."""
-    name = status_name(error)
-    status = status_pb2.Status(code=code_pb2.Code.Value(name), message=str(error))
-    for detail in _details(error, name):
+    name, message = status_name(error), shortened(str(error))
+    status = status_pb2.Status(code=code_pb2.Code.Value(name), message=message)
+    for detail in _details(error, name, message):
         status.details.add().Pack(detail)
     metadata: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString())]
     if isinstance(error, Overloaded):
         metadata.append((PUSHBACK_KEY, str(max(1, math.ceil(error.retry_after_s * 1000)))))
-    return WireStatus(grpc.StatusCode[name], str(error), tuple(metadata))
+    return WireStatus(grpc.StatusCode[name], message, tuple(metadata))
 
 
-def _details(error: DistilleryError, name: str) -> list[Message]:
+def _details(error: DistilleryError, name: str, message: str) -> list[Message]:
+    field = shortened(error.field or "")
     if isinstance(error, Overloaded):
         delay = Duration()
         delay.FromMicroseconds(round(error.retry_after_s * 1e6))
         return [error_details_pb2.RetryInfo(retry_delay=delay)]
-    if name == "INVALID_ARGUMENT" and error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+    if name == "INVALID_ARGUMENT" and field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
         return [error_details_pb2.BadRequest(field_violations=[violation])]
     if name == "NOT_FOUND":
-        return [error_details_pb2.ResourceInfo(resource_type=error.field or "", description=str(error))]
+        return [error_details_pb2.ResourceInfo(resource_type=field, description=message)]
     if name == "FAILED_PRECONDITION":
-        broken = error_details_pb2.PreconditionFailure.Violation(
-            type=error.field or "", description=str(error)
-        )
+        broken = error_details_pb2.PreconditionFailure.Violation(type=field, description=message)
         return [error_details_pb2.PreconditionFailure(violations=[broken])]
     return []
 
@@ -98,6 +111,15 @@ def error_from_call(call: grpc.RpcError, address: str = "") -> DistilleryError:
     if code.name in classes:
         return classes[code.name](message, field=_field(call))
     return StatusError(code.name, message)
+
+
+@contextmanager
+def errors_from(address: str) -> Iterator[None]:
+    """Around calls to a server at `address`: what they raise as the exception that was raised there."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise error_from_call(error, address) from None
 
 
 def _no_server(message: str) -> bool:

@@ -1,81 +1,56 @@
 """KServe v2, `inference.GRPCInferenceService`, with the messages that tritonclient ships.
 
-A generator takes `seed` UINT64 [B,1], and `class_label` INT64 [B,1] or `prompt` BYTES [B,1] if it is
-conditional, and answers `images` UINT8 [B,H,W,C]. A scene takes `pose` FP32 [B,4,4] and `intrinsics` FP32
-[B,4] and answers `rgb` and `depth`; a picture is twice its principal point in size, unless the parameters
-`width` and `height` say otherwise.
-Parameters of any request: `num_steps`, `guidance`, `priority` (from 2 on: bulk), `timeout` (microseconds).
+A generator takes `seed` UINT64 [B,1], and `class_label` INT64 [B,1], or `prompt` and perhaps `negative_prompt` BYTES
+[B,1], if it is conditional, perhaps `guidance_scale` FP32 [B,1], equal for all, and answers `images` UINT8
+[B,H,W,C]. A scene takes `pose` FP32 [B,4,4] and `intrinsics` FP32 [B,4] and answers `rgb` and `depth`; a picture is
+twice its principal point in size, unless the parameters `width` and `height` say otherwise.
+Parameters of any request: `priority` (from 2 on: bulk), `timeout` (microseconds); of generators: `num_steps`,
+`guidance`, `negative_scale`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from grpc.aio import ServicerContext
-from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from distill_core.artifacts import ImageSpec, Manifest
-from distill_core.errors import ConfigError, DistilleryError, NotFound
-from distill_service.status import StatusError
+from distill_core.errors import ConfigError, DistilleryError, NotFound, nearest
+from distill_service.status import StatusError, shortened
 from distillery_sampler.checks import check_reply
 from distillery_sampler.engine import Engine
 from distillery_sampler.images import rgb_to_uint8, to_uint8
-from distillery_sampler.loading import LoadedModel
-from distillery_sampler.requests import (
-    Call,
-    GenerateRequest,
-    ModelInfo,
-    Rendered,
-    RenderRequest,
-    View,
-)
-from distillery_sampler.servicer import call_of
+from distillery_sampler.kserve_models import PRIORITIES, config, inputs_of, metadata, outputs_of, statistics
+from distillery_sampler.requests import Call, GenerateRequest, Picture, Rendered, RenderRequest, View
+from distillery_sampler.servicer import QUICK_VALUES, call_of
+from distillery_sampler.statistics import packing
 from distillery_sampler.tensors import TensorSpec, read_inputs, write_outputs
 
 SERVICE = "inference.GRPCInferenceService"
 ADMIN_METHODS = frozenset(f"/{SERVICE}/{name}" for name in ("RepositoryModelLoad", "RepositoryModelUnload"))
 EXTENSIONS = ("model_repository", "model_configuration", "statistics", "schedule_policy")
 API_VERSION = "1"
-BULK_FROM = 2
 _STATES = {"ready": "READY", "loading": "LOADING"}
-_UNSERVED = (
-    "SystemSharedMemoryStatus",
-    "SystemSharedMemoryRegister",
-    "SystemSharedMemoryUnregister",
-    "CudaSharedMemoryStatus",
-    "CudaSharedMemoryRegister",
-    "CudaSharedMemoryUnregister",
-    "TraceSetting",
-    "LogSettings",
-)
-
-
-def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
-    """The inputs of a model, by name."""
-    if manifest.kind == "field":
-        specs = [TensorSpec("pose", "FP32", (-1, 4, 4)), TensorSpec("intrinsics", "FP32", (-1, 4))]
-        return {spec.name: spec for spec in specs}
-    specs = [TensorSpec("seed", "UINT64", (-1, 1))]
-    if manifest.cond and manifest.cond.kind == "class_label":
-        specs.append(TensorSpec("class_label", "INT64", (-1, 1)))
-    if manifest.cond and manifest.cond.kind == "prompt":
-        specs.append(TensorSpec("prompt", "BYTES", (-1, 1)))
-    return {spec.name: spec for spec in specs}
-
-
-def outputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
-    """The outputs of a model, by name."""
-    if manifest.kind == "field":
-        specs = [TensorSpec("rgb", "UINT8", (-1, -1, -1, 3)), TensorSpec("depth", "FP32", (-1, -1, -1))]
-        return {spec.name: spec for spec in specs}
-    channels, height, width = manifest.image.picture if manifest.image else (-1, -1, -1)
-    return {"images": TensorSpec("images", "UINT8", (-1, height, width, channels))}
+_UNSERVED = {
+    "SystemSharedMemoryStatus": "send tensors in the messages themselves",
+    "SystemSharedMemoryRegister": "send tensors in the messages themselves",
+    "SystemSharedMemoryUnregister": "send tensors in the messages themselves",
+    "CudaSharedMemoryStatus": "send tensors in the messages themselves",
+    "CudaSharedMemoryRegister": "send tensors in the messages themselves",
+    "CudaSharedMemoryUnregister": "send tensors in the messages themselves",
+    "TraceSetting": "set OTEL_EXPORTER_OTLP_ENDPOINT for the sampler to trace calls",
+    "LogSettings": "set DISTILLERY_LOG_LEVEL and DISTILLERY_LOG_FORMAT for the sampler",
+}
+_OF_ALL = ("priority", "timeout")
+_OF_GENERATORS = ("num_steps", "guidance", "negative_scale")
+_OF_SCENES = ("width", "height")
 
 
 class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -96,45 +71,23 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(
         self, request: service_pb2.ModelReadyRequest, context: Any
     ) -> service_pb2.ModelReadyResponse:
-        """A version in the store is ready too: its first request loads it."""
-        info = await self._engine.models.get(_ref(request.name, request.version))
+        """A version in the store is ready too: its first request loads it. An unknown one is not, as in Triton."""
+        try:
+            info = await self._engine.models.get(_ref(request.name, request.version))
+        except NotFound:
+            return service_pb2.ModelReadyResponse(ready=False)
         return service_pb2.ModelReadyResponse(ready=info.state in ("ready", "available"))
 
     async def ModelMetadata(
         self, request: service_pb2.ModelMetadataRequest, context: Any
     ) -> service_pb2.ModelMetadataResponse:
-        info = await self._engine.models.get(_ref(request.name, request.version))
-        metadata = service_pb2.ModelMetadataResponse.TensorMetadata
-        return service_pb2.ModelMetadataResponse(
-            name=info.manifest.name,
-            versions=[str(info.manifest.version)],
-            platform=_platform(info),
-            inputs=[
-                metadata(name=s.name, datatype=s.datatype, shape=s.shape) for s in _sorted(inputs_of, info)
-            ],
-            outputs=[
-                metadata(name=s.name, datatype=s.datatype, shape=s.shape) for s in _sorted(outputs_of, info)
-            ],
-        )
+        return metadata(await self._engine.models.get(_ref(request.name, request.version)))
 
     async def ModelConfig(
         self, request: service_pb2.ModelConfigRequest, context: Any
     ) -> service_pb2.ModelConfigResponse:
         info = await self._engine.models.get(_ref(request.name, request.version))
-        config = model_config_pb2.ModelConfig(
-            name=info.manifest.name,
-            platform=_platform(info),
-            backend=info.backend,
-            max_batch_size=self._engine.settings.max_images,  # of a request; it is split over device batches
-        )
-        config.dynamic_batching.preferred_batch_size.extend([info.max_batch] if info.max_batch else [])
-        for spec in _sorted(inputs_of, info):
-            config.input.add(
-                name=spec.name, data_type=_type(spec), dims=spec.shape[1:], optional=spec.optional
-            )
-        for spec in _sorted(outputs_of, info):
-            config.output.add(name=spec.name, data_type=_type(spec), dims=spec.shape[1:])
-        return service_pb2.ModelConfigResponse(config=config)
+        return service_pb2.ModelConfigResponse(config=config(info, self._engine.settings))
 
     async def ModelStatistics(
         self, request: service_pb2.ModelStatisticsRequest, context: Any
@@ -147,7 +100,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         ]
         if request.name and not found:
             await self._engine.models.get(_ref(request.name, request.version))  # unknown: NOT_FOUND
-        return service_pb2.ModelStatisticsResponse(model_stats=[_statistics(model) for model in found])
+        return service_pb2.ModelStatisticsResponse(model_stats=[statistics(model) for model in found])
 
     async def RepositoryIndex(
         self, request: service_pb2.RepositoryIndexRequest, context: Any
@@ -166,13 +119,17 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def RepositoryModelLoad(
         self, request: service_pb2.RepositoryModelLoadRequest, context: Any
     ) -> service_pb2.RepositoryModelLoadResponse:
-        await self._engine.models.load(request.model_name)
+        if request.parameters:
+            raise ConfigError(
+                "a model is loaded as it was published; leave config and files out", field="parameters"
+            )
+        await self._engine.models.load(_ref(request.model_name, ""))
         return service_pb2.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
         self, request: service_pb2.RepositoryModelUnloadRequest, context: Any
     ) -> service_pb2.RepositoryModelUnloadResponse:
-        await self._engine.models.unload(request.model_name)
+        await self._engine.models.unload(_ref(request.model_name, ""))
         return service_pb2.RepositoryModelUnloadResponse()
 
     async def ModelInfer(
@@ -190,43 +147,47 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
                 yield service_pb2.ModelStreamInferResponse(infer_response=reply)
             except DistilleryError as error:
                 empty = service_pb2.ModelInferResponse(id=request.id, model_name=request.model_name)
-                yield service_pb2.ModelStreamInferResponse(error_message=str(error), infer_response=empty)
+                yield service_pb2.ModelStreamInferResponse(
+                    error_message=shortened(str(error)), infer_response=empty
+                )
 
     async def _infer(
         self, request: service_pb2.ModelInferRequest, call: Call
     ) -> service_pb2.ModelInferResponse:
         ref = _ref(request.model_name, request.model_version)
-        manifest = (await self._engine.models.get(ref)).manifest
-        call = _with_parameters(call, request)
+        manifest = await self._engine.models.manifest(ref)
+        parameters = _parameters(request, manifest)
         inputs = read_inputs(request, inputs_of(manifest))
         outputs = outputs_of(manifest)
-        for output in request.outputs:
-            if output.name not in outputs:
-                raise ConfigError(
-                    f"output {output.name!r} is not known; known: {', '.join(outputs)}", field="outputs"
-                )
+        wanted = _wanted(request, outputs)
         run = self._views if manifest.kind == "field" else self._images
-        version, arrays = await run(ref, request, inputs, call)
-        wanted = {output.name for output in request.outputs} or set(outputs)
+        version, arrays = await run(ref, inputs, parameters, _with_terms(call, parameters))
         name, _, number = version.partition("@")
         reply = service_pb2.ModelInferResponse(model_name=name, model_version=number, id=request.id)
-        write_outputs(reply, {k: (outputs[k].datatype, v) for k, v in arrays.items() if k in wanted})
+        with packing():
+            write_outputs(reply, {k: (outputs[k].datatype, arrays[k]) for k in outputs if k in wanted})
         return reply
 
     async def _images(
-        self, ref: str, request: service_pb2.ModelInferRequest, inputs: dict[str, np.ndarray], call: Call
+        self, ref: str, inputs: dict[str, np.ndarray], parameters: dict[str, float], call: Call
     ) -> tuple[str, dict[str, np.ndarray]]:
+        nothing = np.empty(0, dtype=object)
         wanted = GenerateRequest(
             model=ref,
             seeds=tuple(int(seed) for seed in inputs["seed"].ravel()),
-            class_labels=tuple(int(label) for label in inputs.get("class_label", np.empty(0)).ravel()),
-            prompts=tuple(inputs.get("prompt", np.empty(0, dtype=object)).ravel()),
-            num_steps=_number(request, "num_steps", int),
-            guidance=_number(request, "guidance", float),
+            class_labels=tuple(int(label) for label in inputs.get("class_label", nothing).ravel()),
+            prompts=tuple(inputs.get("prompt", nothing).ravel()),
+            negative_prompts=tuple(inputs.get("negative_prompt", nothing).ravel()),
+            negative_scale=parameters.get("negative_scale"),
+            num_steps=_whole(parameters, "num_steps"),
+            guidance=_guidance(inputs, parameters),
             call=call,
         )
         pictures, summary = await self._engine.generate(wanted, self._approve)
-        return summary.model, {"images": np.stack([to_uint8(picture.pixels) for picture in pictures])}
+        with packing():
+            values = sum(picture.pixels.size for picture in pictures)
+            quick = values <= QUICK_VALUES
+            return summary.model, _stacked(pictures) if quick else await asyncio.to_thread(_stacked, pictures)
 
     def _approve(self, image: ImageSpec, count: int) -> None:
         check_reply(
@@ -238,17 +199,25 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         )
 
     async def _views(
-        self, ref: str, request: service_pb2.ModelInferRequest, inputs: dict[str, np.ndarray], call: Call
+        self, ref: str, inputs: dict[str, np.ndarray], parameters: dict[str, float], call: Call
     ) -> tuple[str, dict[str, np.ndarray]]:
         poses, pinholes = inputs["pose"], inputs["intrinsics"]
         if len(poses) != len(pinholes):
             raise ConfigError(
                 f"{len(poses)} poses and {len(pinholes)} intrinsics; these must be equal", field="inputs"
             )
+        if len(poses) > self._engine.settings.max_views:
+            raise ConfigError(
+                f"{len(poses)} views in one request are too many; allowed are {self._engine.settings.max_views}, "
+                "send several",
+                field="inputs.pose",
+            )
         if not np.isfinite(pinholes).all():
             raise ConfigError("intrinsics hold NaN or infinity", field="inputs.intrinsics")
-        width = _number(request, "width", int) or round(2 * float(pinholes[0, 2]))
-        height = _number(request, "height", int) or round(2 * float(pinholes[0, 3]))
+        width, height = (
+            round(2 * float(pinholes[0, axis])) if given is None else given
+            for axis, given in ((2, _whole(parameters, "width")), (3, _whole(parameters, "height")))
+        )
         check_reply(
             len(poses),
             7 * width * height,
@@ -267,24 +236,21 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
                     rendered.append(event)
                 else:
                     version = event.model
-        return version, {
-            "rgb": np.stack([rgb_to_uint8(view.rgb) for view in rendered]),
-            "depth": np.stack([view.depth for view in rendered]),
-        }
+        with packing():
+            quick = sum(view.rgb.size for view in rendered) <= QUICK_VALUES
+            return version, _seen(rendered) if quick else await asyncio.to_thread(_seen, rendered)
 
 
-def _refuse(name: str) -> Callable[..., Any]:
+def _refuse(name: str, instead: str) -> Callable[..., Any]:
     async def method(self: KserveServicer, request: Any, context: Any) -> Any:
-        raise StatusError(
-            "UNIMPLEMENTED", f"{name} is not served here: send tensors in the messages themselves"
-        )
+        raise StatusError("UNIMPLEMENTED", f"{name} is not served here: {instead}")
 
     method.__name__ = name
     return method
 
 
-for _name in _UNSERVED:  # the generated base class answers these with an internal error
-    setattr(KserveServicer, _name, _refuse(_name))
+for _name, _instead in _UNSERVED.items():  # the generated base class answers these with an internal error
+    setattr(KserveServicer, _name, _refuse(_name, _instead))
 
 
 def _ref(name: str, version: str) -> str:
@@ -293,58 +259,83 @@ def _ref(name: str, version: str) -> str:
     return f"{name}@{version}" if version else name
 
 
-def _sorted(specs: Callable[[Manifest], dict[str, TensorSpec]], info: ModelInfo) -> list[TensorSpec]:
-    return list(specs(info.manifest).values())
+def _stacked(pictures: list[Picture]) -> dict[str, np.ndarray]:
+    return {"images": np.stack([to_uint8(picture.pixels) for picture in pictures])}
 
 
-def _platform(info: ModelInfo) -> str:
-    return f"distillery_{info.manifest.kind}"
+def _seen(views: list[Rendered]) -> dict[str, np.ndarray]:
+    rgb, depth = [rgb_to_uint8(view.rgb) for view in views], [view.depth for view in views]
+    return {"rgb": np.stack(rgb), "depth": np.stack(depth)}
 
 
-def _type(spec: TensorSpec) -> int:
-    name = "STRING" if spec.datatype == "BYTES" else spec.datatype
-    return model_config_pb2.DataType.Value(f"TYPE_{name}")
+def _wanted(request: service_pb2.ModelInferRequest, outputs: Mapping[str, TensorSpec]) -> set[str]:
+    """The outputs asked for; none is all."""
+    for output in request.outputs:
+        if output.name not in outputs:
+            raise ConfigError(
+                f"output {output.name!r} is not known; known: {', '.join(outputs)}", field="outputs"
+            )
+        if output.parameters:
+            raise ConfigError(
+                f"output {output.name!r} has the parameters {', '.join(sorted(output.parameters))}; there is no "
+                "shared memory and no classification here, leave them out",
+                field="outputs",
+            )
+    return {output.name for output in request.outputs} or set(outputs)
 
 
-def _parameter(request: service_pb2.ModelInferRequest, name: str) -> Any:
-    value = request.parameters.get(name)
-    return None if value is None else getattr(value, value.WhichOneof("parameter_choice") or "int64_param")
+def _parameters(request: service_pb2.ModelInferRequest, manifest: Manifest) -> dict[str, float]:
+    """The request's parameters, all of them numbers; what Triton's own clients add for Triton is passed over."""
+    known = (*_OF_ALL, *(_OF_SCENES if manifest.kind == "field" else _OF_GENERATORS))
+    found = {}
+    for name, given in request.parameters.items():
+        if name.startswith("triton_"):
+            continue
+        if name not in known:
+            raise ConfigError(
+                f"parameter {name!r} is not known{nearest(name, known)}", field=f"parameters.{name}"
+            )
+        value = getattr(given, given.WhichOneof("parameter_choice") or "int64_param")
+        whole = name not in ("guidance", "negative_scale")
+        if isinstance(value, bool | str) or (whole and not float(value).is_integer()):
+            kind = "a whole number" if whole else "a number"
+            raise ConfigError(f"parameter {name} = {value!r} is not {kind}", field=f"parameters.{name}")
+        found[name] = value
+    return found
 
 
-def _number(request: service_pb2.ModelInferRequest, name: str, kind: type) -> Any:
-    value = _parameter(request, name)
-    try:
-        return None if value is None else kind(value)
-    except (TypeError, ValueError):
+def _whole(parameters: Mapping[str, float], name: str) -> int | None:
+    return int(parameters[name]) if name in parameters else None
+
+
+def _guidance(inputs: Mapping[str, np.ndarray], parameters: Mapping[str, float]) -> float | None:
+    """From the parameter `guidance` or the input `guidance_scale`."""
+    scales = inputs.get("guidance_scale")
+    if scales is None:
+        return parameters.get("guidance")
+    if "guidance" in parameters:
         raise ConfigError(
-            f"parameter {name} = {value!r} is not a number", field=f"parameters.{name}"
-        ) from None
+            "guidance is given as input guidance_scale and as parameter; give one",
+            field="parameters.guidance",
+        )
+    if len(scales) != len(inputs["seed"]) or (scales != scales[0]).any():
+        raise ConfigError(
+            "guidance_scale must hold one value for each seed, and these must be equal; send several requests",
+            field="inputs.guidance_scale",
+        )
+    return float(scales[0, 0])
 
 
-def _with_parameters(call: Call, request: service_pb2.ModelInferRequest) -> Call:
+def _with_terms(call: Call, parameters: Mapping[str, float]) -> Call:
     """Triton's `priority` and `timeout`."""
-    timeout = _number(request, "timeout", int)
+    for name in _OF_ALL:
+        if parameters.get(name, 0) < 0:
+            raise ConfigError(
+                f"parameter {name} = {parameters[name]} is not allowed: give 0 or more",
+                field=f"parameters.{name}",
+            )
+    timeout = parameters.get("timeout", 0)
     if timeout:
         until = asyncio.get_running_loop().time() + timeout / 1e6
         call = replace(call, deadline=until if call.deadline is None else min(until, call.deadline))
-    return replace(call, bulk=(_number(request, "priority", int) or 0) >= BULK_FROM)
-
-
-def _statistics(model: LoadedModel) -> service_pb2.ModelStatistics:
-    stats, nanoseconds = model.stats, 1e9
-    reply = service_pb2.ModelStatistics(
-        name=model.manifest.name,
-        version=str(model.manifest.version),
-        inference_count=stats.images,
-        execution_count=stats.batches,
-    )
-    total = stats.queue_s + stats.infer_s
-    for field, count, seconds in (
-        ("success", stats.images, total),
-        ("fail", stats.failures, 0.0),
-        ("queue", stats.images, stats.queue_s),
-        ("compute_infer", stats.batches, stats.infer_s),
-    ):
-        part = getattr(reply.inference_stats, field)
-        part.count, part.ns = count, int(seconds * nanoseconds)
-    return reply
+    return replace(call, bulk=parameters.get("priority", 0) >= PRIORITIES)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from distill_core.errors import ConfigError
-from distillery.v1 import common_pb2, models_pb2, sampler_pb2
+from distillery.v1 import models_pb2, sampler_pb2
 from distillery_sampler.images import Format
 from distillery_sampler.requests import (
     Call,
@@ -20,14 +20,8 @@ from distillery_sampler.requests import (
     View,
 )
 from distillery_sampler.settings import SamplerSettings
+from distillery_sampler.wire import FORMATS
 
-FORMATS: dict[int, Format] = {
-    common_pb2.IMAGE_FORMAT_UNSPECIFIED: "PNG",
-    common_pb2.IMAGE_FORMAT_RAW_U8: "RAW_U8",
-    common_pb2.IMAGE_FORMAT_PNG: "PNG",
-    common_pb2.IMAGE_FORMAT_JPEG: "JPEG",
-    common_pb2.IMAGE_FORMAT_WEBP: "WEBP",
-}
 FULL_TURN = 360.0
 
 
@@ -86,18 +80,6 @@ def render_summary(summary: Summary) -> sampler_pb2.RenderSummary:
     return sampler_pb2.RenderSummary(
         model=summary.model, backend=summary.backend, count=summary.count, seconds=summary.seconds
     )
-
-
-def tensor_to(values: np.ndarray) -> common_pb2.FloatTensor:
-    """A float array as a message."""
-    return common_pb2.FloatTensor(
-        shape=values.shape, data=np.ascontiguousarray(values, dtype="<f4").tobytes()
-    )
-
-
-def tensor_from(message: common_pb2.FloatTensor) -> np.ndarray:
-    """A message as a float array."""
-    return np.frombuffer(message.data, dtype="<f4").reshape(tuple(message.shape))
 
 
 def render_from(message: sampler_pb2.RenderRequest, call: Call) -> RenderRequest:
@@ -229,6 +211,9 @@ def model_to(info: ModelInfo) -> models_pb2.Model:
         generator=_generator(info),
         scene=_scene(info),
         max_batch=info.max_batch,
+        instances=info.instances,
+        threads=info.threads,
+        memory_bytes=info.memory,
     )
 
 

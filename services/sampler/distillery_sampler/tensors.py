@@ -11,12 +11,11 @@ from tritonclient.grpc import service_pb2
 
 from distill_core.errors import ConfigError
 
-DTYPES = {"UINT64": "<u8", "INT64": "<i8", "INT32": "<i4", "UINT8": "u1", "FP32": "<f4", "FP64": "<f8"}
+DTYPES = {"UINT64": "<u8", "INT64": "<i8", "UINT8": "u1", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
+FLOATS = ("FP16", "FP64")  # taken where FP32 is wanted
 _TYPED = {
     "UINT64": "uint64_contents",
     "INT64": "int64_contents",
-    "INT32": "int_contents",
-    "UINT8": "uint_contents",
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
@@ -31,6 +30,7 @@ class TensorSpec:
     datatype: str
     shape: tuple[int, ...]
     optional: bool = False
+    accepts: tuple[str, ...] = ()  # datatypes that are converted to its own
 
 
 def read_inputs(
@@ -52,6 +52,12 @@ def read_inputs(
             raise ConfigError(
                 f"input {tensor.name!r} is not known; known: {known}", field=f"inputs.{tensor.name}"
             )
+        if tensor.parameters:
+            raise ConfigError(
+                f"input {tensor.name!r} has the parameters {', '.join(sorted(tensor.parameters))}; there is no "
+                "shared memory here, send the tensor in the message",
+                field=f"inputs.{tensor.name}",
+            )
         if tensor.name in found:
             raise ConfigError(f"input {tensor.name!r} is given twice", field=f"inputs.{tensor.name}")
         found[tensor.name] = _read(tensor, raw[index] if raw else None, spec)
@@ -66,7 +72,7 @@ def _read(
 ) -> np.ndarray:
     field, shape = f"inputs.{tensor.name}", tuple(tensor.shape)
     fits = len(shape) == len(spec.shape) and all(w in (-1, g) for g, w in zip(shape, spec.shape, strict=True))
-    if tensor.datatype != spec.datatype or not fits or min(shape, default=0) < 1:
+    if tensor.datatype not in (spec.datatype, *spec.accepts) or not fits or min(shape, default=0) < 1:
         raise ConfigError(
             f"input {tensor.name} is {tensor.datatype} {list(shape)}; "
             f"wanted is {spec.datatype} {list(spec.shape)}",
@@ -78,18 +84,28 @@ def _read(
         raise ConfigError(
             f"input {tensor.name} holds {len(values)} values, its shape says {count}", field=field
         )
+    if spec.datatype != "BYTES":
+        values = values.astype(DTYPES[spec.datatype], copy=False)
     return values.reshape(shape)
 
 
 def _values(
     tensor: service_pb2.ModelInferRequest.InferInputTensor, raw: bytes | None, field: str
 ) -> np.ndarray:
+    if raw is not None and tensor.HasField("contents"):
+        raise ConfigError(
+            f"input {tensor.name} is in raw_input_contents and in contents; send one of them", field=field
+        )
     if tensor.datatype == "BYTES":
         parts = list(tensor.contents.bytes_contents) if raw is None else _strings(raw, field)
         try:
             return np.array([part.decode() for part in parts], dtype=object)
         except UnicodeDecodeError:
             raise ConfigError(f"input {tensor.name} is not UTF-8 text", field=field) from None
+    if raw is None and tensor.datatype not in _TYPED:
+        raise ConfigError(
+            f"input {tensor.name} is {tensor.datatype}, which goes in raw_input_contents only", field=field
+        )
     if raw is None:
         return np.array(getattr(tensor.contents, _TYPED[tensor.datatype]), dtype=DTYPES[tensor.datatype])
     dtype = np.dtype(DTYPES[tensor.datatype])

@@ -1,0 +1,35 @@
+"""Clients of the sampler, for programs that want pictures or views; they import neither torch nor the server.
+
+with SamplerClient("127.0.0.1:50052") as sampler:
+digits = sampler.generate("digits", class_labels=range(10), seed=1)
+to_pil(digits[0]).save("zero.png")
+
+async with AsyncSamplerClient("127.0.0.1:50052") as sampler:
+digits = await sampler.generate("digits", class_labels=range(10), seed=1)
+"""
+
+from distillery_sampler.client.aio import AsyncSamplerClient
+from distillery_sampler.client.messages import (
+    GenerateOptions,
+    SeenView,
+    ViewOptions,
+    generate_request,
+    picture_from,
+    tensor_from,
+    to_pil,
+    view_options,
+)
+from distillery_sampler.client.sync import SamplerClient
+
+__all__ = [
+    "AsyncSamplerClient",
+    "GenerateOptions",
+    "SamplerClient",
+    "SeenView",
+    "ViewOptions",
+    "generate_request",
+    "picture_from",
+    "tensor_from",
+    "to_pil",
+    "view_options",
+]

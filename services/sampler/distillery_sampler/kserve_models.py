@@ -1,0 +1,118 @@
+"""Models as KServe v2 describes them: inputs and outputs, configuration, statistics."""
+
+from __future__ import annotations
+
+from tritonclient.grpc import model_config_pb2, service_pb2
+
+from distill_core.artifacts import Manifest
+from distillery_sampler.loading import LoadedModel
+from distillery_sampler.requests import ModelInfo
+from distillery_sampler.settings import SamplerSettings
+from distillery_sampler.statistics import Duration
+from distillery_sampler.tensors import FLOATS, TensorSpec
+
+PRIORITIES = 2  # Triton's levels: 1 interactive, from 2 on bulk
+NANOSECONDS = 1e9
+
+
+def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
+    """The inputs of a model, by name."""
+    if manifest.kind == "field":
+        specs = [
+            TensorSpec("pose", "FP32", (-1, 4, 4), accepts=FLOATS),
+            TensorSpec("intrinsics", "FP32", (-1, 4), accepts=FLOATS),
+        ]
+        return {spec.name: spec for spec in specs}
+    specs = [TensorSpec("seed", "UINT64", (-1, 1))]
+    if manifest.cond and manifest.cond.kind == "class_label":
+        specs.append(TensorSpec("class_label", "INT64", (-1, 1)))
+    if manifest.cond and manifest.cond.kind == "prompt":
+        specs.append(TensorSpec("prompt", "BYTES", (-1, 1)))
+        specs.append(TensorSpec("negative_prompt", "BYTES", (-1, 1), optional=True))
+    if manifest.sampler and manifest.sampler.guidable:
+        specs.append(TensorSpec("guidance_scale", "FP32", (-1, 1), optional=True, accepts=FLOATS))
+    return {spec.name: spec for spec in specs}
+
+
+def outputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
+    """The outputs of a model, by name."""
+    if manifest.kind == "field":
+        specs = [TensorSpec("rgb", "UINT8", (-1, -1, -1, 3)), TensorSpec("depth", "FP32", (-1, -1, -1))]
+        return {spec.name: spec for spec in specs}
+    channels, height, width = manifest.image.picture if manifest.image else (-1, -1, -1)
+    return {"images": TensorSpec("images", "UINT8", (-1, height, width, channels))}
+
+
+def platform(info: ModelInfo) -> str:
+    """What kind of model it is, where others say `onnxruntime_onnx`."""
+    return f"distillery_{info.manifest.kind}"
+
+
+def metadata(info: ModelInfo) -> service_pb2.ModelMetadataResponse:
+    """A version's inputs and outputs."""
+    tensor = service_pb2.ModelMetadataResponse.TensorMetadata
+    inputs, outputs = (
+        [tensor(name=spec.name, datatype=spec.datatype, shape=spec.shape) for spec in specs.values()]
+        for specs in (inputs_of(info.manifest), outputs_of(info.manifest))
+    )
+    return service_pb2.ModelMetadataResponse(
+        name=info.manifest.name,
+        versions=[str(info.manifest.version)],
+        platform=platform(info),
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+def config(info: ModelInfo, settings: SamplerSettings) -> model_config_pb2.ModelConfig:
+    """How a version is served, in the fields that Triton has for it."""
+    described = model_config_pb2.ModelConfig(
+        name=info.manifest.name,
+        platform=platform(info),
+        backend=info.backend,
+        max_batch_size=settings.max_images,  # of a request; it is split over device batches
+    )
+    if info.instances:  # found by timing, when the version was loaded
+        described.instance_group.add(count=info.instances)
+    batching = described.dynamic_batching
+    batching.preferred_batch_size.extend([info.max_batch] if info.max_batch else [])
+    batching.max_queue_delay_microseconds = round(settings.max_delay_s * 1e6)
+    batching.priority_levels, batching.default_priority_level = PRIORITIES, 1
+    batching.default_queue_policy.allow_timeout_override = True
+    batching.default_queue_policy.max_queue_size = settings.max_queue_images
+    for spec in inputs_of(info.manifest).values():
+        described.input.add(
+            name=spec.name, data_type=_type(spec), dims=spec.shape[1:], optional=spec.optional
+        )
+    for spec in outputs_of(info.manifest).values():
+        described.output.add(name=spec.name, data_type=_type(spec), dims=spec.shape[1:])
+    return described
+
+
+def _type(spec: TensorSpec) -> int:
+    name = "STRING" if spec.datatype == "BYTES" else spec.datatype
+    return model_config_pb2.DataType.Value(f"TYPE_{name}")
+
+
+def statistics(model: LoadedModel) -> service_pb2.ModelStatistics:
+    """What a loaded version did; there is no cache of answers, so `cache_hit` and `cache_miss` stay 0."""
+    stats = model.stats.requests
+    reply = service_pb2.ModelStatistics(
+        name=model.manifest.name,
+        version=str(model.manifest.version),
+        last_inference=stats.last_ms,
+        inference_count=stats.inferences,
+        execution_count=sum(batch.count for batch in stats.batches.values()),
+    )
+    for name in ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output"):
+        _write(getattr(reply.inference_stats, name), getattr(stats, name))
+    for size, batch in sorted(stats.batches.items()):
+        entry = reply.batch_stats.add(batch_size=size)
+        _write(entry.compute_infer, batch)
+        for moved in (entry.compute_input, entry.compute_output):  # counted in `compute_infer`
+            moved.count = batch.count
+    return reply
+
+
+def _write(target: service_pb2.StatisticDuration, duration: Duration) -> None:
+    target.count, target.ns = duration.count, int(duration.seconds * NANOSECONDS)

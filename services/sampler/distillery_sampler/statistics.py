@@ -1,0 +1,137 @@
+"""What a model's requests took, by Triton's definitions: counted per request, over all since the version was loaded.
+
+A request's time is that of its decoding (`compute_input`), the time in which a batch with one of its images or tiles
+ran (`compute_infer`), the time in which none ran and one waited (`queue`), and that of its packing (`compute_output`).
+What a device needs to take in noise and to hand out pixels belongs to `compute_infer`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from distill_core.errors import ConfigError
+
+MAX_SPANS = 64
+_current: ContextVar[RequestTimes | None] = ContextVar("distillery_request_times", default=None)
+
+
+@dataclass
+class Duration:
+    """How often, and seconds in all."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more."""
+        self.count += 1
+        self.seconds += seconds
+
+
+@dataclass
+class RequestStats:
+    """The requests of one loaded version that passed its checks."""
+
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)  # refused as overloaded, expired, cancelled, or broken
+    queue: Duration = field(default_factory=Duration)
+    compute_input: Duration = field(default_factory=Duration)
+    compute_infer: Duration = field(default_factory=Duration)
+    compute_output: Duration = field(default_factory=Duration)
+    batches: dict[int, Duration] = field(default_factory=dict)  # by images, or tiles of views, in a batch
+    inferences: int = 0  # pictures and views that were answered
+    last_ms: int = 0  # of the Unix epoch: when the last request ended
+
+    def ran(self, size: int, seconds: float) -> None:
+        """Record a batch."""
+        self.batches.setdefault(size, Duration()).add(seconds)
+
+    @contextmanager
+    def request(self, inferences: int) -> Iterator[RequestTimes]:
+        """Around a request for so many pictures or views: its end is recorded, and how it was."""
+        times = RequestTimes(self)
+        _current.set(times)
+        try:
+            yield times
+        except ConfigError:
+            raise  # the request was wrong: that says nothing of the model
+        except BaseException:
+            self.fail.add(times.end())
+            raise
+        self.success.add(times.end())
+        self.inferences += inferences
+        waited, infer = times.all.seconds, times.run.seconds
+        self.queue.add(waited - infer)
+        self.compute_input.add(times.input_s)
+        self.compute_infer.add(infer)
+        self.compute_output.count += 1
+
+
+class RequestTimes:
+    """When one request's images or tiles waited and ran; seconds of `time.perf_counter`."""
+
+    def __init__(self, stats: RequestStats) -> None:
+        self._stats, self._began, self._ended = stats, time.perf_counter(), False
+        self.all, self.run = _Covered(), _Covered()  # from queueing to the batch's end; of that, in a batch
+        self.input_s = 0.0
+
+    def queued(self) -> None:
+        """Say that everything is decoded."""
+        self.input_s = time.perf_counter() - self._began
+
+    def ran(self, wait_s: float, seconds: float) -> None:
+        """An image or tile waited and then ran, until now."""
+        now = time.perf_counter()
+        self.all.add(now - seconds - wait_s, now)
+        self.run.add(now - seconds, now)
+
+    def end(self) -> float:
+        """How long the request took."""
+        self._ended = True
+        self._stats.last_ms = time.time_ns() // 1_000_000
+        return time.perf_counter() - self._began
+
+    def packed(self, seconds: float) -> None:
+        """Pictures were packed, before the request's end or right after it."""
+        self._stats.compute_output.seconds += seconds
+        if self._ended:
+            self._stats.success.seconds += seconds
+
+
+class _Covered:
+    """The time that spans cover together, where each ends no earlier than those before it."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[float, float]] = []  # apart from each other
+        self._settled = 0.0  # of older ones, which no later one reaches back to
+
+    def add(self, start: float, end: float) -> None:
+        while self._spans and self._spans[-1][1] >= start:
+            start = min(start, self._spans.pop()[0])
+        self._spans.append((start, end))
+        if len(self._spans) > MAX_SPANS:
+            first = self._spans.pop(0)
+            self._settled += first[1] - first[0]
+
+    @property
+    def seconds(self) -> float:
+        return self._settled + sum(end - start for start, end in self._spans)
+
+
+def current_request() -> RequestTimes | None:
+    """The request that queues now."""
+    return _current.get()
+
+
+@contextmanager
+def packing() -> Iterator[None]:
+    """Around what makes an answer of pixels."""
+    started = time.perf_counter()
+    yield
+    times = _current.get()
+    if times is not None:
+        times.packed(time.perf_counter() - started)
