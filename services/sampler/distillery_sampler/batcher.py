@@ -1,16 +1,18 @@
-"""Dynamic batching for one model: while the device works, the next batch forms by itself. asyncio only.
+"""Dynamic batching for one model: while the device works, the next batch forms by itself.
 
 The unit is one image, or one tile of a view. Those with equal keys (steps, guidance) and of one kind (the expert that
-makes them) may share a batch, whoever asked for them, as long as it costs no more than `max_cost`.
+makes them) may share a batch, whoever asked for them, as long as it costs no more than `max_cost`. Each of the model's
+threads takes its next batch itself the moment it is free, so that a busy event loop never keeps the device waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -33,17 +35,20 @@ class Expired(DistilleryError):
 class Observer(Protocol):
     """Who is told what the batcher does."""
 
-    def batch(self, images: int, reason: str, waits: list[float], seconds: float) -> None:
+    def origin(self) -> Any:
+        """What the images now queued are remembered by until their batch ran, e.g. a span; None: nothing."""
+
+    def batch(self, images: int, reason: str, waits: list[float], seconds: float, origins: list[Any]) -> None:
         """A batch ran; `reason` is full, idle or delay, `waits` how long each image was queued."""
 
     def queue(self, images: int) -> None:
-        """The queue's length changed."""
+        """The queue's length changed. Also called in the model's threads."""
 
     def rejected(self, reason: str) -> None:
         """Work was refused or dropped: queue, client_share, deadline."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Item:
     key: Hashable
     group: Hashable  # key and kind: what a batch has in common
@@ -53,6 +58,7 @@ class _Item:
     deadline: float | None  # event loop time
     queued_at: float
     future: asyncio.Future[Any]
+    origin: Any
 
 
 @dataclass
@@ -93,8 +99,18 @@ class _Line:
                 yield item
 
 
+@dataclass(eq=False, slots=True)
+class _Batch:
+    """What a thread runs together."""
+
+    items: list[_Item]
+    cost: float
+    delayed: bool
+    started: float  # event loop time
+
+
 class Batcher:
-    """Queues images of one model and runs them in batches on `instances` threads."""
+    """Queues images of one model and runs them in batches on `instances` threads. Made and used on an event loop."""
 
     def __init__(
         self,
@@ -116,15 +132,19 @@ class Batcher:
         self.queued = 0
         self.seconds_per_cost = seconds_per_cost  # a first guess; each batch corrects it
         self._cost, self._kind = cost, kind
+        self._loop = asyncio.get_running_loop()
+        self._changed = (
+            threading.Condition()
+        )  # guards all that follows, and the queue's length and speed above
         self._queued_cost = 0.0
-        self._running: dict[int, tuple[float, float]] = {}  # by batch number: when it started, what it costs
+        self._running: set[_Batch] = set()
         self._lines = {False: _Line(), True: _Line()}  # by `bulk`
         self._per_client: dict[str, int] = {}
         self._batches = 0
-        self._work = asyncio.Event()
-        self._executor = ThreadPoolExecutor(instances, thread_name_prefix="model")
+        self._closed = False
         self._instances = instances
-        self._workers = [asyncio.create_task(self._serve()) for _ in range(instances)]
+        for number in range(instances):
+            threading.Thread(target=self._serve, name=f"model-{number}", daemon=True).start()
 
     def submit(
         self,
@@ -140,51 +160,56 @@ class Batcher:
         Raises:
             Overloaded: the queue, or this client's share of it, is full. Expired: `deadline` cannot be met.
         """
-        loop = asyncio.get_running_loop()
-        self._admit(len(payloads), client, deadline, loop.time())
-        items = [
-            _Item(
-                key,
-                (key, self._kind(payload)),
-                payload,
-                self._cost(key, payload),
-                client,
-                deadline,
-                loop.time(),
-                loop.create_future(),
-            )
-            for payload in payloads
-        ]
-        for item in items:
-            self._lines[bulk].add(item)
-            item.future.add_done_callback(partial(self._forget, item, bulk))
-            self._count(item, 1)
-        self._work.set()
+        now, origin = self._loop.time(), self._observer.origin()
+        with self._changed:
+            self._admit(len(payloads), client, deadline, now)
+            items = []
+            for payload in payloads:
+                group, cost = (key, self._kind(payload)), self._cost(key, payload)
+                future = self._loop.create_future()
+                item = _Item(key, group, payload, cost, client, deadline, now, future, origin)
+                future.add_done_callback(partial(self._forget, item, bulk))
+                self._lines[bulk].add(item)
+                self._count(item, 1)
+                items.append(item)
+            self._changed.notify(len(items))
+        self._observer.queue(self.queued)
         return [item.future for item in items]
+
+    @property
+    def busy(self) -> bool:
+        """Whether what is queued now has to wait."""
+        return len(self._running) >= self._instances
 
     def wait_estimate(self) -> float:
         """Seconds until what runs and what waits now would be done."""
-        now = asyncio.get_running_loop().time()
-        waiting = self._queued_cost * self.seconds_per_cost
-        for started, cost in self._running.values():
-            elapsed = now - started
-            left = cost * self.seconds_per_cost - elapsed
-            waiting += left if left > 0 else elapsed  # overdue: as long again, for want of anything better
-        return waiting / self._instances
+        with self._changed:
+            return self._wait_estimate()
 
     async def close(self) -> None:
         """Stop; whoever still waits is cancelled."""
-        for worker in self._workers:
-            worker.cancel()
-        await asyncio.gather(*self._workers, return_exceptions=True)
-        for line in self._lines.values():
-            while item := line.first():
-                item.future.cancel()
-                line.remove(item)
-        self._executor.shutdown(wait=False)
+        with self._changed:
+            self._closed = True
+            left = [item for batch in self._running for item in batch.items]
+            for line in self._lines.values():
+                while item := line.first():
+                    line.remove(item)
+                    left.append(item)
+            self._changed.notify_all()
+        for item in left:
+            item.future.cancel()
+
+    def _wait_estimate(self) -> float:
+        now = self._loop.time()
+        waiting = self._queued_cost * self.seconds_per_cost
+        for batch in self._running:
+            elapsed = now - batch.started
+            left = batch.cost * self.seconds_per_cost - elapsed
+            waiting += left if left > 0 else elapsed  # overdue: as long again, for want of anything better
+        return waiting / self._instances
 
     def _admit(self, images: int, client: str, deadline: float | None, now: float) -> None:
-        wait = self.wait_estimate()
+        wait = self._wait_estimate()
         others = self.queued - self._per_client.get(client, 0)
         if self.queued + images > self.max_queue:
             self._refuse("queue", f"{self.queued} of {self.max_queue} images are queued", wait)
@@ -207,22 +232,61 @@ class Batcher:
         self._per_client[item.client] = self._per_client.get(item.client, 0) + change
         if not self._per_client[item.client]:
             del self._per_client[item.client]
+
+    def _forget(self, item: _Item, bulk: bool, future: asyncio.Future[Any]) -> None:
+        """Take a cancelled image out of the queue, if it is still there."""
+        if not future.cancelled():
+            return
+        with self._changed:
+            if self._lines[bulk].remove(item):
+                self._count(item, -1)
         self._observer.queue(self.queued)
 
-    def _forget(self, item: _Item, bulk: bool, _future: asyncio.Future[Any]) -> None:
-        if self._lines[bulk].remove(item):  # cancelled while it waited
-            self._count(item, -1)
+    # -- in the model's threads -----------------------------------------------------------------------------
 
-    def _take(self) -> list[_Item]:
-        """The next batch: images that are still wanted, all of one group."""
+    def _serve(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop ended, and with it everybody who waits
+            while batch := self._next():
+                answers = self._answers(batch.items)
+                seconds = self._loop.time() - batch.started
+                with self._changed:
+                    self._running.discard(batch)
+                    self._learn(seconds / batch.cost)
+                self._loop.call_soon_threadsafe(self._deliver, batch, answers, seconds)
+
+    def _next(self) -> _Batch | None:
+        """The next batch, when there is one; None at the end."""
+        with self._changed:
+            while not self._closed:
+                self._changed.wait_for(lambda: self._closed or self.queued)
+                delayed = self.max_delay_s > 0 and self.queued < self.max_batch
+                if delayed:
+                    self._changed.wait_for(self._is_full, self.max_delay_s)
+                items, late = self._take()
+                if late:
+                    self._loop.call_soon_threadsafe(self._expire, late)
+                if items:
+                    cost = sum(item.cost for item in items)
+                    batch = _Batch(items, cost, delayed, self._loop.time())
+                    self._running.add(batch)
+                    self._observer.queue(self.queued)
+                    return batch
+        return None
+
+    def _is_full(self) -> bool:
+        return self._closed or self.queued >= self.max_batch
+
+    def _take(self) -> tuple[list[_Item], list[_Item]]:
+        """The next batch, images that are still wanted, all of one group; and those that are too late."""
         self._batches += 1
         bulk_first = self._batches % BULK_EVERY == 0
         lines = [self._lines[bulk_first], self._lines[not bulk_first]]
         batch: list[_Item] = []
+        late: list[_Item] = []
         first = lines[0].first() or lines[1].first()
         if first is None:
-            return batch
-        now = asyncio.get_running_loop().time()
+            return batch, late
+        now = self._loop.time()
 
         def fits(item: _Item) -> bool:
             return not batch or item.cost + sum(other.cost for other in batch) <= self.max_cost
@@ -231,58 +295,43 @@ class Batcher:
             matching = line.matching(first.group, fits)
             while len(batch) < self.max_batch and (item := next(matching, None)):
                 self._count(item, -1)
-                if not self._is_late(item, now):
+                if item.deadline is not None and item.deadline <= now:
+                    late.append(item)
+                elif not item.future.done():
                     batch.append(item)
-        return batch
+        return batch, late
 
-    def _is_late(self, item: _Item, now: float) -> bool:
-        if item.deadline is not None and item.deadline <= now and not item.future.done():
-            self._observer.rejected("deadline")
-            item.future.set_exception(Expired("the call's deadline passed while it was queued"))
-        return item.future.done()
-
-    async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._work.wait()
-            delayed = self.max_delay_s > 0 and self.queued < self.max_batch
-            if delayed:
-                await asyncio.sleep(self.max_delay_s)
-            batch = self._take()
-            if not self.queued:
-                self._work.clear()
-            if not batch:
-                continue
-            started, number, cost = loop.time(), self._batches, sum(item.cost for item in batch)
-            self._running[number] = started, cost
-            try:
-                await self._execute(batch)
-            finally:
-                del self._running[number]
-                for item in batch:
-                    item.future.cancel()  # no effect on an answered one: only `close` leaves others
-            seconds = loop.time() - started
-            self._learn(seconds / cost)
-            reason = "full" if len(batch) == self.max_batch else "delay" if delayed else "idle"
-            self._observer.batch(len(batch), reason, [started - item.queued_at for item in batch], seconds)
+    def _answers(self, items: list[_Item]) -> Sequence[Any]:
+        """A result or an exception for each image."""
+        try:
+            answers = self._run(items[0].key, [item.payload for item in items])
+            return [answer for _, answer in zip(items, answers, strict=True)]
+        except BaseException as error:  # also a SystemExit: the thread has to live on
+            if len(items) == 1:
+                return [error]
+            return [self._answers([item])[0] for item in items]  # one bad image must not fail its neighbours
 
     def _learn(self, seconds: float) -> None:
         known = self.seconds_per_cost
         self.seconds_per_cost = known + EMA_SHARE * (seconds - known) if known else seconds
 
-    async def _execute(self, batch: list[_Item]) -> None:
-        loop = asyncio.get_running_loop()
-        payloads = [item.payload for item in batch]
-        try:
-            results = await loop.run_in_executor(self._executor, self._run, batch[0].key, payloads)
-        except Exception as error:
-            if len(batch) > 1:  # one bad image must not fail its neighbours
-                for item in batch:
-                    if not item.future.done():
-                        await self._execute([item])
-            elif not batch[0].future.done():
-                batch[0].future.set_exception(error)
-            return
-        for item, result in zip(batch, results, strict=True):
+    # -- on the event loop again ----------------------------------------------------------------------------
+
+    def _deliver(self, batch: _Batch, answers: Sequence[Any], seconds: float) -> None:
+        items = batch.items
+        reason = "full" if len(items) == self.max_batch else "delay" if batch.delayed else "idle"
+        waits = [batch.started - item.queued_at for item in items]
+        self._observer.batch(len(items), reason, waits, seconds, [item.origin for item in items])
+        for item, answer in zip(items, answers, strict=True):
+            if item.future.done():
+                continue
+            if isinstance(answer, BaseException):
+                item.future.set_exception(answer)
+            else:
+                item.future.set_result(answer)
+
+    def _expire(self, late: list[_Item]) -> None:
+        for item in late:
             if not item.future.done():
-                item.future.set_result(result)
+                self._observer.rejected("deadline")
+                item.future.set_exception(Expired("the call's deadline passed while it was queued"))

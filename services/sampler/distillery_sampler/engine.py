@@ -5,23 +5,47 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from distill_core.artifacts import ArtifactStore, ImageSpec
 from distill_core.errors import ConfigError
-from distillery_sampler.backends.base import Generator, SceneRenderer
+from distillery_sampler.backends.base import Generator, SceneRenderer, draw_ahead
 from distillery_sampler.beginnings import given
 from distillery_sampler.checks import check_view, image_items, image_key
-from distillery_sampler.loading import LoadedModel, cores
+from distillery_sampler.loading import LoadedModel
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.registry import Registry
-from distillery_sampler.requests import GenerateRequest, Picture, Rendered, RenderRequest, Summary
+from distillery_sampler.requests import (
+    GenerateRequest,
+    ImageItem,
+    ImageKey,
+    Picture,
+    Rendered,
+    RenderRequest,
+    Summary,
+)
 from distillery_sampler.settings import SamplerSettings
 from distillery_sampler.views import drop, render_views, terms
 
 Approve = Callable[[ImageSpec, int], None]  # (what a picture is like, how many)
+
+
+class _Queued(NamedTuple):
+    """The images of one request, and their results to come."""
+
+    model: LoadedModel
+    key: ImageKey
+    items: list[ImageItem]
+    futures: list[asyncio.Future[Any]]
+
+    def summary(self, started: float) -> Summary:
+        manifest, seconds = self.model.manifest, time.perf_counter() - started
+        backend, count = self.model.backend.name, len(self.items)
+        return Summary(manifest.ref, backend, count, seconds, self.key.num_steps, self.key.guidance)
 
 
 class Engine:
@@ -32,25 +56,12 @@ class Engine:
     ) -> None:
         self.settings, self.metrics = settings, metrics
         self.models = Registry(store, cache, settings, metrics)
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="ahead")
 
     async def generate(
         self, request: GenerateRequest, approve: Approve | None = None
     ) -> tuple[list[Picture], Summary]:
-        """All pictures of a request, in order. Image i is the same whatever it was batched with."""
-        pictures, summary = [], None
-        async with aclosing(self.generate_stream(request, approve)) as events:
-            async for event in events:
-                if isinstance(event, Picture):
-                    pictures.append(event)
-                else:
-                    summary = event
-        assert summary is not None
-        return sorted(pictures, key=lambda picture: picture.index), summary
-
-    async def generate_stream(
-        self, request: GenerateRequest, approve: Approve | None = None
-    ) -> AsyncGenerator[Picture | Summary, None]:
-        """The pictures of a request, each as soon as it is ready, then the summary.
+        """All pictures of a request, in order. Image i is the same whatever it was batched with.
 
         `approve` may refuse what the caller could not take, before anything is queued.
 
@@ -59,6 +70,24 @@ class Engine:
             Overloaded, Expired: there is no time for it.
         """
         started = time.perf_counter()
+        async with self._queued(request, approve) as queued:
+            pixels = [await future for future in queued.futures]
+        pictures = [Picture(i, item.seed, made) for i, (item, made) in enumerate(zip(queued.items, pixels))]
+        return pictures, queued.summary(started)
+
+    async def generate_stream(
+        self, request: GenerateRequest, approve: Approve | None = None
+    ) -> AsyncGenerator[Picture | Summary, None]:
+        """The pictures of a request, each as soon as it is ready, then the summary; `generate` says the rest."""
+        started = time.perf_counter()
+        async with self._queued(request, approve) as queued:
+            async for index in _as_ready(queued.futures):
+                yield Picture(index, queued.items[index].seed, queued.futures[index].result())
+        yield queued.summary(started)
+
+    @asynccontextmanager
+    async def _queued(self, request: GenerateRequest, approve: Approve | None) -> AsyncIterator[_Queued]:
+        """A request's images in their model's queue; what nobody waited for is taken out of it afterwards."""
         async with self.models.acquire(request.model) as model:
             manifest = model.manifest
             if not isinstance(model.backend, Generator):
@@ -68,18 +97,20 @@ class Engine:
             if approve and manifest.image:
                 approve(manifest.image, len(items))
             self._check_size(model, len(items))
-            if request.image is not None:  # decoding takes milliseconds: not on the event loop
-                found, begin = await asyncio.to_thread(given, request.image, manifest)
-                items = [replace(item, given=found) for item in items]
-                key = replace(key, begin=begin)
-            futures = model.batcher.submit(key, items, **terms(request.call))
-            try:
-                async for index in _as_ready(futures):
-                    yield Picture(index, items[index].seed, futures[index].result())
-            finally:
-                drop(futures)
-            seconds = time.perf_counter() - started
-            yield Summary(manifest.ref, model.backend.name, len(items), seconds, key.num_steps, key.guidance)
+            with model.stats.requests.request(len(items)) as times:
+                if request.image is not None:  # decoding takes milliseconds: not on the event loop
+                    found, begin = await asyncio.to_thread(given, request.image, manifest)
+                    items = [replace(item, given=found) for item in items]
+                    key = replace(key, begin=begin)
+                times.queued()
+                futures = model.batcher.submit(key, items, **terms(request.call))
+                if model.batcher.busy and manifest.image:
+                    image = manifest.image
+                    self._ahead.submit(draw_ahead, items, (image.channels, image.height, image.width))
+                try:
+                    yield _Queued(model, key, items, futures)
+                finally:
+                    drop(futures)
 
     async def render(self, request: RenderRequest) -> AsyncGenerator[Rendered | Summary, None]:
         """The views of a request, in order, only a few tiles ahead of who reads them, then the summary."""
@@ -91,17 +122,18 @@ class Engine:
                 raise ConfigError(
                     f"{model.manifest.ref} is a {model.manifest.kind}; use Generate", field="model"
                 )
-            async with aclosing(
-                render_views(request, model.batcher, self.settings.instances or cores())
-            ) as shown:
-                async for rendered in shown:
-                    yield rendered
+            instances = model.tuned.layout.instances
+            with model.stats.requests.request(len(request.views)):
+                async with aclosing(render_views(request, model.batcher, instances)) as shown:
+                    async for rendered in shown:
+                        yield rendered
             seconds = time.perf_counter() - started
             yield Summary(model.manifest.ref, model.backend.name, len(request.views), seconds)
 
     async def close(self) -> None:
         """Free all models."""
         await self.models.close()
+        self._ahead.shutdown(wait=False, cancel_futures=True)
 
     def _check_size(self, model: LoadedModel, images: int) -> None:
         if images > model.batcher.max_queue:

@@ -1,10 +1,9 @@
-"""From a version in the store to a warm model: verified, loaded, tried once, its best batch size measured."""
+"""From a version in the store to a warm model: verified, loaded, tried once, its best batch and threads measured."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,28 +13,34 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.errors import ArtifactError
-from distillery_sampler.backends.base import Backend, Generator
+from distill_core.errors import ArtifactError, DistilleryError, out_of_memory
+from distill_core.parity import SEED, VIEW_DEGREES, VIEW_SIDE
+from distillery_sampler.backends.base import Backend, Generator, SceneRenderer
+from distillery_sampler.backends.fixed import Padded
 from distillery_sampler.backends.opening import choose, open_backend
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.batcher import Batcher
+from distillery_sampler.memory import Held, resident, total
 from distillery_sampler.metrics import Metrics, ModelStats
-from distillery_sampler.requests import ImageItem, ImageKey, Orbit, Region, Tile, View
+from distillery_sampler.requests import ImageItem, ImageKey, ModelInfo, Orbit, Region, Tile, View
 from distillery_sampler.settings import SamplerSettings
+from distillery_sampler.tuning import Question, Tuned, layouts, tune, warm
 from distillery_sampler.views import TILE_RAYS
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-WORTH_IT = 1.1  # a larger batch must bring so many times the images per second: it also costs latency
 MAX_TILES = 64  # in a batch, whose pixels are those of one full tile at most
-TRIAL_SIDE = 16  # pixels of the view that warms a scene
-TRIAL_S = 0.5  # no larger batch is tried after one that took longer
+# of a parity sample, by precision, in [-1, 1]
+DIFFERENCE = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.1, "int8": 0.25}
+# A model takes no more than so many times its files and so much: what the process grew by beyond is another model's,
+# loaded at the same moment.
+MOST_OF_FILES, SLACK = 3, 32 * 2**20
+SCENE_DIFFERENCE = 0.05  # a refined grid leaves out the thinnest fog
 
 
 class Opened(NamedTuple):
     manifest: Manifest
     backend: Backend
-    max_batch: int
-    seconds: float  # an image of one step, or a view of one pixel, takes about so long
+    tuned: Tuned  # of a scene: an image is a pixel
+    grown: int  # bytes that the process grew by
 
 
 @dataclass(eq=False)
@@ -46,7 +51,10 @@ class LoadedModel:
     backend: Backend
     batcher: Batcher
     stats: ModelStats
-    pinned: bool = False  # asked for by number: stays when aliases move on
+    tuned: Tuned
+    grown: int  # bytes that the process grew by when it was loaded
+    by_number: bool = False  # asked for by its version's number: stays when aliases move on
+    replaced_at: float | None = None  # when its alias moved on; monotonic time
     users: int = 0
     last_used: float = field(default_factory=time.monotonic)
     _free: asyncio.Event = field(default_factory=asyncio.Event)
@@ -65,6 +73,28 @@ class LoadedModel:
             if not self.users:
                 self._free.set()
 
+    def held(self) -> Held:
+        """Bytes by what holds them. A runtime's own copies and arenas show only in how the process grew."""
+        known = self.backend.held()
+        if self.backend.on_gpu or self.backend.name == "torch":
+            return known
+        files = sum(known.values())
+        beyond = max(0, min(self.grown, MOST_OF_FILES * files + SLACK) - files)
+        return {**known, ("beyond its files", id(self)): beyond}
+
+    def figures(self) -> dict[str, Any]:
+        """What was found when it was loaded, by name."""
+        return {
+            "backend": self.backend.name,
+            **self.tuned.layout._asdict(),
+            "max_batch": self.tuned.max_batch,
+            "memory": total([self.held()]),
+        }
+
+    def info(self, aliases: tuple[str, ...]) -> ModelInfo:
+        """What a client is told of it."""
+        return ModelInfo(self.manifest, "ready", aliases, **self.figures())
+
     async def retire(self) -> None:
         """Wait until nobody uses the model, then free it."""
         while self.users:
@@ -73,79 +103,109 @@ class LoadedModel:
         await self.batcher.close()
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def open_model(store: ArtifactStore, ref: str, weights: SharedWeights, settings: SamplerSettings) -> Opened:
-    """Fetch, verify, load and warm a version; runs in a thread.
+def open_model(
+    store: ArtifactStore,
+    ref: str,
+    weights: SharedWeights,
+    settings: SamplerSettings,
+    tuned: Tuned | None = None,
+) -> Opened:
+    """Fetch, verify, load, compare and warm a version; runs in a thread. `tuned` is what an earlier load found.
 
     Raises:
-        ArtifactError: damaged, not servable, or it answers with NaN.
+        ArtifactError: damaged, not servable, or it answers with NaN or otherwise than when it was published.
         Unavailable: a package or device is missing.
     """
+    before = resident()
     manifest = store.manifest(ref)
-    name = choose(manifest, settings.backend)
+    choice = choose(manifest, settings)
     folder = weights.fetch(ref)
-    instances = settings.instances or cores()
-    threads = max(1, cores() // instances)
-    backend = open_backend(folder, manifest, name, device=settings.device, threads=threads, weights=weights)
-    return Opened(manifest, backend, *_warm(backend, manifest, settings.max_batch))
 
+    def opened(threads: int) -> Any:
+        return open_backend(folder, manifest, choice, threads=threads, settings=settings, weights=weights)
 
-def _warm(backend: Backend, manifest: Manifest, max_batch: int | None) -> tuple[int, float]:
-    """Answer once, so that no caller waits for it; the best batch, and its seconds per image."""
+    first = tuned.layout if tuned else layouts(settings, on_gpu=settings.device.startswith("cuda"))[0]
+    backend = opened(first.threads)
     if isinstance(backend, Generator):
-        _trial(backend, manifest, 1)
-        return _best_batch(backend, manifest, (max_batch,) if max_batch else BATCH_SIZES)
+        question = _question(manifest)
+        _compare(manifest, _answered(backend, question, manifest), DIFFERENCE[choice.precision])
+        if tuned is None:
+            backend, tuned = tune(backend, opened, question, settings)
+        if isinstance(backend, Padded) and backend.on_gpu:
+            warm(backend, question, tuned.max_batch, backend.sizes)
+    else:
+        tuned = _look(backend, manifest, settings)
+    return Opened(manifest, backend, tuned, resident() - before)
+
+
+def _question(manifest: Manifest) -> Question:
+    """What the parity sample was made with; for older versions what it would be."""
+    parity, cond, sampler = manifest.parity, manifest.cond, manifest.sampler
+    assert cond is not None
+    assert sampler is not None
+    if parity is not None:
+        item = ImageItem(parity.seed, class_label=parity.class_label, prompt=parity.prompt)
+        return Question(ImageKey(parity.num_steps, guidance=1.0), item)
+    label, prompt = (0 if cond.kind == "class_label" else None), ("" if cond.kind == "prompt" else None)
+    return Question(
+        ImageKey(min(sampler.step_counts, default=1), guidance=1.0),
+        ImageItem(SEED, class_label=label, prompt=prompt),
+    )
+
+
+def _answered(backend: Generator, question: Question, manifest: Manifest) -> np.ndarray:
+    """A model's first picture: damaged graphs can open, and fail only when they run."""
+    try:
+        return backend.generate(question.key, [question.item])[0]
+    except DistilleryError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        if out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"{manifest.ref} cannot answer: {reason}; publish it again") from error
+
+
+def _look(backend: SceneRenderer, manifest: Manifest, settings: SamplerSettings) -> Tuned:
+    """Answer one small view, so that no caller waits for it."""
     started = time.perf_counter()
-    view = View(TRIAL_SIDE, TRIAL_SIDE, orbit=Orbit(30.0, 30.0))
-    (seen,) = backend.render([Tile(view, Region(range(TRIAL_SIDE)))])
-    _check_finite(manifest, seen.rgb)
-    return max_batch or MAX_TILES, (time.perf_counter() - started) / TRIAL_SIDE**2
+    view = View(VIEW_SIDE, VIEW_SIDE, orbit=Orbit(VIEW_DEGREES, VIEW_DEGREES))
+    (seen,) = backend.render([Tile(view, Region(range(VIEW_SIDE)))])
+    _compare(manifest, seen.rgb.transpose(2, 0, 1), SCENE_DIFFERENCE)
+    seconds = (time.perf_counter() - started) / VIEW_SIDE**2
+    return Tuned(layouts(settings, on_gpu=backend.on_gpu)[0], settings.max_batch or MAX_TILES, seconds)
 
 
-def _best_batch(backend: Generator, manifest: Manifest, sizes: tuple[int, ...]) -> tuple[int, float]:
-    best, rate = 1, 0.0
-    for size in sizes:
-        seconds = min(_trial(backend, manifest, size) for _ in range(2))
-        if size / seconds > rate * WORTH_IT:
-            best, rate = size, size / seconds
-        if seconds > TRIAL_S:
-            break
-    return best, 1 / rate
-
-
-def _trial(backend: Generator, manifest: Manifest, images: int) -> float:
-    started = time.perf_counter()
-    items = [ImageItem(seed=0, index=index, class_label=0, prompt="") for index in range(images)]
-    _check_finite(manifest, backend.generate(ImageKey(num_steps=1, guidance=1.0), items))
-    return time.perf_counter() - started
-
-
-def _check_finite(manifest: Manifest, pixels: np.ndarray) -> None:
-    if not np.isfinite(pixels).all():
+def _compare(manifest: Manifest, picture: np.ndarray, allowed: float) -> None:
+    if not np.isfinite(picture).all():
         raise ArtifactError(f"{manifest.ref} answers with NaN or infinity; publish it again")
+    found = manifest.parity.difference(picture) if manifest.parity else 0.0
+    if found > allowed:
+        raise ArtifactError(
+            f"{manifest.ref} answers differently than when it was published: its parity sample is off by "
+            f"{found:.2g}, and {allowed:g} is allowed; convert or publish it again"
+        )
 
 
 def start_model(opened: Opened, metrics: Metrics, settings: SamplerSettings) -> LoadedModel:
     """Put a warm model behind a queue."""
-    manifest, backend, max_batch, seconds = opened
+    manifest, backend, tuned, grown = opened
     stats = ModelStats(metrics, (manifest.name, str(manifest.version), backend.name))
+    if isinstance(backend, Padded):
+        backend.on_padding = stats.padding
     batcher = Batcher(
         _runner(backend),
         stats,
-        max_batch=max_batch,
+        max_batch=tuned.max_batch,
         max_queue=settings.max_queue_images,
-        instances=settings.instances or cores(),
+        instances=tuned.layout.instances,
         max_delay_s=settings.max_delay_s,
         max_cost=math.inf if isinstance(backend, Generator) else TILE_RAYS,
         cost=_cost,
         kind=_kind(manifest),
-        seconds_per_cost=seconds,
+        seconds_per_cost=tuned.seconds,
     )
-    return LoadedModel(manifest, backend, batcher, stats)
+    return LoadedModel(manifest, backend, batcher, stats, tuned, grown)
 
 
 def _cost(key: Any, payload: Any) -> float:

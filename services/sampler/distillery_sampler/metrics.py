@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from distill_core.errors import ConfigError
+from distill_service.metrics import SECONDS
+from distill_service.tracing import Tracing, tracing
+from distillery_sampler.statistics import RequestStats, current_request
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 IMAGES = (1, 2, 4, 8, 16, 32, 64)
 MODEL = ("model", "version", "backend")
+RELEASES = ("full", "idle", "delay")
+REJECTIONS = ("queue", "client_share", "deadline")
+Labels = tuple[str, str, str]  # model, version, backend
 
 
 class Metrics:
@@ -37,35 +43,50 @@ class Metrics:
         self.encode_seconds = histogram("encode_seconds", "Packing one picture.", ("format",))
         self.batch_images = histogram("batch_images", "Images in a batch.", MODEL, IMAGES)
         self.batch_release = counter("batch_release_total", "Why a batch left.", (*MODEL, "reason"))
+        self.padding_images = counter(
+            "padding_images_total", "Images computed only to fill a batch up to a fixed size.", MODEL
+        )
         self.queue_images = gauge("queue_images", "Images waiting.", MODEL)
         self.inflight = gauge("inflight", "Requests being worked on.")
         self.rejected = counter("rejected_total", "Refused or dropped before a device.", (*MODEL, "reason"))
         self.model_info = gauge("model_info", "1 for each loaded version.", (*MODEL, "kind", "method"))
         self.model_load_seconds = histogram("model_load_seconds", "Fetch, verify, load, warm.", ("model",))
         self.model_reload = counter("model_reload_total", "Loads by result.", ("model", "result"))
+        self._retired: dict[str, Labels] = {}  # by model: the version that left last
+        self._of_call = cache(self._series_of_call)  # looking series up takes longer than counting
 
     def on_call(self, method: str, code: str, seconds: float) -> None:
         """Count a call that ended."""
+        requests, request_seconds = self._of_call(method, code)
+        requests.inc()
+        request_seconds.observe(seconds)
+
+    def _series_of_call(self, method: str, code: str) -> tuple[Counter, Histogram]:
         short = method.lstrip("/").replace("/", ".")
-        self.requests.labels(short, code).inc()
-        self.request_seconds.labels(short).observe(seconds)
+        return self.requests.labels(short, code), self.request_seconds.labels(short)
 
-    def serve(self, host: str, port: int) -> None:
-        """Serve `/metrics`; port 0 is off.
+    def on_loaded(self, labels: Labels) -> None:
+        """A version answers: its series are kept."""
+        if self._retired.get(labels[0]) == labels:
+            del self._retired[labels[0]]
 
-        Raises:
-            ConfigError: the port is in use.
-        """
-        if port == 0:
+    def on_retired(self, labels: Labels) -> None:
+        """A version left: its figures stay until the next one of its model leaves, so that their number is bounded."""
+        before = self._retired.get(labels[0])
+        self._retired[labels[0]] = labels
+        if before is None or before == labels:
             return
-        try:
-            start_http_server(port, addr=host, registry=self.registry)
-        except OSError as error:
-            raise ConfigError(
-                f"metrics cannot be served on {host}:{port}: {error.strerror}; "
-                "set DISTILLERY_SAMPLER_METRICS_PORT to a free port, or to 0 for none",
-                field="sampler_metrics_port",
-            ) from None
+        for metric in (
+            self.queue_seconds,
+            self.infer_seconds,
+            self.batch_images,
+            self.padding_images,
+            self.queue_images,
+        ):
+            metric.remove(*before)
+        for metric, reasons in ((self.batch_release, RELEASES), (self.rejected, REJECTIONS)):
+            for reason in reasons:
+                metric.remove(*before, reason)
 
 
 @dataclass
@@ -73,30 +94,50 @@ class ModelStats:
     """What one loaded version did so far, for Prometheus and for KServe's ModelStatistics."""
 
     metrics: Metrics
-    labels: tuple[str, str, str]
-    images: int = 0
-    batches: int = 0
-    failures: int = 0
-    queue_s: float = 0.0
-    infer_s: float = 0.0
+    labels: Labels
+    requests: RequestStats = field(default_factory=RequestStats)
+    traced: Tracing | None = field(default_factory=tracing)
 
-    def batch(self, images: int, reason: str, waits: list[float], seconds: float) -> None:
+    def __post_init__(self) -> None:
+        """Series are looked up once, not for each image, and are there before the first one."""
+        metrics, labels = self.metrics, self.labels
+        metrics.on_loaded(labels)
+        self._queue_seconds = metrics.queue_seconds.labels(*labels)
+        self._infer_seconds = metrics.infer_seconds.labels(*labels)
+        self._batch_images = metrics.batch_images.labels(*labels)
+        self._padding = metrics.padding_images.labels(*labels)
+        self._queued = metrics.queue_images.labels(*labels)
+        self._releases = {reason: metrics.batch_release.labels(*labels, reason) for reason in RELEASES}
+        self._rejections = {reason: metrics.rejected.labels(*labels, reason) for reason in REJECTIONS}
+
+    def origin(self) -> Any:
+        """The request that queues, for its times, and its span; None without tracing."""
+        return current_request(), None if self.traced is None else self.traced.origin()
+
+    def batch(self, images: int, reason: str, waits: list[float], seconds: float, origins: list[Any]) -> None:
         """Record a batch."""
-        self.images += images
-        self.batches += 1
-        self.queue_s += sum(waits)
-        self.infer_s += seconds
-        self.metrics.batch_images.labels(*self.labels).observe(images)
-        self.metrics.batch_release.labels(*self.labels, reason).inc()
-        self.metrics.infer_seconds.labels(*self.labels).observe(seconds)
+        self.requests.ran(images, seconds)
+        for (request, _), wait in zip(origins, waits, strict=True):
+            if request is not None:
+                request.ran(wait, seconds)
+        self._batch_images.observe(images)
+        self._releases[reason].inc()
+        self._infer_seconds.observe(seconds)
         for wait in waits:
-            self.metrics.queue_seconds.labels(*self.labels).observe(wait)
+            self._queue_seconds.observe(wait)
+        if self.traced is not None:
+            names = dict(zip(MODEL, self.labels, strict=True))
+            spans = [span for _, span in origins]
+            self.traced.batch(spans, waits, seconds, {**names, "images": images, "reason": reason})
+
+    def padding(self, images: int) -> None:
+        """Record images that only filled a batch up to a fixed size."""
+        self._padding.inc(images)
 
     def queue(self, images: int) -> None:
         """Record the queue's length."""
-        self.metrics.queue_images.labels(*self.labels).set(images)
+        self._queued.set(images)
 
     def rejected(self, reason: str) -> None:
         """Record work that was refused or dropped."""
-        self.failures += 1
-        self.metrics.rejected.labels(*self.labels, reason).inc()
+        self._rejections[reason].inc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,11 +15,16 @@ from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, DistilleryError, NotFound, Overloaded, Unavailable
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.loading import LoadedModel, open_model, start_model
+from distillery_sampler.memory import give_back, total
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.requests import ModelInfo
+from distillery_sampler.room import Key, Room
 from distillery_sampler.settings import SamplerSettings
+from distillery_sampler.tuning import Tuned
 
-Key = tuple[str, int]  # name, version
+Alias = tuple[str, str]  # name, alias
+MANIFESTS = 64  # kept
+MAX_DIGITS = 18  # of a version's number
 _log = structlog.get_logger("distillery.sampler")
 
 
@@ -33,7 +39,12 @@ class Registry:
         self._loaded: dict[Key, LoadedModel] = {}
         self._loading: dict[Key, asyncio.Task[LoadedModel]] = {}
         self._failed: dict[Key, str] = {}
-        self._served: dict[tuple[str, str], int] = {}  # (name, alias) -> the version that answers
+        self._served: dict[Alias, int] = {}  # the version that answers
+        self._pointed: dict[Alias, int] = {}  # where the store's alias pointed when it was last asked
+        self._told: dict[Alias, int] = {}  # the version whose refusal was logged last
+        self._following: set[asyncio.Task[None]] = set()
+        self._tuned: dict[Key, Tuned] = {}  # found once for a version, and used when it is loaded again
+        self._room = Room(settings)
         self._retiring: set[asyncio.Task[None]] = set()
         self._manifests: dict[Key, Manifest] = {}  # versions never change
         self._changed = asyncio.Condition()
@@ -71,6 +82,10 @@ class Registry:
         aliases = await asyncio.to_thread(self.store.aliases, name)
         return await self._info((name, version), aliases)
 
+    async def manifest(self, ref: str) -> Manifest:
+        """The manifest of the version that answers for `ref`; where one does, the store is not asked."""
+        return await self._manifest(await self._resolve(ref))
+
     async def infos(self, *, all_versions: bool = False) -> list[ModelInfo]:
         """The loaded versions and each model's latest; with `all_versions` every one in the store."""
         found = []
@@ -98,30 +113,91 @@ class Registry:
         return list(self._loaded.values())
 
     async def refresh(self) -> None:
-        """Follow the store's aliases: load what they point at now beside the old, swap, drain the old."""
-        for (name, alias), version in list(self._served.items()):
-            aliases = await asyncio.to_thread(self.store.aliases, name)
-            wanted = aliases.get(alias, version)
-            if wanted == version or (name, wanted) in self._failed:
-                continue
+        """Follow the store's aliases. What is loaded is swapped in at once; the rest is loaded beside the old first.
+
+        One model's loading, or damage in the store, does not keep the others' aliases from being followed.
+        """
+        for name in sorted({name for name, _ in self._served}):
             try:
-                await self._load((name, wanted))
+                aliases = await asyncio.to_thread(self.store.aliases, name)
             except DistilleryError as error:
-                _log.error(
-                    "new version refused, the old one stays", model=name, version=wanted, error=str(error)
-                )
+                _log.warning("a model's aliases cannot be read", model=name, error=str(error))
                 continue
-            self._served[(name, alias)] = wanted
-            _log.info("version swapped", model=name, alias=alias, old=version, new=wanted)
-            await self._retire_unused((name, version))
+            for served, alias in list(self._served):
+                if served == name:
+                    await self._follow((name, alias), aliases.get(alias))
+        await self._drop_replaced()
 
     async def close(self) -> None:
         """Free all models."""
+        for task in self._following:
+            task.cancel()
+        await asyncio.gather(*self._following, return_exceptions=True)
         for key in list(self._loaded):
             await self._retire(key)
         await asyncio.gather(*self._retiring, return_exceptions=True)
 
     # -- inside ---------------------------------------------------------------------------------------------
+
+    async def _follow(self, alias: Alias, wanted: int | None) -> None:
+        version = self._served.get(alias)
+        if version is None or wanted is None:
+            return
+        key = (alias[0], wanted)
+        if self._pointed.get(alias, wanted) != wanted:
+            self._failed.pop(key, None)  # it was refused before the alias moved away: once more
+        self._pointed[alias] = wanted
+        if key in self._loaded:
+            await self._swap(alias, wanted)
+        elif wanted != version and key not in self._failed and key not in self._loading:
+            task = asyncio.create_task(self._load_beside(alias, wanted))
+            self._following.add(task)
+            task.add_done_callback(self._following.discard)
+
+    async def _load_beside(self, alias: Alias, wanted: int) -> None:
+        name = alias[0]
+        try:
+            await self._load((name, wanted), stays=(name, self._served.get(alias, wanted)))
+        except DistilleryError as error:
+            again = self._told.get(alias) == wanted  # there was no room for it, and there is none yet
+            say = _log.debug if again else _log.error
+            say("new version refused, the old one stays", model=name, version=wanted, error=str(error))
+            self._told[alias] = wanted
+            return
+        if self._pointed.get(alias) == wanted:  # it may have moved on, or back, meanwhile
+            await self._swap(alias, wanted)
+            await self._drop_replaced()
+
+    async def _swap(self, alias: Alias, wanted: int) -> None:
+        old, model = self._served.get(alias), self._loaded.get((alias[0], wanted))
+        if old == wanted or old is None or model is None:
+            return
+        self._served[alias], model.replaced_at = wanted, None
+        replaced = self._loaded.get((alias[0], old))
+        if replaced is not None:
+            replaced.replaced_at = time.monotonic()
+        _log.info("version swapped", model=alias[0], alias=alias[1], old=old, new=wanted)
+        await self._announce()
+
+    async def _drop_replaced(self) -> None:
+        """Free versions that no alias leads to, after the time in which one may be wanted back."""
+        until = time.monotonic() - self.settings.keep_replaced_s
+        for key, model in list(self._loaded.items()):
+            gone = model.replaced_at is not None and model.replaced_at <= until
+            if gone and not model.by_number and not self._is_served(key):
+                await self._retire(key)
+
+    def _is_served(self, key: Key) -> bool:
+        return any((name, version) == key for (name, _), version in self._served.items())
+
+    def _is_pinned(self, key: Key) -> bool:
+        """Whether the version is one that `preload` names, by its number or by an alias that leads to it now."""
+        for ref in self.settings.preload:
+            name, _, wanted = ref.partition("@")
+            version = int(wanted) if wanted.isdecimal() else self._served.get((name, wanted or "latest"))
+            if (name, version) == key:
+                return True
+        return False
 
     async def _resolve(self, ref: str) -> Key:
         """The version that answers for `ref` here; the store decides where none does yet."""
@@ -129,6 +205,8 @@ class Registry:
         served = self._served.get((name, wanted or "latest"))
         if served is not None:
             return name, served
+        if wanted.isdecimal() and len(wanted) <= MAX_DIGITS and (name, int(wanted)) in self._loaded:
+            return name, int(wanted)
         return await asyncio.to_thread(self.store.resolve, ref)
 
     async def _find(self, ref: str) -> LoadedModel:
@@ -136,20 +214,19 @@ class Registry:
         model = self._loaded.get(key) or await self._load(key)
         wanted = ref.partition("@")[2] or "latest"
         if wanted.isdecimal():
-            model.pinned = True
-        else:
-            self._served.setdefault((key[0], wanted), key[1])
+            model.by_number = True
+        elif self._served.setdefault((key[0], wanted), key[1]) == key[1]:
+            model.replaced_at = None
         return model
 
-    async def _load(self, key: Key) -> LoadedModel:
+    async def _load(self, key: Key, *, stays: Key | None = None) -> LoadedModel:
+        """The version, loaded if need be; `stays` is one that no room is made of."""
         if key in self._loaded:
             return self._loaded[key]
         if key in self._failed:
             raise ArtifactError(self._failed[key], field="model")
         if key not in self._loading:
-            await self._make_room()
-        if key not in self._loading:  # still: making room let other callers in
-            self._loading[key] = asyncio.create_task(self._load_now(key))
+            self._loading[key] = asyncio.create_task(self._load_now(key, stays))
             self._loading[key].add_done_callback(lambda task: self._end_loading(key, task))
         return await asyncio.shield(self._loading[key])  # a caller who leaves does not stop it for the others
 
@@ -158,27 +235,38 @@ class Registry:
         if not task.cancelled():
             task.exception()  # marks it as seen: every caller may have left
 
-    async def _load_now(self, key: Key) -> LoadedModel:
+    async def _load_now(self, key: Key, stays: Key | None) -> LoadedModel:
         name, version = key
+        ref = f"{name}@{version}"
         await self._announce()
         started = time.perf_counter()
         try:
+            loaded = [model.manifest.ref for model in self._loaded.values()]
+            need = await asyncio.to_thread(self._room.needed, self.store, ref, loaded)
+            await self._make_room(need, places=1, stays=stays)
+            self._room.expect(key, need)
             opened = await asyncio.to_thread(
-                open_model, self.store, f"{name}@{version}", self._weights, self.settings
+                open_model, self.store, ref, self._weights, self.settings, self._tuned.get(key)
             )
-        except Unavailable:
+            self._room.refuse_giant(opened.manifest, total([opened.backend.held()]))
+        except (Unavailable, Overloaded):
             raise  # not the model's fault: the next request tries again
         except Exception as error:
             raise await self._refuse(key, error) from None
+        finally:
+            self._room.arrived(key)
+        self._tuned[key] = opened.tuned
         model = start_model(opened, self.metrics, self.settings)
         self._loaded[key] = model
+        with contextlib.suppress(
+            Overloaded
+        ):  # it took more than its files: as far as others are idle, they go
+            await self._make_room(0, places=0, stays=stays, but=key)
         seconds = time.perf_counter() - started
         self.metrics.model_load_seconds.labels(name).observe(seconds)
         self.metrics.model_reload.labels(name, "loaded").inc()
         self.metrics.model_info.labels(*self._labels(model)).set(1)
-        _log.info(
-            "model loaded", model=model.manifest.ref, backend=model.backend.name, seconds=round(seconds, 3)
-        )
+        _log.info("model loaded", model=ref, seconds=round(seconds, 3), **model.figures())
         await self._announce()
         return model
 
@@ -193,31 +281,37 @@ class Registry:
         await self._announce()
         return ArtifactError(said, field="model")
 
-    async def _make_room(self) -> None:
-        while len(self._loaded) + len(self._loading) >= self.settings.max_models:
-            idle = [key for key, model in self._loaded.items() if not model.users]
-            if not idle:
-                raise Overloaded(
-                    f"{self.settings.max_models} models are loaded and all are busy; try again soon, "
-                    "or raise DISTILLERY_SAMPLER_MAX_MODELS",
-                    retry_after_s=1.0,
-                )
-            await self._retire(min(idle, key=lambda key: self._loaded[key].last_used))
+    async def _make_room(
+        self, need: int, *, places: int, stays: Key | None = None, but: Key | None = None
+    ) -> None:
+        """Free idle models until `places` more, of `need` bytes, fit; all but `stays` and `but`.
 
-    async def _retire_unused(self, key: Key) -> None:
-        served = any((name, version) == key for (name, _), version in self._served.items())
-        model = self._loaded.get(key)
-        if model and not served and not model.pinned:
-            await self._retire(key)
+        Raises:
+            Overloaded: what is left is busy or preloaded.
+        """
+        while not self._room.fits(self._loaded, need, places):
+            idle = {
+                key: model
+                for key, model in self._loaded.items()
+                if not model.users and key not in (stays, but) and not self._is_pinned(key)
+            }
+            await self._retire(self._room.next_to_go(idle))
 
     async def _retire(self, key: Key) -> None:
         model = self._loaded.pop(key)
         self._served = {alias: v for alias, v in self._served.items() if (alias[0], v) != key}
         self.metrics.model_info.remove(*self._labels(model))
-        task = asyncio.create_task(model.retire())
+        self.metrics.on_retired(model.stats.labels)
+        task = asyncio.create_task(self._drain(model))
+        del model  # the task's alone: what a model held is given back when it ends
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
         await self._announce()
+
+    async def _drain(self, model: LoadedModel) -> None:
+        await model.retire()
+        del model
+        await asyncio.to_thread(give_back)
 
     async def _announce(self) -> None:
         async with self._changed:
@@ -234,11 +328,13 @@ class Registry:
             broken = Manifest(name=key[0], version=key[1], kind="model")
             return ModelInfo(broken, "failed", names, message=str(error))
         if model := self._loaded.get(key):
-            return ModelInfo(manifest, "ready", names, model.backend.name, model.batcher.max_batch)
+            return model.info(names)
         state = "loading" if key in self._loading else "failed" if key in self._failed else "available"
         return ModelInfo(manifest, state, names, message=self._failed.get(key, ""))
 
     async def _manifest(self, key: Key) -> Manifest:
         if key not in self._manifests:
+            while len(self._manifests) >= MANIFESTS:
+                self._manifests.pop(next(iter(self._manifests)))  # the oldest: it can be read again
             self._manifests[key] = await asyncio.to_thread(self.store.manifest, f"{key[0]}@{key[1]}")
         return self._manifests[key]

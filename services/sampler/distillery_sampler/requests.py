@@ -68,6 +68,9 @@ class ImageItem:
     given: Given | None = None
     negative: str = ""
     negative_scale: float = 0.0  # of the attention
+    ahead: dict[int, Float] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # draws that are made already
 
 
 @dataclass(frozen=True)
@@ -189,5 +192,8 @@ class ModelInfo:
     aliases: tuple[str, ...] = ()
     backend: str = ""
     max_batch: int = 0
+    instances: int = 0
+    threads: int = 0  # of each instance
+    memory: int = 0  # bytes; what it shares with other models is counted for each
     message: str = ""
     stats: dict[str, Any] = field(default_factory=dict, compare=False)

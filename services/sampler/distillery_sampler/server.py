@@ -13,6 +13,7 @@ from tritonclient.grpc import service_pb2_grpc
 from distill_core.artifacts import ArtifactStore
 from distill_core.errors import DistilleryError, meaning
 from distill_service.logs import configure_logging
+from distill_service.metrics import serve_metrics
 from distill_service.rpc import (
     Health,
     RpcSettings,
@@ -21,14 +22,19 @@ from distill_service.rpc import (
     run_until_stopped,
 )
 from distill_service.settings import Settings, settings
+from distill_service.tracing import start_tracing
 from distillery.v1 import models_pb2_grpc, sampler_pb2_grpc
 from distillery_sampler import kserve, servicer
 from distillery_sampler.engine import Engine
+from distillery_sampler.memory import keep_tidy
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.settings import SamplerSettings, load_sampler_settings
 from distillery_sampler.watcher import watch_store
 
 SERVICES = ("distillery.v1.SamplerService", "distillery.v1.ModelsService", kserve.SERVICE)
+SWITCH_S = (
+    0.0005  # a model thread that is ready waits no longer for the event loop to let go of the interpreter
+)
 _log = structlog.get_logger("distillery.sampler")
 
 
@@ -39,7 +45,7 @@ async def serve(shared: Settings, own: SamplerSettings) -> None:
         DistilleryError: the port is in use, a setting is wrong, a preloaded model cannot be loaded.
     """
     metrics = Metrics()
-    metrics.serve(shared.metrics_host, shared.sampler_metrics_port)
+    serve_metrics(metrics.registry, shared, "sampler_metrics_port")
     engine = Engine(ArtifactStore(shared.store_url), shared.cache_dir / "models", own, metrics)
     rpc = rpc_settings(shared, own)
     admin = servicer.ADMIN_METHODS | kserve.ADMIN_METHODS
@@ -72,6 +78,7 @@ def rpc_settings(shared: Settings, own: SamplerSettings) -> RpcSettings:
             "tls_key": shared.tls_key,
             "tls_client_ca": shared.tls_client_ca,
             "tokens_file": shared.tokens_file,
+            "audit_log": shared.audit_log,
             "max_concurrent": own.max_concurrent,
         }
     )
@@ -99,6 +106,9 @@ def main() -> int:
     try:
         shared, own = settings(), load_sampler_settings()
         configure_logging("sampler", shared)
+        keep_tidy()
+        start_tracing("sampler", shared)
+        sys.setswitchinterval(SWITCH_S)
         asyncio.run(serve(shared, own))
     except DistilleryError as error:
         print(f"sampler: {error}", file=sys.stderr)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 
 import numpy as np
 from grpc.aio import ServicerContext
@@ -25,7 +26,6 @@ from distillery.v1 import (
 from distillery_sampler import images
 from distillery_sampler.checks import check_reply
 from distillery_sampler.engine import Approve, Engine
-from distillery_sampler.loading import cores
 from distillery_sampler.messages import (
     format_from,
     generate_from,
@@ -36,10 +36,13 @@ from distillery_sampler.messages import (
     path_from,
     render_from,
     render_summary,
-    tensor_to,
 )
 from distillery_sampler.requests import Call, Picture, Rendered
+from distillery_sampler.statistics import packing
+from distillery_sampler.tuning import cores
+from distillery_sampler.wire import tensor_to
 
+QUICK_VALUES = 2**14  # of a picture that is packed where it is; above it the event loop would stand still
 ADMIN_METHODS = frozenset(f"/distillery.v1.ModelsService/{name}" for name in ("LoadModel", "UnloadModel"))
 
 
@@ -57,22 +60,47 @@ class Encoders:
         self._seconds = engine.metrics.encode_seconds
         self._threads = ThreadPoolExecutor(cores(), thread_name_prefix="encode")
 
-    async def image(
-        self, pixels: np.ndarray, image_format: images.Format, index: int, seed: int = 0
+    async def pictures(self, made: list[Picture], image_format: images.Format) -> list[common_pb2.Image]:
+        """Pictures of one size as messages, in order."""
+        if not _is_quick(made[0].pixels, image_format):
+            loop, packed = asyncio.get_running_loop(), partial(self._picture, image_format)
+            return await asyncio.gather(
+                *(loop.run_in_executor(self._threads, packed, picture) for picture in made)
+            )
+        return [self._picture(image_format, picture) for picture in made]
+
+    async def view(self, rendered: Rendered, image_format: images.Format) -> common_pb2.Image:
+        """A view's colours as a message."""
+        packed = partial(self._packed, rendered.rgb, images.rgb_to_uint8, image_format, rendered.index)
+        if _is_quick(rendered.rgb, image_format):
+            return packed()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, packed)
+
+    def _picture(self, image_format: images.Format, picture: Picture) -> common_pb2.Image:
+        return self._packed(picture.pixels, images.to_uint8, image_format, picture.index, picture.seed)
+
+    def _packed(
+        self,
+        values: np.ndarray,
+        to_uint8: Callable[[np.ndarray], np.ndarray],
+        image_format: images.Format,
+        index: int,
+        seed: int = 0,
     ) -> common_pb2.Image:
-        """A uint8 picture (H, W, C) as a message."""
         started = time.perf_counter()
-        if image_format == "RAW_U8":  # a copy: cheaper than the way to a thread and back
-            data = images.encode(pixels, image_format)
-        else:
-            loop = asyncio.get_running_loop()
-            data = await loop.run_in_executor(self._threads, images.encode, pixels, image_format)
+        pixels = to_uint8(values)
+        data = images.encode(pixels, image_format)
         self._seconds.labels(image_format).observe(time.perf_counter() - started)
         height, width, channels = pixels.shape
         number = common_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{image_format}")
         return common_pb2.Image(
             index=index, data=data, format=number, width=width, height=height, channels=channels, seed=seed
         )
+
+
+def _is_quick(pixels: np.ndarray, image_format: images.Format) -> bool:
+    """Whether packing takes less than the way to a thread and back."""
+    return image_format == "RAW_U8" and pixels.size <= QUICK_VALUES
 
 
 class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
@@ -87,13 +115,14 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         wanted = generate_from(request, call_of(context, bulk=is_bulk(request.priority)))
         approve = self._approve(image_format, 5 if request.with_tensor else 1)  # uint8, and float32
         pictures, summary = await self._engine.generate(wanted, approve)
-        packed = await asyncio.gather(*(self._pack(picture, image_format) for picture in pictures))
-        tensor = np.stack([picture.pixels for picture in pictures]) if request.with_tensor else None
-        return sampler_pb2.GenerateResponse(
-            images=packed,
-            tensor=None if tensor is None else tensor_to(tensor),
-            summary=generate_summary(summary),
-        )
+        with packing():
+            packed = await self._encoders.pictures(pictures, image_format)
+            tensor = np.stack([picture.pixels for picture in pictures]) if request.with_tensor else None
+            return sampler_pb2.GenerateResponse(
+                images=packed,
+                tensor=None if tensor is None else tensor_to(tensor),
+                summary=generate_summary(summary),
+            )
 
     async def GenerateStream(
         self, request: sampler_pb2.GenerateStreamRequest, context: ServicerContext
@@ -109,7 +138,9 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         async with aclosing(self._engine.generate_stream(wanted, approve)) as events:
             async for event in events:
                 if isinstance(event, Picture):
-                    yield sampler_pb2.GenerateStreamResponse(image=await self._pack(event, image_format))
+                    with packing():
+                        (image,) = await self._encoders.pictures([event], image_format)
+                    yield sampler_pb2.GenerateStreamResponse(image=image)
                 else:
                     yield sampler_pb2.GenerateStreamResponse(summary=generate_summary(event))
 
@@ -165,23 +196,19 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
             1, bytes_each, self._engine.settings, field="options.width", stream="several smaller views"
         )
 
-    async def _pack(self, picture: Picture, image_format: images.Format) -> common_pb2.Image:
-        pixels = images.to_uint8(picture.pixels)
-        return await self._encoders.image(pixels, image_format, picture.index, picture.seed)
-
     async def _view(
         self, rendered: Rendered, outputs: frozenset[int], image_format: images.Format
     ) -> sampler_pb2.View:
         view = sampler_pb2.View(index=rendered.index)
-        if sampler_pb2.RENDER_OUTPUT_RGB in outputs:
-            pixels = images.rgb_to_uint8(rendered.rgb)
-            view.rgb.CopyFrom(await self._encoders.image(pixels, image_format, rendered.index))
-        if sampler_pb2.RENDER_OUTPUT_DEPTH in outputs:
-            view.depth.CopyFrom(tensor_to(rendered.depth))
-        if sampler_pb2.RENDER_OUTPUT_OPACITY in outputs:
-            view.opacity.CopyFrom(tensor_to(rendered.opacity))
-        if rendered.normal is not None:
-            view.normal.CopyFrom(tensor_to(rendered.normal))
+        with packing():
+            if sampler_pb2.RENDER_OUTPUT_RGB in outputs:
+                view.rgb.CopyFrom(await self._encoders.view(rendered, image_format))
+            if sampler_pb2.RENDER_OUTPUT_DEPTH in outputs:
+                view.depth.CopyFrom(tensor_to(rendered.depth))
+            if sampler_pb2.RENDER_OUTPUT_OPACITY in outputs:
+                view.opacity.CopyFrom(tensor_to(rendered.opacity))
+            if rendered.normal is not None:
+                view.normal.CopyFrom(tensor_to(rendered.normal))
         if rendered.region is not None:
             region = rendered.region
             rows = region.rows

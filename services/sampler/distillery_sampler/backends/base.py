@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -15,20 +15,30 @@ class Generator(abc.ABC):
     """A denoiser that is sampled."""
 
     name: str
+    on_gpu = False
 
     @abc.abstractmethod
     def generate(self, key: ImageKey, items: Sequence[ImageItem]) -> np.ndarray:
         """Pictures float32 (B, C, H, W) in [-1, 1]; picture i depends on `key` and `items[i]` alone."""
+
+    @abc.abstractmethod
+    def held(self) -> dict[Hashable, int]:
+        """Bytes of its weights by what holds them; weights that another backend shares have the same key."""
 
 
 class SceneRenderer(abc.ABC):
     """A radiance field that is looked at."""
 
     name: str
+    on_gpu = False
 
     @abc.abstractmethod
     def render(self, tiles: Sequence[Tile], *, normals: bool = False) -> list[Rendered]:
         """Tiles of any views; what a tile shows does not depend on those it is rendered with."""
+
+    @abc.abstractmethod
+    def held(self) -> dict[Hashable, int]:
+        """As a generator's."""
 
 
 Backend = Generator | SceneRenderer
@@ -36,4 +46,11 @@ Backend = Generator | SceneRenderer
 
 def noise(items: Sequence[ImageItem], draw: int, shape: tuple[int, ...]) -> np.ndarray:
     """The `draw`-th noise of each item, (B, *shape)."""
-    return np.stack([unit_normal(item.seed, item.index, draw, shape) for item in items])
+    made = [(item, item.ahead.get(draw)) for item in items]
+    return np.stack([unit_normal(i.seed, i.index, draw, shape) if x is None else x for i, x in made])
+
+
+def draw_ahead(items: Sequence[ImageItem], shape: tuple[int, ...]) -> None:
+    """Make the items' first draws, while they wait for the device."""
+    for item in items:
+        item.ahead[0] = unit_normal(item.seed, item.index, 0, shape)

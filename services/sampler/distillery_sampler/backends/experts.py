@@ -17,7 +17,7 @@ from distill_core.errors import ArtifactError
 
 Feed = dict[str, np.ndarray]
 Graph = Callable[[Feed], np.ndarray]
-DENOISER, EXPERT = "denoiser.onnx", "expert-{}.onnx"
+DENOISER, EXPERT = "denoiser", "expert-{}"
 ONE = PartitionSpec(kind="none", parts=1)
 _log = structlog.get_logger("distillery.sampler")
 
@@ -30,11 +30,17 @@ class Denoisers:
     """
 
     def __init__(
-        self, folder: Path, router: Path, manifest: Manifest, open_graph: Callable[[Path], Graph]
+        self,
+        folder: Path,
+        router: Path,
+        manifest: Manifest,
+        open_graph: Callable[[Path], Graph],
+        *,
+        suffix: str,
     ) -> None:
         self._folder, self._open_graph = folder, open_graph
         self._ref, self._spec = manifest.ref, manifest.partition or ONE
-        self._file = DENOISER if manifest.partition is None else EXPERT
+        self._file = (DENOISER if manifest.partition is None else EXPERT) + suffix
         self._table = np.array(self._spec.table)
         self._router = _read_router(router) if self._spec.kind == "prompt" else {}
         self._graphs: dict[int, Graph] = {}

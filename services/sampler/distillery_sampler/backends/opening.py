@@ -4,47 +4,96 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import NamedTuple
 
 from distill_core.artifacts import Manifest
 from distill_core.errors import ArtifactError, missing_package
-from distillery_sampler.backends.base import Backend
+from distillery_sampler.backends.base import Backend, Generator
+from distillery_sampler.backends.fixed import BUCKETS, Padded
 from distillery_sampler.backends.shared import SharedWeights
+from distillery_sampler.settings import SamplerSettings
 
-ONNX_TARGET = "onnx-fp32"
+RUNTIMES = {"onnx": "onnxruntime", "trt": "tensorrt"}  # by what an export's name begins with
+EXTRAS = {"torch": "train", "onnxruntime": "sampler", "tensorrt": "trt"}
 
 
-def choose(manifest: Manifest, wanted: str) -> str:
-    """`onnxruntime` or `torch` for a model, given the setting `backend`.
+class Choice(NamedTuple):
+    """What evaluates a model: a backend, by name, and the export that it runs; None is the model itself."""
+
+    backend: str
+    target: str | None
+    precision: str
+
+
+def choose(manifest: Manifest, settings: SamplerSettings) -> Choice:
+    """The first of the setting `targets` that the model has and the setting `backend` allows, or torch.
 
     Raises:
-        ArtifactError: a kind of model that is not sampled, or no ONNX export where one is demanded.
+        ArtifactError: a kind of model that is not sampled, or no export where one is demanded.
         Unavailable: the package it needs is not installed.
     """
     if manifest.kind not in ("denoiser", "field"):
         raise ArtifactError(f"{manifest.ref} is a {manifest.kind}; a sampler serves denoisers and fields")
     if manifest.kind == "denoiser" and not (manifest.image and manifest.cond and manifest.sampler):
         raise ArtifactError(f"{manifest.ref}: its manifest lacks image, cond or sampler; publish it again")
-    if manifest.kind == "field":  # its marching is not in an exported graph
-        wanted = "torch"
-    has_onnx = ONNX_TARGET in manifest.exports
-    if wanted == "onnxruntime" and not has_onnx:
+    # a field's marching is not in an exported graph
+    wanted = "torch" if manifest.kind == "field" else settings.backend
+    allowed = [target for target in settings.targets if wanted in ("auto", _runtime(target))]
+    target = next((target for target in allowed if target in manifest.exports), None)
+    if target is None and wanted not in ("auto", "torch"):
+        first = next(iter(allowed), None)
+        if first is None:
+            raise ArtifactError(
+                f"backend {wanted} runs none of the targets {', '.join(settings.targets)}; "
+                "set DISTILLERY_SAMPLER_TARGETS"
+            )
         raise ArtifactError(
-            f"{manifest.ref} has no {ONNX_TARGET} export; run: distillery convert {manifest.ref}"
+            f"{manifest.ref} has no {' or '.join(allowed)} export; "
+            f"run: distillery convert {manifest.ref} --target {first}"
         )
-    name = "onnxruntime" if has_onnx and wanted != "torch" else "torch"
+    name = "torch" if target is None else _runtime(target)
     if importlib.util.find_spec(name) is None:
-        raise missing_package(name, {"torch": "train"}.get(name, "sampler"))
-    return name
+        raise missing_package(name, EXTRAS[name])
+    precision = settings.precision if target is None else target.rpartition("-")[2]
+    return Choice(name, target, "fp32" if manifest.kind == "field" else precision)
 
 
 def open_backend(
-    folder: Path, manifest: Manifest, name: str, *, device: str, threads: int, weights: SharedWeights
+    folder: Path,
+    manifest: Manifest,
+    choice: Choice,
+    *,
+    threads: int,
+    settings: SamplerSettings,
+    weights: SharedWeights,
 ) -> Backend:
     """Load a model's files, already verified, into a backend."""
-    if name == "onnxruntime":
-        from distillery_sampler.backends.onnx_backend import OnnxGenerator
+    opened = _opened(folder, manifest, choice, threads, settings, weights)
+    sizes = settings.buckets or (BUCKETS if opened.on_gpu else None)
+    return Padded(opened, sizes) if sizes and isinstance(opened, Generator) else opened
 
-        return OnnxGenerator(folder, folder / "exports" / ONNX_TARGET, manifest, threads=threads)
-    from distillery_sampler.backends import torch_backend
 
-    return torch_backend.open_model(folder, manifest, device=device, threads=threads, weights=weights)
+def _opened(
+    folder: Path,
+    manifest: Manifest,
+    choice: Choice,
+    threads: int,
+    settings: SamplerSettings,
+    weights: SharedWeights,
+) -> Backend:
+    if choice.target is None:
+        from distillery_sampler.backends import torch_backend
+
+        return torch_backend.open_model(folder, manifest, threads=threads, settings=settings, weights=weights)
+    exports = folder / "exports" / choice.target
+    if choice.backend == "tensorrt":
+        from distillery_sampler.backends.tensorrt_backend import open_tensorrt
+
+        return open_tensorrt(folder, exports, manifest)
+    from distillery_sampler.backends.onnx_backend import open_onnx
+
+    return open_onnx(folder, exports, manifest, threads=threads)
+
+
+def _runtime(target: str) -> str:
+    return RUNTIMES.get(target.partition("-")[0], "")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,26 +19,36 @@ from distill_core.diffusion.sampling import sample
 from distill_core.errors import ArtifactError
 from distill_core.networks.adapters import plain
 from distill_core.networks.denoiser import Denoiser, loading
+from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.routed import StoredExperts
 from distill_core.networks.steering import with_negative
 from distill_core.radiance.cameras import Camera, focal_length, orbit_camera
 from distill_core.radiance.renderer import develop, load_scene, refined, render_rays
 from distillery_sampler.backends.base import Backend, Generator, SceneRenderer, noise
 from distillery_sampler.backends.experts import log_expert
+from distillery_sampler.backends.fixed import OneThread
 from distillery_sampler.backends.shared import SharedWeights
+from distillery_sampler.backends.torch_device import HostBuffers, Replayed, prepare, storages, use_threads
 from distillery_sampler.beginnings import beginning, given_pictures, with_known_pixels
+from distillery_sampler.memory import TORCH_LARGE, keep_tidy
 from distillery_sampler.requests import ImageItem, ImageKey, Rendered, Tile, View
+from distillery_sampler.settings import SamplerSettings
 
 
 def open_model(
-    folder: Path, manifest: Manifest, *, device: str, threads: int, weights: SharedWeights
+    folder: Path, manifest: Manifest, *, threads: int, settings: SamplerSettings, weights: SharedWeights
 ) -> Backend:
-    """The torch backend for a manifest's kind."""
-    torch.set_num_threads(threads)
-    with loading():
-        if manifest.kind == "field":
-            return TorchScene(folder, manifest, device)
-        return TorchGenerator(folder, manifest, device, weights)
+    """The torch backend for a manifest's kind; on a GPU a generator has a thread of its own."""
+    keep_tidy(TORCH_LARGE)
+
+    def generator() -> TorchGenerator:
+        with loading():
+            return TorchGenerator(folder, manifest, settings, weights, threads=threads)
+
+    if manifest.kind == "field":
+        with loading():
+            return TorchScene(folder, manifest, settings.device, threads=threads)
+    return OneThread(generator) if settings.device.startswith("cuda") else generator()
 
 
 class TorchGenerator(Generator):
@@ -45,7 +56,20 @@ class TorchGenerator(Generator):
 
     name = "torch"
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str, weights: SharedWeights) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        settings: SamplerSettings,
+        weights: SharedWeights,
+        *,
+        threads: int,
+    ) -> None:
+        use_threads(threads)
+        device, precision = settings.device, settings.precision
+        self.on_gpu, self._threads = device.startswith("cuda"), threads
+        if self.on_gpu and ":" in device:
+            torch.cuda.set_device(device)  # of this thread
         self._bases: list[torch.nn.Module] = []  # held for as long as this adapter uses them
 
         def base(ref: str) -> torch.nn.Module:
@@ -57,14 +81,42 @@ class TorchGenerator(Generator):
         def load() -> Any:
             if manifest.partition is not None:  # an expert nobody asks for takes no memory
                 return StoredExperts(folder, device=device, on_read=partial(log_expert, manifest.ref))
-            return load_model(folder, device=device, base=base).eval()
+            model: Any = load_model(folder, device=device, base=base).eval()
+            return prepare(model, device, precision) if isinstance(model, DiffusersDenoiser) else model
 
         whole = manifest.form != "adapter"
-        self._denoiser: Denoiser = weights.get(manifest.ref, device, load) if whole else load()
-        self._device = device
+        place = device if precision == "fp32" else f"{device} {precision}"  # adapters are over float32
+        self._denoiser: Denoiser = weights.get(manifest.ref, place, load) if whole else load()
+        self._device, self._to_host = device, HostBuffers()
+        self._half = precision == "bf16"
+        self._guided: Any = self._denoiser.guided
+        if self.on_gpu and settings.cuda_graphs and manifest.partition is None:
+            self._guided = Replayed(self._denoiser.guided, (1.0, self._denoiser.sampler.guidance))
 
     @torch.inference_mode()
     def generate(self, key: ImageKey, items: Sequence[ImageItem]) -> np.ndarray:
+        use_threads(self._threads)
+        with self._precision():
+            return self._generate(key, items)
+
+    def held(self) -> dict[Hashable, int]:
+        parts: list[Any] = [getattr(self._denoiser, "adapted", self._denoiser), *self._bases]
+        parts += [expert for expert in getattr(self._denoiser, "_opened", {}).values()]
+        text = [part.text for part in parts if getattr(part, "text", None) is not None]
+        encoders = [model for encoder in text for model in vars(encoder).values()]
+        parts += [part.codec for part in parts if getattr(part, "codec", None) is not None]
+        return storages([*parts, *(model for model in encoders if isinstance(model, torch.nn.Module))])
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        """A plain network is in its precision already; others, over shared weights, are cast as they run."""
+        if not self._half or isinstance(self._denoiser, DiffusersDenoiser):
+            yield
+            return
+        with torch.autocast(self._device.partition(":")[0], dtype=torch.bfloat16, cache_enabled=False):
+            yield
+
+    def _generate(self, key: ImageKey, items: Sequence[ImageItem]) -> np.ndarray:
         image = self._denoiser.image
         shape = image.channels, image.height, image.width
         cond = self._condition(key, items)
@@ -73,10 +125,14 @@ class TorchGenerator(Generator):
             return torch.from_numpy(noise(items, k, shape)).to(self._device)
 
         def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
-            return self._denoiser.guided(x, x.new_full((len(x),), sigma), cond, key.guidance)
+            return self._guided(x, x.new_full((len(x),), sigma), cond, key.guidance)
 
         x0 = sample(denoise, self._denoiser.sampler, draw, key.num_steps, self._beginning(key, items))
-        pictures = self._denoiser.decode(x0).clamp(-1, 1).float().cpu().numpy()
+        plain = (
+            self._half and isinstance(self._denoiser, DiffusersDenoiser) and self._denoiser.codec is not None
+        )
+        x0 = x0.bfloat16() if plain else x0
+        pictures = self._to_host(self._denoiser.decode(x0).clamp(-1, 1))
         return with_known_pixels(pictures, items)
 
     def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> Beginning | None:
@@ -113,7 +169,9 @@ class TorchScene(SceneRenderer):
 
     name = "torch"
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, device: str, *, threads: int) -> None:
+        use_threads(threads)
+        self.on_gpu, self._threads = device.startswith("cuda"), threads
         self._scene = refined(load_scene(folder, device=device))
         said, bound = manifest.scene.bound if manifest.scene else None, self._scene.spec.bound
         if said is not None and said != bound:
@@ -124,6 +182,7 @@ class TorchScene(SceneRenderer):
 
     @torch.inference_mode()
     def render(self, tiles: Sequence[Tile], *, normals: bool = False) -> list[Rendered]:
+        use_threads(self._threads)
         cameras = [self._camera(tile.view).reduced(tile.region.factor) for tile in tiles]
         rays = [camera.rays(tile.region.rows) for camera, tile in zip(cameras, tiles, strict=True)]
         out = []
@@ -135,6 +194,10 @@ class TorchScene(SceneRenderer):
             rgb, depth, opacity = (_array(part) for part in (seen.rgb, seen.depth, seen.opacity))
             out.append(Rendered(0, rgb, depth, opacity, normal, tile.region))
         return out
+
+    def held(self) -> dict[Hashable, int]:
+        occupied = self._scene.occupied
+        return {**storages([self._scene.field]), id(occupied): occupied.nbytes}
 
     def _camera(self, view: View) -> Camera:
         spec = self._scene.spec

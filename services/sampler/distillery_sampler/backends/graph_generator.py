@@ -1,0 +1,158 @@
+"""A denoiser's exported graphs, whatever runs them, sampled in NumPy. Imports neither torch nor a runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from distill_core.artifacts import Manifest
+from distill_core.diffusion.guidance import guide
+from distill_core.diffusion.image_to_image import Beginning
+from distill_core.diffusion.routing import ROUTER
+from distill_core.diffusion.sampling import sample
+from distill_core.errors import ConfigError
+from distillery_sampler.backends.base import Generator, noise
+from distillery_sampler.backends.experts import Denoisers, Feed, Graph
+from distillery_sampler.backends.tokens import PromptTokens
+from distillery_sampler.beginnings import beginning, given_pictures, with_known_pixels
+from distillery_sampler.requests import ImageItem, ImageKey
+
+TEXT_ENCODER, DECODER, ENCODER = "text_encoder", "decoder", "encoder"  # the latter two of latent models
+NEGATIVE_EMBEDS, NASA_SCALE = "negative_prompt_embeds", "nasa_scale"  # inputs of a graph that can be steered
+
+
+class RunningGraph(Protocol):
+    """A graph that is loaded: a function of its named inputs, batch first; its output is float32."""
+
+    inputs: tuple[str, ...]
+
+    def __call__(self, feed: Feed, /) -> np.ndarray: ...
+
+
+class GraphGenerator(Generator):
+    """The graphs in `folder` of the denoiser whose own folder is `model`.
+
+    `open_graph` loads the file of one, e.g. `decoder.onnx`; `suffix` is what such files end with.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        manifest: Manifest,
+        open_graph: Callable[[Path], RunningGraph],
+        *,
+        name: str,
+        suffix: str,
+        on_gpu: bool = False,
+    ) -> None:
+        self.name, self.on_gpu = name, on_gpu
+        self._files = sum(file.stat().st_size for file in folder.iterdir())
+        assert manifest.image and manifest.cond and manifest.sampler, "`choose` has refused others"  # noqa: PT018
+        self.image, self.cond, self.sampler = manifest.image, manifest.cond, manifest.sampler
+        self._steerable = False
+        self._denoisers = Denoisers(
+            folder, model / ROUTER, manifest, lambda path: self._steered(open_graph(path)), suffix=suffix
+        )
+
+        def companion(stem: str) -> RunningGraph | None:
+            path = folder / f"{stem}{suffix}"
+            return open_graph(path) if path.exists() else None
+
+        self._decoder, self._encoder = companion(DECODER), companion(ENCODER)
+        self._text = self._tokens = None
+        if self.cond.kind == "prompt":
+            self._text = open_graph(folder / f"{TEXT_ENCODER}{suffix}")
+            self._tokens = PromptTokens(model / "tokenizer", self.cond.max_tokens or 77)
+
+    def generate(self, key: ImageKey, items: Sequence[ImageItem]) -> np.ndarray:
+        shape = self.image.channels, self.image.height, self.image.width
+        cond = self._condition(key, items)
+        null = self._null(key, items) if key.guidance != 1 and cond else None
+        parts = self._denoisers.parts(cond, len(items))
+
+        def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
+            if null is None:
+                return self._x0(x, sigma, cond, parts)
+            both = {name: np.concatenate([value, null[name]]) for name, value in cond.items()}
+            x0 = self._x0(np.concatenate([x, x]), sigma, both, np.concatenate([parts, parts]))
+            with_cond, without = np.split(x0, 2)
+            return guide(with_cond, without, np.float32(key.guidance))
+
+        x0 = sample(
+            denoise,
+            self.sampler,
+            lambda draw: noise(items, draw, shape),
+            key.num_steps,
+            self._beginning(key, items),
+        )
+        pictures = self._decoder({"x0": x0}) if self._decoder else x0
+        return with_known_pixels(np.clip(pictures, -1, 1), items)
+
+    def held(self) -> dict[Hashable, int]:
+        return {id(self): self._files}
+
+    def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> Beginning | None:
+        if key.begin is None:
+            return None
+        y = given_pictures(items)
+        if self._decoder is not None:
+            if self._encoder is None:
+                raise ConfigError(
+                    "this export cannot read pictures, as it was made before that was possible; convert the "
+                    "model again, or leave image out",
+                    field="image",
+                )
+            y = self._encoder({"picture": y})
+        return beginning(key.begin, y, items)
+
+    def _x0(self, x: np.ndarray, sigma: float, cond: Feed, parts: np.ndarray) -> np.ndarray:
+        level = np.full(len(x), sigma, dtype=np.float32)
+        feed = {"x_sigma": x.astype(np.float32, copy=False), "sigma": level, **cond}
+        return self._denoisers(feed, parts)
+
+    def _steered(self, graph: RunningGraph) -> Graph:
+        """A denoiser's graph; where it can be steered, plain requests steer it by nothing."""
+        if NASA_SCALE not in graph.inputs:
+            return graph
+        self._steerable = True
+
+        def run(feed: Feed) -> np.ndarray:
+            batch = len(feed["x_sigma"])
+            off = {NEGATIVE_EMBEDS: feed["prompt_embeds"], NASA_SCALE: np.zeros(batch, np.float32)}
+            return graph({**off, **feed})
+
+        return run
+
+    def _condition(self, key: ImageKey, items: Sequence[ImageItem]) -> Feed:
+        if self.cond.kind == "class_label":
+            return {"class_label": np.array([item.class_label for item in items], dtype=np.int64)}
+        if self.cond.kind == "prompt":
+            cond = {"prompt_embeds": self._embed([item.prompt or "" for item in items])}
+            return {**cond, **self._steering(items)} if key.negative == "attention" else cond
+        return {}
+
+    def _steering(self, items: Sequence[ImageItem]) -> Feed:
+        if not self._steerable:
+            raise ConfigError(
+                "this export cannot turn away from a negative prompt, as it was made before that was possible; "
+                "convert the model again, or leave negative_prompts out",
+                field="negative_prompts",
+            )
+        scales = [item.negative_scale if item.negative else 0.0 for item in items]
+        embeds = self._embed([item.negative for item in items])
+        return {NEGATIVE_EMBEDS: embeds, NASA_SCALE: np.array(scales, np.float32)}
+
+    def _null(self, key: ImageKey, items: Sequence[ImageItem]) -> Feed:
+        if self.cond.kind == "prompt":
+            negative = key.negative == "guidance"
+            return {"prompt_embeds": self._embed([item.negative if negative else "" for item in items])}
+        return {"class_label": np.full(len(items), self.cond.null_label, dtype=np.int64)}
+
+    def _embed(self, prompts: list[str]) -> np.ndarray:
+        assert self._text is not None
+        assert self._tokens is not None
+        return self._text({"input_ids": self._tokens(prompts)})

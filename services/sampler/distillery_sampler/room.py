@@ -1,0 +1,83 @@
+"""Which of the loaded models go when another one needs their place: the longest unused, never a preloaded one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+from distill_core.artifacts import ArtifactStore, Manifest
+from distill_core.errors import ArtifactError, NotFound, Overloaded
+from distillery_sampler.backends.opening import choose
+from distillery_sampler.loading import LoadedModel
+from distillery_sampler.memory import default_limit, readable, total, weight_bytes
+from distillery_sampler.settings import SamplerSettings
+
+Key = tuple[str, int]  # name, version
+
+
+class Room:
+    """The places that models may take: how many, and how much memory."""
+
+    def __init__(self, settings: SamplerSettings) -> None:
+        self._settings = settings
+        self._limit = settings.max_memory
+        self._coming: dict[Key, int] = {}  # bytes that models which are being loaded will need, about
+
+    def limit(self) -> int:
+        """Bytes for all models together; the first call may import torch to ask a GPU."""
+        if self._limit is None:
+            self._limit = default_limit(self._settings.device)
+        return self._limit
+
+    def needed(self, store: ArtifactStore, ref: str, loaded: Iterable[str]) -> int:
+        """What a version will need, by its files: its own weights, and its base's if that is not among `loaded`.
+
+        Raises:
+            ArtifactError: it is damaged, or more than all models together may take.
+        """
+        manifest = store.manifest(ref)
+        target = choose(manifest, self._settings).target
+        need = weight_bytes(manifest, target)
+        if target is None and manifest.form == "adapter" and manifest.base and manifest.base not in loaded:
+            with contextlib.suppress(NotFound):  # said by whoever loads it
+                need += weight_bytes(store.manifest(manifest.base), None)
+        self.refuse_giant(manifest, need)
+        return need
+
+    def refuse_giant(self, manifest: Manifest, need: int) -> None:
+        """Refuse a model that has no place even alone."""
+        if need > self.limit():
+            raise ArtifactError(
+                f"{manifest.ref} takes about {readable(need)}, more than the {readable(self.limit())} that all "
+                "models may take here; raise DISTILLERY_SAMPLER_MAX_MEMORY, or serve it on a larger machine"
+            )
+
+    def expect(self, key: Key, need: int) -> None:
+        """Keep `need` bytes for a model that is being loaded, until `arrived`."""
+        self._coming[key] = need
+
+    def arrived(self, key: Key) -> None:
+        """The model is loaded, or was refused."""
+        self._coming.pop(key, None)
+
+    def fits(self, loaded: dict[Key, LoadedModel], need: int, places: int) -> bool:
+        """Whether `places` more models of `need` bytes in all may be there."""
+        if len(loaded) + len(self._coming) + places > self._settings.max_models:
+            return False
+        taken = total(model.held() for model in loaded.values()) + sum(self._coming.values())
+        return taken + need <= self.limit()
+
+    def next_to_go(self, idle: dict[Key, LoadedModel]) -> Key:
+        """Of models that may go the one that is missed least: replaced ones first, then the longest unused.
+
+        Raises:
+            Overloaded: there is none.
+        """
+        if not idle:
+            raise Overloaded(
+                f"there is room for {self._settings.max_models} models and {readable(self.limit())}, and all that "
+                "are loaded are busy or preloaded; try again soon, or raise DISTILLERY_SAMPLER_MAX_MODELS or "
+                "DISTILLERY_SAMPLER_MAX_MEMORY",
+                retry_after_s=1.0,
+            )
+        return min(idle, key=lambda key: (idle[key].replaced_at is None, idle[key].last_used))

@@ -1,0 +1,136 @@
+"""How a model uses its device best, found by timing when it is loaded: instances, threads, images in a batch."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import structlog
+
+from distillery_sampler.backends.base import Generator
+from distillery_sampler.requests import ImageItem, ImageKey
+from distillery_sampler.settings import SamplerSettings
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+WORTH_IT = (
+    1.1  # so many times the images per second, or it stays as it was: a larger batch also costs latency
+)
+ENOUGH_S = 1.0  # of timing: what was not tried by then stays untried
+REPEATS = 2
+_log = structlog.get_logger("distillery.sampler")
+
+
+class Layout(NamedTuple):
+    """So many batches at a time, each on so many threads."""
+
+    instances: int
+    threads: int
+
+
+class Tuned(NamedTuple):
+    """A layout, the images of its batches, and how long an image of one step then takes in one of its instances."""
+
+    layout: Layout
+    max_batch: int
+    seconds: float
+
+
+class Question(NamedTuple):
+    """What a generator is asked while it is timed."""
+
+    key: ImageKey
+    item: ImageItem
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def layouts(settings: SamplerSettings, *, on_gpu: bool) -> list[Layout]:
+    """Those that the settings leave open: on a CPU one thread a batch, or one batch on all cores."""
+    here = 1 if on_gpu else cores()
+    if settings.instances or settings.threads:
+        instances = settings.instances or max(1, here // (settings.threads or 1))
+        return [Layout(instances, settings.threads or max(1, here // instances))]
+    return list(dict.fromkeys([Layout(here, 1), Layout(1, here)]))
+
+
+def tune(
+    generator: Generator,
+    reopen: Callable[[int], Generator],
+    question: Question,
+    settings: SamplerSettings,
+) -> tuple[Generator, Tuned]:
+    """The best layout and batch, and the generator opened for it.
+
+    `generator` was opened with the threads of the first layout and has answered once; `reopen(threads)` opens
+    it with others. Of equals the earlier layout and the smaller batch win.
+    """
+    open_layouts = layouts(settings, on_gpu=generator.on_gpu)
+    until = time.perf_counter() + (math.inf if generator.on_gpu else ENOUGH_S)
+    best = _best_batch(generator, open_layouts[0], question, settings, until)
+    for layout in open_layouts[1:]:
+        if time.perf_counter() > until:
+            break
+        other = reopen(layout.threads)
+        found = _best_batch(other, layout, question, settings, until)
+        if _rate(found) > _rate(best) * WORTH_IT:
+            best, generator = found, other
+    return generator, best
+
+
+def warm(generator: Generator, question: Question, max_batch: int, buckets: Sequence[int]) -> None:
+    """Run every size that batches up to `max_batch` are filled up to, so that no caller waits for its first time."""
+    largest = next((size for size in buckets if size >= max_batch), buckets[-1])
+    for size in buckets:
+        if size <= largest:
+            generator.generate(question.key, [question.item] * size)
+
+
+def _rate(tuned: Tuned) -> float:
+    return tuned.layout.instances / tuned.seconds
+
+
+def _best_batch(
+    generator: Generator, layout: Layout, question: Question, settings: SamplerSettings, until: float
+) -> Tuned:
+    steps = question.key.num_steps
+    best: Tuned | None = None
+    with ThreadPoolExecutor(layout.instances) as pool:
+        for size in (settings.max_batch,) if settings.max_batch else settings.buckets or BATCH_SIZES:
+            batch = [question.item] * size
+            try:
+                seconds = min(_timed(pool, layout.instances, generator, question.key, batch)) / steps
+            except (
+                Exception
+            ) as error:  # runtimes share no base class: out of memory, or beyond an engine's profile
+                if best is None:
+                    raise
+                _log.info("larger batches do not run", images=size, error=str(error).partition("\n")[0])
+                break
+            found = Tuned(layout, size, seconds / size)
+            if best is None or (seconds <= settings.max_batch_s and _rate(found) > _rate(best) * WORTH_IT):
+                best = found
+            if seconds > settings.max_batch_s or time.perf_counter() > until:
+                break
+    assert best is not None, "one size at least is tried"
+    return best
+
+
+def _timed(
+    pool: ThreadPoolExecutor, instances: int, generator: Generator, key: ImageKey, batch: list[ImageItem]
+) -> Iterator[float]:
+    """Seconds of one batch in each instance, all at once; a slow one is not repeated."""
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        for done in [pool.submit(generator.generate, key, batch) for _ in range(instances)]:
+            done.result()
+        seconds = time.perf_counter() - started
+        yield seconds
+        if seconds > ENOUGH_S / 2:
+            return
