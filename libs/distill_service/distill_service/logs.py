@@ -8,6 +8,7 @@ import sys
 import structlog
 
 from distill_service.settings import Settings
+from distill_service.tracing import tracing
 
 _QUIET = (
     "alembic",
@@ -26,7 +27,8 @@ _QUIET = (
 def configure_logging(service: str, settings: Settings) -> None:
     """Route structlog and the standard library (celery, grpc, sqlalchemy) through one formatter on stderr.
 
-    Context variables bound with `structlog.contextvars.bind_contextvars(job_id=…)` appear in every line.
+    Context variables bound with `structlog.contextvars.bind_contextvars(job_id=…)` appear in every line, and where
+    tracing is on the `trace_id`. Warnings of Python are lines too.
     """
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -35,6 +37,7 @@ def configure_logging(service: str, settings: Settings) -> None:
         structlog.stdlib.PositionalArgumentsFormatter(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _name_service(service),
+        _add_trace_id,
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -52,6 +55,7 @@ def configure_logging(service: str, settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
+    logging.captureWarnings(True)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -61,6 +65,15 @@ def _renderers(settings: Settings) -> list[structlog.types.Processor]:
     if console:
         return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+
+
+def _add_trace_id(
+    _logger: object, _method: str, event: structlog.types.EventDict
+) -> structlog.types.EventDict:
+    traced = tracing()
+    if traced is not None and (found := traced.trace_id()):
+        event["trace_id"] = found
+    return event
 
 
 def _name_service(service: str) -> structlog.types.Processor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as aio_health
 from grpc_reflection.v1alpha import reflection
@@ -24,9 +25,11 @@ from pydantic import Field, model_validator
 
 from distill_core.config import Config
 from distill_core.errors import ConfigError, DistilleryError, Overloaded
+from distill_service.audit import AuditLog, target_of
 from distill_service.auth import CALLER, Caller, Tokens, check_scope
 from distill_service.channels import channel, is_local, read_file
-from distill_service.status import StatusError, status_name, wire_status
+from distill_service.status import StatusError, shortened, status_name, wire_status
+from distill_service.tracing import tracing
 
 __all__ = [
     "Health",
@@ -41,6 +44,7 @@ __all__ = [
 ]
 OnCall = Callable[[str, str, float], None]  # (method, status name, seconds)
 Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
+Reader = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]  # what a servicer takes: a message, or all
 MAX_RECEIVE_BYTES = 64 * 2**20
 HEALTH_PREFIX = "/grpc.health.v1.Health/"  # probes carry no token
 _log = structlog.get_logger("distillery.rpc")
@@ -55,6 +59,7 @@ class RpcSettings(Config):
     tls_key: Path | None = None
     tls_client_ca: Path | None = None  # given: clients must show a certificate signed by it
     tokens_file: Path | None = None
+    audit_log: Path | None = None  # admin calls are appended here, beside their lines in the log
     max_concurrent: int = Field(1024, ge=1)  # calls in flight, the last fuse
     max_receive_bytes: int = Field(MAX_RECEIVE_BYTES, ge=1024)
 
@@ -95,8 +100,12 @@ def build_server(
         ("grpc.max_connection_age_ms", 30 * 60_000),
         ("grpc.max_connection_age_grace_ms", 60 * 60_000),
     ]
+    traced = tracing()
+    outer = [traced.server_interceptor()] if traced else []
+    certified = settings.tls_client_ca is not None
+    gate = _Gate(tokens, admin_methods, on_call, AuditLog(settings.audit_log), certified)
     return grpc.aio.server(
-        interceptors=[_Gate(tokens, admin_methods, on_call)],
+        interceptors=[*outer, gate],
         options=options,
         maximum_concurrent_rpcs=settings.max_concurrent,
     )
@@ -105,8 +114,16 @@ def build_server(
 class _Gate(grpc.aio.ServerInterceptor):
     """Around each call: token, request id, error mapping, measurement."""
 
-    def __init__(self, tokens: Tokens | None, admin_methods: frozenset[str], on_call: OnCall | None) -> None:
+    def __init__(
+        self,
+        tokens: Tokens | None,
+        admin_methods: frozenset[str],
+        on_call: OnCall | None,
+        audit: AuditLog,
+        certified: bool,
+    ) -> None:
         self._tokens, self._admin_methods, self._on_call = tokens, admin_methods, on_call
+        self._audit, self._certified = audit, certified
 
     async def intercept_service(
         self,
@@ -120,15 +137,19 @@ class _Gate(grpc.aio.ServerInterceptor):
         streams = handler.request_streaming, handler.response_streaming
         kind = "_".join("stream" if streaming else "unary" for streaming in streams)
         wrap = self._stream if handler.response_streaming else self._unary
-        build = getattr(grpc, f"{kind}_rpc_method_handler")
-        return build(
-            wrap(method, getattr(handler, kind)), handler.request_deserializer, handler.response_serializer
-        )
+        inner = getattr(handler, kind)
+        # Requests are read here, all as streams: where gRPC reads the message of a unary call, one that is cut off is
+        # never answered, and one that cannot be parsed with UNKNOWN and a traceback.
+        build = grpc.stream_stream_rpc_method_handler if streams[1] else grpc.stream_unary_rpc_method_handler
+        read = _pass if handler.request_streaming else _one_message
+        return build(wrap(method, inner, read), handler.request_deserializer, handler.response_serializer)
 
-    def _unary(self, method: str, inner: Handler) -> Handler:
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    def _unary(self, method: str, inner: Handler, read: Reader) -> Handler:
+        async def call(requests: Any, context: grpc.aio.ServicerContext) -> Any:
             with self._measured(method, context) as outcome:
                 try:
+                    request = await read(requests, context)
+                    self._note_target(method, request, outcome)
                     self._admit(method, context)
                     return await inner(request, context)
                 except Exception as error:
@@ -136,11 +157,13 @@ class _Gate(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _stream(self, method: str, inner: Handler) -> Handler:
+    def _stream(self, method: str, inner: Handler, read: Reader) -> Handler:
         # An async generator, also for a call that is refused: gRPC answers UNKNOWN to anything else.
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async def call(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             with self._measured(method, context) as outcome:
                 try:
+                    request = await read(requests, context)
+                    self._note_target(method, request, outcome)
                     self._admit(method, context)
                     async with aclosing(inner(request, context)) as replies:
                         async for reply in replies:
@@ -150,17 +173,25 @@ class _Gate(grpc.aio.ServerInterceptor):
 
         return call
 
+    def _note_target(self, method: str, request: Any, outcome: dict[str, str]) -> None:
+        if method in self._admin_methods:
+            outcome["target"] = target_of(request)
+
     def _admit(self, method: str, context: grpc.aio.ServicerContext) -> None:
-        metadata = context.invocation_metadata() or ()
-        caller = (
-            self._tokens.caller(metadata) if self._tokens else Caller(_peer_host(context.peer()), "admin")
-        )
-        CALLER.set(caller)
-        check_scope(caller, method, self._admin_methods)
+        if self._tokens:
+            CALLER.set(self._tokens.caller(context.invocation_metadata() or ()))
+        check_scope(CALLER.get(), method, self._admin_methods)
+
+    def _peer(self, context: grpc.aio.ServicerContext) -> Caller:
+        """Who calls, before any token is read: the name in a client certificate, else the host."""
+        names = context.auth_context().get("x509_common_name", ()) if self._certified else ()
+        name = names[0].decode(errors="replace") if names else _peer_host(context.peer())
+        return Caller(name, "use" if self._tokens else "admin")
 
     @contextmanager
     def _measured(self, method: str, context: grpc.aio.ServicerContext) -> Iterator[dict[str, str]]:
         outcome = {"code": "CANCELLED"}  # stays if the client leaves or its deadline passes
+        CALLER.set(self._peer(context))
         started = time.perf_counter()
         request_id = uuid.uuid4().hex[:12]
         outcome["request_id"] = request_id
@@ -171,6 +202,25 @@ class _Gate(grpc.aio.ServerInterceptor):
             finally:
                 if self._on_call:
                     self._on_call(method, outcome["code"], time.perf_counter() - started)
+                if method in self._admin_methods:
+                    self._audit.record(
+                        who=CALLER.get().name,
+                        method=method,
+                        target=outcome.get("target", ""),
+                        outcome=outcome["code"],
+                        request_id=request_id,
+                    )
+
+
+async def _pass(requests: Any, _context: grpc.aio.ServicerContext) -> Any:
+    return requests
+
+
+async def _one_message(_requests: Any, context: grpc.aio.ServicerContext) -> Any:
+    request = await context.read()
+    if request is grpc.aio.EOF:
+        raise StatusError("INVALID_ARGUMENT", "the call ended before its message was whole; send one message")
+    return request
 
 
 def _peer_host(peer: str) -> str:
@@ -183,13 +233,20 @@ async def _answer(error: Exception, context: grpc.aio.ServicerContext, outcome: 
         code = context.code()
         outcome["code"] = code.name if isinstance(code, grpc.StatusCode) else grpc.StatusCode(code).name
         raise error
+    if isinstance(error, DecodeError):
+        error = StatusError(
+            "INVALID_ARGUMENT", "the message is none of this method's; compare the .proto files"
+        )
     if not isinstance(error, DistilleryError):
         _log.exception("call failed", exc_info=error)
         error = StatusError("INTERNAL", f"internal error, request id {outcome['request_id']}")
     outcome["code"] = status_name(error)
     if not isinstance(error, Overloaded):
-        _log.info("call refused", code=outcome["code"], error=str(error), field=error.field)
-    await context.abort_with_status(wire_status(error))
+        _log.info("call refused", code=outcome["code"], error=shortened(str(error)), field=error.field)
+    status = wire_status(error)
+    if tracing():
+        context.set_code(status.code)  # its interceptor sees this, and not `abort_with_status`
+    await context.abort_with_status(status)
 
 
 class Health(aio_health.HealthServicer):

@@ -22,6 +22,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="DISTILLERY_",
         frozen=True,
+        populate_by_name=True,
         extra="forbid",
         env_ignore_empty=True,
         secrets_dir=SECRETS if SECRETS.is_dir() else None,
@@ -48,12 +49,16 @@ class Settings(BaseSettings):
     tls_key: Path | None = None
     tls_client_ca: Path | None = None  # require client certificates signed by this authority
     tls_ca: Path | None = None  # client side: trust this authority
+    tls_client_cert: Path | None = None  # client side: the own certificate, for servers with tls_client_ca
+    tls_client_key: Path | None = None
     tokens_file: Path | None = None  # server side: lines name:sha256:scope
+    audit_log: Path | None = None  # server side: admin calls are appended here too
     token: str = Field("", repr=False)  # client side
     token_file: Path | None = None  # client side: read the token from here instead
 
     log_format: Literal["auto", "json", "console"] = "auto"  # auto: console on a terminal, else JSON
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    otlp_endpoint: str = Field("", validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")  # empty: no tracing
 
     lease_s: float = Field(
         30.0, gt=0
@@ -82,6 +87,10 @@ class Settings(BaseSettings):
         """The folder of run folders."""
         assert self.runs_dir is not None
         return self.runs_dir
+
+    def client_tls(self) -> dict[str, Path | None]:
+        """The files that a client's channel takes: the server's authority, the own certificate and its key."""
+        return {"ca": self.tls_ca, "cert": self.tls_client_cert, "key": self.tls_client_key}
 
     def client_token(self) -> str | None:
         """The bearer token a client sends, from `token_file` or `token`.

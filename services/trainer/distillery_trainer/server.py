@@ -11,16 +11,17 @@ from distill_core.errors import DistilleryError, meaning
 from distill_service.jobs.broker import running_broker
 from distill_service.jobs.celery_app import make_app
 from distill_service.jobs.database import Database
-from distill_service.jobs.metrics import JobTableCollector, serve_metrics
+from distill_service.jobs.metrics import JobTableCollector
 from distill_service.logs import configure_logging
+from distill_service.metrics import SECONDS, serve_metrics
 from distill_service.rpc import RpcSettings, add_health_and_reflection, build_server, run_until_stopped
 from distill_service.settings import Settings, settings
+from distill_service.tracing import start_tracing
 from distillery.v1 import jobs_pb2, jobs_pb2_grpc
 from distillery_trainer.servicer import JobsServicer
 
 SERVICE = jobs_pb2.DESCRIPTOR.services_by_name["JobsService"].full_name
 ADMIN_METHODS = frozenset(f"/{SERVICE}/{name}" for name in ("Submit", "Cancel", "Retry"))
-_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # s
 
 
 def rpc_settings(values: Settings) -> RpcSettings:
@@ -33,6 +34,7 @@ def rpc_settings(values: Settings) -> RpcSettings:
             "tls_key": values.tls_key,
             "tls_client_ca": values.tls_client_ca,
             "tokens_file": values.tokens_file,
+            "audit_log": values.audit_log,
         }
     )
 
@@ -43,7 +45,7 @@ class CallMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._count = Counter("distillery_jobs_requests", "Calls", ["method", "code"], registry=registry)
         self._seconds = Histogram(
-            "distillery_jobs_request_seconds", "Durations", ["method"], buckets=_BUCKETS, registry=registry
+            "distillery_jobs_request_seconds", "Durations", ["method"], buckets=SECONDS, registry=registry
         )
 
     def __call__(self, method: str, code: str, seconds: float) -> None:
@@ -61,7 +63,7 @@ async def serve(values: Settings, broker: str) -> None:
     server = build_server(listen, admin_methods=ADMIN_METHODS, on_call=CallMetrics(registry))
     jobs_pb2_grpc.add_JobsServiceServicer_to_server(JobsServicer(db, make_app(broker), values), server)
     health = add_health_and_reflection(server, [SERVICE])
-    serve_metrics(registry, values.metrics_host, values.jobs_metrics_port)
+    serve_metrics(registry, values, "jobs_metrics_port")
     try:
         await run_until_stopped(server, listen, health)
     finally:
@@ -73,6 +75,7 @@ def main() -> int:
     try:
         values = settings()
         configure_logging("jobs", values)
+        start_tracing("jobs", values)
         with running_broker(values) as broker:
             asyncio.run(serve(values, broker))
     except DistilleryError as error:

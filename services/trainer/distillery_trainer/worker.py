@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
                 raise ConfigError(f"no queue is called {name!r}{nearest(name, known)}")
         values = settings()
         queues = arguments or DEFAULT_QUEUES
-        return run_worker(queues, values, service="trainer", metrics_port=values.worker_metrics_port)
+        return run_worker(queues, values, service="trainer")
     except DistilleryError as error:
         print(f"error: {error}", file=sys.stderr)
         return meaning(error).exit_code

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 
-from distill_core.errors import ConfigError, Unavailable
+from distill_core.errors import Unavailable
 from distill_service.jobs.database import Database
 from distill_service.jobs.queue import Claim
 from distill_service.jobs.table import ENDED, Event, Job, Kind, State
@@ -58,9 +59,12 @@ class JobTableCollector(Collector):
         query = select(Job.kind, Job.state, func.count(), func.sum(seconds), *below)
         query = query.where(Job.state.in_(ENDED), Job.started.is_not(None)).group_by(Job.kind, Job.state)
         with self._db.read() as session:
-            for kind, state, count, total, *within in session.execute(query):
-                buckets = [(str(float(bound)), float(n)) for bound, n in zip(_BUCKETS, within, strict=True)]
-                family.add_metric([kind, state], [*buckets, ("+Inf", float(count))], sum_value=total)
+            found = {(kind, state): figures for kind, state, *figures in session.execute(query)}
+        none = (0, 0.0, *(0 for _ in _BUCKETS))  # so that the first failure is an increase too
+        for kind, state in itertools.product(map(str, Kind), map(str, ENDED)):
+            count, total, *within = found.get((kind, state), none)
+            buckets = [(str(float(bound)), float(n)) for bound, n in zip(_BUCKETS, within, strict=True)]
+            family.add_metric([kind, state], [*buckets, ("+Inf", float(count))], sum_value=total)
         return family
 
     def _attempts(self) -> Metric:
@@ -88,7 +92,19 @@ class WorkerMetrics:
         self._busy = Gauge("distillery_worker_busy", "1 while a job runs", registry=self.registry)
         self._step = Gauge("distillery_train_step", "Step of the current job", registry=self.registry)
         self._rate = Gauge("distillery_train_steps_per_second", "Its rate", registry=self.registry)
+        self._images = Gauge(
+            "distillery_images_per_second", "Images, or rays of a scene, it trains on", registry=self.registry
+        )
+        self._memory = Gauge(
+            "distillery_gpu_memory_bytes", "The most it held of its GPU", registry=self.registry
+        )
         self._loss = Gauge("distillery_train_loss", "Its last figures", ["term"], registry=self.registry)
+        self._parity = Gauge(
+            "distillery_export_parity_rel_l2",
+            "Difference of the last export from PyTorch",
+            ["target"],
+            registry=self.registry,
+        )
         self._seconds = Counter(
             "distillery_worker_busy_seconds", "Time spent on jobs", ["kind"], registry=self.registry
         )
@@ -102,36 +118,25 @@ class WorkerMetrics:
         try:
             yield
         finally:
-            self._busy.set(0)
+            for gauge in (self._busy, self._rate, self._images, self._memory):
+                gauge.set(0)
             self._seconds.labels(claim.kind).inc(time.monotonic() - started)
 
-    def observe(self, _claim: Claim, message: Mapping[str, Any]) -> None:
+    def observe(self, claim: Claim, message: Mapping[str, Any]) -> None:
         """Take one message of the job's process."""
         if message["event"] == "progress":
             self._step.set(_number(message.get("step")))
             self._rate.set(_number(message.get("rate")))
+            self._images.set(_number(message.get("images_per_second", 0)))
+            self._memory.set(_number(message.get("gpu_memory_bytes", 0)))
         elif message["event"] == "metrics":
             for term, value in list((message.get("values") or {}).items())[:64]:
                 self._loss.labels(str(term)[:64]).set(_number(value))
+        elif message["event"] == "result" and claim.kind == "convert":
+            difference = (message.get("metrics") or {}).get("rel_l2")
+            if difference is not None:
+                self._parity.labels(str(claim.spec.get("target", ""))[:64]).set(_number(difference))
 
 
 def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
-
-
-def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> None:
-    """Serve /metrics; port 0 is off.
-
-    Raises:
-        ConfigError: the port is taken.
-    """
-    if not port:
-        return
-    try:
-        start_http_server(port, addr=host, registry=registry)
-    except OSError as error:
-        raise ConfigError(
-            f"metrics port {port} on {host} cannot be opened: {error.strerror}; "
-            "choose another one, or 0 for none",
-            field="metrics_port",
-        ) from None

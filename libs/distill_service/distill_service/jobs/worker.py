@@ -23,10 +23,11 @@ from distill_service.jobs import queue
 from distill_service.jobs.broker import broker_url
 from distill_service.jobs.celery_app import RUN_NEXT, make_app, wake
 from distill_service.jobs.database import Database
-from distill_service.jobs.metrics import WorkerMetrics, serve_metrics
+from distill_service.jobs.metrics import WorkerMetrics
 from distill_service.jobs.supervisor import COMMANDS, Supervisor
 from distill_service.jobs.table import QUEUES, Kind
 from distill_service.logs import configure_logging
+from distill_service.metrics import serve_metrics
 from distill_service.settings import Settings
 
 _log = structlog.get_logger("distillery.worker")
@@ -121,14 +122,17 @@ def run_worker(
     *,
     commands: Mapping[str, str] = COMMANDS,
     service: str = "worker",
-    metrics_port: int = 0,
+    metrics_port: str = "worker_metrics_port",
 ) -> int:
-    """Run a worker for `queues` in this process until SIGTERM; returns its exit code."""
+    """Run a worker for `queues` in this process until SIGTERM; returns its exit code.
+
+    `metrics_port` is the name of the setting that holds it.
+    """
     configure_logging(service, settings)
     db = Database.open(settings.database_url)
     app = make_app(broker_url(settings))
     worker = Worker(db, app, settings, queues, commands=commands)
-    serve_metrics(worker.metrics.registry, settings.metrics_host, metrics_port)
+    serve_metrics(worker.metrics.registry, settings, metrics_port)
     signals.worker_shutting_down.connect(worker.stop, weak=False)
     warnings.simplefilter("ignore", SecurityWarning)  # it warns root of pickled messages; ours are JSON
     # Threads, not processes: a job is a process of its own already, and one process sees every signal.
