@@ -100,6 +100,7 @@ def _form(wanted: str, total: LoraDenoiser) -> Literal["merged", "adapter"]:
 
 def _publish(total: LoraDenoiser, name: str, terms: list[Term], where: Context) -> Manifest:
     from distill_core.artifacts import Manifest
+    from distill_core.networks.answers import parity_sample
 
     parents = [where.store.manifest(ref) for ref, _ in terms if not Path(ref).is_dir()]
     licences = dict.fromkeys(parent.licence for parent in parents)
@@ -110,6 +111,7 @@ def _publish(total: LoraDenoiser, name: str, terms: list[Term], where: Context) 
         ),
         parents=tuple(parent.ref for parent in parents),
         **({"licence": " AND ".join(licences)} if licences else {}),
+        parity=parity_sample(total),
         **total.manifest_fields(),
     )
     with tempfile.TemporaryDirectory(prefix="distillery-merge-") as scratch:

@@ -13,6 +13,7 @@ from distill_core.errors import EXIT_OUT_OF_MEMORY, DistilleryError, meaning, ou
 from distillery_cli import (
     adapters,
     bench,
+    bench_serving,
     claims,
     conversion,
     demo,
@@ -79,6 +80,7 @@ for _module in (
     doctor,
     health,
     bench,
+    bench_serving,
     claims,
 ):
     _module.register(app)

@@ -21,6 +21,7 @@ from distillery_cli.bench_conversion import (
     save_plot,
     stage_rows,
 )
+from distillery_cli.bench_gpu import gpu_rows
 from distillery_cli.bench_radiance import COLUMNS, rendering_rows
 from distillery_cli.bench_trainer import LIMIT
 from distillery_cli.output import AsJson, bar, emit_json, markdown_table, notes, results, table
@@ -32,6 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 PARTS = ("steps", "sampler", "rendering", "conversion", "stages")
+ON_REQUEST = ("gpu",)  # what most machines cannot measure
 
 
 def bench(
@@ -57,15 +59,16 @@ def bench(
     Networks are untrained where time does not depend on the weights. The conversions take twenty minutes.
     """
     chosen = [name.strip() for name in only.split(",") if name.strip()]
-    if unknown := set(chosen) - set(PARTS):
+    if unknown := set(chosen) - {*PARTS, *ON_REQUEST}:
+        known = ", ".join((*PARTS, *ON_REQUEST))
         raise ConfigError(
-            f"no part of the bench is called {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}",
+            f"no part of the bench is called {', '.join(sorted(unknown))}; choose from {known}",
             field="only",
         )
     comparison = Comparison(train_seconds, scene, factor)
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    report = {**_kept(out / "report.json"), "machine": _machine()}
+    report = {**kept(out / "report.json"), "machine": machine()}
     with tempfile.TemporaryDirectory(prefix="distillery-bench-") as scratch:
         for name in chosen:
             report[name] = _measured(name, Path(scratch) / name, seconds, steps, comparison)
@@ -83,6 +86,7 @@ def bench(
 
 def _measured(name: str, work: Path, seconds: float, steps: int, comparison: Comparison) -> Any:
     from distillery_cli.bench_conversion import measure_conversion, measure_stages
+    from distillery_cli.bench_gpu import measure_gpu
     from distillery_cli.bench_radiance import measure_radiance
     from distillery_cli.bench_sampler import measure_sampler
     from distillery_cli.bench_trainer import measure_trainer
@@ -94,12 +98,14 @@ def _measured(name: str, work: Path, seconds: float, steps: int, comparison: Com
         return measure_sampler(work, seconds, notes.print)
     if name == "rendering":
         return measure_radiance(work, seconds, notes.print)
+    if name == "gpu":
+        return measure_gpu(work, seconds, notes.print)
     if name == "stages":
         return measure_stages(work, notes.print)
     return measure_conversion(work, comparison, notes.print)
 
 
-def _kept(path: Path) -> dict[str, Any]:
+def kept(path: Path) -> dict[str, Any]:
     """An earlier report, whose parts stay where they are not measured anew."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -108,7 +114,8 @@ def _kept(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": _cpu_name(),
@@ -191,6 +198,11 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, str, list[str], list[list
     if "sampler" in report:
         rows = _serving_rows(report)
         found.append(("Sampler against the bare runtime", sampler, SERVING_COLUMNS, rows))
+    if "gpu" in report:
+        remark = (
+            "Text encoder, UNet, VAE and JPEG of one picture; bare forwards are eager, one after the other."
+        )
+        found.append(("Text to image on a GPU", remark, SERVING_COLUMNS, gpu_rows(report["gpu"])))
     if "rendering" in report:
         found.append(("Rendering", rendering, COLUMNS, rendering_rows(report["rendering"])))
     if "conversion" in report:

@@ -59,8 +59,8 @@ def measure_sampler(state: Path, seconds: float, say: Callable[[str], object]) -
         stack.start()
         for subject in SUBJECTS:
             say(f"{subject.name}: converting")
-            ref = _converted(subject, settings.store_url, f"{settings.jobs_host}:{settings.jobs_port}", state)
-            bare = _bare(_graph(settings.store_url, ref), subject)
+            ref = converted(subject, settings.store_url, f"{settings.jobs_host}:{settings.jobs_port}", state)
+            bare = _bare(graph_of(settings.store_url, ref), subject)
             address = f"{settings.sampler_host}:{settings.sampler_port}"
             loads = []
             for clients, images in LOADS:
@@ -71,7 +71,7 @@ def measure_sampler(state: Path, seconds: float, say: Callable[[str], object]) -
     return measured
 
 
-def _converted(subject: Subject, store_url: str, jobs: str, work: Path) -> str:
+def converted(subject: Subject, store_url: str, jobs: str, work: Path) -> str:
     """Publish the network and have the converter export it."""
     from distill_core.artifacts import ArtifactStore, Manifest
     from distill_core.config import NetworkConfig
@@ -92,7 +92,7 @@ def _converted(subject: Subject, store_url: str, jobs: str, work: Path) -> str:
     return job.artifact
 
 
-def _graph(store_url: str, ref: str) -> Path:
+def graph_of(store_url: str, ref: str) -> Path:
     from distill_core.artifacts import ArtifactStore
 
     return ArtifactStore(store_url).fetch(ref) / "exports" / "onnx-fp32" / "denoiser.onnx"

@@ -130,7 +130,10 @@ def stack_settings(state: Path) -> Settings:
         tls_key=None,
         tls_client_ca=None,
         tls_ca=None,
+        tls_client_cert=None,
+        tls_client_key=None,
         tokens_file=None,
+        audit_log=None,
     )
 
 

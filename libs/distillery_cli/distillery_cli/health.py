@@ -47,7 +47,7 @@ def grpc_state(address: str, service: str = "", *, timeout_s: float = 5.0) -> st
     from distill_service.settings import settings
     from distill_service.status import error_from_call
 
-    with channel(address, ca=settings().tls_ca) as connection:
+    with channel(address, **settings().client_tls()) as connection:
         try:
             request = health_pb2.HealthCheckRequest(service=service)
             reply = health_pb2_grpc.HealthStub(connection).Check(request, timeout=timeout_s)

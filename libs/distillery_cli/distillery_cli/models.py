@@ -10,7 +10,7 @@ from distill_core.errors import ArtifactError, ConfigError
 from distillery_cli.output import AsJson, emit_json, figure, notes, results, table
 
 if TYPE_CHECKING:
-    from distill_core.artifacts import ArtifactStore, Manifest
+    from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
 
 
 def register(app: typer.Typer) -> None:
@@ -90,16 +90,30 @@ def _show(manifest: Manifest) -> None:
     ]
     rows.append(["form", manifest.form])
     rows += [[f"metrics.{name}", figure(value)] for name, value in manifest.metrics.items()]
-    rows += [
-        [
-            f"exports.{name}",
-            f"max difference from PyTorch {report.max_abs_difference:.2g} of {report.tolerance:g} allowed",
-        ]
-        for name, report in manifest.exports.items()
-    ]
+    for name, report in manifest.exports.items():
+        rows += [[f"exports.{name}{part}", said] for part, said in _export(report)]
     size = sum(entry.size for entry in manifest.files.values())
     rows.append(["files", f"{len(manifest.files)}, {size / 1e6:.1f} MB"])
     results.print(table(["key", "value"], rows))
+
+
+def _export(report: ExportReport) -> list[tuple[str, str]]:
+    """A converted form in words: what it differs by, then each of its graphs."""
+    whole = [f"max difference from PyTorch {report.max_abs_difference:.2g} of {report.tolerance:g} allowed"]
+    if report.frechet is not None:
+        found = report.frechet
+        whole.append(
+            f"Fréchet distance {found.before:.3g} before, {found.after:.3g} after ({found.ratio:.3f} x; "
+            f"{found.samples} samples of {found.num_steps} steps, {found.features}, to {found.reference})"
+        )
+    parts = []
+    for name, graph in report.graphs.items():
+        said = [f"{graph.precision}, {graph.size / 1e6:.2f} MB, relative L2 {graph.rel_l2:.2g}"]
+        said += [f"{graph.snr_db:.1f} dB"] if graph.snr_db is not None else []
+        said += [f"{graph.changed_pixels:.2%} of pixels differ"] if graph.changed_pixels is not None else []
+        said += [f"in float: {graph.left_in_float}"] if graph.left_in_float else []
+        parts.append((f".{name}", ", ".join(said)))
+    return [("", "; ".join(whole)), *parts]
 
 
 def alias(
@@ -132,7 +146,9 @@ def alias(
 
 def convert(
     ref: Annotated[str, typer.Argument(help="name@version or name@alias of a published model.")],
-    target: Annotated[str, typer.Option(help="onnx-fp32, onnx-fp16, trt-fp32 or trt-fp16.")] = "onnx-fp32",
+    target: Annotated[
+        str, typer.Option(help="onnx-fp32, onnx-fp16, onnx-int8, trt-fp32, trt-fp16 or trt-bf16.")
+    ] = "onnx-fp32",
     tolerance: Annotated[
         float | None, typer.Option(help="Largest difference from PyTorch; unset: the target's.")
     ] = None,

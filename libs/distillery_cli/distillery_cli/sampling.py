@@ -35,7 +35,7 @@ def client() -> SamplerClient:
 
     known = settings()
     address = f"{known.sampler_host}:{known.sampler_port}"
-    return SamplerClient(address, token=known.client_token(), ca=known.tls_ca)
+    return SamplerClient(address, token=known.client_token(), **known.client_tls())
 
 
 def parse_labels(text: str) -> list[int]:
