@@ -1,4 +1,4 @@
-# make setup · demo · test · lint · proto · claims · bench. Each sets up what is missing, once.
+# make setup · demo · test · lint · proto · claims · bench · bench-serving · fuzz-sampler · fuzz-converter · prove-NAME. Each sets up what is missing, once.
 # Where pip would fetch a CUDA build of torch that you do not need:
 #   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 SHELL := /bin/sh
@@ -8,9 +8,9 @@ BIN := .venv/bin
 STAMP := .venv/.setup-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 TYPED := libs/distill_core/distill_core/method.py libs/distill_core/distill_core/config.py libs/distill_core/distill_core/api.py \
          libs/distill_service/distill_service services
-OURS := libs services tests deploy
+OURS := libs services tests deploy benchmarks
 
-.PHONY: setup demo test lint proto claims bench
+.PHONY: setup demo test lint proto claims bench bench-serving fuzz-sampler fuzz-converter
 setup: $(STAMP)
 
 $(STAMP):
@@ -31,8 +31,26 @@ lint: setup
 proto: setup
 	cd proto && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. distillery/v1/*.proto
 
+# One claim each: prove-triton, prove-seeds, prove-swaps …, as files in tests/proofs.
+prove-%: setup
+	$(BIN)/python -m pytest tests/proofs/test_$*.py $(PYTEST_ARGS)
+
+prove-memory: setup
+	$(BIN)/python -m tests.proofs.memory
+
 claims: setup
 	$(BIN)/distillery claims
 
 bench: setup
 	$(BIN)/distillery bench --page docs/performance.md
+
+bench-serving: setup
+	$(BIN)/distillery bench-serving --page docs/serving_performance.md
+
+# 20,000 broken calls against a live sampler; its table also as out/fuzz/sampler.json.
+fuzz-sampler: setup
+	$(BIN)/python -m tests.services.fuzz.run
+
+# Damaged models: one sentence from the converter and the sampler each time. COUNT and SEED change how many and which.
+fuzz-converter: setup
+	$(BIN)/python -m tests.services.fuzz.converter --seed $(or $(SEED),0) --count $(or $(COUNT),2000)

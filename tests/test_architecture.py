@@ -34,7 +34,7 @@ CLIENTS = (
 LAYERS = [
     ("errors", "config", "checking"),
     ("diffusion", "losses", "metrics.image", "metrics.frechet", "metrics.classification"),
-    ("artifacts", "pictures", "method", "radiance.sh", "radiance.cameras", "radiance.distortion"),
+    ("artifacts", "parity", "pictures", "method", "radiance.sh", "radiance.cameras", "radiance.distortion"),
     ("networks", "data", "radiance", "metrics"),
     ("methods", "training", "building", "evaluation"),
     ("api",),

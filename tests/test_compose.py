@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from distill_service.jobs.database import Database
 from distill_service.jobs.metrics import JobTableCollector, WorkerMetrics
+from distill_service.metrics import DiskCollector
 from distill_service.settings import Settings
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.settings import SamplerSettings
@@ -29,9 +30,9 @@ GPU: dict[str, dict] = yaml.safe_load((ROOT / FILES[1]).read_text())["services"]
 OURS = ("trainer", "trainer-worker", "converter", "sampler")
 WANTED = {*OURS, "redis", "postgres", "prometheus", "grafana"}
 DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
-SETTINGS = {f"DISTILLERY_{name.upper()}" for name in DEFAULTS} | {
-    f"DISTILLERY_SAMPLER_{name.upper()}" for name in SamplerSettings.model_fields
-}
+SETTINGS = {
+    field.validation_alias or f"DISTILLERY_{name.upper()}" for name, field in Settings.model_fields.items()
+} | {f"DISTILLERY_SAMPLER_{name.upper()}" for name in SamplerSettings.model_fields}
 
 
 def seconds(text: str) -> float:
@@ -105,8 +106,10 @@ def test_every_variable_is_a_setting_and_its_value_is_allowed(name):
     environment = {**SERVICES[name]["environment"], **GPU.get(name, {}).get("environment", {})}
     assert set(environment) <= SETTINGS
     values = {key.removeprefix("DISTILLERY_").lower(): plain(value) for key, value in environment.items()}
+    aliased = {str(field.validation_alias).lower() for field in Settings.model_fields.values()}
     Settings(**{key: value for key, value in values.items() if key in DEFAULTS})
-    sampler = {key.removeprefix("sampler_"): value for key, value in values.items() if key not in DEFAULTS}
+    others = {key: value for key, value in values.items() if key not in DEFAULTS and key not in aliased}
+    sampler = {key.removeprefix("sampler_"): value for key, value in others.items()}
     SamplerSettings(**sampler)
 
 
@@ -226,6 +229,7 @@ def exposed_metrics(folder: Path) -> set[str]:
     jobs = CollectorRegistry()
     jobs.register(JobTableCollector(Database.open(f"sqlite:///{folder / 'jobs.db'}")))
     CallMetrics(jobs)
+    jobs.register(DiskCollector({"store": folder}))
     families = [
         family
         for registry in (jobs, WorkerMetrics().registry, Metrics().registry)

@@ -113,11 +113,12 @@ def test_the_pipeline_that_the_readme_submits_can_be_read():
 
 
 def test_every_make_target_exists():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets |= {f"prove-{proof.stem.removeprefix('test_')}" for proof in ROOT.glob("tests/proofs/test_*.py")}
     named = {
         name
         for page in PAGES
-        for name in re.findall(r"(?:`|^\s*)make ([a-z]+)", page.read_text(encoding="utf-8"), re.M)
+        for name in re.findall(r"(?:`|^\s*)make ([a-z]+(?:-[a-z]+)*)", page.read_text(encoding="utf-8"), re.M)
     }
     assert {"demo", "test", "setup", "lint", "claims"} <= named <= targets
 
@@ -241,8 +242,11 @@ def test_the_tables_of_methods_and_evidence_are_those_of_the_kept_results(tmp_pa
 
 def test_the_deployment_page_lists_every_setting():
     page = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `(DISTILLERY_\w+)` \|", page, re.M)
-    wanted = [f"DISTILLERY_{name.upper()}" for name in Settings.model_fields]
+    listed = re.findall(r"^\| `((?:DISTILLERY|OTEL)_\w+)` \|", page, re.M)
+    wanted = [
+        field.validation_alias or f"DISTILLERY_{name.upper()}"
+        for name, field in Settings.model_fields.items()
+    ]
     wanted += [f"DISTILLERY_SAMPLER_{name.upper()}" for name in SamplerSettings.model_fields]
     assert sorted(listed) == sorted(wanted)
 

@@ -52,7 +52,9 @@ def main() -> int:
         os.replace(checkpoint.with_suffix(".new"), checkpoint)
         with (run_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "time": time.time(), "loss": 1 / step}) + "\n")
-        say(event="progress", step=step, steps=steps, rate=1.0, eta_s=float(steps - step))
+        rates = {"rate": 1.0, "eta_s": float(steps - step), "images_per_second": 64.0, "gpu_memory_bytes": 0}
+        say(event="progress", step=step, steps=steps, **rates)
+        say(event="metrics", step=step, values={"student_loss": 1 / step})
         if step == 1:
             (run_dir / "samples" / "00000001.png").write_bytes(PNG)
             say(event="sample", step=1, path="samples/00000001.png")
@@ -87,7 +89,7 @@ def publish(task: dict, step: int) -> int:
 def convert(task: dict) -> int:
     (Path(task["run_dir"]) / "converted").write_text(task["spec"]["artifact"])
     name = task["spec"]["artifact"].partition("@")[0]
-    say(event="result", artifact=f"{name}@2", metrics={})
+    say(event="result", artifact=f"{name}@2", metrics={"rel_l2": 2e-6})
     return 0
 
 

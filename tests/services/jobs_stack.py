@@ -51,6 +51,7 @@ def short_settings(folder: Path, **values: Any) -> Settings:
         "stop_grace_s": 3.0,
         "jobs_port": free_port(),
         "jobs_metrics_port": free_port(),
+        "worker_metrics_port": 0,
     }
     return load_settings(**(short | values))
 
@@ -98,7 +99,8 @@ class Processes:
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         changed = self.settings.model_dump(mode="json", exclude_none=True)
         variables = {f"DISTILLERY_{key.upper()}": str(value) for key, value in changed.items()}
-        environment = {**os.environ, **variables, "PYTHONPATH": str(HERE)}
+        modules = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, **variables, "PYTHONPATH": modules}
         with (self.settings.state_dir / "services.log").open("ab") as log:
             command = [sys.executable, *arguments]
             process = subprocess.Popen(

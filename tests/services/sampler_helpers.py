@@ -15,6 +15,7 @@ import grpc
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from tritonclient.grpc import InferenceServerClient
 
 from distill_core.artifacts import ArtifactStore, CondSpec, ExportReport, ImageSpec, Manifest, SamplerSpec
 from distillery.v1 import sampler_pb2_grpc
@@ -145,7 +146,9 @@ class SamplerProcess:
 
     def __enter__(self) -> "SamplerProcess":
         command, environment = self.command()
-        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -182,6 +185,13 @@ class SamplerProcess:
         self.process.kill()
         self.process.wait()
         self._reader.join(5)
+
+
+def executed(address: str, name: str) -> int:
+    """How many images, or tiles of views, of a model were in batches so far."""
+    with InferenceServerClient(address) as triton:
+        (stats,) = triton.get_inference_statistics(name).model_stats
+    return sum(batch.batch_size * batch.compute_infer.count for batch in stats.batch_stats)
 
 
 def answer(

@@ -22,9 +22,8 @@ from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distillery_sampler.backends.shared import SharedWeights
-from distillery_sampler.client import SamplerClient, generate_request
+from distillery_sampler.client import SamplerClient, generate_request, tensor_from
 from distillery_sampler.engine import Engine
-from distillery_sampler.messages import tensor_from
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.requests import GenerateRequest
 from distillery_sampler.settings import SamplerSettings

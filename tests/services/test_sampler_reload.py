@@ -13,7 +13,7 @@ from distill_core.artifacts import ArtifactStore
 from distill_core.errors import ArtifactError
 from distillery.v1 import models_pb2
 from distillery_sampler.client import SamplerClient
-from tests.services.sampler_helpers import SamplerProcess, class_means, publish_denoiser
+from tests.services.sampler_helpers import SamplerProcess, class_means, publish_denoiser, write_denoiser
 
 
 def negative() -> np.ndarray:
@@ -87,7 +87,8 @@ def publish_damaged(store: ArtifactStore, tmp_path: Path) -> None:
 
 
 def test_a_new_version_is_swapped_in_under_load_without_a_failed_call(store, tmp_path):
-    with SamplerProcess(store.url) as sampler, sampler.client() as client:
+    freed_soon = {"DISTILLERY_SAMPLER_KEEP_REPLACED_S": "0.3"}
+    with SamplerProcess(store.url, freed_soon) as sampler, sampler.client() as client:
         assert not is_inverted(client)
         with Load(sampler) as load:
             until(lambda: load.calls > 20)
@@ -119,16 +120,37 @@ def test_a_damaged_version_is_refused_and_the_old_one_goes_on(store, tmp_path):
         until(lambda: is_inverted(client))
 
 
-def test_an_alias_that_moves_back_takes_its_old_version_back(store, tmp_path):
+@pytest.mark.parametrize(("keep_s", "loads"), [("60", 2), ("0", 4)])
+def test_an_alias_that_moves_back_takes_its_old_version_back(store, tmp_path, keep_s, loads):
     publish_denoiser(store, tmp_path / "two", means=negative())
     store.set_alias("digits", "prod", 1)
+    with SamplerProcess(store.url, {"DISTILLERY_SAMPLER_KEEP_REPLACED_S": keep_s}) as sampler:
+        with sampler.client() as client:
+            assert not is_inverted(client, "digits@prod")
+            store.set_alias("digits", "prod", 2)
+            until(lambda: is_inverted(client, "digits@prod"))
+            store.set_alias("digits", "prod", 1)
+            until(lambda: not is_inverted(client, "digits@prod"))
+            assert is_inverted(client)  # latest
+        assert sum(event["event"] == "model loaded" for event in sampler.events) == loads  # kept, or again
+
+
+def test_a_refused_version_is_tried_again_when_the_alias_comes_back_to_it(store, tmp_path):
+    store.set_alias("digits", "prod", 1)
+    publish_damaged(store, tmp_path)
+    graph = Path(store.url) / "digits" / "versions" / "2" / "exports" / "onnx-fp32" / "denoiser.onnx"
     with SamplerProcess(store.url) as sampler, sampler.client() as client:
         assert not is_inverted(client, "digits@prod")
         store.set_alias("digits", "prod", 2)
-        until(lambda: is_inverted(client, "digits@prod"))
+        until(lambda: versions(client)[2].state == models_pb2.MODEL_STATE_FAILED)
+        time.sleep(0.6)  # some polls
+        refused = [event for event in sampler.events if "refused" in event["event"]]
+        assert len(refused) == 1  # not tried at every poll
+        write_denoiser(graph, class_means())  # mended
         store.set_alias("digits", "prod", 1)
-        until(lambda: not is_inverted(client, "digits@prod"))
-        assert is_inverted(client)  # latest
+        time.sleep(0.6)
+        store.set_alias("digits", "prod", 2)
+        until(lambda: versions(client)[2].state == models_pb2.MODEL_STATE_READY)
 
 
 def test_no_more_models_stay_loaded_than_allowed(store, tmp_path):

@@ -1,6 +1,7 @@
 """Scenes: a real field with untrained weights, looked at through a real process."""
 
 import time
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -15,17 +16,23 @@ from distill_core.networks.fields import build_field
 from distill_core.radiance.cameras import orbit_camera
 from distill_core.radiance.renderer import Scene, refined, render, save_scene
 from distillery.v1 import sampler_pb2
-from tests.services.sampler_helpers import SamplerProcess
+from tests.services.sampler_helpers import SamplerProcess, executed
 
 GRID = 8
 
 
-def cloud() -> Scene:
+def cloud(num_steps: int = 32) -> Scene:
     """A field that was never trained: a mist whose colours depend on place and direction."""
     torch.manual_seed(0)
     spec = SceneSpec(field="hash", bound=1.0, radius=3.0, fov_degrees=40.0, background=(1.0, 0.5, 0.0))
     field = build_field(NetworkConfig(name="mlp"), spec.bound)
-    return Scene(field.eval(), torch.ones(GRID, GRID, GRID, dtype=torch.bool), spec, num_steps=32)
+    return Scene(field.eval(), torch.ones(GRID, GRID, GRID, dtype=torch.bool), spec, num_steps=num_steps)
+
+
+def publish_cloud(store: ArtifactStore, folder: Path, scene: Scene) -> None:
+    """Publish a scene as `cloud`; `folder` must be new."""
+    save_scene(scene, folder)
+    store.publish(folder, Manifest(name="cloud", kind="field", method="nerf", scene=scene.spec))
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +44,7 @@ def scene() -> Scene:
 @pytest.fixture(scope="module")
 def sampler(scene, tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
-    save_scene(scene, root / "cloud")
-    store = ArtifactStore(root / "store")
-    store.publish(root / "cloud", Manifest(name="cloud", kind="field", method="nerf", scene=scene.spec))
+    publish_cloud(ArtifactStore(root / "store"), root / "cloud", scene)
     with SamplerProcess(str(root / "store"), {"DISTILLERY_SAMPLER_PRELOAD": '["cloud"]'}) as process:
         yield process
 
@@ -109,10 +114,8 @@ def test_a_path_of_poses_is_rendered_as_given(client):
 
 
 def test_a_path_that_nobody_reads_stops_being_rendered(sampler, client):
-    triton = InferenceServerClient(sampler.address)
-
     def rendered() -> int:
-        return triton.get_inference_statistics("cloud").model_stats[0].inference_count
+        return executed(sampler.address, "cloud")
 
     views = client.render_path("cloud", count=1000, width=16, height=16)
     next(views)

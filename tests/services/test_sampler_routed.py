@@ -26,7 +26,8 @@ from distill_core.networks.routed import ConditionPartition, RoutedDenoiser
 from distill_service.settings import settings
 from distillery_cli.app import app
 from distillery_converter.convert import convert
-from distillery_converter.graphs import DenoiserGraph, in_half, load_graphs
+from distillery_converter.graphs import DenoiserGraph, load_graphs
+from distillery_converter.precision import lowered
 from distillery_sampler.client import generate_request
 from distillery_sampler.engine import Engine
 from distillery_sampler.metrics import Metrics
@@ -107,7 +108,7 @@ def test_an_expert_is_compared_on_what_is_routed_to_it(published):
         [0, 1, 2, 3, 4],
         [5, 6, 7, 8],
     ]
-    assert all(isinstance(in_half(graph).module, DenoiserGraph) for graph in graphs)
+    assert all(isinstance(lowered(graph, "fp16").module, DenoiserGraph) for graph in graphs)
 
 
 # -- one model over gRPC ------------------------------------------------------------------------------------

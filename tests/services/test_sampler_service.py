@@ -31,6 +31,7 @@ from tests.services.sampler_helpers import (
     SPREAD2,
     SamplerProcess,
     class_means,
+    executed,
     publish_denoiser,
     teacher_spec,
 )
@@ -234,23 +235,17 @@ def test_a_reply_too_large_for_one_message_points_at_the_stream(store_url):
 
 def hold(sampler: SamplerProcess) -> grpc.Future:
     """Keep the teacher's only device busy for a second, and return when it is."""
-    triton = InferenceServerClient(sampler.address)
-    before = images_run(triton)
+    before = executed(sampler.address, "teacher")
     request = generate_request("teacher", class_labels=[0], num_steps=SLOW_STEPS)
     future = sampler.stub().Generate.future(request)
     time.sleep(0.2)
-    assert images_run(triton) == before
+    assert executed(sampler.address, "teacher") == before
     return future
-
-
-def images_run(triton: InferenceServerClient) -> int:
-    return triton.get_inference_statistics("teacher").model_stats[0].inference_count
 
 
 def test_cancelled_and_expired_calls_never_reach_a_batch(sampler, client):
     client.generate("teacher", class_labels=[0])
-    triton = InferenceServerClient(sampler.address)
-    before = images_run(triton)
+    before = executed(sampler.address, "teacher")
     busy = hold(sampler)
     stub = sampler.stub()
     request = generate_request("teacher", class_labels=[1, 2])
@@ -262,7 +257,7 @@ def test_cancelled_and_expired_calls_never_reach_a_batch(sampler, client):
     assert {future.code() for future in expired} == {grpc.StatusCode.DEADLINE_EXCEEDED}
     busy.result()
     client.generate("teacher", class_labels=[3])
-    assert images_run(triton) - before == 2  # the one that held the device, and the last
+    assert executed(sampler.address, "teacher") - before == 2  # the one that held the device, and the last
 
 
 def test_overload_is_refused_with_a_pushback_that_the_shipped_client_obeys(store_url):

@@ -18,7 +18,7 @@ from distill_core.networks.fields import build_field
 from distill_core.radiance.renderer import Scene, refined, render, save_scene
 from distillery.v1 import common_pb2, sampler_pb2
 from distillery_cli.viewed import ServedScene, _spec
-from tests.services.sampler_helpers import SamplerProcess
+from tests.services.sampler_helpers import SamplerProcess, executed
 from tests.services.test_sampler_render import camera
 
 GRID = 8
@@ -61,9 +61,7 @@ def client(sampler):
 
 
 def rendered_tiles(sampler, name: str) -> int:
-    return (
-        InferenceServerClient(sampler.address).get_inference_statistics(name).model_stats[0].inference_count
-    )
+    return executed(sampler.address, name)
 
 
 def same(one, other) -> None:
@@ -139,7 +137,7 @@ def test_small_views_are_rendered_in_batches(sampler, client):
 
     def counts():
         stats = triton.get_inference_statistics("blue").model_stats[0]
-        return np.array([stats.inference_count, stats.execution_count])
+        return np.array([executed(sampler.address, "blue"), stats.execution_count])
 
     before = counts()
     with ThreadPoolExecutor(17) as pool:

@@ -18,7 +18,6 @@ from distill_service.settings import settings
 from distillery_cli.app import main
 from distillery_cli.demo import stack_settings
 from distillery_cli.stack import Stack, last_words
-from tests.helpers import REPOSITORY
 from tests.services.jobs_stack import wait_for
 
 PIPELINE = """
@@ -125,19 +124,6 @@ def test_a_queued_job_is_cancelled_and_retried(user, capsys):
     assert main(["retry", job]) == 0
     assert main(["cancel", job]) == 0
     assert main(["watch", job]) == 143
-
-
-@pytest.mark.parametrize("name", ["generate_with_client", "tritonclient_infer"])
-def test_the_examples_run(name, served, user, tmp_path):
-    path = REPOSITORY / "examples" / f"{name}.py"
-    arguments = [served.partition("@")[0]]
-    arguments += [str(tmp_path / "digits.png")] if "client" in name and "triton" not in name else []
-    arguments.append(f"127.0.0.1:{user.sampler_port}")
-    done = subprocess.run(
-        [sys.executable, str(path), *arguments], capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
 
 
 def test_a_port_that_is_in_use_is_named(tmp_path):

@@ -34,7 +34,10 @@ class Seen:
         self.reasons: list[str] = []
         self.refusals: list[str] = []
 
-    def batch(self, images: int, reason: str, waits: list[float], seconds: float) -> None:
+    def origin(self) -> None:
+        return None
+
+    def batch(self, images: int, reason: str, waits: list, seconds: float, origins: list) -> None:
         self.reasons.append(reason)
 
     def queue(self, images: int) -> None:
@@ -128,6 +131,40 @@ def test_a_poison_image_fails_alone():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("fault", ["too few answers", "an exit"])
+def test_a_device_that_fails_answers_everybody_and_works_on(fault):
+    def device(key: object, payloads: list[int]) -> list[int]:
+        if 0 not in payloads:
+            return payloads
+        if fault == "an exit":
+            raise SystemExit(3)
+        return payloads[1:]
+
+    async def run() -> None:
+        async with batcher_of(device) as batcher:
+            (broken,) = await asyncio.gather(*batcher.submit("key", [0]), return_exceptions=True)
+            assert isinstance(broken, ValueError if fault == "too few answers" else SystemExit)
+            assert await batcher.submit("key", [7])[0] == 7
+
+    asyncio.run(run())
+
+
+def test_a_busy_event_loop_keeps_no_device_waiting():
+    async def run() -> None:
+        device = Device()
+        device.gate.set()
+        async with batcher_of(device, max_batch=1) as batcher:
+            futures = batcher.submit("key", [1, 2, 3])
+            until = time.monotonic() + 10
+            while len(device.batches) < 3 and time.monotonic() < until:  # the loop stands still
+                time.sleep(0.01)
+            assert device.batches == [[1], [2], [3]]
+            assert not any(future.done() for future in futures)
+            assert await asyncio.gather(*futures) == [2, 4, 6]
+
+    asyncio.run(run())
+
+
 def test_a_cancelled_image_never_reaches_a_batch_and_frees_its_place():
     async def run() -> None:
         device = Device()
@@ -147,16 +184,17 @@ def test_a_cancelled_image_never_reaches_a_batch_and_frees_its_place():
 def test_an_expired_image_never_reaches_a_batch():
     async def run() -> None:
         device, seen = Device(), Seen()
-        device.gate.set()
         async with batcher_of(device, seen) as batcher:
+            held = await hold(batcher)
             now = asyncio.get_running_loop().time()
             (late,) = batcher.submit("key", [1], deadline=now + 0.1)
             (patient,) = batcher.submit("key", [2], deadline=now + 60)
-            time.sleep(0.11)  # the whole loop stands still: no worker has looked yet
-            assert await patient == 4
+            time.sleep(0.11)
+            device.gate.set()
+            assert await asyncio.gather(held, patient) == [0, 4]
             with pytest.raises(Expired):
                 await late
-        assert device.batches == [[2]]
+        assert device.batches == [[0], [2]]
         assert seen.refusals == ["deadline"]
 
     asyncio.run(run())

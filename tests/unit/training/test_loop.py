@@ -200,3 +200,13 @@ def test_bfloat16_trains_and_keeps_its_weights_in_float32(tmp_path, context):
     values = run.train_step()
     assert all(torch.isfinite(value).all() for value in values.values())
     assert {p.dtype for p in run.method.parameters()} == {torch.float32}
+
+
+def test_progress_tells_the_rate_in_images_and_the_memory_of_the_gpu(tmp_path):
+    told = []
+    run = trainer(tmp_path)
+    run.run = Run(tmp_path / "run", listener=told.append)
+    run.train()
+    last = [event for event in told if event["event"] == "progress"][-1]
+    assert last["images_per_second"] == pytest.approx(16 * last["rate"], rel=0.01)
+    assert (last["gpu_memory_bytes"] > 0) == torch.cuda.is_initialized()

@@ -1,0 +1,340 @@
+"""Models in the sampler: compared with their manifests, kept under a memory limit, run by the export that is wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distill_core.artifacts import ArtifactStore, Manifest
+from distill_core.errors import ArtifactError, ConfigError, Overloaded, Unavailable
+from distill_core.parity import ParitySample
+from distillery_sampler.backends.fixed import Padded
+from distillery_sampler.backends.onnx_backend import Session
+from distillery_sampler.backends.opening import choose
+from distillery_sampler.engine import Engine
+from distillery_sampler.memory import default_limit, readable, weight_bytes
+from distillery_sampler.metrics import Metrics
+from distillery_sampler.requests import GenerateRequest
+from distillery_sampler.settings import SamplerSettings, load_sampler_settings
+from distillery_sampler.tuning import Layout, layouts
+from tests.services.sampler_helpers import answer, class_means, publish_denoiser
+
+FIXED = {"instances": 1, "max_batch": 4}  # no timing
+
+
+@pytest.fixture
+def store(tmp_path) -> ArtifactStore:
+    store = ArtifactStore(tmp_path / "store")
+    publish_denoiser(store, tmp_path / "one")
+    return store
+
+
+def run(
+    store: ArtifactStore, tmp_path: Path, use: Callable[[Engine], Awaitable[None]], **settings: object
+) -> None:
+    async def inside() -> None:
+        own = load_sampler_settings(**{**FIXED, **settings})
+        engine = Engine(store, tmp_path / "cache", own, Metrics())
+        try:
+            await use(engine)
+        finally:
+            await engine.close()
+
+    asyncio.run(inside())
+
+
+async def ask(engine: Engine, ref: str, label: int = 3) -> np.ndarray:
+    pictures, _ = await engine.generate(GenerateRequest(ref, class_labels=(label,), seed=7))
+    return pictures[0].pixels
+
+
+def publish_big(store: ArtifactStore, folder: Path, name: str, mib: int = 4) -> Manifest:
+    """A model whose export has `mib` MiB that nothing reads."""
+    publish_denoiser(ArtifactStore(folder / "other"), folder / "model", name=name)
+    draft = ArtifactStore(folder / "other").manifest(name)
+    (folder / "model" / "exports" / "onnx-fp32" / "more.data").write_bytes(bytes(mib * 2**20))
+    return store.publish(folder / "model", draft)
+
+
+# -- the parity sample ----------------------------------------------------------------------------------------
+
+
+def with_parity(store: ArtifactStore, folder: Path, means: np.ndarray, *, name: str = "checked") -> Manifest:
+    """A model with `means` in its graph, whose manifest says that class 3 looks as in `class_means`."""
+    published = publish_denoiser(ArtifactStore(folder / "other"), folder / "model", name=name, means=means)
+    sample = ParitySample.of(class_means()[3], class_label=3)
+    return store.publish(folder / "model", published.model_copy(update={"parity": sample}))
+
+
+def test_weights_swapped_under_a_rehashed_manifest_are_refused_and_the_old_version_stays(store, tmp_path):
+    with_parity(store, tmp_path / "right", class_means())
+
+    async def use(engine: Engine) -> None:
+        before = await ask(engine, "checked")
+        with_parity(store, tmp_path / "wrong", -class_means())
+        await engine.models.refresh()
+        while (await engine.models.get("checked@2")).state in ("available", "loading"):
+            await asyncio.sleep(0.01)
+        refused = await engine.models.get("checked@2")
+        assert refused.state == "failed"
+        assert "answers differently than when it was published" in refused.message
+        np.testing.assert_array_equal(await ask(engine, "checked"), before)
+        with pytest.raises(ArtifactError, match="parity sample is off by"):
+            await ask(engine, "checked@2")
+
+    run(store, tmp_path, use)
+
+
+def test_an_older_manifest_without_a_sample_is_served(store, tmp_path):
+    assert store.manifest("digits").parity is None
+
+    async def use(engine: Engine) -> None:
+        await ask(engine, "digits")
+
+    run(store, tmp_path, use)
+
+
+def test_a_scene_is_compared_too(tmp_path):
+    import torch
+
+    from distill_core.artifacts import SceneSpec
+    from distill_core.config import NetworkConfig
+    from distill_core.networks.answers import parity_sample
+    from distill_core.networks.fields import build_field
+    from distill_core.radiance.renderer import Scene, load_scene, save_scene
+
+    spec, store = SceneSpec(field="", bound=1.3, radius=3.0), ArtifactStore(tmp_path / "store")
+    samples = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        field = build_field(NetworkConfig(name="mlp", args={"width": 16, "layers": 2}), spec.bound)
+        for value in field.parameters():
+            torch.nn.init.normal_(value.data, std=0.7)
+        folder = tmp_path / f"scene{seed}"
+        save_scene(Scene(field, torch.ones(4, 4, 4, dtype=torch.bool), spec, 32), folder)
+        samples.append(parity_sample(load_scene(folder)))
+        for name, sample in (("right", samples[seed]), ("wrong", samples[0])):
+            store.publish(folder, Manifest(name=f"{name}{seed}", kind="field", scene=spec, parity=sample))
+
+    async def use(engine: Engine) -> None:
+        for good in ("right0", "right1", "wrong0"):
+            assert (await engine.models.load(good)).state == "ready"
+        with pytest.raises(ArtifactError, match="answers differently than when it was published"):
+            await engine.models.load("wrong1")
+
+    run(store, tmp_path, use)
+
+
+# -- memory ---------------------------------------------------------------------------------------------------
+
+
+def test_the_longest_unused_model_goes_when_memory_is_full(store, tmp_path):
+    for name in ("a", "b", "c"):
+        publish_big(store, tmp_path / name, name, mib=16)
+
+    async def use(engine: Engine) -> None:
+        for name in ("a", "b", "a", "c"):
+            await ask(engine, name)
+        assert {model.manifest.name for model in engine.models.loaded()} == {"a", "c"}
+        info = await engine.models.get("a")
+        assert info.memory >= 16 * 2**20
+        assert (info.instances, info.threads) == (1, layouts(engine.settings, on_gpu=False)[0].threads)
+
+    run(store, tmp_path, use, max_memory="44MiB")  # opening such a session takes far less than its files
+
+
+def test_a_model_larger_than_the_limit_is_refused_in_a_sentence(store, tmp_path):
+    publish_big(store, tmp_path / "giant", "giant", mib=8)
+
+    async def use(engine: Engine) -> None:
+        with pytest.raises(ArtifactError, match=r"giant@1 takes about 8 MiB, more than the 2 MiB"):
+            await ask(engine, "giant")
+        await ask(engine, "digits")
+
+    run(store, tmp_path, use, max_memory="2MiB")
+
+
+def test_preloaded_models_are_never_dropped(store, tmp_path):
+    for name in ("second", "third"):
+        publish_denoiser(store, tmp_path / name, name=name)
+
+    async def use(engine: Engine) -> None:
+        for name in ("digits", "second", "third"):
+            await ask(engine, name)
+        assert {model.manifest.name for model in engine.models.loaded()} == {"digits", "third"}
+
+    run(store, tmp_path, use, max_models=2, preload=("digits",))
+
+    async def full(engine: Engine) -> None:
+        await ask(engine, "digits")
+        await ask(engine, "second")
+        with pytest.raises(Overloaded, match="busy or preloaded.*DISTILLERY_SAMPLER_MAX_MODELS"):
+            await ask(engine, "third")
+
+    run(store, tmp_path, full, max_models=2, preload=("digits", "second@1"))
+
+
+def test_a_replaced_version_is_the_first_to_go(store, tmp_path):
+    publish_denoiser(store, tmp_path / "second", name="second")
+
+    async def use(engine: Engine) -> None:
+        await ask(engine, "second")
+        await ask(engine, "digits")
+        publish_denoiser(store, tmp_path / "two", means=-class_means())
+        await engine.models.refresh()
+        while (await engine.models.get("digits")).manifest.version == 1:
+            await asyncio.sleep(0.01)
+        assert [model.manifest.ref for model in engine.models.loaded()] == [
+            "second@1",
+            "digits@1",
+            "digits@2",
+        ]
+        publish_denoiser(store, tmp_path / "third", name="third")
+        await ask(engine, "third")  # `digits@1` was used last, and goes
+        assert [model.manifest.ref for model in engine.models.loaded()] == ["second@1", "digits@2", "third@1"]
+
+    run(store, tmp_path, use, max_models=3)
+
+
+def test_the_default_limit_is_a_share_of_what_the_process_may_use(tmp_path):
+    limit = tmp_path / "memory.max"
+    limit.write_text(f"{2**30}\n")
+    assert default_limit("cpu", [limit]) == int(0.8 * 2**30)
+    limit.write_text("max\n")
+    assert default_limit("cpu", [limit, tmp_path / "absent"]) > 2**28
+
+
+def test_sizes_are_read_with_their_units_and_others_refused():
+    assert load_sampler_settings(max_memory="1.5 GiB").max_memory == 3 * 2**29
+    assert load_sampler_settings(max_memory="2000000").max_memory == 2_000_000
+    with pytest.raises(ConfigError, match="DISTILLERY_SAMPLER_MAX_MEMORY = '4 apples' is not allowed"):
+        load_sampler_settings(max_memory="4 apples")
+    with pytest.raises(ConfigError, match="DISTILLERY_SAMPLER_BUCKETS.*ascending"):
+        load_sampler_settings(buckets=(4, 2))
+    with pytest.raises(ConfigError, match="DISTILLERY_SAMPLER_TARGETS.*onnx"):
+        load_sampler_settings(targets=("onnx",))
+    assert readable(3 * 2**29) == "1.5 GiB"
+
+
+# -- exports --------------------------------------------------------------------------------------------------
+
+
+def with_targets(store: ArtifactStore, folder: Path, *targets: str) -> Manifest:
+    """A model with the same graph as several exports."""
+    made = publish_denoiser(ArtifactStore(folder / "other"), folder / "model", name="many")
+    report = made.exports["onnx-fp32"]
+    exports = folder / "model" / "exports"
+    for target in targets:
+        if target != "onnx-fp32":
+            shutil.copytree(exports / "onnx-fp32", exports / target)
+    reports = {target: report.model_copy(update={"target": target}) for target in targets}
+    return store.publish(folder / "model", made.model_copy(update={"exports": reports}))
+
+
+def test_the_first_wanted_export_that_a_model_has_is_used(store, tmp_path):
+    manifest = with_targets(store, tmp_path / "many", "onnx-fp32", "onnx-fp16")
+    choice = choose(manifest, SamplerSettings(targets=("onnx-int8", "onnx-fp16", "onnx-fp32")))
+    assert choice == ("onnxruntime", "onnx-fp16", "fp16")
+    assert choose(manifest, SamplerSettings()) == ("onnxruntime", "onnx-fp32", "fp32")
+    assert choose(manifest, SamplerSettings(targets=("onnx-int8",))).backend == "torch"
+    assert choose(manifest, SamplerSettings(backend="torch", precision="bf16")) == ("torch", None, "bf16")
+    with pytest.raises(
+        ArtifactError, match="has no onnx-int8 export; run: distillery convert .* --target onnx-int8"
+    ):
+        choose(manifest, SamplerSettings(targets=("onnx-int8",), backend="onnxruntime"))
+    with pytest.raises(ArtifactError, match="backend tensorrt runs none of the targets onnx-fp32"):
+        choose(manifest, SamplerSettings(backend="tensorrt"))
+    trt = manifest.model_copy(update={"exports": {"trt-fp16": manifest.exports["onnx-fp32"]}})
+    with pytest.raises(Unavailable, match=r"tensorrt is not installed.*distillery\[trt\]"):
+        choose(trt, SamplerSettings(targets=("trt-fp16",)))
+
+
+def test_the_chosen_export_is_the_one_that_runs(store, tmp_path):
+    made = with_targets(store, tmp_path / "many", "onnx-fp32", "onnx-int8")
+    shutil.rmtree(Path(store.url) / "many" / "versions" / "1" / "exports" / "onnx-fp32")
+    assert weight_bytes(made, "onnx-int8") == weight_bytes(made, "onnx-fp32") > 1000
+    kept = {k: v for k, v in made.files.items() if "fp32" not in k}
+    (Path(store.url) / "many" / "versions" / "1" / "manifest.json").write_text(
+        made.model_copy(update={"files": kept}).model_dump_json()
+    )
+    (pictures,) = answer(store, tmp_path, GenerateRequest("many", class_labels=(3,)), targets=("onnx-int8",))
+    assert float((pictures[0] * class_means()[3]).sum()) > 1
+
+
+# -- fixed sizes ----------------------------------------------------------------------------------------------
+
+
+def test_padded_batches_answer_bit_for_bit_and_their_filling_is_counted(store, tmp_path):
+    labels = tuple(range(7))
+    wanted = GenerateRequest("digits", class_labels=labels, seed=1)
+    (plain,) = answer(store, tmp_path, wanted)
+    found: dict[str, float] = {}
+
+    async def use(engine: Engine) -> None:
+        pictures, _ = await engine.generate(wanted)
+        np.testing.assert_array_equal(np.stack([picture.pixels for picture in pictures]), plain)
+        (model,) = engine.models.loaded()
+        assert isinstance(model.backend, Padded)
+        value = engine.metrics.registry.get_sample_value
+        labels = dict(zip(("model", "version", "backend"), model.stats.labels, strict=True))
+        found["padding"] = value("distillery_padding_images_total", labels) or 0.0
+
+    run(store, tmp_path, use, max_batch=5, buckets=(4,))
+    assert found == {"padding": 5.0}  # 5 and 2 images, in batches of 4, 4 and 4
+
+
+def test_bound_buffers_answer_as_plain_calls_do(store):
+    path = Path(store.url) / "digits" / "versions" / "1" / "exports" / "onnx-fp32" / "denoiser.onnx"
+    plain, bound = Session(path, 1), Session(path, 1, bound_to="cpu")
+    rng = np.random.default_rng(0)
+    for batch in (2, 3, 2):
+        feed = {
+            "x_sigma": rng.normal(size=(batch, 1, 8, 8)),  # double: made float32 on the way
+            "sigma": np.full(batch, 80.0, np.float32),
+            "class_label": np.arange(batch, dtype=np.int64),
+        }
+        np.testing.assert_array_equal(bound(feed), plain(feed))
+    assert len(bound._bindings) == 2
+
+
+# -- layouts --------------------------------------------------------------------------------------------------
+
+
+def test_settings_leave_open_what_is_timed(monkeypatch):
+    monkeypatch.setattr("distillery_sampler.tuning.cores", lambda: 8)
+    assert layouts(SamplerSettings(), on_gpu=False) == [Layout(8, 1), Layout(1, 8)]
+    assert layouts(SamplerSettings(), on_gpu=True) == [Layout(1, 1)]
+    assert layouts(SamplerSettings(instances=2), on_gpu=False) == [Layout(2, 4)]
+    assert layouts(SamplerSettings(threads=2), on_gpu=False) == [Layout(4, 2)]
+    assert layouts(SamplerSettings(instances=3, threads=1), on_gpu=False) == [Layout(3, 1)]
+
+
+# -- the allocator --------------------------------------------------------------------------------------------
+
+HOLES = """
+import sys
+from distillery_sampler.memory import keep_tidy, resident
+
+if sys.argv[1] == "tidy":
+    keep_tidy()
+del (large := [bytearray(30 * 2**20)])[:]  # glibc takes pieces up to this size from its pool from now on
+pieces = [bytearray(b"x") * 2**20 for _ in range(100)]
+before = resident()
+del pieces[::2]  # each hole has a neighbour
+print((before - resident()) // 2**20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+@pytest.mark.parametrize(("how", "least", "most"), [("tidy", 45, 60), ("as it is", -5, 10)])
+def test_what_is_freed_goes_back_to_the_system_with_a_tidy_allocator(how, least, most):
+    done = subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True)
+    assert least <= int(done.stdout) <= most
