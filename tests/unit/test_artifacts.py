@@ -169,9 +169,13 @@ def test_a_store_on_another_file_system_copies_and_verifies(folder, tmp_path):
     store.publish(folder, draft())
     fetched = store.fetch("digits", tmp_path / "cache")
     assert (fetched / "unet" / "weights.safetensors").read_bytes() == b"weights"
-    (fetched / "preview.png").write_bytes(b"bad")
+    (fetched / "preview.png").write_bytes(b"bad")  # a copy that this disk damaged is fetched again
+    assert (store.fetch("digits", tmp_path / "cache") / "preview.png").read_bytes() == b"png"
+    store.fs.pipe_file(f"{store.root}/digits/versions/1/preview.png", b"bad")
+    (fetched / "preview.png").unlink()
     with pytest.raises(ArtifactError, match="preview.png"):
         store.fetch("digits", tmp_path / "cache")
+    assert [path.name for path in fetched.parent.iterdir()] == []  # and nothing half-fetched stays
 
 
 @pytest.mark.parametrize("content", ["{", "5", '{"name": "digits"}'])

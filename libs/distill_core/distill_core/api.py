@@ -35,7 +35,7 @@ from distill_core.pictures import save_sheet
 from distill_core.radiance.renderer import load_scene
 from distill_core.training.checkpoint import writing
 from distill_core.training.loop import Trainer
-from distill_core.training.memory import MemoryPlan, plan_memory, refusing_values
+from distill_core.training.memory import MemoryPlan, Unplannable, plan_memory, refusing_values
 from distill_core.training.run import Listener, Run
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "untrained",
 ]
 log = logging.getLogger(__name__)
+_PLANNED_BY_A_STEP = ("radiance",)  # families of methods
 _should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
 _listener: ContextVar[Listener | None] = ContextVar(
     "who hears of models that are trained first", default=None
@@ -72,6 +73,7 @@ class Result:
     figures: dict[str, float] = field(default_factory=dict)
     measured_with: dict[str, str] = field(default_factory=dict)  # what the figures rest on, in words
     manifest: Manifest | None = None
+    main: bool = True  # of a run in several processes: the one that saves, measures and publishes
 
 
 def context(store: ArtifactStore | str | Path, cache: Path) -> Context:
@@ -123,12 +125,21 @@ def untrained(where: Context, folder: Path) -> Context:
 def plan(recipe: Recipe, where: Context) -> MemoryPlan:
     """What training `recipe` needs of memory, in seconds and without having it: no weights are read.
 
+    Scenes, whose steps depend on the values of their tensors and which are small, are made and take one step.
+
     Raises:
-        DistilleryError: a mistake in the recipe, or a method whose step depends on the values of its tensors.
+        DistilleryError: a mistake in the recipe. Unplannable: another method whose step depends on values.
     """
-    with tempfile.TemporaryDirectory(prefix="distillery-plan-") as scratch, weightless():
-        with refusing_values(recipe.method):
-            method, source = build(recipe, untrained(where, Path(scratch)))
+    with tempfile.TemporaryDirectory(prefix="distillery-plan-") as scratch:
+        try:
+            with weightless():
+                with refusing_values(recipe.method):
+                    method, source = build(recipe, untrained(where, Path(scratch) / "weightless"))
+                return plan_memory(method, source, recipe)
+        except Unplannable:
+            if family(find_method(recipe.method)) not in _PLANNED_BY_A_STEP:
+                raise
+        method, source = build(recipe, untrained(where, Path(scratch)))
         return plan_memory(method, source, recipe)
 
 
@@ -146,12 +157,35 @@ def train(
     Raises:
         DistilleryError: a mistake in the recipe or its data, a diverged loss, a store that cannot be written.
     """
-    outer, heard = _should_stop.set(should_stop), _listener.set(listener)
     try:
-        with _threads(recipe.threads):
+        with _heard(listener, should_stop), _threads(recipe.threads):
             return _train(recipe, Run(folder, listener), where, should_stop, job)
     except _StoppedOnTheWay:
         return Result(folder, 0, stopped=True)
+
+
+def prepare(
+    recipe: Recipe,
+    where: Context,
+    *,
+    listener: Listener | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Make what `recipe` needs first (teachers by their recipes, pairs); False if it was stopped on the way."""
+    try:
+        with _heard(listener, should_stop), _threads(recipe.threads):
+            method, source = build(recipe, where)
+            _evaluator(method, source, recipe.evaluate, where)
+    except _StoppedOnTheWay:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _heard(listener: Listener | None, should_stop: Callable[[], bool]) -> Iterator[None]:
+    outer, heard = _should_stop.set(should_stop), _listener.set(listener)
+    try:
+        yield
     finally:
         _should_stop.reset(outer)
         _listener.reset(heard)
@@ -167,6 +201,8 @@ def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], b
     outcome = trainer.train(should_stop)
     if outcome.stopped:
         return Result(run.folder, outcome.step, stopped=True)
+    if not trainer.accelerator.is_main_process:
+        return Result(run.folder, outcome.step, False, main=False)
     with trainer.averaged():
         with writing(f"the model to {run.model}"):
             _save_model(method, recipe, run)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from distill_core.diffusion.routing import PartitionSpec
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable, nearest
 from distill_core.parity import ParitySample
+from distill_core.reached import Reached
 
 MANIFEST = "manifest.json"
 FORBIDDEN_SUFFIXES = (
@@ -208,6 +210,8 @@ class ArtifactStore:
         self.local = "file" in (
             (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
         )
+        if not self.local:
+            self.fs = Reached(self.fs, self.url)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -277,19 +281,30 @@ class ArtifactStore:
         target = (
             cache / hashlib.sha256(self.url.encode()).hexdigest()[:12] / manifest.name / str(manifest.version)
         )
-        if not (target / MANIFEST).exists():
-            partial = Path(tempfile.mkdtemp(prefix=".fetch-", dir=_made(target.parent)))
+        if _whole(target, manifest):
+            return target
+        partial = self._download(source, manifest, _made(target.parent))
+        try:
+            os.replace(partial, target)
+        except OSError:  # another process was first
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+
+    def _download(self, source: str, manifest: Manifest, beside: Path) -> Path:
+        """A new folder in `beside` with a version's files; it is verified before anybody can take it for good."""
+        partial = Path(tempfile.mkdtemp(prefix=".fetch-", dir=beside))
+        try:
             for path in manifest.files:
                 local = partial / _inside(path)
                 local.parent.mkdir(parents=True, exist_ok=True)
-                self.fs.get_file(f"{source}/{path}", str(local))
+                with contextlib.suppress(FileNotFoundError):  # which `verify` says in a sentence
+                    self.fs.get_file(f"{source}/{path}", str(local))
             (partial / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
-            try:
-                os.replace(partial, target)
-            except OSError:  # another process was first
-                shutil.rmtree(partial, ignore_errors=True)
-        verify(target, manifest)
-        return target
+            verify(partial, manifest)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return partial
 
     def read_bytes(self, ref: str, path: str) -> bytes:
         """One verified file of a version, e.g. its preview."""
@@ -399,18 +414,23 @@ class ArtifactStore:
     def _claim(self, name: str, key: str) -> int:
         """The next free number, taken by an exclusive create. A number left half-published by `key` is taken again."""
         base = self._path(name, "versions")
-        taken = [int(child) for child in self._children(f"{name}/versions") if child.isdecimal()]
+        taken = sorted(int(child) for child in self._children(f"{name}/versions") if child.isdecimal())
         for number in taken if key else []:
             claim = f"{base}/{number}/.claim"
             if self.fs.exists(claim) and self.fs.cat_file(claim).decode() == key:
                 return number
-        number = max(taken, default=0) + 1
+        used = (f"{base}/{number}" for number in reversed(taken))  # a folder alone is what a kill left
+        last = next((path for path in used if self._exists(path, ".claim", MANIFEST)), "0")
+        number = int(last.rpartition("/")[2]) + 1
         while True:
             try:
                 self._create(f"{base}/{number}/.claim", key.encode() or b"-")
                 return number
             except FileExistsError:
                 number += 1
+
+    def _exists(self, folder: str, *names: str) -> bool:
+        return any(self.fs.exists(f"{folder}/{name}") for name in names)
 
     def _create(self, target: str, data: bytes) -> None:
         """Write a file that must not exist; of several who try at once, one succeeds."""
@@ -419,8 +439,13 @@ class ArtifactStore:
             return
         path = Path(target)  # fsspec's own looks first and then writes, which is not exclusive on a disk
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
-            file.write(data)
+        handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.link(temporary, path)  # whole or not at all: an empty claim would be nobody's for ever
+        finally:
+            Path(temporary).unlink(missing_ok=True)
 
     def _put(self, source: Path, target: str) -> None:
         if self.local:
@@ -445,6 +470,21 @@ class ArtifactStore:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def _whole(folder: Path, manifest: Manifest) -> bool:
+    """Whether a copy is there and undamaged; a damaged one is put away, so that it is fetched again."""
+    if not (folder / MANIFEST).exists():
+        return False
+    try:
+        verify(folder, manifest)
+    except ArtifactError:
+        away = Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent))
+        with contextlib.suppress(OSError):  # another process was first
+            os.replace(folder, away)
+        shutil.rmtree(away, ignore_errors=True)
+        return False
+    return True
 
 
 def verify(folder: Path, manifest: Manifest) -> None:

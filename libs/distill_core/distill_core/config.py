@@ -273,6 +273,9 @@ class Recipe(Config):
         64, ge=1, le=1_000_000
     )  # items of one update, over all micro-batches and processes
     accumulate: int = Field(1, ge=1, le=4096)  # micro-batches per update
+    # auto: begin at `accumulate`, and double it while a step does not fit into memory
+    micro_batch: Literal["auto"] | None = None
+    processes: int | None = Field(None, ge=1, le=64)  # of one job, a GPU each where there are any; unset: one
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     threads: int | None = Field(None, ge=1, le=1024)  # torch CPU threads; unset: torch's own choice
     log_every: int = Field(20, ge=1)
@@ -291,6 +294,14 @@ class Recipe(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     check: CheckConfig | None = None
     publish: PublishConfig | None = None
+
+    @model_validator(mode="after")
+    def _batch_is_shared_out(self) -> Self:
+        if self.batch_size % (self.processes or 1):
+            raise ValueError(
+                f"batch_size = {self.batch_size} is not divisible by processes = {self.processes}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _base_is_published(self) -> Self:
@@ -358,7 +369,7 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"override {item!r} is not KEY=VALUE, e.g. config.guidance=2")
         try:
             changes[key.strip()] = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
+        except ValueError:  # also a number of thousands of digits
             changes[key.strip()] = text.strip()
     return changes
 
@@ -407,5 +418,5 @@ def _read_toml(source: str) -> dict[str, Any]:
         text = (resources.files("distill_core.recipes") / f"{source}.toml").read_text(encoding="utf-8")
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and endless nesting
         raise ConfigError(f"recipe {source} is not valid TOML: {error}") from None

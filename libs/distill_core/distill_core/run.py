@@ -74,11 +74,18 @@ class _StopFlag:
 
 
 def _run(spec: dict[str, Any], tell: Any, stop: _StopFlag) -> int:
+    if spec["kind"] == "dry-run":
+        from distill_core.dry_run import dry_run
+
+        return dry_run(spec, tell)
     from distill_core import api  # after the signal handler: importing torch takes seconds
     from distill_core.config import EvaluateConfig, Recipe
 
     run_dir = Path(spec["run_dir"])
     where = api.context(spec["store"], Path(spec.get("cache") or run_dir / "cache"))
+    if spec["kind"] == "prepare":
+        prepared = api.prepare(Recipe.parse(spec["spec"]["recipe"]), where, listener=tell, should_stop=stop)
+        return 0 if prepared else EXIT_STOPPED
     if spec["kind"] == "evaluate":
         values = spec["spec"]
         config = EvaluateConfig.parse(values.get("evaluate", {}), where="evaluate")
@@ -89,6 +96,8 @@ def _run(spec: dict[str, Any], tell: Any, stop: _StopFlag) -> int:
         result = api.train(recipe, run_dir, where, listener=tell, should_stop=stop, job=spec["job"])
         if result.stopped:
             return EXIT_STOPPED
+        if not result.main:
+            return 0
         figures, said = result.figures, result.measured_with
         artifact = result.manifest.ref if result.manifest else ""
     (run_dir / "result.json").write_text(

@@ -155,7 +155,9 @@ def test_previews_show_student_and_teacher(scene):
     assert float(pictures.abs().max()) <= 1
 
 
-def test_a_method_that_counts_cells_has_no_memory_plan(tmp_path):
+def test_a_method_that_counts_cells_is_planned_by_a_step(tmp_path):
     where = api.context(tmp_path / "store", tmp_path / "cache")
-    with pytest.raises(ConfigError, match="field_to_gaussians cannot be planned"):
-        api.plan(load_recipe("field_to_gaussians", {"teacher": {"scene": "procedural"}}), where)
+    plan = api.plan(load_recipe("field_to_gaussians", {"teacher": {"scene": "procedural"}}), where)
+    assert [part.name for part in plan.parts if part.role] == ["geometry", "appearance"]
+    assert plan.step > 0
+    assert where.store.names() == []

@@ -132,7 +132,9 @@ def _processor(folder: Path) -> Any:
     if not (folder / PROCESSOR).is_file():
         raise ArtifactError(f"{folder} does not say how pictures are prepared: it has no {PROCESSOR}")
     with _loading(folder):  # use_fast=False: Pillow's resizing, whatever else is installed
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, use_fast=False)
+        return AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_fast=False
+        )
 
 
 def _described(folder: Path, model: nn.Module) -> str:

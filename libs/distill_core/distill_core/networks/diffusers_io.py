@@ -64,10 +64,16 @@ def load_denoiser(
 
 def _class_named(folder: Path, config: str = "config.json") -> Any:
     name = _table(folder / config, "cannot be read as a diffusers config").get("_class_name")
-    known = config != "config.json" or name in NETWORKS
-    if not known or not isinstance(name, str) or not hasattr(diffusers, name):
+    if config == "config.json" and name not in NETWORKS:
         raise ArtifactError(f"{folder} holds a {name}, which is not supported; known: {', '.join(NETWORKS)}")
-    return getattr(diffusers, name)
+    found = getattr(diffusers, str(name), None)
+    if config != "config.json" and not (
+        isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
+    ):
+        raise ArtifactError(
+            f"{folder} holds a {name}, which is no scheduler of diffusers"
+        )  # nor a whole pipeline
+    return found
 
 
 def _table(path: Path, otherwise: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,9 +26,12 @@ from distill_core.training.checkpoint import (
     save_checkpoint,
 )
 from distill_core.training.ema import EMA
+from distill_core.training.micro_batch import fitting_accumulate
 from distill_core.training.optimizers import build_optimizer, learning_rate
 from distill_core.training.run import Run
 from distill_core.training.seeding import derive, seed_everything
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Trainer:
         }
         self.emas = {role: EMA(_module(method, role), decay) for role, decay in recipe.ema.items()}
         self.step = 0
+        self.accumulate = recipe.accumulate  # more with micro_batch = "auto"
+        self.alone = False  # True: a step of this process, whose gradients are not averaged with others'
 
     def train(self, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
         """Train to the recipe's last step, or until `should_stop()`.
@@ -66,9 +72,12 @@ class Trainer:
             DivergedError: a loss is NaN or infinite.
         """
         self.resume()
-        meter = _Meter(self.run, self.recipe, self.step)
+        self.accelerator.wait_for_everyone()  # nobody writes a checkpoint before all have read the last
+        if self.recipe.micro_batch == "auto" and self.step == 0:
+            self.accumulate = fitting_accumulate(self)
+        meter = _Meter(self.run, self.recipe, self.step, main=self.accelerator.is_main_process)
         while self.step < self.recipe.steps:
-            if should_stop():
+            if self._all_stop(should_stop()):
                 self.checkpoint()
                 return Outcome(self.step, stopped=True)
             values = self.train_step()
@@ -78,6 +87,13 @@ class Trainer:
             self.checkpoint()
         return Outcome(self.step, stopped=False)
 
+    def _all_stop(self, asked: bool) -> bool:
+        """Whether any process was asked to stop: all stop after the same step, or the others would wait for ever."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        flag = torch.tensor([float(asked)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
     def train_step(self) -> dict[str, Tensor]:
         """All updates of one step; the logged values by name."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -86,7 +102,7 @@ class Trainer:
             rate = learning_rate(self.configs[role], self.step, self.recipe.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        micro, size = self.recipe.accumulate, self.recipe.batch_size // (self.recipe.accumulate * world)
+        micro, size = self.accumulate, self.recipe.batch_size // (self.accumulate * world)
         positions = [(self.step * micro + index) * world + rank for index in range(micro)]
         batches = [
             self.source.batch(size, epoch_seed=self.recipe.seed, position=position) for position in positions
@@ -141,7 +157,7 @@ class Trainer:
 
     def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Mean gradient over processes, in one message. No wrapper: a method calls its networks any way it likes."""
-        if self.accelerator.num_processes == 1:
+        if self.alone or self.accelerator.num_processes == 1:
             return
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
@@ -191,19 +207,36 @@ class Trainer:
         """Everything that the next steps depend on."""
         if not self.accelerator.is_main_process:
             return
+        save_checkpoint(
+            self.run.checkpoints,
+            self.step,
+            self.tensors(),
+            method=self.recipe.method,
+            keep=self.recipe.keep_checkpoints,
+        )
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that the next steps depend on, by part."""
         tensors: dict[str, dict[str, Tensor]] = {}
         for role in self.method.roles:
             tensors[role] = _module(self.method, role).state_dict()
             tensors[f"{role}.optim"] = optimizer_tensors(self.optimizers[role])
         tensors |= {f"{role}.ema": ema.weights for role, ema in self.emas.items()}
         tensors["method"] = self.method.state()
-        save_checkpoint(
-            self.run.checkpoints,
-            self.step,
-            tensors,
-            method=self.recipe.method,
-            keep=self.recipe.keep_checkpoints,
-        )
+        if self.recipe.micro_batch == "auto":
+            tensors["loop"] = {"accumulate": torch.tensor(self.accumulate)}
+        return tensors
+
+    def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """The inverse of `tensors`. Raises KeyError or RuntimeError for those of another recipe."""
+        for role in self.method.roles:
+            _module(self.method, role).load_state_dict(tensors[role], strict=True)
+            load_optimizer_tensors(self.optimizers[role], tensors[f"{role}.optim"])
+        for role, ema in self.emas.items():
+            ema.load(tensors[f"{role}.ema"])
+        self.method.load_state(tensors["method"])
+        if "loop" in tensors and self.recipe.micro_batch == "auto":
+            self.accumulate = int(tensors["loop"]["accumulate"])
 
     def resume(self) -> None:
         """Continue from the run folder's newest checkpoint, if there is one."""
@@ -212,18 +245,15 @@ class Trainer:
             return
         self.step, tensors = found
         try:
-            for role in self.method.roles:
-                _module(self.method, role).load_state_dict(tensors[role], strict=True)
-                load_optimizer_tensors(self.optimizers[role], tensors[f"{role}.optim"])
-            for role, ema in self.emas.items():
-                ema.load(tensors[f"{role}.ema"])
-            self.method.load_state(tensors["method"])
+            self.load(tensors)
         except (KeyError, RuntimeError) as error:
             raise ArtifactError(
                 f"the checkpoint of step {self.step} does not fit this recipe ({str(error).splitlines()[0]}); "
                 "use another run folder or the recipe that made it"
             ) from None
-        self.run.drop_metrics_after(self.step)
+        if self.accelerator.is_main_process:
+            self.run.drop_metrics_after(self.step)
+        log.info("resumed from step %d", self.step)
 
 
 def _module(method: Method, role: str) -> torch.nn.Module:
@@ -248,7 +278,7 @@ def _check_roles(method: Method, recipe: Recipe) -> None:
 class _Meter:
     """Progress with rate and time left, told at most four times a second; metrics to file and TensorBoard."""
 
-    def __init__(self, run: Run, recipe: Recipe, start: int) -> None:
+    def __init__(self, run: Run, recipe: Recipe, start: int, *, main: bool = True) -> None:
         self.batch_size = recipe.batch_size
         self.run, self.steps, self.start, self.began, self.told = (
             run,
@@ -257,7 +287,7 @@ class _Meter:
             time.monotonic(),
             0.0,
         )
-        self.board = _tensorboard(run)
+        self.board = _tensorboard(run) if main else None
 
     def tick(self, step: int) -> None:
         now = time.monotonic()

@@ -66,6 +66,10 @@ class MemoryPlan:
         return self.standing + self.step
 
 
+class Unplannable(ConfigError):
+    """A method whose step depends on the values of its tensors, which a plan does not have."""
+
+
 class Device(NamedTuple):
     """What trains here, and its memory in bytes."""
 
@@ -126,7 +130,7 @@ def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
     Takes a step of the method, so its weights change where there are any.
 
     Raises:
-        ConfigError: the method decides by the values of tensors, which weightless ones do not have.
+        Unplannable: the method decides by the values of tensors, which weightless ones do not have.
     """
     if recipe.precision == "fp16":
         recipe = recipe.model_copy(update={"precision": "bf16"})  # of the same size, and a CPU has no fp16
@@ -146,13 +150,14 @@ def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
 
 @contextmanager
 def refusing_values(method: str) -> Iterator[None]:
-    """Turns what torch says where a program asks weightless tensors for more than shapes into a `ConfigError`."""
+    """Turns what torch says where a program asks weightless tensors for more than shapes into `Unplannable`."""
     try:
         yield
-    except (NotImplementedError, RuntimeError) as error:
-        raise ConfigError(
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise Unplannable(
             f"the memory of method {method} cannot be planned, since it decides by values that a plan "
-            f"does not have ({str(error).splitlines()[0][:120]}); train a few steps and watch the device",
+            f"does not have ({said}); train a few steps and watch the device",
             field="method",
         ) from error
 

@@ -78,10 +78,13 @@ def corner_weights(fraction: Tensor) -> Tensor:
     return products.flatten(-4, -2)
 
 
-@torch.compiler.assume_constant_result
 def runs_triton(device: torch.device) -> bool:
     """Whether the encoding's Triton kernels (hash_triton.py) can be had on `device`: on CUDA, after a self-test."""
     return device.type == "cuda" and _triton_works(device)
+
+
+# What `torch.compiler.assume_constant_result` does, which loads the whole compiler: a second at the start of each job.
+runs_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
