@@ -32,8 +32,10 @@ class Settings(BaseSettings):
     store_url: str = ""  # artifact store: a folder or any fsspec URL; default <state_dir>/store
     runs_dir: Path | None = None  # one folder per job; default <state_dir>/runs
     cache_dir: Path = Path("~/.cache/distillery")
-    database_url: str = ""  # SQLAlchemy URL of the job table; default sqlite:///<state_dir>/jobs.db
-    broker_url: str = ""  # Celery broker; empty: the embedded one
+    database_url: str = Field(
+        "", repr=False
+    )  # SQLAlchemy URL of the job table; default sqlite:///<state_dir>/jobs.db
+    broker_url: str = Field("", repr=False)  # Celery broker; empty: the embedded one
 
     jobs_host: str = "127.0.0.1"
     jobs_port: Port = 50051
@@ -55,6 +57,10 @@ class Settings(BaseSettings):
     audit_log: Path | None = None  # server side: admin calls are appended here too
     token: str = Field("", repr=False)  # client side
     token_file: Path | None = None  # client side: read the token from here instead
+
+    data_roots: str = (
+        ""  # folders, separated by ':', that submitted jobs may read; empty: see `readable_roots`
+    )
 
     log_format: Literal["auto", "json", "console"] = "auto"  # auto: console on a terminal, else JSON
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -91,6 +97,13 @@ class Settings(BaseSettings):
     def client_tls(self) -> dict[str, Path | None]:
         """The files that a client's channel takes: the server's authority, the own certificate and its key."""
         return {"ca": self.tls_ca, "cert": self.tls_client_cert, "key": self.tls_client_key}
+
+    def readable_roots(self) -> tuple[Path, ...] | None:
+        """The folders that jobs may name files of; None is any file, as long as only this machine can submit."""
+        if self.data_roots:
+            return tuple(Path(root).expanduser().resolve() for root in self.data_roots.split(":") if root)
+        alone = self.tokens_file is None and self.jobs_host in ("127.0.0.1", "::1", "localhost")
+        return None if alone else ()
 
     def client_token(self) -> str | None:
         """The bearer token a client sends, from `token_file` or `token`.

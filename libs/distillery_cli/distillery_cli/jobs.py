@@ -1,22 +1,21 @@
-"""`distillery submit`, `jobs`, `watch`, `cancel` and `retry`: work through the Jobs API."""
+"""`distillery jobs`, `watch`, `cancel` and `retry`: what was queued, through the Jobs API."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from distill_core import errors
-from distill_core.config import parse_overrides
 from distill_core.errors import EXIT_OUT_OF_MEMORY, EXIT_STOPPED, ConfigError, meaning
+from distillery_cli.job_values import job_values, kind_name, response_values, state_name
 from distillery_cli.output import (
     AsJson,
     Bar,
     Bars,
-    Overrides,
     duration,
     emit_json,
     figure,
@@ -24,9 +23,10 @@ from distillery_cli.output import (
     results,
     table,
 )
+from distillery_cli.parsing import parse_labels, parse_moment
 
 if TYPE_CHECKING:
-    from distillery.v1.jobs_pb2 import Job, WatchResponse
+    from distillery.v1.jobs_pb2 import Job, Sample, WatchCursor, WatchResponse
     from distillery_trainer.client import JobsClient
 
 EXIT_DETACHED = 130
@@ -36,14 +36,12 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="A job's id, as `distiller
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.command(
-        epilog="Examples: distillery submit edm_digits --watch"
-        "  ·  distillery submit dmd2 -s teacher.artifact=edm-digits"
-        "  ·  distillery submit --pipeline digits.toml"
-    )(submit)
-    app.command(
-        epilog="Examples: distillery jobs  ·  distillery jobs --state running  ·  distillery jobs ID"
+        epilog="Examples: distillery jobs --state running  ·  distillery jobs --label team=images --since 2d"
+        "  ·  distillery jobs ID"
     )(jobs)
-    app.command(epilog="Examples: distillery watch ID  ·  distillery watch ID --log")(watch)
+    app.command(epilog="Examples: distillery watch ID --log  ·  distillery watch ID --samples out/samples")(
+        watch
+    )
     app.command(epilog="Example: distillery cancel ID")(cancel)
     app.command(epilog="Example: distillery retry ID --watch")(retry)
 
@@ -53,43 +51,6 @@ def client() -> JobsClient:
     from distillery_trainer.client import JobsClient
 
     return JobsClient()
-
-
-def submit(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe's name, or a .toml file.")] = None,
-    overrides: Overrides = None,
-    pipeline: Annotated[
-        Path | None, typer.Option("--pipeline", metavar="FILE", help="A .toml file of stages.")
-    ] = None,
-    name: Annotated[str, typer.Option(help="A name to find it by.")] = "",
-    priority: Annotated[int, typer.Option(help="-1000 to 1000, higher first.")] = 0,
-    idempotency_key: Annotated[str, typer.Option(help="The same key again gives the first job again.")] = "",
-    wait: Annotated[bool, typer.Option("--watch", help="Show its progress until it ends.")] = False,
-    as_json: AsJson = False,
-) -> int:
-    """Queue a training run, or a pipeline of jobs, for the workers."""
-    if (recipe is None) == (pipeline is None):
-        raise ConfigError("give either a RECIPE or --pipeline FILE", field="recipe")
-    if pipeline is not None and overrides:
-        raise ConfigError(
-            "-s goes with a RECIPE; a pipeline's stages have their own `set` tables", field="set"
-        )
-    with client() as api:
-        from distillery_trainer.client import train_spec
-
-        work: Any
-        if pipeline is not None:
-            from distillery_cli.pipelines import pipeline_message, read_pipeline
-
-            read = read_pipeline(pipeline)
-            work, name = pipeline_message(read, pipeline.parent), name or read.name
-        else:
-            work = train_spec(recipe or "", parse_overrides(overrides or []))
-        job = api.submit(work, name=name, priority=priority, idempotency_key=idempotency_key)
-        if wait:
-            return follow(api, job, as_json)
-        show_submitted(job, as_json)
-    return 0
 
 
 def show_submitted(job: Job, as_json: bool) -> None:
@@ -107,6 +68,9 @@ def jobs(
         list[str] | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")
     ] = None,
     kind: Annotated[list[str] | None, typer.Option(help="train, convert, evaluate or pipeline.")] = None,
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Has this label.")] = None,
+    since: Annotated[str, typer.Option(metavar="TIME", help="Submitted then or later: 2d, 2026-05-31.")] = "",
+    until: Annotated[str, typer.Option(metavar="TIME", help="Submitted before that.")] = "",
     limit: Annotated[int, typer.Option("-n", "--limit", min=1, max=10_000, help="The newest so many.")] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -119,7 +83,14 @@ def jobs(
             return emit_json(job_values(job)) if as_json else _show(job)
         states = [_enum(jobs_pb2.JobState, "JOB_STATE", value, "state") for value in state or []]
         kinds = [_enum(jobs_pb2.JobKind, "JOB_KIND", value, "kind") for value in kind or []]
-        found = api.list(states=states, kinds=kinds, limit=limit)
+        found = api.list(
+            states=states,
+            kinds=kinds,
+            labels=parse_labels(label or []),
+            created_after=parse_moment(since, "since"),
+            created_before=parse_moment(until, "until"),
+            limit=limit,
+        )
     if as_json:
         return emit_json([job_values(job) for job in found])
     if not found:
@@ -161,11 +132,33 @@ def _show(job: Job) -> None:
 def watch(
     job_id: Id,
     log: Annotated[bool, typer.Option("--log", help="Show the job's log too.")] = False,
+    samples: Annotated[
+        Path | None, typer.Option("--samples", metavar="FOLDER", help="Save its sample pictures there.")
+    ] = None,
+    start: Annotated[
+        str, typer.Option("--from", metavar="CURSOR", help="Go on after a `cursor` that --json printed.")
+    ] = "",
     as_json: AsJson = False,
 ) -> int:
     """Show a job's progress until it ends. Ctrl-C stops watching, not the job."""
     with client() as api:
-        return follow(api, api.get(job_id), as_json, with_log=log)
+        job = api.get(job_id)
+        cursors = {job.id: _cursor(start)} if start else {}
+        return follow(api, job, as_json, with_log=log, samples=samples, cursors=cursors)
+
+
+def _cursor(text: str) -> WatchCursor:
+    from google.protobuf.json_format import Parse, ParseError
+
+    from distillery.v1.jobs_pb2 import WatchCursor
+
+    try:
+        return Parse(text, WatchCursor())
+    except ParseError:
+        raise ConfigError(
+            f"cursor {text[:80]!r} is not one; give what `watch --json` printed, e.g. '{{\"event\": 12}}'",
+            field="from",
+        ) from None
 
 
 def cancel(job_id: Id, as_json: AsJson = False) -> None:
@@ -190,16 +183,32 @@ def retry(
     return 0
 
 
-def follow(api: JobsClient, job: Job, as_json: bool = False, *, with_log: bool = False) -> int:
+def follow(
+    api: JobsClient,
+    job: Job,
+    as_json: bool = False,
+    *,
+    with_log: bool = False,
+    samples: Path | None = None,
+    cursors: Mapping[str, WatchCursor] | None = None,
+) -> int:
     """Show a job until it ends, then its outcome; the exit code that the outcome means."""
+    wanted = {"with_log": with_log, "with_samples": samples is not None, "cursors": cursors or {}}
+
+    def hear(response: WatchResponse) -> None:
+        if samples is not None and response.WhichOneof("event") == "sample":
+            _save_sample(samples, response.job_id, response.sample)
+            response.sample.ClearField("data")
+
     try:
         if as_json:
-            for response in api.watch(job.id, with_log=with_log):
+            for response in api.watch(job.id, **wanted):
+                hear(response)
                 emit_json(response_values(response))
             ended = api.get(job.id)
             emit_json(job_values(ended))
         else:
-            ended = shown_until_end(api, job, with_log=with_log)
+            ended = shown_until_end(api, job, hear=hear, **wanted)
             _show_outcome(ended)
     except KeyboardInterrupt:
         notes.print(f"\nno longer watching; the job goes on. To come back: distillery watch {job.id}")
@@ -207,18 +216,26 @@ def follow(api: JobsClient, job: Job, as_json: bool = False, *, with_log: bool =
     return exit_code(ended)
 
 
+def _save_sample(folder: Path, job_id: str, sample: Sample) -> None:
+    if not sample.data:
+        notes.print(f"sample {sample.name} is larger than a message may be; it lies in the run folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{job_id}-{Path(sample.name).name}").write_bytes(sample.data)
+
+
 def shown_until_end(
     api: JobsClient,
     job: Job,
     *,
-    with_log: bool = False,
     hear: Callable[[WatchResponse], None] = lambda response: None,
+    **wanted: Any,
 ) -> Job:
     """Progress bars of a job and its stages until it ends; `hear` gets every message. The ended job."""
     with Bars() as bars:
         view = _View(bars)
         view.take_job(job)
-        for response in api.watch(job.id, with_log=with_log):
+        for response in api.watch(job.id, **wanted):
             view.take(response)
             hear(response)
     return api.get(job.id)
@@ -296,55 +313,3 @@ def exit_code(job: Job) -> int:
     return meaning(
         cls("") if known and cls is not errors.Overloaded else errors.DistilleryError("")
     ).exit_code
-
-
-def state_name(job: Job) -> str:
-    """QUEUED, RUNNING, SUCCEEDED, FAILED or CANCELLED."""
-    from distillery.v1 import jobs_pb2
-
-    return jobs_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_")
-
-
-def kind_name(job: Job) -> str:
-    """Train, convert, evaluate or pipeline, in lower case."""
-    from distillery.v1 import jobs_pb2
-
-    return jobs_pb2.JobKind.Name(job.kind).removeprefix("JOB_KIND_").lower()
-
-
-def job_values(job: Job) -> dict[str, Any]:
-    """A job as JSON values: short enum names, numbers as numbers."""
-    values = _values(job)
-    values |= {"state": state_name(job), "kind": kind_name(job)}
-    if job.stages:
-        values["stages"] = [job_values(stage) for stage in job.stages]
-    return values
-
-
-def response_values(response: WatchResponse) -> dict[str, Any]:
-    """A message of a Watch as JSON values."""
-    values = _values(response)
-    if response.WhichOneof("event") == "job":
-        values["job"] = job_values(response.job)
-    return values
-
-
-def _values(message: Any) -> dict[str, Any]:
-    from google.protobuf.json_format import MessageToDict
-
-    return _with_numbers(MessageToDict(message, preserving_proto_field_name=True))
-
-
-_INT64 = {"step", "steps", "event", "metrics_offset", "log_offset"}
-
-
-def _with_numbers(values: Any) -> Any:
-    """Proto's JSON writes 64-bit integers as strings; readers expect numbers."""
-    if isinstance(values, list):
-        return [_with_numbers(value) for value in values]
-    if not isinstance(values, dict):
-        return values
-    return {
-        key: int(value) if key in _INT64 and isinstance(value, str) else _with_numbers(value)
-        for key, value in values.items()
-    }

@@ -65,6 +65,26 @@ class JobsServiceStub:
                 request_serializer=distillery_dot_v1_dot_jobs__pb2.RetryRequest.SerializeToString,
                 response_deserializer=distillery_dot_v1_dot_jobs__pb2.RetryResponse.FromString,
                 _registered_method=True)
+        self.ListQueues = channel.unary_unary(
+                '/distillery.v1.JobsService/ListQueues',
+                request_serializer=distillery_dot_v1_dot_jobs__pb2.ListQueuesRequest.SerializeToString,
+                response_deserializer=distillery_dot_v1_dot_jobs__pb2.ListQueuesResponse.FromString,
+                _registered_method=True)
+        self.PauseQueue = channel.unary_unary(
+                '/distillery.v1.JobsService/PauseQueue',
+                request_serializer=distillery_dot_v1_dot_jobs__pb2.PauseQueueRequest.SerializeToString,
+                response_deserializer=distillery_dot_v1_dot_jobs__pb2.PauseQueueResponse.FromString,
+                _registered_method=True)
+        self.ResumeQueue = channel.unary_unary(
+                '/distillery.v1.JobsService/ResumeQueue',
+                request_serializer=distillery_dot_v1_dot_jobs__pb2.ResumeQueueRequest.SerializeToString,
+                response_deserializer=distillery_dot_v1_dot_jobs__pb2.ResumeQueueResponse.FromString,
+                _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/distillery.v1.JobsService/CollectGarbage',
+                request_serializer=distillery_dot_v1_dot_jobs__pb2.CollectGarbageRequest.SerializeToString,
+                response_deserializer=distillery_dot_v1_dot_jobs__pb2.CollectGarbageResponse.FromString,
+                _registered_method=True)
 
 
 class JobsServiceServicer:
@@ -72,7 +92,8 @@ class JobsServiceServicer:
     """
 
     def Submit(self, request, context):
-        """Validates the request and queues it. The same idempotency key gives the first job again.
+        """Validates the request and queues it. The same idempotency key gives the first job again. With dry_run nothing is
+        queued: recipe, data and memory are looked at as well, and the answer says what each job needs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,7 +106,7 @@ class JobsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """Newest first.
+        """Newest first. Jobs that are submitted between two pages neither shift nor double the others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,6 +128,33 @@ class JobsServiceServicer:
 
     def Retry(self, request, context):
         """Queues a FAILED or CANCELLED job again; it continues from its last checkpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListQueues(self, request, context):
+        """The queues, what waits in them, and which are paused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseQueue(self, request, context):
+        """No job of the queue is started until it is resumed; those that run go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeQueue(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectGarbage(self, request, context):
+        """Removes run folders and model versions that nothing needs, or says which it would remove.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,6 +192,26 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.Retry,
                     request_deserializer=distillery_dot_v1_dot_jobs__pb2.RetryRequest.FromString,
                     response_serializer=distillery_dot_v1_dot_jobs__pb2.RetryResponse.SerializeToString,
+            ),
+            'ListQueues': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQueues,
+                    request_deserializer=distillery_dot_v1_dot_jobs__pb2.ListQueuesRequest.FromString,
+                    response_serializer=distillery_dot_v1_dot_jobs__pb2.ListQueuesResponse.SerializeToString,
+            ),
+            'PauseQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseQueue,
+                    request_deserializer=distillery_dot_v1_dot_jobs__pb2.PauseQueueRequest.FromString,
+                    response_serializer=distillery_dot_v1_dot_jobs__pb2.PauseQueueResponse.SerializeToString,
+            ),
+            'ResumeQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeQueue,
+                    request_deserializer=distillery_dot_v1_dot_jobs__pb2.ResumeQueueRequest.FromString,
+                    response_serializer=distillery_dot_v1_dot_jobs__pb2.ResumeQueueResponse.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=distillery_dot_v1_dot_jobs__pb2.CollectGarbageRequest.FromString,
+                    response_serializer=distillery_dot_v1_dot_jobs__pb2.CollectGarbageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -309,6 +377,114 @@ class JobsService:
             '/distillery.v1.JobsService/Retry',
             distillery_dot_v1_dot_jobs__pb2.RetryRequest.SerializeToString,
             distillery_dot_v1_dot_jobs__pb2.RetryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQueues(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/distillery.v1.JobsService/ListQueues',
+            distillery_dot_v1_dot_jobs__pb2.ListQueuesRequest.SerializeToString,
+            distillery_dot_v1_dot_jobs__pb2.ListQueuesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/distillery.v1.JobsService/PauseQueue',
+            distillery_dot_v1_dot_jobs__pb2.PauseQueueRequest.SerializeToString,
+            distillery_dot_v1_dot_jobs__pb2.PauseQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/distillery.v1.JobsService/ResumeQueue',
+            distillery_dot_v1_dot_jobs__pb2.ResumeQueueRequest.SerializeToString,
+            distillery_dot_v1_dot_jobs__pb2.ResumeQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/distillery.v1.JobsService/CollectGarbage',
+            distillery_dot_v1_dot_jobs__pb2.CollectGarbageRequest.SerializeToString,
+            distillery_dot_v1_dot_jobs__pb2.CollectGarbageResponse.FromString,
             options,
             channel_credentials,
             insecure,

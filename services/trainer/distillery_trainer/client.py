@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -25,12 +26,30 @@ from distill_service.channels import channel
 from distill_service.settings import settings
 from distill_service.status import error_from_call
 from distillery.v1 import jobs_pb2, jobs_pb2_grpc
-from distillery.v1.jobs_pb2 import ConvertSpec, EvaluateSpec, Job, PipelineSpec, StageSpec, TrainSpec
+from distillery.v1.jobs_pb2 import (
+    ConvertSpec,
+    EvaluateSpec,
+    Job,
+    PipelineSpec,
+    Plan,
+    Queue,
+    StageSpec,
+    SweepAxis,
+    SweepSpec,
+    TrainSpec,
+)
 
-Work: TypeAlias = TrainSpec | ConvertSpec | EvaluateSpec | PipelineSpec
+Work: TypeAlias = TrainSpec | ConvertSpec | EvaluateSpec | PipelineSpec | SweepSpec
 ENDED = (jobs_pb2.JOB_STATE_SUCCEEDED, jobs_pb2.JOB_STATE_FAILED, jobs_pb2.JOB_STATE_CANCELLED)
-_FIELDS = {TrainSpec: "train", ConvertSpec: "convert", EvaluateSpec: "evaluate", PipelineSpec: "pipeline"}
+_FIELDS = {
+    TrainSpec: "train",
+    ConvertSpec: "convert",
+    EvaluateSpec: "evaluate",
+    PipelineSpec: "pipeline",
+    SweepSpec: "sweep",
+}
 _RECONNECT_S = 30.0
+_LONG_S = 600.0  # a dry run loads a model library, a collection reads the whole store
 
 
 def train_spec(
@@ -83,6 +102,29 @@ def pipeline_spec(*stages: StageSpec) -> PipelineSpec:
     return PipelineSpec(stages=stages)
 
 
+def sweep_spec(train: TrainSpec, axes: Mapping[str, Iterable[str]]) -> SweepSpec:
+    """A training run for each combination of the keys' values, which are TOML."""
+    return SweepSpec(train=train, axes=[SweepAxis(key=key, values=values) for key, values in axes.items()])
+
+
+def request(
+    work: Work,
+    *,
+    name: str = "",
+    priority: int = 0,
+    labels: Mapping[str, str] | None = None,
+    idempotency_key: str = "",
+) -> jobs_pb2.SubmitRequest:
+    """The request that queues `work`; without a key of the caller's it gets one of its own."""
+    return jobs_pb2.SubmitRequest(
+        name=name,
+        priority=priority,
+        labels=labels,
+        idempotency_key=idempotency_key or uuid.uuid4().hex,
+        **{_FIELDS[type(work)]: work},
+    )
+
+
 class JobsClient:
     """Calls the Jobs API; errors come as the `DistilleryError` that the server raised."""
 
@@ -111,50 +153,66 @@ class JobsClient:
     def close(self) -> None:
         self._channel.close()
 
-    def submit(
-        self,
-        work: Work,
-        *,
-        name: str = "",
-        priority: int = 0,
-        labels: Mapping[str, str] | None = None,
-        idempotency_key: str = "",
-    ) -> Job:
-        """Queue a job; sent again after a lost connection, it is still queued once."""
-        request = jobs_pb2.SubmitRequest(
-            name=name,
-            priority=priority,
-            labels=labels,
-            idempotency_key=idempotency_key or uuid.uuid4().hex,
-            **{_FIELDS[type(work)]: work},
-        )
+    def submit(self, work: Work, **options: Any) -> Job:
+        """Queue a job; sent again after a lost connection, it is still queued once. Options as in `request`."""
+        return self._submit(request(work, **options)).job
+
+    def sweep(self, work: SweepSpec, **options: Any) -> list[Job]:
+        """Queue a sweep; its jobs have the label `sweep`, the first one's id."""
+        return list(self._submit(request(work, **options)).jobs)
+
+    def dry_run(self, work: Work, **options: Any) -> list[Plan]:
+        """What would be queued, and what each job would need; nothing is."""
+        asked = request(work, **options)
+        asked.dry_run = True
+        return list(self._submit(asked, timeout_s=_LONG_S).plans)
+
+    def _submit(
+        self, asked: jobs_pb2.SubmitRequest, timeout_s: float | None = None
+    ) -> jobs_pb2.SubmitResponse:
         with self._errors():
-            return self._stub.Submit(request, timeout=self._timeout_s).job
+            return self._stub.Submit(asked, timeout=timeout_s or self._timeout_s)
 
     def get(self, job_id: str) -> Job:
         """A job."""
         with self._errors():
             return self._stub.Get(jobs_pb2.GetRequest(id=job_id), timeout=self._timeout_s).job
 
-    def list(
+    def list(self, *, limit: int = 50, **filters: Any) -> list[Job]:
+        """The newest `limit` jobs; filters as in `pages`."""
+        jobs: list[Job] = []
+        for page in self.pages(page_size=min(limit, 500), **filters):
+            jobs += page
+            if len(jobs) >= limit:
+                break
+        return jobs[:limit]
+
+    def pages(
         self,
         *,
         states: Iterable[jobs_pb2.JobState] = (),
         kinds: Iterable[jobs_pb2.JobKind] = (),
-        limit: int = 50,
-    ) -> list[Job]:
-        """The newest `limit` jobs of these states and kinds."""
-        request = jobs_pb2.ListRequest(states=states, kinds=kinds)
-        jobs: list[Job] = []
-        while len(jobs) < limit:
-            request.page_size = min(limit - len(jobs), 500)
+        labels: Mapping[str, str] | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        page_size: int = 500,
+    ) -> Iterator[Sequence[Job]]:
+        """Jobs of these states, kinds, labels and times, newest first."""
+        request = jobs_pb2.ListRequest(
+            states=states,
+            kinds=kinds,
+            labels=labels,
+            created_after=created_after,
+            created_before=created_before,
+            page_size=page_size,
+        )
+        while True:
             with self._errors():
                 page = self._stub.List(request, timeout=self._timeout_s)
-            jobs += page.jobs
+            yield page.jobs
             request.page_token = page.next_page_token
             if not page.next_page_token:
-                break
-        return jobs
+                return
 
     def watch(
         self,
@@ -200,6 +258,31 @@ class JobsClient:
         """Queue a failed or cancelled job again; it continues."""
         with self._errors():
             return self._stub.Retry(jobs_pb2.RetryRequest(id=job_id), timeout=self._timeout_s).job
+
+    def queues(self) -> Sequence[Queue]:
+        """All queues, by name."""
+        with self._errors():
+            return self._stub.ListQueues(jobs_pb2.ListQueuesRequest(), timeout=self._timeout_s).queues
+
+    def pause(self, queue: str, reason: str = "") -> Queue:
+        """Start no job of a queue until it is resumed."""
+        with self._errors():
+            request = jobs_pb2.PauseQueueRequest(name=queue, reason=reason)
+            return self._stub.PauseQueue(request, timeout=self._timeout_s).queue
+
+    def resume(self, queue: str) -> Queue:
+        """Let a paused queue go on."""
+        with self._errors():
+            request = jobs_pb2.ResumeQueueRequest(name=queue)
+            return self._stub.ResumeQueue(request, timeout=self._timeout_s).queue
+
+    def collect_garbage(
+        self, *, keep: int = 3, older_than_s: float = 30 * 86_400.0, dry_run: bool = True
+    ) -> jobs_pb2.CollectGarbageResponse:
+        """Remove run folders and models that nothing needs, or only say which."""
+        request = jobs_pb2.CollectGarbageRequest(keep=keep, older_than_seconds=older_than_s, dry_run=dry_run)
+        with self._errors():
+            return self._stub.CollectGarbage(request, timeout=_LONG_S)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from google.protobuf import json_format
@@ -15,8 +16,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from distill_core.config import parse_overrides
 from distill_core.errors import ConfigError, DistilleryError
 from distill_service.jobs import specs, watch
+from distill_service.jobs.garbage import DEFAULT_KEEP, DEFAULT_OLDER_THAN_S, Collected, Rules
+from distill_service.jobs.listing import Filters
+from distill_service.jobs.pauses import QueueState
 from distill_service.jobs.requests import Record
 from distill_service.jobs.specs import Draft
+from distill_service.jobs.sweeps import draft_sweep
 from distill_service.jobs.table import Event, Job, Kind, State
 from distillery.v1 import jobs_pb2
 
@@ -29,10 +34,16 @@ def drafts(request: jobs_pb2.SubmitRequest) -> list[Draft]:
     """
     which = request.WhichOneof("work")
     if which is None:
-        raise ConfigError("give one of train, convert, evaluate, pipeline", field="work")
-    if which != "pipeline":
-        return [_draft(getattr(request, which))]
-    return [_stage(stage) for stage in request.pipeline.stages]
+        raise ConfigError("give one of train, convert, evaluate, pipeline, sweep", field="work")
+    if which == "pipeline":
+        return [_stage(stage) for stage in request.pipeline.stages]
+    return _sweep(request.sweep) if which == "sweep" else [_draft(getattr(request, which))]
+
+
+def _sweep(work: jobs_pb2.SweepSpec) -> list[Draft]:
+    axes = [(axis.key, list(axis.values)) for axis in work.axes]
+    with _shallow():
+        return draft_sweep(axes, **_recipe(work.train), overrides=dict(work.train.overrides))
 
 
 def _stage(stage: jobs_pb2.StageSpec) -> Draft:
@@ -50,18 +61,29 @@ def _stage(stage: jobs_pb2.StageSpec) -> Draft:
 
 
 def _draft(work: Message) -> Draft:
-    try:
+    with _shallow():
         return _DRAFTS[type(work)](work)
+
+
+@contextmanager
+def _shallow() -> Iterator[None]:
+    try:
+        yield
     except RecursionError:
         raise ConfigError("the request is nested too deeply", field="recipe") from None
 
 
 def _train(work: jobs_pb2.TrainSpec) -> Draft:
     overrides = parse_overrides(f"{key}={value}" for key, value in work.overrides.items())
+    return specs.draft_train(**_recipe(work), overrides=overrides)
+
+
+def _recipe(work: jobs_pb2.TrainSpec) -> dict[str, str | None]:
     which = work.WhichOneof("recipe")
-    toml = work.recipe_toml if which == "recipe_toml" else None
-    name = work.recipe_name if which == "recipe_name" else None
-    return specs.draft_train(toml=toml, name=name, overrides=overrides)
+    return {
+        "toml": work.recipe_toml if which == "recipe_toml" else None,
+        "name": work.recipe_name if which == "recipe_name" else None,
+    }
 
 
 def _convert(work: jobs_pb2.ConvertSpec) -> Draft:
@@ -94,6 +116,24 @@ def _whole(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _whole(item) for key, item in value.items()}
     return [_whole(item) for item in value] if isinstance(value, list) else value
+
+
+def filters(request: jobs_pb2.ListRequest) -> Filters:
+    """Which jobs a List request asks for."""
+    return Filters(
+        states=states(list(request.states)),
+        kinds=kinds(list(request.kinds)),
+        labels=dict(request.labels),
+        created_after=_moment(request, "created_after"),
+        created_before=_moment(request, "created_before"),
+    )
+
+
+def _moment(request: jobs_pb2.ListRequest, field: str) -> float | None:
+    if not request.HasField(field):  # type: ignore[arg-type]
+        return None
+    moment: Timestamp = getattr(request, field)
+    return moment.seconds + moment.nanos / 1e9
 
 
 def states(numbers: list[int]) -> list[State]:
@@ -150,6 +190,7 @@ def _job(job: Job) -> jobs_pb2.Job:
         metrics=_numbers(job.metrics),
         pipeline=job.pipeline or "",
         stage=job.stage,
+        owner=job.owner,
         created_time=_time(job.created),
         started_time=_time(job.started),
         finished_time=_time(job.finished),
@@ -247,3 +288,54 @@ def _metrics(line: Mapping[str, Any]) -> jobs_pb2.Metrics:
         values=numbers,
         time=_time(float(time)) if isinstance(time, int | float) else None,
     )
+
+
+def plan_message(plan: Mapping[str, Any]) -> jobs_pb2.Plan:
+    """What a dry run found out about one job."""
+    return jobs_pb2.Plan(
+        name=str(plan["name"]),
+        kind=jobs_pb2.JobKind.Value(f"JOB_KIND_{str(plan['kind']).upper()}"),
+        memory_bytes=int(plan.get("memory_bytes", 0)),
+        standing_bytes=int(plan.get("standing_bytes", 0)),
+        device=str(plan.get("device", "")),
+        device_bytes=int(plan.get("device_bytes", 0)),
+        fits=bool(plan.get("fits", True)),
+        note=str(plan.get("note", "")),
+    )
+
+
+def queue_message(queue: QueueState) -> jobs_pb2.Queue:
+    """A queue's state."""
+    return jobs_pb2.Queue(
+        name=queue.name,
+        queued=queue.queued,
+        running=queue.running,
+        paused=queue.paused,
+        reason=queue.reason,
+        who=queue.who,
+        since_time=_time(queue.since),
+    )
+
+
+def garbage_rules(request: jobs_pb2.CollectGarbageRequest) -> Rules:
+    """What a CollectGarbage request lets stay."""
+    return Rules(
+        request.keep if request.HasField("keep") else DEFAULT_KEEP,
+        request.older_than_seconds if request.HasField("older_than_seconds") else DEFAULT_OLDER_THAN_S,
+    )
+
+
+def garbage_message(collected: Collected) -> jobs_pb2.CollectGarbageResponse:
+    """What was removed, or would be."""
+    kinds = jobs_pb2.Garbage.Kind
+    garbage = [
+        jobs_pb2.Garbage(
+            kind=kinds.Value(f"KIND_{thing.kind.upper()}"),
+            name=thing.name,
+            bytes=thing.size,
+            age_seconds=thing.age_s,
+        )
+        for thing in collected.garbage
+    ]
+    kept = [jobs_pb2.KeptModel(name=name, reason=reason) for name, reason in sorted(collected.kept.items())]
+    return jobs_pb2.CollectGarbageResponse(garbage=garbage, bytes=sum(g.bytes for g in garbage), kept=kept)

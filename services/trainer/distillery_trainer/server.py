@@ -21,7 +21,10 @@ from distillery.v1 import jobs_pb2, jobs_pb2_grpc
 from distillery_trainer.servicer import JobsServicer
 
 SERVICE = jobs_pb2.DESCRIPTOR.services_by_name["JobsService"].full_name
-ADMIN_METHODS = frozenset(f"/{SERVICE}/{name}" for name in ("Submit", "Cancel", "Retry"))
+_CHANGING = ("Submit", "Cancel", "Retry", "PauseQueue", "ResumeQueue", "CollectGarbage")
+ADMIN_METHODS = frozenset(f"/{SERVICE}/{name}" for name in _CHANGING)  # the others only read
+MAX_CALLS = 16_384  # at once; most of them are watchers, which cost next to nothing
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # s
 
 
 def rpc_settings(values: Settings) -> RpcSettings:
@@ -35,6 +38,7 @@ def rpc_settings(values: Settings) -> RpcSettings:
             "tls_client_ca": values.tls_client_ca,
             "tokens_file": values.tokens_file,
             "audit_log": values.audit_log,
+            "max_concurrent": MAX_CALLS,
         }
     )
 

@@ -64,7 +64,7 @@ def load_denoiser(
 
 def _class_named(folder: Path, config: str = "config.json") -> Any:
     name = _table(folder / config, "cannot be read as a diffusers config").get("_class_name")
-    if config == "config.json" and name not in NETWORKS:
+    if config == "config.json" and str(name) not in NETWORKS:
         raise ArtifactError(f"{folder} holds a {name}, which is not supported; known: {', '.join(NETWORKS)}")
     found = getattr(diffusers, str(name), None)
     if config != "config.json" and not (

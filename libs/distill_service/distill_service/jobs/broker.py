@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from distill_service.settings import Settings
 
 _MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
 _START_S = 15.0
+_RETRY_S = 1.0
 _log = structlog.get_logger("distillery.broker")
 
 
@@ -74,12 +76,50 @@ def running_broker(settings: Settings) -> Iterator[str]:
         return
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     process = _start_once(program, settings.state_dir)
+    if process is None:
+        yield url
+        return
+    keeper = _Keeper(program, settings.state_dir, process)
     try:
         yield url
     finally:
-        if process is not None:
-            process.terminate()
-            process.wait(timeout=10)
+        keeper.stop()
+
+
+class _Keeper(threading.Thread):
+    """Starts our Redis again when it dies."""
+
+    def __init__(self, program: str, state_dir: Path, process: subprocess.Popen[bytes]) -> None:
+        super().__init__(name="redis", daemon=True)
+        self._program, self._state_dir = program, state_dir
+        self._process: subprocess.Popen[bytes] | None = process
+        self._stopping = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while self._process is not None:
+            self._process.wait()
+            if self._stopping.is_set():
+                return
+            _log.warning("the embedded broker died and is started again", code=self._process.returncode)
+            self._restart()
+
+    def _restart(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._process = _start_once(self._program, self._state_dir)
+                return
+            except (Unavailable, OSError) as error:
+                _log.error("the embedded broker does not start", error=str(error))
+                self._stopping.wait(_RETRY_S)
+
+    def stop(self) -> None:
+        """End it, and wait for it."""
+        self._stopping.set()
+        while self.is_alive():
+            if self._process is not None:
+                self._process.terminate()
+            self.join(timeout=0.2)
 
 
 def _start_once(program: str, state_dir: Path) -> subprocess.Popen[bytes] | None:

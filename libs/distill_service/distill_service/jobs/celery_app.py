@@ -5,13 +5,14 @@ A message may be lost or doubled without harm, so it is acknowledged early and i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import structlog
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import ChannelError, OperationalError
 
 RUN_NEXT = "distillery.run_next"
 _FILESYSTEM = "filesystem://"
@@ -48,6 +49,7 @@ def _transport_options(broker_url: str) -> dict[str, Any]:
         messages, control = folder / "messages", folder / "control"
         for path in (messages, control):
             path.mkdir(parents=True, exist_ok=True)
+        _drop_damaged(control)
         return {
             "data_folder_in": str(messages),
             "data_folder_out": str(messages),
@@ -59,9 +61,21 @@ def _transport_options(broker_url: str) -> dict[str, Any]:
             "visibility_timeout": 86_400,
             "socket_keepalive": True,
             "socket_connect_timeout": 2,
+            "socket_timeout": 5,  # a Redis that accepts and never answers must hold up nobody
             "health_check_interval": 30,
         }
     return {}
+
+
+def _drop_damaged(control: Path) -> None:
+    """Remove the queue lists that a full disk or a kill cut off: kombu cannot read them, but makes missing ones."""
+    for file in control.iterdir():
+        try:
+            json.loads(file.read_text())
+        except ValueError:
+            file.unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue
 
 
 def wake(app: Celery, queues: Iterable[str]) -> bool:
@@ -69,7 +83,7 @@ def wake(app: Celery, queues: Iterable[str]) -> bool:
     try:
         for queue in sorted(queues):
             app.send_task(RUN_NEXT, (queue,), queue=queue, retry=False, ignore_result=True)
-    except (OperationalError, OSError) as error:
+    except (OperationalError, ChannelError, OSError, ValueError) as error:  # ValueError: a damaged folder
         _log.warning("broker not reached, workers will find the job by looking", error=str(error))
         return False
     return True

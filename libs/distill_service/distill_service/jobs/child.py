@@ -60,21 +60,28 @@ def _replace(path: Path, text: str) -> None:
 class Child:
     """A running job process. Iterate over `events()` until `returncode` is known."""
 
-    def __init__(self, module: str, spec: Path, *, log: Path, cwd: Path | None = None) -> None:
+    def __init__(
+        self, module: str, spec: Path, *, log: Path, cwd: Path | None = None, processes: int = 1
+    ) -> None:
+        launch = ["-m", "distill_core.launch", str(processes), module] if processes > 1 else ["-m", module]
         lock = _take_folder(spec.parent / ".lock")
-        with log.open("ab") as stderr:
-            self._process = subprocess.Popen(
-                guarded(sys.executable, "-m", module, str(spec)),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                start_new_session=True,
-                cwd=cwd,
-                pass_fds=(lock,),
-            )
-        holder = f"{self._process.pid}@{socket.gethostname()}".ljust(_HOLDER_BYTES)
-        os.pwrite(lock, holder.encode(), 0)
-        os.close(lock)  # from now on only the child and its own children hold the lock
+        try:
+            # Blank first: room for the holder on a full disk, and no earlier process is taken for this one.
+            os.pwrite(lock, b" " * _HOLDER_BYTES, 0)
+            with log.open("ab") as stderr:
+                self._process = subprocess.Popen(
+                    guarded(sys.executable, *launch, str(spec)),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    start_new_session=True,
+                    cwd=cwd,
+                    pass_fds=(lock,),
+                )
+            holder = f"{self._process.pid}@{socket.gethostname()}".ljust(_HOLDER_BYTES)
+            os.pwrite(lock, holder.encode(), 0)
+        finally:
+            os.close(lock)  # from now on only the child and its own children hold the lock
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._log = log
         assert self._process.stdout is not None
@@ -98,7 +105,7 @@ class Child:
             while len(found) < _BATCH:
                 message = _message(line)
                 if message is None:
-                    with self._log.open("ab") as log:
+                    with contextlib.suppress(OSError), self._log.open("ab") as log:  # a full disk ends no job
                         log.write(line)
                 else:
                     found.append(message)
@@ -128,8 +135,9 @@ class Child:
         os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the whole group at once."""
-        os.killpg(self.pid, signal.SIGKILL)
+        """End the whole group at once, unless it has ended."""
+        if self._process.returncode is None:
+            os.killpg(self.pid, signal.SIGKILL)
 
     def end(self) -> None:
         """Kill what still runs, and wait for it."""

@@ -9,15 +9,16 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, exists, select, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, select, update
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from distill_core.errors import ConfigError
 from distill_service.jobs.database import Database, epoch
 from distill_service.jobs.specs import substitute
-from distill_service.jobs.states import locked, move, now, open_pipelines, record, refresh_pipeline
-from distill_service.jobs.table import Job, Kind, Leader, Parent, State
+from distill_service.jobs.states import locked, move, now, record, refresh_pipeline, stale_pipelines
+from distill_service.jobs.table import Job, Kind, Leader, Parent, Queue, State
 
+MAX_DELAY_S = 300.0  # before a job that went back to its queue may be claimed again
 Verdict = Literal["succeeded", "failed", "cancelled", "preempted", "crashed"]
 _STATES = {"succeeded": State.SUCCEEDED, "failed": State.FAILED, "cancelled": State.CANCELLED}
 
@@ -67,20 +68,44 @@ def claim(db: Database, queues: Collection[str], *, worker: str, lease_s: float)
             return Claim(job.id, job.attempt, job.kind, job.name, spec, job.crashes, job.pipeline)
 
 
-def claimable(queues: Collection[str] | None = None) -> ColumnElement[bool]:
-    """The condition under which a job may be claimed now."""
-    parent = aliased(Job)
-    waits = exists().where(
-        Parent.job_id == Job.id, Parent.parent_id == parent.id, parent.state != State.SUCCEEDED
-    )
-    ready = (Job.state == State.QUEUED) & (Job.kind != Kind.PIPELINE) & (Job.not_before <= epoch()) & ~waits
-    return ready if queues is None else ready & Job.queue.in_(queues)
+def claimable(queue: str) -> ColumnElement[bool]:
+    """The condition under which a job of `queue` may be claimed now, pauses aside."""
+    ready = (Job.state == State.QUEUED) & (Job.waits == 0) & _past(Job.not_before, within=MAX_DELAY_S)
+    return (Job.queue == queue) & ready
+
+
+def _past(moment: InstrumentedAttribute[float], *, within: float) -> ColumnElement[bool]:
+    """Whether a time that was set at most `within` seconds ahead has come.
+
+    One that is further ahead was written before the clock was set back; waiting for it could take days.
+    """
+    return (moment <= epoch()) | (moment > epoch() + within)
+
+
+def _by_urgency(session: Session, queues: Collection[str]) -> list[str]:
+    """The queues that are not paused and hold claimable jobs, the one with the most urgent job first.
+
+    A question for each queue, since an index holds the jobs of one queue in their order, not those of several.
+    """
+    paused = set(session.scalars(select(Queue.name).where(Queue.paused)))
+    found = []
+    for queue in sorted(set(queues) - paused):
+        first = select(Job.priority, Job.seq).where(claimable(queue))
+        row = session.execute(first.order_by(Job.priority.desc(), Job.seq).limit(1)).first()
+        if row is not None:
+            found.append((-row.priority, row.seq, queue))
+    return [queue for *_, queue in sorted(found)]
 
 
 def _take(session: Session, queues: Collection[str], worker: str, lease_s: float) -> Job | None:
+    taken = (_take_from(session, queue, worker, lease_s) for queue in _by_urgency(session, queues))
+    return next((job for job in taken if job is not None), None)
+
+
+def _take_from(session: Session, queue: str, worker: str, lease_s: float) -> Job | None:
     first = (
         select(Job.seq)
-        .where(claimable(queues))
+        .where(claimable(queue))
         .order_by(Job.priority.desc(), Job.seq)
         .limit(1)
         .with_for_update(skip_locked=True, of=Job)  # PostgreSQL; SQLite has one writer at a time anyway
@@ -157,7 +182,7 @@ def _end_attempt(session: Session, job: Job, outcome: Outcome, who: str) -> None
         job.error = {**outcome.error, "message": message}
         move(session, job, State.FAILED, "failed", message=message, who=who)
     else:
-        job.not_before = now(session) + outcome.delay_s
+        job.not_before = now(session) + min(outcome.delay_s, MAX_DELAY_S)
         move(session, job, State.QUEUED, outcome.verdict, message=message, who=who)
 
 
@@ -171,14 +196,14 @@ def child_queues(db: Database, job_id: str) -> set[str]:
 def waiting(db: Database, queues: Collection[str]) -> bool:
     """Whether any job of `queues` may be claimed now."""
     with db.read() as session:
-        return session.scalar(select(Job.seq).where(claimable(queues)).limit(1)) is not None
+        return bool(_by_urgency(session, queues))
 
 
 def lead(db: Database, duty: str, *, holder: str, for_s: float) -> bool:
     """Whether `holder` does this duty for the next `for_s` seconds; True for one caller only."""
     take = (
         update(Leader)
-        .where(Leader.duty == duty, Leader.until <= epoch())
+        .where(Leader.duty == duty, _past(Leader.until, within=for_s))
         .values(holder=holder, until=epoch() + for_s)
         .returning(Leader.duty)
     )
@@ -186,9 +211,16 @@ def lead(db: Database, duty: str, *, holder: str, for_s: float) -> bool:
         return session.scalar(take, execution_options={"synchronize_session": False}) is not None
 
 
-def reap(db: Database, *, who: str = "reaper") -> list[str]:
-    """Requeue the jobs whose lease has run out, and bring pipelines up to date. Returns the jobs' ids."""
-    late = (Job.state == State.RUNNING) & (Job.lease_until < epoch()) & (Job.kind != Kind.PIPELINE)
+def reap(db: Database, *, who: str = "reaper", longest_lease_s: float = 3600.0) -> list[str]:
+    """Requeue the jobs whose lease has run out, and bring pipelines up to date. Returns the jobs' ids.
+
+    No worker's lease may be longer than `longest_lease_s`.
+    """
+    late = (
+        (Job.state == State.RUNNING)
+        & _past(Job.lease_until, within=longest_lease_s)
+        & (Job.kind != Kind.PIPELINE)
+    )
     query = select(Job).where(late).order_by(Job.seq)
     with db.write() as session:
         expired = list(session.scalars(query.with_for_update(skip_locked=True, of=Job)))
@@ -197,7 +229,7 @@ def reap(db: Database, *, who: str = "reaper") -> list[str]:
             record(session, job, "lease_expired", message=message, who=who)
             error = {"type": "LeaseExpired", "message": message}
             _end_attempt(session, job, Outcome("crashed", error=error), who)
-        stale = open_pipelines(session)
+        stale = stale_pipelines(session)
     for pipeline in stale:
         refresh_pipeline(db, pipeline)
     return [job.id for job in expired]

@@ -1,16 +1,17 @@
-"""The client's side of the job table: submit, get, list, cancel, retry. Each call is one transaction."""
+"""The client's side of the job table: submit, get, cancel, retry. Each call is one transaction."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from distill_core.errors import ConfigError, NotFound
 from distill_service.jobs.database import Database
@@ -21,15 +22,17 @@ from distill_service.jobs.states import (
     locked,
     move,
     now,
+    open_parents,
     record,
     refresh_pipeline,
 )
-from distill_service.jobs.table import ENDED, QUEUES, STOPPED, Event, Job, Kind, Parent, State
+from distill_service.jobs.table import ENDED, STOPPED, Event, Job, Kind, Label, Parent, State, queue_of
 from distill_service.status import StatusError
 
 MAX_LABELS = 32
-MAX_PAGE = 500
 MAX_PRIORITY = 1000
+SWEEP = "sweep"  # the label that a sweep's jobs have in common: its first job's id
+_LABEL_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,22 @@ class Options:
             raise ConfigError(said, field="priority")
         if len(self.idempotency_key) > 128:
             raise ConfigError("idempotency_key is longer than 128 characters", field="idempotency_key")
-        if len(self.labels) > MAX_LABELS:
-            raise ConfigError(f"{len(self.labels)} labels given, at most {MAX_LABELS}", field="labels")
-        for key, value in self.labels.items():
-            if not key or len(key) > 64 or len(value) > 256:
-                said = f"label {key[:64]!r}: keys have 1 to 64 characters, values at most 256"
-                raise ConfigError(said, field="labels")
+        if SWEEP in self.labels:
+            raise ConfigError(f"label {SWEEP!r} is given to sweeps only; choose another", field="labels")
+        check_labels(self.labels)
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Raise ConfigError for too many labels, or one of another form than `key=value`."""
+    if len(labels) > MAX_LABELS:
+        raise ConfigError(f"{len(labels)} labels given, at most {MAX_LABELS}", field="labels")
+    for key, value in labels.items():
+        if not _LABEL_KEY.fullmatch(key) or len(value) > 256 or not value.isprintable():
+            raise ConfigError(
+                f"label {key[:64]!r}: a key has 1 to 64 letters, digits, '.', '_', '/', '-' and begins with one "
+                "of the first two, a value at most 256 printable characters",
+                field="labels",
+            )
 
 
 @dataclass(frozen=True)
@@ -69,29 +82,47 @@ class Record:
     stages: tuple[Job, ...] = ()
 
 
-def submit(db: Database, drafts: Sequence[Draft], options: Options, *, pipeline: bool = False) -> Record:
-    """Queue one job, or the stages of a pipeline together.
+def submit(
+    db: Database, drafts: Sequence[Draft], options: Options, *, pipeline: bool = False, sweep: bool = False
+) -> Record:
+    """Queue one job, or the stages of a pipeline or the jobs of a sweep together; of a sweep its first job.
 
     Raises:
         ConfigError: an option, a reference between stages, or a used-up idempotency key.
     """
-    options.check()
-    if pipeline:
-        check_pipeline(drafts)
-    else:
-        check_single(drafts[0])
+    check(drafts, options, pipeline=pipeline, sweep=sweep)
     digest = _digest(drafts, options)
+    insert = _insert_pipeline if pipeline else _insert_sweep if sweep else _insert_one
     try:
         with db.write() as session:
             first = _already(session, options.idempotency_key, digest)
             if first is None:
-                first = _insert(session, drafts, options, digest, pipeline)
+                first = insert(session, drafts, options, digest)
     except IntegrityError:  # the same key was inserted beside us
         with db.write() as session:
             first = _already(session, options.idempotency_key, digest)
         if first is None:
             raise
     return get(db, first)
+
+
+def check(drafts: Sequence[Draft], options: Options, *, pipeline: bool = False, sweep: bool = False) -> None:
+    """Raise the ConfigError that `submit` would, but for the idempotency key's earlier use."""
+    options.check()
+    if pipeline:
+        check_pipeline(drafts)
+        return
+    for draft in drafts if sweep else drafts[:1]:
+        check_single(draft)
+        check_labels({**options.labels, **draft.labels, **({SWEEP: ""} if sweep else {})})
+
+
+def sweep_of(db: Database, first: Job) -> list[Record]:
+    """All jobs of a sweep, in the order of its values."""
+    labelled = select(Job).join(Label, Label.job_id == Job.id).order_by(Label.seq)
+    with db.read() as session:
+        jobs = session.scalars(labelled.where(Label.key == SWEEP, Label.value == first.id)).all()
+        return records(session, jobs)
 
 
 def _digest(drafts: Sequence[Draft], options: Options) -> str:
@@ -112,9 +143,21 @@ def _already(session: Session, key: str, digest: str) -> str | None:
     return job.id if job else None
 
 
-def _insert(session: Session, drafts: Sequence[Draft], options: Options, digest: str, pipeline: bool) -> str:
-    if not pipeline:
-        return _new_job(session, drafts[0], options, key=options.idempotency_key, digest=digest).id
+def _insert_one(session: Session, drafts: Sequence[Draft], options: Options, digest: str) -> str:
+    return _new_job(session, drafts[0], options, key=options.idempotency_key, digest=digest).id
+
+
+def _insert_sweep(session: Session, drafts: Sequence[Draft], options: Options, digest: str) -> str:
+    first = secrets.token_hex(6)
+    for draft in drafts:
+        told = {"job_id": first, "key": options.idempotency_key, "digest": digest}
+        named = replace(options, name=f"{options.name} {draft.name}"[:128].strip())
+        own = replace(draft, labels={**draft.labels, SWEEP: first})
+        _new_job(session, own, named, **(told if draft is drafts[0] else {}))
+    return first
+
+
+def _insert_pipeline(session: Session, drafts: Sequence[Draft], options: Options, digest: str) -> str:
     name = options.name or " → ".join(draft.stage for draft in drafts)[:128]
     whole = Draft(Kind.PIPELINE, {"stages": [draft.stage for draft in drafts]}, name)
     row = _new_job(session, whole, options, key=options.idempotency_key, digest=digest)
@@ -122,6 +165,7 @@ def _insert(session: Session, drafts: Sequence[Draft], options: Options, digest:
     for draft in drafts:
         job = _new_job(session, draft, options, pipeline=row.id)
         ids[draft.stage] = job.id
+        job.waits = len(draft.parents())
         session.add_all(Parent(job_id=job.id, parent_id=ids[parent]) for parent in draft.parents())
     return row.id
 
@@ -131,26 +175,30 @@ def _new_job(
     draft: Draft,
     options: Options,
     *,
+    job_id: str = "",
     key: str = "",
     digest: str = "",
     pipeline: str | None = None,
 ) -> Job:
+    labels = {**options.labels, **draft.labels}
     job = Job(
-        id=secrets.token_hex(6),
+        id=job_id or secrets.token_hex(6),
         kind=draft.kind,
-        queue=QUEUES[draft.kind],
+        queue=queue_of(draft.kind, draft.spec),
         name=draft.name[:128] if pipeline else options.name or draft.name[:128],
         spec=draft.spec,
-        labels=dict(options.labels),
+        labels=labels,
         priority=options.priority,
         idempotency_key=key or None,
         request_sha256=digest,
         pipeline=pipeline,
         stage=draft.stage if pipeline else "",
+        owner=options.who[:255],
         state=State.QUEUED,
         attempt=0,
         crashes=0,
         max_attempts=options.max_attempts,
+        waits=0,
         not_before=0.0,
         worker="",
         lease_until=0.0,
@@ -163,6 +211,10 @@ def _new_job(
     )
     session.add(job)
     session.flush()
+    session.add_all(
+        Label(job_id=job.id, key=key, value=value, created=job.created, seq=job.seq)
+        for key, value in labels.items()
+    )
     record(session, job, "submitted", who=options.who)
     return job
 
@@ -177,45 +229,20 @@ def get(db: Database, job_id: str) -> Record:
         job = session.scalar(select(Job).where(Job.id == job_id))
         if job is None:
             raise NotFound(f"no job has the id {job_id[:64]!r}; `distillery jobs` lists them", field="id")
-        return _records(session, [job])[0]
+        return records(session, [job])[0]
 
 
-def _records(session: Session, jobs: Sequence[Job]) -> list[Record]:
+def records(session: Session, jobs: Sequence[Job]) -> list[Record]:
+    """Jobs with what they wait for and their stages."""
     ids = [job.id for job in jobs]
     parents: dict[str, list[str]] = {job_id: [] for job_id in ids}
     for row in session.scalars(select(Parent).where(Parent.job_id.in_(ids))):
         parents[row.job_id].append(row.parent_id)
     stages: dict[str, list[Job]] = {job_id: [] for job_id in ids}
-    for stage in session.scalars(select(Job).where(Job.pipeline.in_(ids)).order_by(Job.seq)):
+    of_them = select(Job).where(Job.pipeline.in_(ids)).order_by(Job.seq)
+    for stage in session.scalars(of_them.options(defer(Job.spec))):
         stages[stage.pipeline or ""].append(stage)
     return [Record(job, tuple(sorted(parents[job.id])), tuple(stages[job.id])) for job in jobs]
-
-
-def list_jobs(
-    db: Database,
-    *,
-    states: Collection[State] = (),
-    kinds: Collection[Kind] = (),
-    page_size: int = 50,
-    page_token: str = "",
-) -> tuple[list[Record], str]:
-    """Jobs, newest first, and the token of the next page ("" on the last)."""
-    if not 0 <= page_size <= MAX_PAGE:
-        raise ConfigError(f"page_size {page_size} is not within 1 and {MAX_PAGE}", field="page_size")
-    if page_token and not (page_token.isascii() and page_token.isdigit() and len(page_token) < 19):
-        raise ConfigError("page_token is not one that List gave", field="page_token")
-    size = page_size or 50
-    query = select(Job).order_by(Job.seq.desc()).limit(size + 1)
-    if states:
-        query = query.where(Job.state.in_(states))
-    if kinds:
-        query = query.where(Job.kind.in_(kinds))
-    if page_token:
-        query = query.where(Job.seq < int(page_token))
-    with db.read() as session:
-        jobs = list(session.scalars(query))
-        more = len(jobs) > size
-        return _records(session, jobs[:size]), str(jobs[size - 1].seq) if more else ""
 
 
 def events(db: Database, job_id: str, *, after: int = 0, limit: int = 200) -> list[Event]:
@@ -295,6 +322,7 @@ def _stopped_parent(session: Session, job_id: str) -> Job | None:
 
 
 def _requeue(session: Session, job: Job, who: str) -> None:
+    job.waits = open_parents(session, job.id)
     job.crashes, job.not_before, job.error, job.cancel_requested = 0, 0.0, {}, False
     move(session, job, State.QUEUED, "retried", who=who)
 

@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import Field
@@ -53,6 +53,7 @@ class Draft:
     stage: str = ""
     after: tuple[str, ...] = ()  # stages it waits for, beside those its spec refers to
     publishes: bool = True
+    labels: Mapping[str, str] = field(default_factory=dict)  # its own, beside those of the request
 
     def parents(self) -> list[str]:
         """Names of the stages that must have succeeded before this one starts."""
@@ -70,7 +71,10 @@ def draft_train(
     if (toml is None) == (name is None):
         raise ConfigError("give either recipe_toml or recipe_name", field="recipe")
     recipe = load_recipe(_values(toml), overrides) if toml is not None else _named(name or "", overrides)
-    spec = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
+    try:
+        spec = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
+    except ValueError:
+        raise ConfigError("the recipe is nested too deeply", field="recipe") from None
     title = recipe.publish.name if recipe.publish else name or recipe.method
     return Draft(Kind.TRAIN, _limited(spec), title, publishes=recipe.publish is not None)
 
@@ -80,7 +84,7 @@ def _values(toml: str) -> dict[str, Any]:
         raise ConfigError(f"the recipe is larger than {MAX_SPEC_BYTES // 1024} KiB", field="recipe")
     try:
         return tomllib.loads(toml)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also a number of thousands of digits
         raise ConfigError(f"the recipe is not valid TOML: {error}", field="recipe") from None
 
 

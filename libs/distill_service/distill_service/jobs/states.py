@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from distill_core.errors import NotFound
 from distill_service.jobs.database import Database, epoch
-from distill_service.jobs.table import ENDED, Event, Job, Kind, Parent, State
+from distill_service.jobs.table import ENDED, STOPPED, Event, Job, Kind, Parent, State
 
 PARENT_STOPPED = "ParentStopped"  # error type of a job that was cancelled because its parent stopped
 
@@ -35,14 +35,16 @@ def locked(session: Session, job_id: str) -> Job:
 
 
 def move(session: Session, job: Job, state: State, what: str, *, message: str = "", who: str = "") -> None:
-    """Put a locked job into `state` and record why. A job that stops cancels those that wait for it."""
+    """Put a locked job into `state` and record why; those that wait for it are released, or cancelled."""
     job.state = state
     if state is State.QUEUED:
         job.finished, job.lease_until, job.worker = None, 0.0, ""
     if state in ENDED:
         job.finished, job.lease_until = now(session), 0.0
     record(session, job, what, message=message, who=who)
-    if state in (State.FAILED, State.CANCELLED):
+    if state is State.SUCCEEDED:
+        _release_children(session, job)
+    elif state in STOPPED:
         _cancel_waiting(session, job)
 
 
@@ -70,6 +72,20 @@ def descendants(session: Session, job_id: str) -> list[Job]:
         frontier = set(session.scalars(children)) - found
         found |= frontier
     return list(session.scalars(select(Job).where(Job.id.in_(found)).order_by(Job.seq).with_for_update()))
+
+
+def open_parents(session: Session, job_id: str) -> int:
+    """How many of a job's parents have not succeeded."""
+    query = select(func.count()).select_from(Parent).join(Job, Job.id == Parent.parent_id)
+    return session.scalar(query.where(Parent.job_id == job_id, Job.state != State.SUCCEEDED)) or 0
+
+
+def _release_children(session: Session, parent: Job) -> None:
+    """Count anew, under the children's locks: of two parents that succeed at once, the second sees the first."""
+    session.flush()
+    children = select(Job).join(Parent, Parent.job_id == Job.id).where(Parent.parent_id == parent.id)
+    for child in session.scalars(children.order_by(Job.seq).with_for_update(of=Job)).all():
+        child.waits = open_parents(session, child.id)
 
 
 def _cancel_waiting(session: Session, parent: Job) -> None:
@@ -120,7 +136,12 @@ def _first_error(stages: list[Job]) -> dict[str, Any]:
     return {**failed.error, "message": f"stage {failed.stage} ({failed.id}): {said}"}
 
 
-def open_pipelines(session: Session) -> list[str]:
-    """Pipelines whose row may be out of date."""
-    query = select(Job.id).where(Job.kind == Kind.PIPELINE, Job.state.not_in(ENDED))
-    return list(session.scalars(query))
+def stale_pipelines(session: Session) -> list[str]:
+    """Pipelines whose row says another state than their stages: somebody ended between the two writes."""
+    unended = select(Job).where(Job.kind == Kind.PIPELINE, Job.state.in_((State.QUEUED, State.RUNNING)))
+    said = {job_id: state for job_id, state in session.execute(unended.with_only_columns(Job.id, Job.state))}
+    stages: dict[str, set[str]] = {}
+    of_them = Job.pipeline.in_(unended.with_only_columns(Job.id))
+    for pipeline, state in session.execute(select(Job.pipeline, Job.state).where(of_them).distinct()):
+        stages.setdefault(pipeline or "", set()).add(state)
+    return [job_id for job_id, found in stages.items() if pipeline_state(found) != said[job_id]]

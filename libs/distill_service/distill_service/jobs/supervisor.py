@@ -19,7 +19,9 @@ from distill_core.errors import EXIT_OUT_OF_MEMORY, EXIT_STOPPED, MEANINGS, Dist
 from distill_service.jobs import queue
 from distill_service.jobs.child import Child, FolderBusy, log_tail, prepare_run
 from distill_service.jobs.database import Database
+from distill_service.jobs.paths import check_paths
 from distill_service.jobs.queue import Claim, Outcome
+from distill_service.jobs.table import processes_of
 from distill_service.settings import Settings
 
 COMMANDS = {
@@ -28,6 +30,7 @@ COMMANDS = {
     "convert": "distillery_converter.run",
 }
 _POLL_S = 0.25  # how often a cancel is looked for
+_STOP_TOGETHER_S = 1.0
 _REPORT_S = 1.0  # progress is stored at most this often
 Observer = Callable[[Claim, Mapping[str, Any]], None]  # told of each message of a job
 _EXIT_RETRY = MEANINGS[Unavailable].exit_code
@@ -77,6 +80,10 @@ class Supervisor:
     def stopping(self) -> bool:
         return self._stopping.is_set()
 
+    def stopping_soon(self, wait_s: float) -> bool:
+        """Whether `stop` is called within so many seconds."""
+        return self._stopping.wait(wait_s)
+
     def stop(self) -> None:
         """End soon: the running job writes a checkpoint and returns to its queue; this does not count."""
         self._stopping.set()
@@ -89,7 +96,9 @@ class Supervisor:
             try:
                 child = self._start(claim, run_dir)
             except (OSError, DistilleryError, FolderBusy) as error:
-                outcome: Outcome | None = _could_not_start(error, self.settings.heartbeat_s)
+                outcome: Outcome | None = _could_not_start(
+                    error, retry_delay(claim.crashes, self.settings.heartbeat_s)
+                )
             else:
                 outcome = _Attempt(self, claim, child, run_dir / "log.txt").run()
             if outcome is None or not self._record(claim, outcome):
@@ -102,8 +111,10 @@ class Supervisor:
         if claim.kind not in self._commands:
             raise DistilleryError(f"this worker cannot run {claim.kind} jobs")
         settings = self.settings
+        check_paths(claim.spec, settings)
         spec = prepare_run(run_dir, claim, store_url=settings.store_url, cache_dir=settings.cache_dir)
-        return Child(self._commands[claim.kind], spec, log=run_dir / "log.txt")
+        processes = processes_of(claim.spec)
+        return Child(self._commands[claim.kind], spec, log=run_dir / "log.txt", processes=processes)
 
     def _record(self, claim: Claim, outcome: Outcome) -> bool:
         """Write the outcome, waiting out a short absence of the database; after that the lease runs out."""
@@ -130,6 +141,8 @@ class _Attempt:
         self._kill_at: float | None = None
 
     def run(self) -> Outcome | None:
+        ended = threading.Event()
+        threading.Thread(target=self._guard_lease, args=(ended,), name="lease", daemon=True).start()
         try:
             while not self._child.exited():
                 self._read(_POLL_S)
@@ -138,7 +151,11 @@ class _Attempt:
                 self._stop_if_asked()
         finally:
             self._child.end()
+            ended.set()
         self._read(0.0)
+        if _signal_of(self._child.returncode) == signal.SIGTERM or self._child.returncode == EXIT_STOPPED:
+            # Whoever stops a whole container or unit tells all of its processes; ours may be the first to end.
+            self._supervisor.stopping_soon(_STOP_TOGETHER_S)
         outcome = conclude(
             self._child.returncode,
             result=self._seen.result,
@@ -146,9 +163,17 @@ class _Attempt:
             cancelled=self._cancel,
             preempted=self._supervisor.stopping,
             log=log_tail(self._log),
-            delay_s=self._settings.heartbeat_s * 2**self._claim.crashes,
+            delay_s=retry_delay(self._claim.crashes, self._settings.heartbeat_s),
         )
         return replace(outcome, progress=self._seen.progress)
+
+    def _guard_lease(self, ended: threading.Event) -> None:
+        """End the child once its lease has run out, even while a call to the database hangs."""
+        while not ended.wait(_POLL_S):
+            if time.monotonic() - self._renewed > self._settings.lease_s:
+                _log.warning("lease ran out and the job is ended", lease_s=self._settings.lease_s)
+                self._child.kill()
+                return
 
     def _read(self, wait_s: float) -> None:
         for message in self._child.events(wait_s):
@@ -187,6 +212,11 @@ class _Attempt:
         elif time.monotonic() > self._kill_at:
             _log.warning("job did not stop in time and is killed", grace_s=self._settings.stop_grace_s)
             self._child.kill()
+
+
+def retry_delay(crashes: int, first_s: float) -> float:
+    """Seconds before what was unavailable is tried again: doubled with each crash, up to `MAX_DELAY_S`."""
+    return min(first_s * 2.0 ** min(crashes, 32), queue.MAX_DELAY_S)
 
 
 def conclude(

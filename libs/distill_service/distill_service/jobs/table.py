@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, Integer, String, Text
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, Integer, String, Text, desc
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Sequence = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows only in INTEGER columns
@@ -35,6 +36,18 @@ class Kind(enum.StrEnum):
 
 
 QUEUES = {Kind.TRAIN: "train", Kind.CONVERT: "convert", Kind.EVALUATE: "eval", Kind.PIPELINE: ""}
+MULTI = "train.multi"  # jobs of several processes, for a worker that owns more than one GPU
+QUEUE_NAMES = (*sorted(name for name in QUEUES.values() if name), MULTI)
+
+
+def processes_of(spec: Mapping[str, Any]) -> int:
+    """How many processes a job's specification asks for."""
+    return int((spec.get("recipe") or {}).get("processes") or 1)
+
+
+def queue_of(kind: Kind, spec: Mapping[str, Any]) -> str:
+    """The queue that a job is put in."""
+    return MULTI if kind is Kind.TRAIN and processes_of(spec) > 1 else QUEUES[kind]
 
 
 class Base(DeclarativeBase):
@@ -48,7 +61,9 @@ class Job(Base):
 
     __tablename__ = "jobs"
     __table_args__ = (
-        Index("ix_jobs_claim", "state", "queue", "priority", "seq"),
+        Index("ix_jobs_claimed", "queue", "state", "waits", desc("priority"), "seq"),
+        Index("ix_jobs_listed", "state", "kind", "created", "seq"),
+        Index("ix_jobs_created", "created", "seq"),
         Index("ix_jobs_pipeline", "pipeline"),
     )
 
@@ -64,11 +79,13 @@ class Job(Base):
     request_sha256: Mapped[str] = mapped_column(String(64))
     pipeline: Mapped[str | None] = mapped_column(String(32))  # the id of the pipeline this is a stage of
     stage: Mapped[str] = mapped_column(String(64))
+    owner: Mapped[str]  # the name of the token, or the address, that submitted it
 
     state: Mapped[str] = mapped_column(String(16))
     attempt: Mapped[int]  # claims so far; fences writes
     crashes: Mapped[int]  # attempts that ended by themselves without a result; limited by max_attempts
     max_attempts: Mapped[int]
+    waits: Mapped[int]  # parents that have not succeeded; claimable at 0
     not_before: Mapped[float]  # not claimed earlier
     worker: Mapped[str]
     lease_until: Mapped[float]
@@ -95,6 +112,19 @@ class Parent(Base):
     )
 
 
+class Label(Base):
+    """A job's labels once more, so that jobs are found by them; `created` and `seq` are the job's."""
+
+    __tablename__ = "job_labels"
+    __table_args__ = (Index("ix_job_labels_found", "key", "value", "created", "seq"),)
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(String(256))
+    created: Mapped[float]
+    seq: Mapped[int] = mapped_column(Sequence)
+
+
 class Event(Base):
     """Append-only history: every change of state, and who asked for it."""
 
@@ -119,3 +149,15 @@ class Leader(Base):
     duty: Mapped[str] = mapped_column(String(32), primary_key=True)
     holder: Mapped[str]
     until: Mapped[float]
+
+
+class Queue(Base):
+    """A queue that was paused, or had been: nothing is claimed from it while `paused`."""
+
+    __tablename__ = "job_queues"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    paused: Mapped[bool]
+    reason: Mapped[str]
+    who: Mapped[str]
+    since: Mapped[float]

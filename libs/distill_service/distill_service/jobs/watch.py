@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +65,7 @@ class Watch:
     """All that happens to a job, or to a pipeline and its stages. Call `look` until `ended`."""
 
     def __init__(self, db: Database, runs: Path, job_id: str, options: Options) -> None:
-        self._db, self._runs, self._job_id, self._options = db, runs, job_id, options
+        self._db, self._runs, self.job_id, self.options = db, runs, job_id, options
         self._followers: dict[str, _Follower] = {}
         self._announced = False
         self.ended = False
@@ -76,22 +76,31 @@ class Watch:
         Raises:
             NotFound: no such job.
         """
-        record = requests.get(self._db, self._job_id)
+        record = requests.get(self._db, self.job_id)
         found = [notice for job in (record.job, *record.stages) for notice in self._news(job)]
         self.ended = record.job.state in ENDED and not found
         if self.ended or not self._announced:
-            cursor = self._followers[self._job_id].cursor
-            found.insert(0, Notice(self._job_id, "job", record, cursor))
+            cursor = self._followers[self.job_id].cursor
+            found.insert(0, Notice(self.job_id, "job", record, cursor))
             self._announced = True
         return found
+
+    def cursors(self) -> dict[str, Cursor]:
+        """How far each job has been watched."""
+        return {job_id: follower.cursor for job_id, follower in self._followers.items()}
+
+    def position(self) -> Hashable:
+        """What is wanted, and how far this is: two of one job at equal positions find the same from there on."""
+        wanted = self.options.with_samples, self.options.with_log
+        return wanted, frozenset(follower.position() for follower in self._followers.values())
 
     def _news(self, job: Job) -> list[Notice]:
         return self._follower(job).look(self._db, job)
 
     def _follower(self, job: Job) -> _Follower:
         if job.id not in self._followers:
-            follower = _Follower(self._runs / job.id, job.id, self._options)
-            if self._options.only_new and job.id not in self._options.cursors:
+            follower = _Follower(self._runs / job.id, job.id, self.options)
+            if self.options.only_new and job.id not in self.options.cursors:
                 follower.skip(self._db)
             self._followers[job.id] = follower
         return self._followers[job.id]
@@ -113,6 +122,11 @@ class _Follower:
             self._progress = job.progress
             found.append(Notice(self._job_id, "progress", job.progress, self.cursor))
         return found
+
+    def position(self) -> Hashable:
+        """As `Watch.position`."""
+        cursor = self.cursor if self._options.with_log else replace(self.cursor, log_offset=0)
+        return self._job_id, cursor, json.dumps(self._progress, sort_keys=True)
 
     def skip(self, db: Database) -> None:
         """Go to the end of what there is."""

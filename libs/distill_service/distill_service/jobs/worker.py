@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,11 +26,12 @@ from distill_service.jobs.celery_app import RUN_NEXT, make_app, wake
 from distill_service.jobs.database import Database
 from distill_service.jobs.metrics import WorkerMetrics
 from distill_service.jobs.supervisor import COMMANDS, Supervisor
-from distill_service.jobs.table import QUEUES, Kind
+from distill_service.jobs.table import Kind, queue_of
 from distill_service.logs import configure_logging
 from distill_service.metrics import serve_metrics
 from distill_service.settings import Settings
 
+_LISTEN_AGAIN_S = 1.0
 _log = structlog.get_logger("distillery.worker")
 
 
@@ -75,7 +77,7 @@ class Worker:
         if outcome is not None and outcome.verdict == "succeeded":
             wake(self._app, queue.child_queues(self._db, claim.id))
         elif outcome is not None and outcome.verdict in ("crashed", "preempted"):
-            wake(self._app, [QUEUES[Kind(claim.kind)]])  # another worker may be idle
+            wake(self._app, [queue_of(Kind(claim.kind), claim.spec)])  # another worker may be idle
 
     def watch(self) -> None:
         """Reap and look for work until stopped."""
@@ -92,7 +94,8 @@ class Worker:
     def tick(self) -> None:
         """One round of the watch."""
         if queue.lead(self._db, "reaper", holder=self.name, for_s=self._settings.reap_s * 0.9):
-            for job_id in queue.reap(self._db, who=self.name):
+            longest = 10 * self._settings.lease_s  # workers may differ, but not by that much
+            for job_id in queue.reap(self._db, who=self.name, longest_lease_s=longest):
                 _log.warning("lease expired", job_id=job_id)
         if not self._busy.locked() and queue.waiting(self._db, self._queues):
             thread = threading.Thread(target=self.run_all, name="job")
@@ -102,6 +105,10 @@ class Worker:
     def start(self) -> None:
         """Begin the watch."""
         threading.Thread(target=self.watch, name="watch", daemon=True).start()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopped.is_set()
 
     def stop(self, **_: Any) -> None:
         """Give the running job back and claim no more."""
@@ -135,9 +142,25 @@ def run_worker(
     serve_metrics(worker.metrics.registry, settings, metrics_port)
     signals.worker_shutting_down.connect(worker.stop, weak=False)
     warnings.simplefilter("ignore", SecurityWarning)  # it warns root of pickled messages; ours are JSON
+    worker.start()
+    _log.info("worker ready", worker=worker.name, queues=list(queues))
+    code = 0
+    while not worker.stopping:
+        code = _listen(app, f"{service}@{worker.name}", queues, settings)
+        if not worker.stopping:  # Celery gives up at a message that it cannot read; jobs need no message
+            _log.warning("stopped listening for wake-ups and begin again", code=code)
+            time.sleep(_LISTEN_AGAIN_S)
+    worker.stop()
+    worker.join()
+    db.close()
+    return code
+
+
+def _listen(app: Celery, name: str, queues: Sequence[str], settings: Settings) -> int:
+    """Hear wake-ups until told to stop, or until Celery gives up; its exit code."""
     # Threads, not processes: a job is a process of its own already, and one process sees every signal.
     bell = app.Worker(
-        hostname=f"{service}@{worker.name}",
+        hostname=name,
         queues=list(queues),
         pool="threads",
         concurrency=1,
@@ -146,10 +169,5 @@ def run_worker(
         quiet=True,
         loglevel=settings.log_level,
     )
-    worker.start()
-    _log.info("worker ready", worker=worker.name, queues=list(queues))
     bell.start()
-    worker.stop()
-    worker.join()
-    db.close()
     return int(bell.exitcode or 0)
