@@ -24,7 +24,6 @@ SERVICE = jobs_pb2.DESCRIPTOR.services_by_name["JobsService"].full_name
 _CHANGING = ("Submit", "Cancel", "Retry", "PauseQueue", "ResumeQueue", "CollectGarbage")
 ADMIN_METHODS = frozenset(f"/{SERVICE}/{name}" for name in _CHANGING)  # the others only read
 MAX_CALLS = 16_384  # at once; most of them are watchers, which cost next to nothing
-_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # s
 
 
 def rpc_settings(values: Settings) -> RpcSettings:
