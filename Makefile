@@ -1,4 +1,5 @@
-# make setup · demo · test · lint · proto · claims · bench · bench-serving · fuzz-sampler · fuzz-converter · prove-NAME. Each sets up what is missing, once.
+# make setup · demo · test · lint · proto · claims · bench · bench-serving · bench-queue · fuzz-sampler · fuzz-converter · prove-NAME · chaos · audit.
+# Each sets up what is missing, once.
 # Where pip would fetch a CUDA build of torch that you do not need:
 #   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 SHELL := /bin/sh
@@ -10,7 +11,7 @@ TYPED := libs/distill_core/distill_core/method.py libs/distill_core/distill_core
          libs/distill_service/distill_service services
 OURS := libs services tests deploy benchmarks
 
-.PHONY: setup demo test lint proto claims bench bench-serving fuzz-sampler fuzz-converter
+.PHONY: setup demo test lint proto claims bench bench-serving bench-queue fuzz-sampler fuzz-converter chaos audit
 setup: $(STAMP)
 
 $(STAMP):
@@ -41,6 +42,13 @@ prove-memory: setup
 claims: setup
 	$(BIN)/distillery claims
 
+chaos: setup
+	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
+
+audit: setup
+	$(BIN)/bandit -q -c pyproject.toml -r libs services deploy
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
 bench: setup
 	$(BIN)/distillery bench --page docs/performance.md
 
@@ -54,3 +62,6 @@ fuzz-sampler: setup
 # Damaged models: one sentence from the converter and the sampler each time. COUNT and SEED change how many and which.
 fuzz-converter: setup
 	$(BIN)/python -m tests.services.fuzz.converter --seed $(or $(SEED),0) --count $(or $(COUNT),2000)
+
+bench-queue: setup
+	$(BIN)/distillery bench-queue

@@ -32,13 +32,23 @@ CLIENTS = (
 
 # A module may import from its own layer and lower ones.
 LAYERS = [
-    ("errors", "config", "checking"),
+    ("errors", "config", "checking", "reached"),
     ("diffusion", "losses", "metrics.image", "metrics.frechet", "metrics.classification"),
-    ("artifacts", "parity", "pictures", "method", "radiance.sh", "radiance.cameras", "radiance.distortion"),
+    (
+        "artifacts",
+        "parity",
+        "store_garbage",
+        "pictures",
+        "method",
+        "radiance.sh",
+        "radiance.cameras",
+        "radiance.distortion",
+    ),
     ("networks", "data", "radiance", "metrics"),
     ("methods", "training", "building", "evaluation"),
     ("api",),
-    ("run",),
+    ("dry_run",),
+    ("run", "launch"),
 ]
 
 
@@ -137,6 +147,7 @@ def test_only_settings_read_the_environment():
         "supervisor",
         "child",
         "stack",
+        "launch",
     }  # these pass the environment on to child processes
     for package in PACKAGES:
         for name, path in modules(package):

@@ -46,7 +46,7 @@ def plain(value: str) -> str:
 
 def mounts(service: str) -> dict[str, str]:
     """Target -> source of a service's volumes."""
-    pairs = [entry.split(":")[:2] for entry in SERVICES[service]["volumes"]]
+    pairs = [plain(entry).split(":")[:2] for entry in SERVICES[service]["volumes"]]
     return {target: source for source, target in pairs}
 
 
@@ -82,6 +82,13 @@ def test_the_whole_stack_is_there_and_each_part_says_whether_it_is_well():
     assert all(SERVICES[name]["read_only"] is True for name in WANTED)
 
 
+def test_metrics_are_a_profile_and_the_stack_is_whole_without_it():
+    profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
+    assert profiles == {"prometheus": ["observability"], "grafana": ["observability"]}
+    for name in set(SERVICES) - set(profiles):
+        assert not set(SERVICES[name].get("depends_on", ())) & set(profiles)
+
+
 @pytest.mark.parametrize("services", [SERVICES, GPU], ids=FILES)
 def test_every_image_has_a_fixed_tag(services):
     for service in services.values():
@@ -90,13 +97,12 @@ def test_every_image_has_a_fixed_tag(services):
 
 
 def test_ports_are_published_on_this_machine_only_and_are_the_settings_defaults():
-    published = [port.rsplit(":", 2) for service in SERVICES.values() for port in service.get("ports", ())]
+    ports = {name: [plain(port) for port in service.get("ports", ())] for name, service in SERVICES.items()}
+    published = [port.rsplit(":", 2) for some in ports.values() for port in some]
     assert {host for host, _, _ in published} == {"127.0.0.1"}
     assert all(outside == inside for _, outside, inside in published)
-    assert SERVICES["trainer"]["ports"] == [f"127.0.0.1:{DEFAULTS['jobs_port']}:{DEFAULTS['jobs_port']}"]
-    assert SERVICES["sampler"]["ports"] == [
-        f"127.0.0.1:{DEFAULTS['sampler_port']}:{DEFAULTS['sampler_port']}"
-    ]
+    assert ports["trainer"] == [f"127.0.0.1:{DEFAULTS['jobs_port']}:{DEFAULTS['jobs_port']}"]
+    assert ports["sampler"] == [f"127.0.0.1:{DEFAULTS['sampler_port']}:{DEFAULTS['sampler_port']}"]
     assert SERVICES["trainer"]["healthcheck"]["test"][-1] == f"127.0.0.1:{DEFAULTS['jobs_port']}"
     assert SERVICES["sampler"]["healthcheck"]["test"][-1] == f"127.0.0.1:{DEFAULTS['sampler_port']}"
 
@@ -121,6 +127,8 @@ def test_folders_that_the_settings_name_are_volumes(name):
     if name != "sampler":  # which neither runs jobs nor knows the database
         assert mounted[environment["DISTILLERY_RUNS_DIR"]] == "runs"
         assert mounted["/run/secrets"] == "secrets"
+        assert mounted[environment["DISTILLERY_DATA_ROOTS"]] == "data"
+        assert [entry for entry in SERVICES[name]["volumes"] if entry.endswith(":/data:ro")]
 
 
 def test_named_volumes_are_declared_and_used_and_bound_files_exist():
@@ -201,6 +209,22 @@ def test_an_image_is_slim_and_does_not_run_as_root(service):
     assert "typer" in packages  # of `distillery health`
 
 
+@pytest.mark.parametrize("service", OURS)
+def test_an_image_takes_the_cpu_build_of_torch_unless_told_otherwise(service):
+    dockerfile = (ROOT / SERVICES[service]["build"]["dockerfile"]).read_text()
+    arguments = SERVICES[service]["build"]["args"]
+    default = plain(arguments["TORCH_INDEX_URL"])
+    assert default.endswith("/whl/cpu")
+    assert f"ARG TORCH_INDEX_URL={default}\n" in dockerfile
+    assert set(arguments) <= set(re.findall(r"^ARG (\w+)", dockerfile, re.M))
+
+
+def test_the_stacks_sampler_serves_scenes_and_models_without_an_export():
+    packages = requirements(*plain(SERVICES["sampler"]["build"]["args"]["EXTRAS"]).split())
+    assert "torch" in packages
+    assert "onnxruntime" in packages
+
+
 def test_the_gpu_sampler_never_installs_both_builds_of_onnxruntime():
     packages = requirements(*GPU["sampler"]["build"]["args"]["EXTRAS"].split())
     assert "onnxruntime-gpu>" in packages
@@ -219,6 +243,40 @@ def test_the_build_context_holds_what_the_images_copy_and_little_else():
     assert len(texts) == 3
     assert copied == allowed
     assert all((ROOT / source).exists() for source in copied)
+
+
+# -- verification
+
+
+@pytest.mark.parametrize(
+    "script", ["deploy/verify.sh", "deploy/verify/bases.sh", "deploy/verify/postgres/entrypoint.sh"]
+)
+def test_the_verification_scripts_are_shell_that_parses(script):
+    assert subprocess.run(["bash", "-n", ROOT / script], capture_output=True, timeout=30).returncode == 0
+
+
+def test_stand_ins_are_made_for_the_base_images_that_the_stack_names():
+    script = (ROOT / "deploy/verify/bases.sh").read_text()
+    for image in (SERVICES["postgres"]["image"], SERVICES["redis"]["image"]):
+        assert image in script
+        assert (ROOT / "deploy/verify" / image.partition(":")[0] / "Dockerfile").is_file()
+    assert "python:3.11-slim-bookworm" in script
+
+
+def test_the_page_tells_of_a_verified_run_without_naming_a_machine():
+    page = (ROOT / "docs/deployment.md").read_text()
+    log = page.partition("<!-- verify -->\n")[2].partition("<!-- /verify -->")[0]
+    if not log:
+        pytest.skip("no whole run is on the page yet: deploy/verify.sh --write puts one there")
+    for step in (
+        "compose up",
+        "health of sampler",
+        "convert it to ONNX",
+        "the same models, picture and view",
+    ):
+        assert re.search(rf"^{step}.* ok|^{step}.*ok$", log, re.M), step
+    assert "FAILED" not in log
+    assert not re.search(r"(^|\s)/(tmp|home|root|work|opt)/", log)
 
 
 # -- observability

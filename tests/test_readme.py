@@ -23,6 +23,7 @@ from distill_service.settings import Settings
 from distillery_cli.app import app
 from distillery_cli.claims import COLUMNS, write_documents
 from distillery_cli.claims import kept_outcomes as kept
+from distillery_cli.parsing import split_sweep
 from distillery_cli.pipelines import read_pipeline
 from distillery_sampler.settings import SamplerSettings
 from tests.helpers import REPOSITORY, tiny_context, tiny_trainer
@@ -49,7 +50,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 def commands(text: str) -> Iterator[list[str]]:
     """The arguments of every `distillery …` in shell blocks, indented blocks and inline code."""
-    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"^ {4}(distillery .*)$", text, re.M)
     lines += re.findall(r"`(distillery [a-z][^`]*)`", text)
     for line in lines:
@@ -99,7 +100,9 @@ def test_the_parser_of_this_test_notices_a_wrong_option():
 @pytest.mark.parametrize("command", TRAININGS)
 def test_every_override_is_a_key_of_its_recipe(command):
     params = parsed(command).params
-    recipe = load_recipe(params["recipe"], parse_overrides(params["overrides"]))
+    single, axes = split_sweep(params["overrides"])
+    each = [f"{key}={values[0]}" for key, values in axes.items()]
+    recipe = load_recipe(params["recipe"], parse_overrides([*single, *each]))
     find_method(recipe.method).Config.parse(recipe.config, where="config")
     assert recipe.data is not None
     source_types()[recipe.data["name"]].Config.parse(recipe.data, where="data")

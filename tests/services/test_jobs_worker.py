@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from distill_service.jobs import requests
 from distill_service.jobs.broker import broker_url, redis_server, running_broker, socket_path
 from distill_service.jobs.celery_app import make_app, wake
 from distill_service.jobs.database import Database
+from distill_service.jobs.guard import guarded
 from distill_service.jobs.table import State
 from distill_service.settings import load_settings
 from tests.services.jobs_stack import (
@@ -21,9 +23,9 @@ from tests.services.jobs_stack import (
     child_pids,
     convert,
     ended,
+    free_port,
     history,
     processes,
-    redis_pid,
     short_settings,
     step_of,
     submit,
@@ -104,18 +106,23 @@ def test_a_stopped_worker_gives_its_job_to_the_next(running, db):
 def test_a_job_submitted_while_redis_is_gone_is_found_by_looking(tmp_path):
     if redis_server() is None:
         pytest.skip("no redis-server program here")
-    with processes(short_settings(tmp_path / "state")) as started:
-        database = Database.open(started.settings.database_url)
-        with running_broker(started.settings):
-            worker = started.worker("train")
-            first = submit(database, train()).job.id
-            assert ended(database, first).state == State.SUCCEEDED
-            os.kill(redis_pid(started.settings), signal.SIGKILL)
-            second = submit(database, train()).job.id
-            assert not wake(make_app(broker_url(started.settings)), ["train"])
-            assert ended(database, second).state == State.SUCCEEDED
-            worker.terminate()
-            assert worker.wait(timeout=20) == 0
+    port = free_port()
+    values = short_settings(tmp_path / "state", broker_url=f"redis://127.0.0.1:{port}/0")
+    with processes(values) as started:
+        server = subprocess.Popen(
+            guarded(redis_server(), "--port", str(port), "--save", ""), stdout=subprocess.DEVNULL
+        )
+        database = Database.open(values.database_url)
+        worker = started.worker("train")
+        first = submit(database, train()).job.id
+        assert ended(database, first).state == State.SUCCEEDED
+        server.kill()  # nobody starts this one again
+        server.wait()
+        second = submit(database, train()).job.id
+        assert not wake(make_app(broker_url(values)), ["train"])
+        assert ended(database, second).state == State.SUCCEEDED
+        worker.terminate()
+        assert worker.wait(timeout=20) == 0
         database.close()
 
 
