@@ -215,6 +215,38 @@ def test_a_call_whose_deadline_the_queue_cannot_meet_is_refused_at_once():
     asyncio.run(run())
 
 
+def test_an_idle_device_is_tried_whatever_the_estimate_says_and_puts_it_right():
+    async def run() -> None:
+        device = Device()
+        device.gate.set()
+        async with batcher_of(device) as batcher:
+            batcher.seconds_per_cost = 1000.0  # after a machine that stood still
+            soon = asyncio.get_running_loop().time() + 5
+            assert await batcher.submit("key", [1], deadline=soon)[0] == 2
+            assert batcher.seconds_per_cost < 1000
+
+    asyncio.run(run())
+
+
+def test_what_would_end_too_late_makes_way_for_others():
+    async def run() -> None:
+        device, seen = Device(), Seen()
+        async with batcher_of(device, seen, max_batch=1) as batcher:
+            held = await hold(batcher)
+            now = asyncio.get_running_loop().time()
+            (late,) = batcher.submit("key", [1], deadline=now + 30)
+            (patient,) = batcher.submit("key", [2])
+            batcher.seconds_per_cost = 60.0
+            device.gate.set()
+            assert await asyncio.gather(held, patient) == [0, 4]
+            with pytest.raises(Expired):
+                await late
+        assert device.batches == [[0], [2]]
+        assert seen.refusals == ["deadline"]
+
+    asyncio.run(run())
+
+
 def test_a_full_queue_refuses_the_whole_request_and_says_when_to_come_back():
     async def run() -> None:
         device, seen = Device(), Seen()

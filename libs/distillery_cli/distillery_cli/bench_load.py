@@ -111,7 +111,7 @@ async def offered(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Calls at random moments (Poisson), `rate` a second on average, whether or not earlier ones were answered."""
-    draw, due, moments = random.Random(seed), 0.0, []
+    draw, due, moments = random.Random(seed), 0.0, []  # nosec B311: moments of calls, no secret
     while (due := due + draw.expovariate(rate)) < seconds:
         moments.append(due)
     tally = Tally()

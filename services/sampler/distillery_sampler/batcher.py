@@ -24,6 +24,7 @@ Kind = Callable[[Any], Hashable]  # what sets a payload apart from others with i
 Run = Callable[[Hashable, list[Any]], Sequence[Any]]  # (key, payloads) -> results; called in a model thread
 BULK_EVERY = 8  # at least one batch of so many starts with bulk work, if there is any
 EMA_SHARE = 0.2
+MARGIN = 1.25  # times the estimate: work that would end just in time is answered too late
 
 
 class Expired(DistilleryError):
@@ -107,6 +108,7 @@ class _Batch:
     cost: float
     delayed: bool
     started: float  # event loop time
+    since: float  # when it could have started at the earliest: what lies between counts as its time, too
 
 
 class Batcher:
@@ -162,7 +164,7 @@ class Batcher:
         """
         now, origin = self._loop.time(), self._observer.origin()
         with self._changed:
-            self._admit(len(payloads), client, deadline, now)
+            self._admit(len(payloads), client, deadline, now, sum(self._cost(key, one) for one in payloads))
             items = []
             for payload in payloads:
                 group, cost = (key, self._kind(payload)), self._cost(key, payload)
@@ -208,7 +210,7 @@ class Batcher:
             waiting += left if left > 0 else elapsed  # overdue: as long again, for want of anything better
         return waiting / self._instances
 
-    def _admit(self, images: int, client: str, deadline: float | None, now: float) -> None:
+    def _admit(self, images: int, client: str, deadline: float | None, now: float, cost: float) -> None:
         wait = self._wait_estimate()
         others = self.queued - self._per_client.get(client, 0)
         if self.queued + images > self.max_queue:
@@ -217,9 +219,11 @@ class Batcher:
             self._refuse(
                 "client_share", f"this client holds half of the queue of {self.max_queue} images", wait
             )
-        if deadline is not None and now + wait > deadline:
+        own = cost * self.seconds_per_cost / self._instances
+        needed = MARGIN * (wait + own) if wait else 0.0  # idle: tried, so that a wrong estimate is put right
+        if deadline is not None and now + needed > deadline:
             self._observer.rejected("deadline")
-            raise Expired(f"the queue takes about {wait:.1f} s, longer than the call's deadline allows")
+            raise Expired(f"the queue takes about {wait + own:.2g} s, longer than the call's deadline allows")
 
     def _refuse(self, reason: str, why: str, wait: float) -> None:
         self._observer.rejected(reason)
@@ -246,16 +250,19 @@ class Batcher:
 
     def _serve(self) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop ended, and with it everybody who waits
-            while batch := self._next():
+            free = self._loop.time()
+            while batch := self._next(free):
                 answers = self._answers(batch.items)
-                seconds = self._loop.time() - batch.started
+                now = self._loop.time()
+                seconds = now - batch.started
                 with self._changed:
                     self._running.discard(batch)
-                    self._learn(seconds / batch.cost)
+                    self._learn((now - batch.since) / batch.cost)
+                free = now
                 self._loop.call_soon_threadsafe(self._deliver, batch, answers, seconds)
 
-    def _next(self) -> _Batch | None:
-        """The next batch, when there is one; None at the end."""
+    def _next(self, free: float) -> _Batch | None:
+        """The next batch, when there is one, for a thread that is free since then; None at the end."""
         with self._changed:
             while not self._closed:
                 self._changed.wait_for(lambda: self._closed or self.queued)
@@ -267,7 +274,9 @@ class Batcher:
                     self._loop.call_soon_threadsafe(self._expire, late)
                 if items:
                     cost = sum(item.cost for item in items)
-                    batch = _Batch(items, cost, delayed, self._loop.time())
+                    started, queued_at = self._loop.time(), min(item.queued_at for item in items)
+                    since = started if delayed else max(free, queued_at)
+                    batch = _Batch(items, cost, delayed, started, since)
                     self._running.add(batch)
                     self._observer.queue(self.queued)
                     return batch
@@ -295,7 +304,9 @@ class Batcher:
             matching = line.matching(first.group, fits)
             while len(batch) < self.max_batch and (item := next(matching, None)):
                 self._count(item, -1)
-                if item.deadline is not None and item.deadline <= now:
+                # While others wait, also what would end too late: they are answered in its place.
+                ahead = item.cost * self.seconds_per_cost if self.queued else 0.0
+                if item.deadline is not None and item.deadline <= now + ahead:
                     late.append(item)
                 elif not item.future.done():
                     batch.append(item)
