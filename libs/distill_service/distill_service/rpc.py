@@ -24,7 +24,7 @@ from grpc_reflection.v1alpha import reflection
 from pydantic import Field, model_validator
 
 from distill_core.config import Config
-from distill_core.errors import ConfigError, DistilleryError, Overloaded
+from distill_core.errors import ConfigError, DistilleryError
 from distill_service.audit import AuditLog, target_of
 from distill_service.auth import CALLER, Caller, Tokens, check_scope
 from distill_service.channels import channel, is_local, read_file
@@ -46,6 +46,7 @@ OnCall = Callable[[str, str, float], None]  # (method, status name, seconds)
 Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
 Reader = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]  # what a servicer takes: a message, or all
 MAX_RECEIVE_BYTES = 64 * 2**20
+UNLOGGED = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")  # refusals under load: metrics count them
 HEALTH_PREFIX = "/grpc.health.v1.Health/"  # probes carry no token
 _log = structlog.get_logger("distillery.rpc")
 
@@ -241,7 +242,7 @@ async def _answer(error: Exception, context: grpc.aio.ServicerContext, outcome: 
         _log.exception("call failed", exc_info=error)
         error = StatusError("INTERNAL", f"internal error, request id {outcome['request_id']}")
     outcome["code"] = status_name(error)
-    if not isinstance(error, Overloaded):
+    if outcome["code"] not in UNLOGGED:
         _log.info("call refused", code=outcome["code"], error=shortened(str(error)), field=error.field)
     status = wire_status(error)
     if tracing():
