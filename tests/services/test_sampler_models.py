@@ -338,3 +338,32 @@ print((before - resident()) // 2**20)
 def test_what_is_freed_goes_back_to_the_system_with_a_tidy_allocator(how, least, most):
     done = subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True)
     assert least <= int(done.stdout) <= most
+
+
+FAULTS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from resource import RUSAGE_THREAD, getrusage
+from distillery_sampler.memory import TORCH_LARGE, keep_tidy
+
+if sys.argv[1] == "tidy":
+    keep_tidy(TORCH_LARGE)
+
+def faults():
+    before = getrusage(RUSAGE_THREAD).ru_minflt
+    for _ in range(20):
+        del (pieces := [bytearray(b"x") * 2**20 for _ in range(3)])[:]
+    return getrusage(RUSAGE_THREAD).ru_minflt - before
+
+for _ in range(2):  # the second thread's pool is not the main one
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(faults).result()
+        print(pool.submit(faults).result())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+@pytest.mark.parametrize(("how", "least", "most"), [("tidy", 0, 1000), ("as it is", 10_000, 20_000)])
+def test_a_model_thread_asks_for_the_same_memory_only_once(how, least, most):
+    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+    assert least <= max(map(int, done.stdout.split())) <= most

@@ -13,7 +13,7 @@ from distill_core.artifacts import Manifest
 SHARE = 0.8  # of the memory there is, for models; the rest is for requests, and for what is being loaded
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 WEIGHTS = ".safetensors"
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
 ARENAS, LARGE = 2, 256 * 2**10  # pools; bytes
 TORCH_LARGE = 32 * 2**20  # torch asks anew for each operator: giving back would cost it more than it takes
 Held = Mapping[Hashable, int]  # bytes by what holds them: what two models share has one key
@@ -73,6 +73,7 @@ def keep_tidy(large: int = LARGE) -> None:
     if mallopt is not None:
         mallopt(M_ARENA_MAX, ARENAS)
         mallopt(M_MMAP_THRESHOLD, large)
+        mallopt(M_TRIM_THRESHOLD, 2 * large)  # as glibc itself has it once the other is not set by hand
 
 
 def give_back() -> None:
