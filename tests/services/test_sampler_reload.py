@@ -126,11 +126,18 @@ def test_an_alias_that_moves_back_takes_its_old_version_back(store, tmp_path, ke
     store.set_alias("digits", "prod", 1)
     with SamplerProcess(store.url, {"DISTILLERY_SAMPLER_KEEP_REPLACED_S": keep_s}) as sampler:
         with sampler.client() as client:
+
+            def replaced(version: int) -> None:
+                if keep_s == "0":
+                    until(lambda: versions(client)[version].state == models_pb2.MODEL_STATE_AVAILABLE)
+
             assert not is_inverted(client, "digits@prod")
             store.set_alias("digits", "prod", 2)
             until(lambda: is_inverted(client, "digits@prod"))
+            replaced(1)
             store.set_alias("digits", "prod", 1)
             until(lambda: not is_inverted(client, "digits@prod"))
+            replaced(2)
             assert is_inverted(client)  # latest
         assert sum(event["event"] == "model loaded" for event in sampler.events) == loads  # kept, or again
 
