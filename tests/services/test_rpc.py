@@ -100,6 +100,37 @@ def test_an_error_arrives_as_it_was_raised(name):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("method", ["GetModel", "WatchModels"])
+def test_what_is_shed_is_refused_before_its_message_arrives(method):
+    left, calls = [], []
+
+    def shed(name: str, seconds_left: float | None) -> DistilleryError | None:
+        left.append(seconds_left)
+        return ERRORS["busy"] if name.endswith(method) else None
+
+    async def nothing():
+        await asyncio.sleep(60)
+        yield b""
+
+    async def run() -> None:
+        async with (
+            running(RpcSettings(), shed=shed, on_call=lambda *call: calls.append(call)) as address,
+            grpc.aio.insecure_channel(address, [("grpc.enable_retries", 0)]) as plain,
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await plain.stream_unary(f"/{SERVICE}/{method}")(nothing(), timeout=30)
+            assert error_from_call(caught.value).retry_after_s == 1.5
+            await models_pb2_grpc.ModelsServiceStub(plain).LoadModel(models_pb2.LoadModelRequest())
+
+    asyncio.run(run())
+    assert 0 < left[0] <= 30
+    assert left[1] is None
+    assert [call[:2] for call in calls] == [
+        (f"/{SERVICE}/{method}", "RESOURCE_EXHAUSTED"),
+        (f"/{SERVICE}/LoadModel", "OK"),
+    ]
+
+
 def test_a_bug_is_answered_with_a_request_id_and_nothing_of_the_inside():
     async def run() -> None:
         async with running(RpcSettings()) as address:

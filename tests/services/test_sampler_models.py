@@ -22,7 +22,7 @@ from distillery_sampler.backends.opening import choose
 from distillery_sampler.engine import Engine
 from distillery_sampler.memory import default_limit, readable, weight_bytes
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.requests import GenerateRequest
+from distillery_sampler.requests import GenerateRequest, ImageItem, ImageKey
 from distillery_sampler.settings import SamplerSettings, load_sampler_settings
 from distillery_sampler.tuning import Layout, layouts
 from tests.services.sampler_helpers import answer, class_means, publish_denoiser
@@ -89,6 +89,29 @@ def test_weights_swapped_under_a_rehashed_manifest_are_refused_and_the_old_versi
         np.testing.assert_array_equal(await ask(engine, "checked"), before)
         with pytest.raises(ArtifactError, match="parity sample is off by"):
             await ask(engine, "checked@2")
+
+    run(store, tmp_path, use)
+
+
+def test_a_call_is_shed_only_where_no_loaded_model_would_be_done_in_time(store, tmp_path):
+    publish_denoiser(store, tmp_path / "two", name="idle")
+
+    async def use(engine: Engine) -> None:
+        await ask(engine, "digits")
+        assert engine.models.too_late(0.01) is None
+        batcher = (await engine.models.acquire("digits")).batcher
+        batcher.seconds_per_cost = 100.0
+        futures = batcher.submit(ImageKey(1, 1.0), [ImageItem(1, class_label=1)] * 64)
+        assert "longer than the call's deadline" in str(engine.models.too_late(10.0))
+        refused = {"model": "digits", "version": "1", "backend": "onnxruntime", "reason": "deadline"}
+        registry = engine.metrics.registry
+        assert registry.get_sample_value("distillery_rejected_total", refused) == 1
+        await asyncio.gather(*futures)
+        await ask(engine, "idle")
+        batcher.seconds_per_cost = 100.0
+        futures = batcher.submit(ImageKey(1, 1.0), [ImageItem(1, class_label=1)] * 64)
+        assert engine.models.too_late(10.0) is None  # the other one would be
+        await asyncio.gather(*futures)
 
     run(store, tmp_path, use)
 

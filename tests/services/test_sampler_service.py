@@ -260,6 +260,23 @@ def test_cancelled_and_expired_calls_never_reach_a_batch(sampler, client):
     assert executed(sampler.address, "teacher") - before == 2  # the one that held the device, and the last
 
 
+def test_what_cannot_be_done_in_time_is_refused_before_it_is_sent(store_url):
+    settings = {"DISTILLERY_SAMPLER_PRELOAD": '["teacher"]', "DISTILLERY_SAMPLER_INSTANCES": "1"}
+    with SamplerProcess(store_url, settings) as sampler, grpc.insecure_channel(sampler.address) as plain:
+        busy, unsent = hold(sampler), threading.Event()
+        slow = generate_request("teacher", class_labels=[1] * 8, num_steps=SLOW_STEPS)
+        waiting = sampler.stub().Generate.future(slow)
+        time.sleep(0.1)
+        call = plain.stream_unary("/distillery.v1.SamplerService/Generate")
+        with pytest.raises(grpc.RpcError) as error:
+            call(iter(lambda: unsent.wait(60) and b"", None), timeout=2)
+        unsent.set()
+        waiting.cancel()
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "the queue takes about" in error.value.details()
+        busy.result()
+
+
 def test_overload_is_refused_with_a_pushback_that_the_shipped_client_obeys(store_url):
     limits = {
         "DISTILLERY_SAMPLER_MAX_QUEUE_IMAGES": "8",

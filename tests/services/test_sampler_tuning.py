@@ -72,7 +72,12 @@ def found(device: Device, **settings: object) -> Tuned:
 
 def test_batches_grow_where_they_pay_and_stay_small_where_they_do_not(clock):
     assert found(Device(clock, 0.02, 0.0)) == (Layout(1, cores()), 32, pytest.approx(0.02 / 32))
-    assert found(Device(clock, 0.0, 0.005)) == (Layout(1, cores()), 1, pytest.approx(0.005))
+    assert found(Device(clock, 0.0, 0.02)) == (Layout(1, cores()), 1, pytest.approx(0.02))
+    assert found(Device(clock, 0.0, 0.003)) == (
+        Layout(1, cores()),
+        4,
+        pytest.approx(0.003),
+    )  # the queue's share
 
 
 def test_no_batch_is_chosen_that_takes_longer_than_the_cap(clock):

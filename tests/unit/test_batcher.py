@@ -215,6 +215,21 @@ def test_a_call_whose_deadline_the_queue_cannot_meet_is_refused_at_once():
     asyncio.run(run())
 
 
+def test_nothing_is_taken_from_a_caller_with_less_time_than_the_queue():
+    async def run() -> None:
+        device = Device()
+        async with batcher_of(device, seconds_per_cost=1.0) as batcher:
+            assert batcher.too_late(0.001) is None
+            held = await hold(batcher)
+            waiting = batcher.submit("key", [1, 2, 3])
+            assert "takes about 4 s" in str(batcher.too_late(5.9))  # and half as much again
+            assert batcher.too_late(6.1) is None
+            device.gate.set()
+            await asyncio.gather(held, *waiting)
+
+    asyncio.run(run())
+
+
 def test_an_idle_device_is_tried_whatever_the_estimate_says_and_puts_it_right():
     async def run() -> None:
         device = Device()
@@ -323,6 +338,20 @@ def test_several_instances_work_at_once():
 
         async with batcher_of(device, max_batch=1, instances=2) as batcher:
             assert await asyncio.gather(*batcher.submit("key", [1, 2])) == [1, 2]
+
+    asyncio.run(run())
+
+
+def test_idle_instances_share_what_waits():
+    async def run() -> None:
+        device = Device()
+        async with batcher_of(device, instances=2, max_batch=8) as batcher:
+            futures = batcher.submit("key", range(6))
+            while batcher.queued:
+                await asyncio.sleep(0)
+            device.gate.set()
+            await asyncio.gather(*futures)
+        assert sorted(device.batches) == [[0, 1, 2], [3, 4, 5]]
 
     asyncio.run(run())
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import secrets
 import signal
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as aio_health
 from grpc_reflection.v1alpha import reflection
 from pydantic import Field, model_validator
+from structlog.contextvars import bind_contextvars
 
 from distill_core.config import Config
 from distill_core.errors import ConfigError, DistilleryError
 from distill_service.audit import AuditLog, target_of
 from distill_service.auth import CALLER, Caller, Tokens, check_scope
 from distill_service.channels import channel, is_local, read_file
-from distill_service.status import StatusError, shortened, status_name, wire_status
+from distill_service.status import StatusError, WireStatus, shortened, status_name, wire_status
 from distill_service.tracing import tracing
 
 __all__ = [
@@ -43,6 +45,9 @@ __all__ = [
     "run_until_stopped",
 ]
 OnCall = Callable[[str, str, float], None]  # (method, status name, seconds)
+Shed = Callable[
+    [str, float | None], DistilleryError | None
+]  # (method, seconds left) -> why it is refused unread
 Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
 Reader = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]  # what a servicer takes: a message, or all
 MAX_RECEIVE_BYTES = 64 * 2**20
@@ -89,8 +94,12 @@ def build_server(
     *,
     admin_methods: frozenset[str] = frozenset(),
     on_call: OnCall | None = None,
+    shed: Shed | None = None,
 ) -> grpc.aio.Server:
-    """A server that authenticates, maps errors and reports each call; `run_until_stopped` binds it."""
+    """A server that authenticates, maps errors and reports each call; `run_until_stopped` binds it.
+
+    What `shed` refuses is answered before its message is read: under overload that is what most calls are.
+    """
     tokens = Tokens.read(settings.tokens_file) if settings.tokens_file else None
     options = [
         ("grpc.max_receive_message_length", settings.max_receive_bytes),
@@ -104,7 +113,7 @@ def build_server(
     traced = tracing()
     outer = [traced.server_interceptor()] if traced else []
     certified = settings.tls_client_ca is not None
-    gate = _Gate(tokens, admin_methods, on_call, AuditLog(settings.audit_log), certified)
+    gate = _Gate(tokens, admin_methods, on_call, shed, AuditLog(settings.audit_log), certified)
     return grpc.aio.server(
         interceptors=[*outer, gate],
         options=options,
@@ -120,19 +129,23 @@ class _Gate(grpc.aio.ServerInterceptor):
         tokens: Tokens | None,
         admin_methods: frozenset[str],
         on_call: OnCall | None,
+        shed: Shed | None,
         audit: AuditLog,
         certified: bool,
     ) -> None:
-        self._tokens, self._admin_methods, self._on_call = tokens, admin_methods, on_call
-        self._audit, self._certified = audit, certified
+        self._tokens, self._admin_methods, self._certified = tokens, admin_methods, certified
+        self._on_call, self._shed, self._audit = on_call, shed, audit
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        handler = await continuation(handler_call_details)
         method = handler_call_details.method
+        if method in self._handlers:
+            return self._handlers[method]
+        handler = await continuation(handler_call_details)
         if handler is None or method.startswith(HEALTH_PREFIX):
             return handler
         streams = handler.request_streaming, handler.response_streaming
@@ -143,15 +156,16 @@ class _Gate(grpc.aio.ServerInterceptor):
         # never answered, and one that cannot be parsed with UNKNOWN and a traceback.
         build = grpc.stream_stream_rpc_method_handler if streams[1] else grpc.stream_unary_rpc_method_handler
         read = _pass if handler.request_streaming else _one_message
-        return build(wrap(method, inner, read), handler.request_deserializer, handler.response_serializer)
+        wrapped = build(wrap(method, inner, read), handler.request_deserializer, handler.response_serializer)
+        return self._handlers.setdefault(method, wrapped)
 
     def _unary(self, method: str, inner: Handler, read: Reader) -> Handler:
         async def call(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+            await self._refuse_early(method, context)
             with self._measured(method, context) as outcome:
                 try:
                     request = await read(requests, context)
-                    self._note_target(method, request, outcome)
-                    self._admit(method, context)
+                    self._admit(method, request, context, outcome)
                     return await inner(request, context)
                 except Exception as error:
                     await _answer(error, context, outcome)
@@ -161,11 +175,11 @@ class _Gate(grpc.aio.ServerInterceptor):
     def _stream(self, method: str, inner: Handler, read: Reader) -> Handler:
         # An async generator, also for a call that is refused: gRPC answers UNKNOWN to anything else.
         async def call(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            await self._refuse_early(method, context)
             with self._measured(method, context) as outcome:
                 try:
                     request = await read(requests, context)
-                    self._note_target(method, request, outcome)
-                    self._admit(method, context)
+                    self._admit(method, request, context, outcome)
                     async with aclosing(inner(request, context)) as replies:
                         async for reply in replies:
                             yield reply
@@ -174,11 +188,18 @@ class _Gate(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _note_target(self, method: str, request: Any, outcome: dict[str, str]) -> None:
-        if method in self._admin_methods:
-            outcome["target"] = target_of(request)
+    async def _refuse_early(self, method: str, context: grpc.aio.ServicerContext) -> None:
+        error = self._shed(method, context.time_remaining()) if self._shed else None
+        if error is None:
+            return
+        status = wire_status(error)
+        if self._on_call:
+            self._on_call(method, status.code.name, 0.0)
+        await _abort(status, context)
 
-    def _admit(self, method: str, context: grpc.aio.ServicerContext) -> None:
+    def _admit(self, method: str, request: Any, context: grpc.aio.ServicerContext, outcome: _Outcome) -> None:
+        if method in self._admin_methods:
+            outcome.target = target_of(request)
         if self._tokens:
             CALLER.set(self._tokens.caller(context.invocation_metadata() or ()))
         check_scope(CALLER.get(), method, self._admin_methods)
@@ -190,27 +211,36 @@ class _Gate(grpc.aio.ServerInterceptor):
         return Caller(name, "use" if self._tokens else "admin")
 
     @contextmanager
-    def _measured(self, method: str, context: grpc.aio.ServicerContext) -> Iterator[dict[str, str]]:
-        outcome = {"code": "CANCELLED"}  # stays if the client leaves or its deadline passes
+    def _measured(self, method: str, context: grpc.aio.ServicerContext) -> Iterator[_Outcome]:
         CALLER.set(self._peer(context))
         started = time.perf_counter()
-        request_id = uuid.uuid4().hex[:12]
-        outcome["request_id"] = request_id
-        with structlog.contextvars.bound_contextvars(request_id=request_id, method=method):
-            try:
-                yield outcome
-                outcome["code"] = "OK"
-            finally:
-                if self._on_call:
-                    self._on_call(method, outcome["code"], time.perf_counter() - started)
-                if method in self._admin_methods:
-                    self._audit.record(
-                        who=CALLER.get().name,
-                        method=method,
-                        target=outcome.get("target", ""),
-                        outcome=outcome["code"],
-                        request_id=request_id,
-                    )
+        outcome = _Outcome(secrets.token_hex(6))
+        bind_contextvars(
+            request_id=outcome.request_id, method=method
+        )  # gRPC gives each call a context of its own
+        try:
+            yield outcome
+            outcome.code = "OK"
+        finally:
+            if self._on_call:
+                self._on_call(method, outcome.code, time.perf_counter() - started)
+            if method in self._admin_methods:
+                self._audit.record(
+                    who=CALLER.get().name,
+                    method=method,
+                    target=outcome.target,
+                    outcome=outcome.code,
+                    request_id=outcome.request_id,
+                )
+
+
+@dataclass
+class _Outcome:
+    """How a call ended, and what the audit log wants to know of it."""
+
+    request_id: str
+    code: str = "CANCELLED"  # stays if the client leaves or its deadline passes
+    target: str = ""
 
 
 async def _pass(requests: Any, _context: grpc.aio.ServicerContext) -> Any:
@@ -228,11 +258,11 @@ def _peer_host(peer: str) -> str:
     return peer.rsplit(":", 1)[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
 
 
-async def _answer(error: Exception, context: grpc.aio.ServicerContext, outcome: dict[str, str]) -> None:
+async def _answer(error: Exception, context: grpc.aio.ServicerContext, outcome: _Outcome) -> None:
     """End the call with the error's status; always raises."""
     if isinstance(error, grpc.aio.AbortError):
         code = context.code()
-        outcome["code"] = code.name if isinstance(code, grpc.StatusCode) else grpc.StatusCode(code).name
+        outcome.code = code.name if isinstance(code, grpc.StatusCode) else grpc.StatusCode(code).name
         raise error
     if isinstance(error, DecodeError):
         error = StatusError(
@@ -240,11 +270,14 @@ async def _answer(error: Exception, context: grpc.aio.ServicerContext, outcome: 
         )
     if not isinstance(error, DistilleryError):
         _log.exception("call failed", exc_info=error)
-        error = StatusError("INTERNAL", f"internal error, request id {outcome['request_id']}")
-    outcome["code"] = status_name(error)
-    if outcome["code"] not in UNLOGGED:
-        _log.info("call refused", code=outcome["code"], error=shortened(str(error)), field=error.field)
-    status = wire_status(error)
+        error = StatusError("INTERNAL", f"internal error, request id {outcome.request_id}")
+    outcome.code = status_name(error)
+    if outcome.code not in UNLOGGED:
+        _log.info("call refused", code=outcome.code, error=shortened(str(error)), field=error.field)
+    await _abort(wire_status(error), context)
+
+
+async def _abort(status: WireStatus, context: grpc.aio.ServicerContext) -> None:
     if tracing():
         context.set_code(status.code)  # its interceptor sees this, and not `abort_with_status`
     await context.abort_with_status(status)

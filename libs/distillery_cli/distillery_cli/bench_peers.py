@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill_core.errors import Unavailable
-from distillery_cli.bench_processes import SIGMA, Asked, Child, Served, load
+from distillery_cli.bench_processes import Asked, Child, Served, load
+from distillery_cli.bench_sampler import SIGMA
 from distillery_cli.stack import free_port
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "peers"

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from distill_core.errors import Unavailable
-from distillery_cli.bench_sampler import Subject
+from distillery_cli.bench_sampler import SIGMA, Subject
 
 HERE = Path(__file__).parent
 START_S = 180.0
 STOP_S = 20.0
-SIGMA = 80.0  # the level of a one-step student's only evaluation
 
 
 class Served(NamedTuple):

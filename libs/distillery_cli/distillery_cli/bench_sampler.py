@@ -17,11 +17,12 @@ from distillery_cli.stack import Stack
 LOADS = ((1, 1), (8, 1), (64, 1), (1, 64))  # clients, images in each request
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 NUM_CLASSES = 10
+SIGMA = 80.0  # the level of a one-step student's only evaluation
 BARE_S = 0.5  # of timing per batch size
 
 
 class Subject(NamedTuple):
-    """An untrained network that is served."""
+    """An untrained network that is served as a one-step student."""
 
     name: str
     shape: tuple[int, int, int]
@@ -75,6 +76,7 @@ def converted(subject: Subject, store_url: str, jobs: str, work: Path) -> str:
     """Publish the network and have the converter export it."""
     from distill_core.artifacts import ArtifactStore, Manifest
     from distill_core.config import NetworkConfig
+    from distill_core.diffusion.sampling import SamplerSpec
     from distill_core.errors import DistilleryError
     from distill_core.networks.diffusers_new import build_denoiser
     from distillery_trainer.client import JobsClient, convert_spec
@@ -83,7 +85,9 @@ def converted(subject: Subject, store_url: str, jobs: str, work: Path) -> str:
     denoiser = build_denoiser(network, parameterisation="edm", shape=subject.shape, num_classes=NUM_CLASSES)
     folder = work / f"untrained-{subject.name}"
     denoiser.save(folder)
-    draft = Manifest(name=subject.name, title="untrained, for timing", **denoiser.manifest_fields())
+    one_step = {"sampler": SamplerSpec.few_step((SIGMA,), noise_scale=SIGMA)}
+    fields = {**denoiser.manifest_fields(), **one_step}
+    draft = Manifest(name=subject.name, title="untrained, for timing", **fields)
     published = ArtifactStore(store_url).publish(folder, draft)
     with JobsClient(jobs) as api:
         job = api.wait(api.submit(convert_spec(published.ref, "onnx-fp32")).id)

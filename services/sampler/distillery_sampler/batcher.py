@@ -24,7 +24,7 @@ Kind = Callable[[Any], Hashable]  # what sets a payload apart from others with i
 Run = Callable[[Hashable, list[Any]], Sequence[Any]]  # (key, payloads) -> results; called in a model thread
 BULK_EVERY = 8  # at least one batch of so many starts with bulk work, if there is any
 EMA_SHARE = 0.2
-MARGIN = 1.25  # times the estimate: work that would end just in time is answered too late
+MARGIN = 1.5  # times the estimate: work that would end just in time is answered too late
 
 
 class Expired(DistilleryError):
@@ -188,6 +188,11 @@ class Batcher:
         with self._changed:
             return self._wait_estimate()
 
+    def too_late(self, seconds_left: float) -> Expired | None:
+        """Why nothing new is taken from a caller who has so long left; None if it may be tried."""
+        wait = self.wait_estimate()
+        return self._expired(wait) if MARGIN * wait > seconds_left else None
+
     async def close(self) -> None:
         """Stop; whoever still waits is cancelled."""
         with self._changed:
@@ -223,7 +228,10 @@ class Batcher:
         needed = MARGIN * (wait + own) if wait else 0.0  # idle: tried, so that a wrong estimate is put right
         if deadline is not None and now + needed > deadline:
             self._observer.rejected("deadline")
-            raise Expired(f"the queue takes about {wait + own:.2g} s, longer than the call's deadline allows")
+            raise self._expired(wait + own)
+
+    def _expired(self, wait: float) -> Expired:
+        return Expired(f"the queue takes about {wait:.2g} s, longer than the call's deadline allows")
 
     def _refuse(self, reason: str, why: str, wait: float) -> None:
         self._observer.rejected(reason)
@@ -297,12 +305,15 @@ class Batcher:
             return batch, late
         now = self._loop.time()
 
+        idle = self._instances - len(self._running)  # this thread among them
+        most = min(self.max_batch, math.ceil(self.queued / idle))  # a share for each
+
         def fits(item: _Item) -> bool:
             return not batch or item.cost + sum(other.cost for other in batch) <= self.max_cost
 
         for line in lines:
             matching = line.matching(first.group, fits)
-            while len(batch) < self.max_batch and (item := next(matching, None)):
+            while len(batch) < most and (item := next(matching, None)):
                 self._count(item, -1)
                 # While others wait, also what would end too late: they are answered in its place.
                 ahead = item.cost * self.seconds_per_cost if self.queued else 0.0

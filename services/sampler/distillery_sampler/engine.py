@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from distill_core.artifacts import ArtifactStore, ImageSpec
 from distill_core.errors import ConfigError
@@ -34,13 +34,22 @@ from distillery_sampler.views import drop, render_views, terms
 Approve = Callable[[ImageSpec, int], None]  # (what a picture is like, how many)
 
 
-class _Queued(NamedTuple):
-    """The images of one request, and their results to come."""
+@dataclass(eq=False)
+class _Queued:
+    """The images of one request in their model's queue; at the block's end nobody waits for them any more."""
 
     model: LoadedModel
     key: ImageKey
     items: list[ImageItem]
     futures: list[asyncio.Future[Any]]
+    _until: ExitStack
+
+    def __enter__(self) -> _Queued:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        drop(self.futures)
+        self._until.__exit__(*error)
 
     def summary(self, started: float) -> Summary:
         manifest, seconds = self.model.manifest, time.perf_counter() - started
@@ -70,7 +79,7 @@ class Engine:
             Overloaded, Expired: there is no time for it.
         """
         started = time.perf_counter()
-        async with self._queued(request, approve) as queued:
+        with await self._queued(request, approve) as queued:
             pixels = [await future for future in queued.futures]
         pictures = [Picture(i, item.seed, made) for i, (item, made) in enumerate(zip(queued.items, pixels))]
         return pictures, queued.summary(started)
@@ -80,15 +89,14 @@ class Engine:
     ) -> AsyncGenerator[Picture | Summary, None]:
         """The pictures of a request, each as soon as it is ready, then the summary; `generate` says the rest."""
         started = time.perf_counter()
-        async with self._queued(request, approve) as queued:
+        with await self._queued(request, approve) as queued:
             async for index in _as_ready(queued.futures):
                 yield Picture(index, queued.items[index].seed, queued.futures[index].result())
         yield queued.summary(started)
 
-    @asynccontextmanager
-    async def _queued(self, request: GenerateRequest, approve: Approve | None) -> AsyncIterator[_Queued]:
-        """A request's images in their model's queue; what nobody waited for is taken out of it afterwards."""
-        async with self.models.acquire(request.model) as model:
+    async def _queued(self, request: GenerateRequest, approve: Approve | None) -> _Queued:
+        with ExitStack() as until:
+            model = until.enter_context(await self.models.acquire(request.model))
             manifest = model.manifest
             if not isinstance(model.backend, Generator):
                 raise ConfigError(f"{manifest.ref} is a {manifest.kind}; use Render", field="model")
@@ -97,27 +105,24 @@ class Engine:
             if approve and manifest.image:
                 approve(manifest.image, len(items))
             self._check_size(model, len(items))
-            with model.stats.requests.request(len(items)) as times:
-                if request.image is not None:  # decoding takes milliseconds: not on the event loop
-                    found, begin = await asyncio.to_thread(given, request.image, manifest)
-                    items = [replace(item, given=found) for item in items]
-                    key = replace(key, begin=begin)
-                times.queued()
-                futures = model.batcher.submit(key, items, **terms(request.call))
-                if model.batcher.busy and manifest.image:
-                    image = manifest.image
-                    self._ahead.submit(draw_ahead, items, (image.channels, image.height, image.width))
-                try:
-                    yield _Queued(model, key, items, futures)
-                finally:
-                    drop(futures)
+            times = until.enter_context(model.stats.requests.request(len(items)))
+            if request.image is not None:  # decoding takes milliseconds: not on the event loop
+                found, begin = await asyncio.to_thread(given, request.image, manifest)
+                items = [replace(item, given=found) for item in items]
+                key = replace(key, begin=begin)
+            times.queued()
+            futures = model.batcher.submit(key, items, **terms(request.call))
+            if model.batcher.busy and manifest.image:
+                image = manifest.image
+                self._ahead.submit(draw_ahead, items, (image.channels, image.height, image.width))
+            return _Queued(model, key, items, futures, until.pop_all())
 
     async def render(self, request: RenderRequest) -> AsyncGenerator[Rendered | Summary, None]:
         """The views of a request, in order, only a few tiles ahead of who reads them, then the summary."""
         started = time.perf_counter()
         for view in request.views:
             check_view(view, self.settings)
-        async with self.models.acquire(request.model) as model:
+        with await self.models.acquire(request.model) as model:
             if not isinstance(model.backend, SceneRenderer):
                 raise ConfigError(
                     f"{model.manifest.ref} is a {model.manifest.kind}; use Generate", field="model"

@@ -35,6 +35,7 @@ from distillery_sampler.tensors import TensorSpec, read_inputs, write_outputs
 
 SERVICE = "inference.GRPCInferenceService"
 ADMIN_METHODS = frozenset(f"/{SERVICE}/{name}" for name in ("RepositoryModelLoad", "RepositoryModelUnload"))
+FOR_PICTURES = frozenset({f"/{SERVICE}/ModelInfer"})
 EXTENSIONS = ("model_repository", "model_configuration", "statistics", "schedule_policy")
 API_VERSION = "1"
 _STATES = {"ready": "READY", "loading": "LOADING"}

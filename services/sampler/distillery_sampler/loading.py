@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,19 +58,18 @@ class LoadedModel:
     last_used: float = field(default_factory=time.monotonic)
     _free: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @contextmanager
-    def used(self) -> Iterator[LoadedModel]:
+    def __enter__(self) -> LoadedModel:
         """Keep the model alive inside the block."""
         self.users += 1
         self.stats.metrics.inflight.inc()
-        try:
-            yield self
-        finally:
-            self.users -= 1
-            self.stats.metrics.inflight.dec()
-            self.last_used = time.monotonic()
-            if not self.users:
-                self._free.set()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.users -= 1
+        self.stats.metrics.inflight.dec()
+        self.last_used = time.monotonic()
+        if not self.users:
+            self._free.set()
 
     def held(self) -> Held:
         """Bytes by what holds them. A runtime's own copies and arenas show only in how the process grew."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import structlog
@@ -49,9 +47,8 @@ class Registry:
         self._manifests: dict[Key, Manifest] = {}  # versions never change
         self._changed = asyncio.Condition()
 
-    @asynccontextmanager
-    async def acquire(self, ref: str) -> AsyncIterator[LoadedModel]:
-        """The model that answers for `name[@version|alias]`, loaded if need be, kept alive inside the block.
+    async def acquire(self, ref: str) -> LoadedModel:
+        """The model that answers for `name[@version|alias]`, loaded if need be; enter it before the next await.
 
         Raises:
             NotFound, ConfigError: no such model. ArtifactError: it is damaged. Overloaded: no room for it.
@@ -59,8 +56,7 @@ class Registry:
         model = await self._find(ref)
         while model not in self._loaded.values():  # dropped for another model while this task slept
             model = await self._find(ref)
-        with model.used():
-            yield model
+        return model
 
     async def load(self, ref: str) -> ModelInfo:
         """Load a version now, also one that failed before."""
@@ -107,6 +103,20 @@ class Registry:
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
             except TimeoutError:
                 return
+
+    def too_late(self, seconds_left: float) -> DistilleryError | None:
+        """Why a caller who has so long left is refused whatever they ask for: no model here would be done by then.
+
+        A model that is not loaded yet would take longer still.
+        """
+        refusal = None
+        for model in self._loaded.values():
+            refusal = model.batcher.too_late(seconds_left)
+            if refusal is None:
+                return None
+        if refusal is not None:
+            model.stats.rejected("deadline")
+        return refusal
 
     def loaded(self) -> list[LoadedModel]:
         """The models that answer now."""

@@ -17,6 +17,7 @@ from distill_service.metrics import serve_metrics
 from distill_service.rpc import (
     Health,
     RpcSettings,
+    Shed,
     add_health_and_reflection,
     build_server,
     run_until_stopped,
@@ -32,6 +33,7 @@ from distillery_sampler.settings import SamplerSettings, load_sampler_settings
 from distillery_sampler.watcher import watch_store
 
 SERVICES = ("distillery.v1.SamplerService", "distillery.v1.ModelsService", kserve.SERVICE)
+FOR_PICTURES = servicer.FOR_PICTURES | kserve.FOR_PICTURES
 SWITCH_S = (
     0.0005  # a model thread that is ready waits no longer for the event loop to let go of the interpreter
 )
@@ -49,7 +51,7 @@ async def serve(shared: Settings, own: SamplerSettings) -> None:
     engine = Engine(ArtifactStore(shared.store_url), shared.cache_dir / "models", own, metrics)
     rpc = rpc_settings(shared, own)
     admin = servicer.ADMIN_METHODS | kserve.ADMIN_METHODS
-    server = build_server(rpc, admin_methods=admin, on_call=metrics.on_call)
+    server = build_server(rpc, admin_methods=admin, on_call=metrics.on_call, shed=shedding(engine))
     ready = asyncio.Event()
     add_services(server, engine, ready)
     health = add_health_and_reflection(server, SERVICES)
@@ -66,6 +68,17 @@ async def serve(shared: Settings, own: SamplerSettings) -> None:
         with suppress(asyncio.CancelledError):
             await watcher
         await engine.close()
+
+
+def shedding(engine: Engine) -> Shed:
+    """Refuses calls for pictures that no model here would be done with in time."""
+
+    def shed(method: str, seconds_left: float | None) -> DistilleryError | None:
+        if seconds_left is None or method not in FOR_PICTURES:
+            return None
+        return engine.models.too_late(seconds_left)
+
+    return shed
 
 
 def rpc_settings(shared: Settings, own: SamplerSettings) -> RpcSettings:

@@ -43,6 +43,9 @@ from distillery_sampler.tuning import cores
 from distillery_sampler.wire import tensor_to
 
 QUICK_VALUES = 2**17  # of a picture that is packed where it is, in less than a millisecond
+FOR_PICTURES = frozenset(
+    f"/distillery.v1.SamplerService/{name}" for name in ("Generate", "GenerateStream", "Render", "RenderPath")
+)
 ADMIN_METHODS = frozenset(f"/distillery.v1.ModelsService/{name}" for name in ("LoadModel", "UnloadModel"))
 
 

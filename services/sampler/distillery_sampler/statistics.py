@@ -8,8 +8,6 @@ What a device needs to take in noise and to hand out pixels belongs to `compute_
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -50,34 +48,37 @@ class RequestStats:
         """Record a batch."""
         self.batches.setdefault(size, Duration()).add(seconds)
 
-    @contextmanager
-    def request(self, inferences: int) -> Iterator[RequestTimes]:
+    def request(self, inferences: int) -> RequestTimes:
         """Around a request for so many pictures or views: its end is recorded, and how it was."""
-        times = RequestTimes(self)
-        _current.set(times)
-        try:
-            yield times
-        except ConfigError:
-            raise  # the request was wrong: that says nothing of the model
-        except BaseException:
-            self.fail.add(times.end())
-            raise
-        self.success.add(times.end())
-        self.inferences += inferences
-        waited, infer = times.all.seconds, times.run.seconds
-        self.queue.add(waited - infer)
-        self.compute_input.add(times.input_s)
-        self.compute_infer.add(infer)
-        self.compute_output.count += 1
+        return RequestTimes(self, inferences)
 
 
 class RequestTimes:
     """When one request's images or tiles waited and ran; seconds of `time.perf_counter`."""
 
-    def __init__(self, stats: RequestStats) -> None:
-        self._stats, self._began, self._ended = stats, time.perf_counter(), False
+    def __init__(self, stats: RequestStats, inferences: int) -> None:
+        self._stats, self._inferences = stats, inferences
+        self._began, self._ended = time.perf_counter(), False
         self.all, self.run = _Covered(), _Covered()  # from queueing to the batch's end; of that, in a batch
         self.input_s = 0.0
+
+    def __enter__(self) -> RequestTimes:
+        _current.set(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        stats = self._stats
+        if kind is not None:
+            if not issubclass(kind, ConfigError):  # the request was wrong: that says nothing of the model
+                stats.fail.add(self.end())
+            return
+        stats.success.add(self.end())
+        stats.inferences += self._inferences
+        waited, infer = self.all.seconds, self.run.seconds
+        stats.queue.add(waited - infer)
+        stats.compute_input.add(self.input_s)
+        stats.compute_infer.add(infer)
+        stats.compute_output.count += 1
 
     def queued(self) -> None:
         """Say that everything is decoded."""
@@ -127,11 +128,13 @@ def current_request() -> RequestTimes | None:
     return _current.get()
 
 
-@contextmanager
-def packing() -> Iterator[None]:
+class packing:  # noqa: N801 - used as a function
     """Around what makes an answer of pixels."""
-    started = time.perf_counter()
-    yield
-    times = _current.get()
-    if times is not None:
-        times.packed(time.perf_counter() - started)
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        times = _current.get()
+        if times is not None and kind is None:
+            times.packed(time.perf_counter() - self._started)

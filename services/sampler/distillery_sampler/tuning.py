@@ -16,9 +16,9 @@ from distillery_sampler.requests import ImageItem, ImageKey
 from distillery_sampler.settings import SamplerSettings
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-WORTH_IT = (
-    1.1  # so many times the images per second, or it stays as it was: a larger batch also costs latency
-)
+WORTH_IT = 1.05  # so many times the images per second, or the batch stays small: a larger one costs latency
+LAYOUT_WORTH_IT = 1.1
+QUEUE_S = 0.0003  # what a batch costs beside the model: taking it from the queue, handing its images out
 ENOUGH_S = 1.0  # of timing: what was not tried by then stays untried
 REPEATS = 2
 _log = structlog.get_logger("distillery.sampler")
@@ -79,7 +79,7 @@ def tune(
             break
         other = reopen(layout.threads)
         found = _best_batch(other, layout, question, settings, until)
-        if _rate(found) > _rate(best) * WORTH_IT:
+        if _rate(found) > _rate(best) * LAYOUT_WORTH_IT:
             best, generator = found, other
     return generator, best
 
@@ -93,7 +93,7 @@ def warm(generator: Generator, question: Question, max_batch: int, buckets: Sequ
 
 
 def _rate(tuned: Tuned) -> float:
-    return tuned.layout.instances / tuned.seconds
+    return tuned.layout.instances / (tuned.seconds + QUEUE_S / tuned.max_batch)
 
 
 def _best_batch(

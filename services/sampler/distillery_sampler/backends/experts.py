@@ -57,11 +57,10 @@ class Denoisers:
 
     def __call__(self, feed: Feed, parts: np.ndarray) -> np.ndarray:
         """x0 (B, C, H, W) of each item by its own part's graph."""
-        present = np.unique(parts)
-        if len(present) == 1:
-            return self._graph(int(present[0]))(feed)
+        if (parts == parts[0]).all():
+            return self._graph(int(parts[0]))(feed)
         x0 = np.empty_like(feed["x_sigma"])
-        for part in present:
+        for part in np.unique(parts):
             own = parts == part
             x0[own] = self._graph(int(part))({name: value[own] for name, value in feed.items()})
         return x0
