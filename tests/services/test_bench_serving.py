@@ -18,7 +18,7 @@ from distillery_cli import bench_peers, bench_serving
 from distillery_cli.bench_load import Refused, closed, offered, settled
 from distillery_cli.bench_peers import FOLDER, Peer, PeerServer, measure_peer
 from distillery_cli.bench_processes import HERE, SIGMA, Asked, Sampler, Served, bare, load
-from distillery_cli.bench_sampler import Subject
+from distillery_cli.bench_sampler import SIGMA, Subject
 from distillery_cli.bench_serving import Bench, measured, paired, scan
 from distillery_cli.bench_verdict import PLOT, figures, markdown, save_plot, verdicts
 from tests.services.sampler_helpers import publish_denoiser
@@ -220,8 +220,9 @@ def test_the_report_is_consistent_and_becomes_page_and_plot(served, work, monkey
 def test_what_does_not_hold_is_shown_as_not_holding():
     ours = {"overhead_ms": 2.0, "ratio": 0.97}
     peers = [
-        {"overhead_ms": 4.0, "ratio": 0.5},
-        {"overhead_ms": 8.0, "ratio": 0.9},
+        {"overhead_ms": 4.0, "ratio": 0.5, "is_server": True},
+        {"overhead_ms": 8.0, "ratio": 0.9, "is_server": True},
+        {"overhead_ms": 1.0, "ratio": 0.99, "is_server": False},
         {"error": "did not start"},
     ]
     found = figures({"ours": ours, "start_s": 1.0, "peers": peers})
@@ -229,6 +230,7 @@ def test_what_does_not_hold_is_shown_as_not_holding():
     assert found["best_peer_throughput_ratio"] == pytest.approx(
         0.97 / 0.9
     )  # and the one with the most images
+    assert found["grpc_alone_overhead_ms"] == 1.0  # shown, and no rival
     held = {row["claim"]: row["holds"] for row in verdicts(found)}
     assert list(held.values()) == [False, True, False, True, True]
     flat = figures({"ours": ours, "start_s": 1.0}, {"memory": [{"change": 0.01}, {"change": -0.06}]})

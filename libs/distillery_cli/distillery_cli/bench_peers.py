@@ -32,6 +32,8 @@ class Peer(NamedTuple):
     name: str
     client: str  # inside FOLDER
     remark: str  # where it differs
+    batches: tuple[int, ...] = (1, BATCHING)
+    is_server: bool = True  # or the least that any server could do: shown, and no rival
 
     @property
     def folder(self) -> Path:
@@ -44,6 +46,9 @@ PEERS = (
     Peer("litserve", "litserve/client.py", "aiohttp; the picture's bytes as an HTTP body; one worker"),
     Peer("bentoml", "bentoml/client.py", "its AsyncHTTPClient; pixels travel as JSON numbers; one worker"),
     Peer("pytriton", KSERVE, "tritonclient over gRPC"),
+    Peer(
+        "grpcaio", "grpcaio/client.py", "no server: grpc.aio, a thread and the model", (1,), is_server=False
+    ),
 )
 
 
@@ -115,12 +120,13 @@ def measure_peer(
     except Unavailable as error:
         return [{"name": peer.name, "error": str(error), "remark": peer.remark}]
     rows: list[dict[str, Any]] = []
-    for batch in (1, BATCHING):
+    for batch in peer.batches:
         name = f"{peer.name}, {'adaptive batching' if batch > 1 else 'no batching'}"
         server = PeerServer(peer, program, served, threads, batch, work)
         try:
             with server, generator_of(peer, program, server, work) as generator:
-                rows.append({"name": name, "remark": peer.remark, **measure(name, server, generator)})
+                found = measure(name, server, generator)
+                rows.append({"name": name, "remark": peer.remark, "is_server": peer.is_server, **found})
         except Unavailable:
             reason = f"does not start, or broke off: {said(server.log)}"
             say(f"{name}: {reason}")

@@ -23,6 +23,7 @@ from distillery_sampler.settings import SamplerSettings
 from distillery_sampler.wire import FORMATS
 
 FULL_TURN = 360.0
+PRIORITIES = frozenset(sampler_pb2.Priority.values())
 
 
 def format_from(value: int) -> Format:
@@ -35,7 +36,7 @@ def format_from(value: int) -> Format:
 
 def is_bulk(priority: int) -> bool:
     """Whether a priority's enum value means "after the interactive ones"."""
-    if priority not in sampler_pb2.Priority.values():
+    if priority not in PRIORITIES:
         raise ConfigError(f"priority {priority} is not known; known: INTERACTIVE, BULK", field="priority")
     return priority == sampler_pb2.PRIORITY_BULK
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from functools import partial
+from functools import cache, partial
+from typing import get_args
 
 import numpy as np
 from grpc.aio import ServicerContext
@@ -42,6 +43,7 @@ from distillery_sampler.statistics import packing
 from distillery_sampler.tuning import cores
 from distillery_sampler.wire import tensor_to
 
+NUMBERS = {name: common_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{name}") for name in get_args(images.Format)}
 QUICK_VALUES = 2**17  # of a picture that is packed where it is, in less than a millisecond
 FOR_PICTURES = frozenset(
     f"/distillery.v1.SamplerService/{name}" for name in ("Generate", "GenerateStream", "Render", "RenderPath")
@@ -60,7 +62,7 @@ class Encoders:
     """Threads that pack pictures, so that neither the event loop nor a model waits for it."""
 
     def __init__(self, engine: Engine) -> None:
-        self._seconds = engine.metrics.encode_seconds
+        self._seconds = cache(engine.metrics.encode_seconds.labels)  # by format
         self._threads = ThreadPoolExecutor(cores(), thread_name_prefix="encode")
 
     async def pictures(self, made: list[Picture], image_format: images.Format) -> list[common_pb2.Image]:
@@ -93,11 +95,16 @@ class Encoders:
         started = time.perf_counter()
         pixels = to_uint8(values)
         data = images.encode(pixels, image_format)
-        self._seconds.labels(image_format).observe(time.perf_counter() - started)
+        self._seconds(image_format).observe(time.perf_counter() - started)
         height, width, channels = pixels.shape
-        number = common_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{image_format}")
         return common_pb2.Image(
-            index=index, data=data, format=number, width=width, height=height, channels=channels, seed=seed
+            index=index,
+            data=data,
+            format=NUMBERS[image_format],
+            width=width,
+            height=height,
+            channels=channels,
+            seed=seed,
         )
 
 
