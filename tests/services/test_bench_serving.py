@@ -17,7 +17,7 @@ from distill_core.errors import Unavailable
 from distillery_cli import bench_peers, bench_serving
 from distillery_cli.bench_load import Refused, closed, offered, settled
 from distillery_cli.bench_peers import FOLDER, Peer, PeerServer, measure_peer
-from distillery_cli.bench_processes import HERE, SIGMA, Asked, Sampler, Served, bare, load
+from distillery_cli.bench_processes import HERE, Asked, Sampler, Served, bare, load
 from distillery_cli.bench_sampler import SIGMA, Subject
 from distillery_cli.bench_serving import Bench, measured, paired, scan
 from distillery_cli.bench_verdict import PLOT, figures, markdown, save_plot, verdicts

@@ -55,7 +55,8 @@ def figures(main: dict[str, Any], memory: dict[str, Any] | None = None) -> dict[
         }
     answered = [peer for peer in main.get("peers", ()) if "error" not in peer]
     measured = [peer for peer in answered if peer["is_server"]]
-    found |= {"grpc_alone_overhead_ms": peer["overhead_ms"] for peer in answered if not peer["is_server"]}
+    for alone in (peer for peer in answered if not peer["is_server"]):
+        found["grpc_alone_overhead_ms"] = alone["overhead_ms"]
     if measured:  # each against the bare runtime of its own minute, so that the machine's moods cancel
         found["best_peer_throughput_ratio"] = ours["ratio"] / max(peer["ratio"] for peer in measured)
         found["best_peer_overhead_ratio"] = ours["overhead_ms"] / min(
