@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, Manifest
 from distill_core.building import Load, load_model
-from distill_core.diffusion.noise import unit_normal
+from distill_core.diffusion.noise import unit_normals
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError, out_of_memory
 from distill_core.networks.adapters import plain
@@ -263,7 +263,7 @@ def text_graph(text: TextEncoder, examples: Sequence[str] = ()) -> Graph:
 
 def noise(batch: int, shape: tuple[int, ...], *, draw: int, seed: int = SEED) -> np.ndarray:
     """Unit normal float32 (batch, *shape): item i is the same in a batch of any size."""
-    return np.stack([unit_normal(seed, index, draw, shape) for index in range(batch)])
+    return unit_normals([(seed, index) for index in range(batch)], draw, shape)
 
 
 def fixed_sigmas(sampler: SamplerSpec, batch: int) -> np.ndarray:

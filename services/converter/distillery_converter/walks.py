@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill_core.diffusion.guidance import guide
-from distill_core.diffusion.noise import unit_normal
+from distill_core.diffusion.noise import unit_normals
 from distill_core.diffusion.sampling import SamplerSpec, sample
 
 Arrays = dict[str, np.ndarray]
@@ -54,7 +54,7 @@ class Walk:
             return guide(run(feed), without, np.float32(self.sampler.guidance))  # type: ignore[arg-type, return-value]
 
         def draw(step: int) -> np.ndarray:
-            return np.stack([unit_normal(seed, index, step, self.shape) for index in indices])
+            return unit_normals([(seed, index) for index in indices], step, self.shape)
 
         return np.asarray(sample(denoise, self.sampler, draw, num_steps), np.float32)
 

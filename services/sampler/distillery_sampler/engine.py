@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any
 
 from distill_core.artifacts import ArtifactStore, ImageSpec
 from distill_core.errors import ConfigError
-from distillery_sampler.backends.base import Generator, SceneRenderer, draw_ahead
+from distillery_sampler.backends.base import Generator, SceneRenderer
 from distillery_sampler.beginnings import given
 from distillery_sampler.checks import check_view, image_items, image_key
+from distillery_sampler.drawing import DrawAhead
 from distillery_sampler.loading import LoadedModel
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.registry import Registry
@@ -65,7 +65,7 @@ class Engine:
     ) -> None:
         self.settings, self.metrics = settings, metrics
         self.models = Registry(store, cache, settings, metrics)
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._ahead = DrawAhead()
 
     async def generate(
         self, request: GenerateRequest, approve: Approve | None = None
@@ -114,7 +114,7 @@ class Engine:
             futures = model.batcher.submit(key, items, **terms(request.call))
             if model.batcher.busy and manifest.image:
                 image = manifest.image
-                self._ahead.submit(draw_ahead, items, (image.channels, image.height, image.width))
+                self._ahead.ask(items, (image.channels, image.height, image.width))
             return _Queued(model, key, items, futures, until.pop_all())
 
     async def render(self, request: RenderRequest) -> AsyncGenerator[Rendered | Summary, None]:
@@ -138,7 +138,7 @@ class Engine:
     async def close(self) -> None:
         """Free all models."""
         await self.models.close()
-        self._ahead.shutdown(wait=False, cancel_futures=True)
+        self._ahead.close()
 
     def _check_size(self, model: LoadedModel, images: int) -> None:
         if images > model.batcher.max_queue:

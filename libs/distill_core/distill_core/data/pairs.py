@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill_core.config import PairsConfig
 from distill_core.data.source import Source
-from distill_core.diffusion.noise import unit_normal
+from distill_core.diffusion.noise import unit_normals
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.generation import generate_x0
@@ -51,7 +50,7 @@ class Pairs:
     def at(self, indices: Tensor) -> PairBatch:
         """The pairs at `indices` (B,)."""
         shape = tuple(self.x0.shape[1:])
-        z = np.stack([unit_normal(self.config.seed, int(index), 0, shape) for index in indices])
+        z = unit_normals([(self.config.seed, int(index)) for index in indices], 0, shape)
         return PairBatch(
             torch.from_numpy(z), self.x0[indices], self.source.conditions(indices % self.source.size)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -13,11 +14,18 @@ def unit_normal(seed: int, index: int, draw: int, shape: tuple[int, ...]) -> np.
     Philox raw bits, 53-bit uniforms, Box-Muller in float64: NumPy keeps raw bit streams stable between versions,
     but not `standard_normal`.
     """
+    made: np.ndarray = unit_normals([(seed, index)], draw, shape)[0]
+    return made
+
+
+def unit_normals(images: Iterable[tuple[int, int]], draw: int, shape: tuple[int, ...]) -> np.ndarray:
+    """`unit_normal` of every (seed, index), float32 (B, *shape); to the bit the same, and quicker together."""
     count = math.prod(shape)
     half = (count + 1) // 2
-    bits = np.random.Philox(key=[seed, index], counter=[0, 0, 0, draw]).random_raw(2 * half)
-    uniform = (np.asarray(bits, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    radius = np.sqrt(-2.0 * np.log1p(-uniform[:half]))  # log(1 - u): u = 0 is fine, u never reaches 1
-    angle = 2.0 * np.pi * uniform[half:]
-    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-    return normal[:count].reshape(shape).astype(np.float32)
+    streams = [np.random.Philox(key=[*image], counter=[0, 0, 0, draw]) for image in images]
+    bits = np.stack([np.asarray(stream.random_raw(2 * half), dtype=np.uint64) for stream in streams])
+    uniform = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    radius = np.sqrt(-2.0 * np.log1p(-uniform[:, :half]))  # log(1 - u): u = 0 is fine, u never reaches 1
+    angle = 2.0 * np.pi * uniform[:, half:]
+    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return normal[:, :count].reshape(len(streams), *shape).astype(np.float32)

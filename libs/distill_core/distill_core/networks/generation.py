@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from distill_core.artifacts import CondSpec, SamplerSpec
-from distill_core.diffusion.noise import unit_normal
+from distill_core.diffusion.noise import unit_normals
 from distill_core.diffusion.sampling import sample
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser, expand
@@ -73,7 +72,7 @@ def generate_x0(
     cond = {name: value.to(device) for name, value in cond.items()}
 
     def draw(k: int) -> Tensor:
-        return torch.from_numpy(np.stack([unit_normal(seed, i, k, shape) for i in indices])).to(device)
+        return torch.from_numpy(unit_normals([(seed, i) for i in indices], k, shape)).to(device)
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         return denoiser.guided(x, x.new_full((len(x),), sigma), cond, guidance)

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from distill_core.diffusion.noise import unit_normal
+from distill_core.diffusion.noise import unit_normals
 from distillery_sampler.requests import ImageItem, ImageKey, Rendered, Tile
 
 
@@ -46,11 +46,7 @@ Backend = Generator | SceneRenderer
 
 def noise(items: Sequence[ImageItem], draw: int, shape: tuple[int, ...]) -> np.ndarray:
     """The `draw`-th noise of each item, (B, *shape)."""
-    made = [(item, item.ahead.get(draw)) for item in items]
-    return np.stack([unit_normal(i.seed, i.index, draw, shape) if x is None else x for i, x in made])
-
-
-def draw_ahead(items: Sequence[ImageItem], shape: tuple[int, ...]) -> None:
-    """Make the items' first draws, while they wait for the device."""
-    for item in items:
-        item.ahead[0] = unit_normal(item.seed, item.index, 0, shape)
+    made = [item.ahead.get(draw) for item in items]
+    missing = [(item.seed, item.index) for item, there in zip(items, made, strict=True) if there is None]
+    drawn = iter(unit_normals(missing, draw, shape) if missing else ())
+    return np.stack([next(drawn) if there is None else there for there in made])

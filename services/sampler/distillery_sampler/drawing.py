@@ -1,0 +1,48 @@
+"""The first noise of images that wait for a busy device, drawn meanwhile in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from queue import SimpleQueue
+
+from distill_core.diffusion.noise import unit_normals
+from distillery_sampler.requests import ImageItem
+
+AT_ONCE = (
+    16  # images: NumPy lets go of the interpreter in every operation, and under load waits to get it back
+)
+Shape = tuple[int, ...]
+
+
+class DrawAhead:
+    """Draws in the order in which it is asked; an image whose turn comes before that gets its noise then."""
+
+    def __init__(self) -> None:
+        self._asked: SimpleQueue[tuple[ImageItem, Shape] | None] = SimpleQueue()
+        threading.Thread(target=self._serve, name="draw-ahead", daemon=True).start()
+
+    def ask(self, items: Sequence[ImageItem], shape: Shape) -> None:
+        """Draw for these images, each of `shape`."""
+        for item in items:
+            self._asked.put((item, shape))
+
+    def close(self) -> None:
+        """Stop; what is asked for already may still be drawn."""
+        self._asked.put(None)
+
+    def _serve(self) -> None:
+        while True:
+            asked = [self._asked.get()]
+            while not self._asked.empty() and len(asked) < AT_ONCE:
+                asked.append(self._asked.get())
+            for shape in dict.fromkeys(one[1] for one in asked if one):
+                _draw([one[0] for one in asked if one and one[1] == shape], shape)
+            if None in asked:
+                return
+
+
+def _draw(items: Sequence[ImageItem], shape: Shape) -> None:
+    drawn = unit_normals([(item.seed, item.index) for item in items], 0, shape)
+    for item, noise in zip(items, drawn, strict=True):
+        item.ahead[0] = noise

@@ -1,0 +1,47 @@
+"""First draws that are made while images wait."""
+
+import time
+
+import numpy as np
+
+from distill_core.diffusion.noise import unit_normal, unit_normals
+from distillery_sampler.backends.base import noise
+from distillery_sampler.drawing import AT_ONCE, DrawAhead
+from distillery_sampler.requests import ImageItem
+
+
+def test_noise_of_many_images_is_that_of_each_to_the_bit():
+    images = [(seed, index) for seed in (0, 7, 2**63 - 1) for index in range(5)]
+    for shape in ((3, 16, 16), (1, 3, 5)):  # an odd count too
+        together = unit_normals(images, 2, shape)
+        assert together.dtype == np.float32
+        for made, image in zip(together, images, strict=True):
+            np.testing.assert_array_equal(made, unit_normal(*image, 2, shape))
+            np.testing.assert_array_equal(made, unit_normals([image], 2, shape)[0])
+
+
+def test_what_is_drawn_ahead_is_what_the_image_would_have_drawn():
+    drawing = DrawAhead()
+    items = [ImageItem(seed, index) for seed in range(AT_ONCE) for index in range(2)]
+    small = ImageItem(3)
+    drawing.ask(items, (3, 8, 8))
+    drawing.ask([small], (1, 2, 2))
+    drawing.ask(items[:1], (3, 8, 8))
+    drawing.close()
+    until = time.monotonic() + 30
+    while 0 not in small.ahead:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    for item in items:
+        np.testing.assert_array_equal(item.ahead[0], unit_normal(item.seed, item.index, 0, (3, 8, 8)))
+    np.testing.assert_array_equal(small.ahead[0], unit_normal(3, 0, 0, (1, 2, 2)))
+
+
+def test_images_with_and_without_a_draw_share_a_batch():
+    items = [ImageItem(seed) for seed in range(4)]
+    items[1].ahead[0] = items[3].ahead[0] = np.full((1, 2, 2), 5.0, np.float32)
+    first = noise(items, 0, (1, 2, 2))
+    assert (first[[1, 3]] == 5.0).all()
+    for number in (0, 2):
+        np.testing.assert_array_equal(first[number], unit_normal(number, 0, 0, (1, 2, 2)))
+    np.testing.assert_array_equal(noise(items, 1, (1, 2, 2))[1], unit_normal(1, 0, 1, (1, 2, 2)))
