@@ -390,3 +390,23 @@ for _ in range(2):  # the second thread's pool is not the main one
 def test_a_model_thread_asks_for_the_same_memory_only_once(how, least, most):
     done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
     assert least <= max(map(int, done.stdout.split())) <= most
+
+
+# -- the collector --------------------------------------------------------------------------------------------
+
+SETTLED = """
+import gc
+from distillery_sampler.server import settle
+
+settle()
+looked_at = gc.get_objects()
+print(gc.get_freeze_count(), len(looked_at), gc.get_threshold()[0])
+"""
+
+
+def test_what_is_there_at_the_start_is_left_out_of_later_collections():
+    done = subprocess.run([sys.executable, "-c", SETTLED], capture_output=True, text=True, check=True)
+    frozen, looked_at, threshold = map(int, done.stdout.split())
+    assert frozen > 50_000  # the imported modules alone
+    assert looked_at < 1000
+    assert threshold == 10_000
