@@ -24,7 +24,7 @@ from tests.chaos.world import SHORT, WORKERS, World
 
 QUEUES = ("train", "eval", "convert")
 TRAINERS = [name for name, queues in WORKERS.items() if "train" in queues]
-_PATIENCE_S = 20.0  # for the chance that a fault needs
+_PATIENCE_S = 60.0  # for the chance that a fault needs
 
 
 class NotNow(Exception):
