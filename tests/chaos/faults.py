@@ -220,7 +220,7 @@ def limit_files(world: World, rng: Random) -> None:
     pid = _job(world, rng, "train", "convert")
     with contextlib.suppress(psutil.Error):
         size = rng.choice([256, 1024, 4096, 16384])
-        psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (size, size))
+        psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (size, psutil.RLIM_INFINITY))
 
 
 def refuse_publish(world: World, rng: Random) -> None:

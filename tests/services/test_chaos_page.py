@@ -1,8 +1,9 @@
-"""The section of a page that `make chaos` writes, and the one that is on the page now."""
+"""What `make chaos` says: its witnesses, the section of a page that it writes, and the one that is there now."""
 
 from __future__ import annotations
 
 import re
+import resource
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from tests.chaos import page
 from tests.chaos.campaign import Options, Result
 from tests.chaos.faults import FAULTS
 from tests.chaos.verdict import Verdict
+from tests.chaos.witness import FOLDER, Signature, Witness
 from tests.helpers import REPOSITORY
 
 DOCUMENT = REPOSITORY / "docs" / "deployment.md"
@@ -35,6 +37,20 @@ def test_the_page_has_every_kind_of_fault_and_all_that_must_be_zero_with_its_cou
     assert "- job abc ended as FAILED\n" in text
     assert "- kill_while_saving found nothing of its kind 2 times\n" in text
     assert text.startswith("Seed 9: 3 faults")
+
+
+def test_a_job_process_that_may_write_no_file_still_signs_its_end(tmp_path, monkeypatch):
+    witness = Witness(tmp_path / "witness")
+    monkeypatch.setenv(FOLDER, str(witness.folder))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with Signature({"job": "abc", "kind": "train", "attempt": 1}):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+            assert [line.job for line in witness.running("train")] == ["abc"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [line.what for line in witness.lines()] == ["start", "end"]
+    assert witness.running("train") == []
 
 
 def test_no_count_that_fails_a_run_is_left_out_of_its_table():
