@@ -257,9 +257,10 @@ def test_the_verification_scripts_are_shell_that_parses(script):
 
 def test_stand_ins_are_made_for_the_base_images_that_the_stack_names():
     script = (ROOT / "deploy/verify/bases.sh").read_text()
-    for image in (SERVICES["postgres"]["image"], SERVICES["redis"]["image"]):
-        assert image in script
-        assert (ROOT / "deploy/verify" / image.partition(":")[0] / "Dockerfile").is_file()
+    for name in ("postgres", "redis", "prometheus"):
+        assert SERVICES[name]["image"] in script
+        assert (ROOT / "deploy/verify" / name / "Dockerfile").is_file()
+    assert SERVICES["grafana"]["image"] in script
     assert "python:3.11-slim-bookworm" in script
 
 
@@ -272,6 +273,7 @@ def test_the_page_tells_of_a_verified_run_without_naming_a_machine():
         "compose up",
         "health of sampler",
         "convert it to ONNX",
+        "Prometheus scrapes every process",
         "the same models, picture and view",
     ):
         assert re.search(rf"^{step}.* ok|^{step}.*ok$", log, re.M), step

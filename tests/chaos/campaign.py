@@ -17,7 +17,7 @@ from tests.chaos.verdict import Verdict, judge
 from tests.chaos.work import KINDS, Feeder, Reference
 from tests.chaos.world import BROKERS, World, missing, world
 
-_DRAIN_S = 240.0  # for the jobs to end once nothing disturbs them any more
+_DRAIN_S = 600.0  # for the jobs to end once nothing disturbs them any more
 _START_S = 60.0
 Tell = Callable[[int, str], None]  # (faults done, what happens now)
 
