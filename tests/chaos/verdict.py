@@ -11,7 +11,6 @@ from sqlalchemy import select
 from distill_core.artifacts import ArtifactStore, verify
 from distill_core.errors import DistilleryError
 from distill_service.jobs.table import Job, State
-from tests.chaos.witness import processes_of
 from tests.chaos.work import Feeder, Reference, weights_digest
 from tests.chaos.world import World
 
@@ -87,7 +86,7 @@ def _judge_processes(found: Verdict, world: World, rows: list[Job]) -> None:
     found.orphans = len(strays)
     found.said += [f"left behind: {stray}" for stray in strays]
     found.restarts = sum(service.restarts for service in world.services.values())
-    assert not processes_of(world.id) or found.orphans
+    assert not world.processes() or found.orphans
 
 
 def _resumptions(run_dir: Path) -> int:
