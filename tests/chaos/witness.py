@@ -98,12 +98,17 @@ def alive(pid: int) -> bool:
         return False
 
 
-def processes_of(world: str) -> list[psutil.Process]:
-    """Every live process that was started by this world, wherever in the tree it is now."""
+def processes_of(world: str, socket: str = "") -> list[psutil.Process]:
+    """Every live process that was started by this world, wherever in the tree it is now.
+
+    A Redis overwrites its environment with its title; the one on `socket` is known by that.
+    """
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(WORLD) == world and process.status() != psutil.STATUS_ZOMBIE:
+            ours = process.environ().get(WORLD) == world
+            ours = ours or bool(socket) and any(f":{socket}" in part for part in process.cmdline())
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except psutil.Error:
             continue
