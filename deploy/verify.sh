@@ -150,10 +150,4 @@ say "the same models, picture and view" "ok"
 ! podman logs "$(container trainer-worker)" 2>&1 | grep -qF "$(podman exec "$(container trainer)" cat /run/secrets/postgres_password)" || fail "no password in the logs"
 say "no password in the worker's log" "ok"
 
-if [ "${1:-}" = --write ]; then
-  awk -v log="$log" '
-    /^<!-- verify -->$/ { print; print "```text"; while ((getline line < log) > 0) print line; print "```"; skip = 1 }
-    /^<!-- \/verify -->$/ { skip = 0 }
-    !skip' docs/deployment.md > "$work/deployment.md"
-  cat "$work/deployment.md" > docs/deployment.md
-fi
+if [ "${1:-}" = --write ]; then sh deploy/verify/page.sh "$log" docs/deployment.md; fi
