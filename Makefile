@@ -64,4 +64,4 @@ fuzz-converter: setup
 	$(BIN)/python -m tests.services.fuzz.converter --seed $(or $(SEED),0) --count $(or $(COUNT),2000)
 
 bench-queue: setup
-	$(BIN)/distillery bench-queue
+	$(BIN)/distillery bench-queue --page docs/queue_performance.md

@@ -75,6 +75,23 @@ picture() { # FILE COMMAND...: let the sampler make a picture, give its sha256
   cli "$@" --out "/tmp/$file" >> "$work/cli.log" 2>&1 || fail "distillery $1 $2"
   podman exec "$(container trainer)" sha256sum "/tmp/$file" | cut -d' ' -f1
 }
+scraped() { # JOB: whether Prometheus reached its process
+  podman exec "$(container prometheus)" wget -qO- "http://127.0.0.1:9090/api/v1/query?query=up%7Bjob=%22$1%22%7D" | grep -q '"1"\]'
+}
+observed() { # the profile `observability`; Grafana where its image can be had
+  local services=prometheus jobs="jobs trainer-worker converter sampler prometheus" began=$SECONDS
+  ! podman image exists docker.io/grafana/grafana:11.4.0 || services="prometheus grafana"
+  compose --profile observability up -d --no-build --no-deps $services
+  for service in $services; do healthy "$service"; done
+  [ "$services" != prometheus ] || say "health of grafana" "not asked: its image cannot be had here"
+  for job in $jobs; do
+    until scraped "$job"; do
+      [ $((SECONDS - began)) -lt 180 ] || fail "Prometheus scrapes $job"
+      sleep 2
+    done
+  done
+  say "Prometheus scrapes every process" "ok: $jobs"
+}
 confined() { # SERVICE: not root, nothing to write on but its volumes and /tmp
   local id
   id=$(podman exec "$(container "$1")" id -u)
@@ -83,7 +100,7 @@ confined() { # SERVICE: not root, nothing to write on but its volumes and /tmp
   ! podman exec "$(container "$1")" sh -c 'grep -q "CapEff:.*[1-9a-f]" /proc/1/status' || fail "$1 has capabilities"
 }
 clean_up() {
-  compose down -v || true
+  compose --profile observability down -v || true
   [ -z "${VERIFY_KEEP:-}" ] || return 0
   for service in trainer converter sampler; do podman rmi -f "distillery/$service:$DISTILLERY_IMAGE_TAG" > /dev/null 2>&1 || true; done
   { xargs -r podman rmi -f < "$work/made" > /dev/null 2>&1 && rm "$work/made"; } || true
@@ -118,9 +135,10 @@ digits=$(picture digits.png generate dmd2-digits --labels 0-9 --seed 7)
 say "the sampler generates (sha256)" "${digits:0:16}"
 view=$(picture view.png render procedural-scene --azimuth 45 --size 64)
 say "the sampler renders (sha256)" "${view:0:16}"
+observed
 jobs=$(told jobs) models=$(told models)
 
-timed "compose down" compose down
+timed "compose down" compose --profile observability down
 timed "compose up again" up
 all_healthy
 [ "$(told jobs)" = "$jobs" ] || fail "the same jobs"
@@ -132,10 +150,4 @@ say "the same models, picture and view" "ok"
 ! podman logs "$(container trainer-worker)" 2>&1 | grep -qF "$(podman exec "$(container trainer)" cat /run/secrets/postgres_password)" || fail "no password in the logs"
 say "no password in the worker's log" "ok"
 
-if [ "${1:-}" = --write ]; then
-  awk -v log="$log" '
-    /^<!-- verify -->$/ { print; print "```text"; while ((getline line < log) > 0) print line; print "```"; skip = 1 }
-    /^<!-- \/verify -->$/ { skip = 0 }
-    !skip' docs/deployment.md > "$work/deployment.md"
-  cat "$work/deployment.md" > docs/deployment.md
-fi
+if [ "${1:-}" = --write ]; then sh deploy/verify/page.sh "$log" docs/deployment.md; fi

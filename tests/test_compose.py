@@ -270,7 +270,13 @@ def test_the_build_context_holds_what_the_images_copy_and_little_else():
 
 
 @pytest.mark.parametrize(
-    "script", ["deploy/verify.sh", "deploy/verify/bases.sh", "deploy/verify/postgres/entrypoint.sh"]
+    "script",
+    [
+        "deploy/verify.sh",
+        "deploy/verify/bases.sh",
+        "deploy/verify/page.sh",
+        "deploy/verify/postgres/entrypoint.sh",
+    ],
 )
 def test_the_verification_scripts_are_shell_that_parses(script):
     assert subprocess.run(["bash", "-n", ROOT / script], capture_output=True, timeout=30).returncode == 0
@@ -278,10 +284,24 @@ def test_the_verification_scripts_are_shell_that_parses(script):
 
 def test_stand_ins_are_made_for_the_base_images_that_the_stack_names():
     script = (ROOT / "deploy/verify/bases.sh").read_text()
-    for image in (SERVICES["postgres"]["image"], SERVICES["redis"]["image"]):
-        assert image in script
-        assert (ROOT / "deploy/verify" / image.partition(":")[0] / "Dockerfile").is_file()
+    for name in ("postgres", "redis", "prometheus"):
+        assert SERVICES[name]["image"] in script
+        assert (ROOT / "deploy/verify" / name / "Dockerfile").is_file()
+    assert SERVICES["grafana"]["image"] in script
     assert "python:3.11-slim-bookworm" in script
+
+
+def test_the_log_of_a_verified_run_replaces_the_one_on_the_page(tmp_path):
+    page, log = tmp_path / "page.md", tmp_path / "log.txt"
+    page.write_text("before\n<!-- verify -->\n<!-- /verify -->\nafter\n")
+    for said in ("first", "second"):
+        log.write_text(f"step  {said}\n")
+        done = subprocess.run(
+            ["sh", ROOT / "deploy/verify/page.sh", log, page], capture_output=True, timeout=30
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+    expected = "before\n<!-- verify -->\n```text\nstep  second\n```\n<!-- /verify -->\nafter\n"
+    assert page.read_text() == expected
 
 
 def test_the_page_tells_of_a_verified_run_without_naming_a_machine():
@@ -293,6 +313,7 @@ def test_the_page_tells_of_a_verified_run_without_naming_a_machine():
         "compose up",
         "health of sampler",
         "convert it to ONNX",
+        "Prometheus scrapes every process",
         "the same models, picture and view",
     ):
         assert re.search(rf"^{step}.* ok|^{step}.*ok$", log, re.M), step

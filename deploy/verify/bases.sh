@@ -25,10 +25,11 @@ if ! have $python; then
   tar -C "$folder/rootfs" -c . | podman import -c 'ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt' - $python > /dev/null
   made $python
 fi
-for name in postgres:17.2-bookworm redis:7.4.1-bookworm; do
-  image=docker.io/library/$name
+for name in library/postgres:17.2-bookworm library/redis:7.4.1-bookworm prom/prometheus:v3.0.1; do
+  image=docker.io/$name recipe=${name##*/}
   if ! have "$image"; then
-    podman build -q --network host --build-arg BASE=$python -t "$image" "$here/${name%%:*}" > /dev/null
+    podman build -q --network host --build-arg BASE=$python -t "$image" "$here/${recipe%%:*}" > /dev/null
     made "$image"
   fi
 done
+have docker.io/grafana/grafana:11.4.0 || true # of which Debian has no package: the script says that it was left out

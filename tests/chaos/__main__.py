@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,10 +20,10 @@ from rich.progress import (
 from rich.table import Table
 
 from tests.chaos import campaign
+from tests.chaos import page as pages
 from tests.chaos.faults import FAULTS
 from tests.chaos.world import BROKERS
 
-ZERO = ("jobs_lost", "run_twice", "published_twice", "half_published", "orphans", "weights_differ")
 console = Console()
 
 
@@ -33,19 +33,24 @@ def main(
     ] = None,
     faults: Annotated[int, typer.Option(min=1, help="how many, over all brokers")] = 200,
     broker: Annotated[str, typer.Option(help=f"one of {', '.join(BROKERS)}, or all")] = "all",
-    minutes: Annotated[float, typer.Option(min=0.1, help="no new faults after that")] = 20.0,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="of faults, over all brokers; then no new ones")
+    ] = 20.0,
+    pause: Annotated[float, typer.Option(min=0.01, help="mean seconds between two faults")] = 2.0,
     only: Annotated[
         list[str] | None, typer.Option(help="a kind of fault; may be given several times")
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the report")] = Path("out/chaos"),
+    page: Annotated[Path | None, typer.Option(help="put the tables between this page's two marks")] = None,
 ) -> None:
     """Kill, stop and starve everything at random moments, and count what was lost. Exit code 1 if anything was."""
-    _check(broker, only or [])
+    _check(broker, only or [], page)
     options = campaign.Options(
         seed=secrets.randbelow(10_000) if seed is None else seed,
         faults=faults,
         brokers=BROKERS if broker == "all" else (broker,),
         minutes=minutes,
+        pause_s=pause,
         only=tuple(only or ()),
     )
     console.print(f"seed {options.seed}")
@@ -56,34 +61,38 @@ def main(
             options, tell=lambda done, what: progress.update(task, completed=done, description=what)
         )
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(result.report(), indent=1) + "\n", encoding="utf-8")
-    _print(result)
+    report = result.report()
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _print(report)
+    if page is not None:
+        pages.write(page, report)
     raise typer.Exit(0 if result.verdict.good else 1)
 
 
-def _check(broker: str, only: list[str]) -> None:
+def _check(broker: str, only: list[str], page: Path | None) -> None:
     if broker not in (*BROKERS, "all"):
         raise typer.BadParameter(f"{broker!r} is not one of {', '.join(BROKERS)}, all", param_hint="--broker")
     known = [fault.name for fault in FAULTS]
     for name in only:
         if name not in known:
             raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint="--only")
+    try:
+        if page is not None:
+            pages.around(page)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--page") from None
 
 
-def _print(result: campaign.Result) -> None:
-    report = result.report()
-    table = Table("fault", *result.brokers, title=f"{report['faults']} faults, seed {report['seed']}")
-    for kind, counts in report["by_fault"].items():
-        table.add_row(kind, *(str(counts[broker]) for broker in result.brokers))
-    console.print(table)
+def _print(report: dict[str, Any]) -> None:
+    faults = Table("fault", *report["brokers"], title=f"{report['faults']} faults, seed {report['seed']}")
+    for row in pages.fault_rows(report):
+        faults.add_row(*row)
+    console.print(faults)
     verdict = Table("must be 0", "found", "of")
-    of = {"jobs_lost": f"{report['jobs']} jobs", "run_twice": f"{report['attempts']} attempts"}
-    of |= {"weights_differ": f"{report['models']} models, {report['resumed']} resumptions"}
-    of |= {"orphans": f"{report['restarts']} restarted services"}
-    for name in ZERO:
-        verdict.add_row(name, str(report[name]), of.get(name, ""))
+    for row in pages.verdict_rows(report):
+        verdict.add_row(*row)
     console.print(verdict)
-    for sentence in (*report["skipped"], *report["said"]):
+    for sentence in pages.remarks(report):
         console.print(sentence, markup=False)
     console.print(f"{report['seconds']} s")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
 from collections import Counter
@@ -18,9 +17,8 @@ from tests.chaos.verdict import Verdict, judge
 from tests.chaos.work import KINDS, Feeder, Reference
 from tests.chaos.world import BROKERS, World, missing, world
 
-_DRAIN_S = 240.0  # for the jobs to end once nothing disturbs them any more
+_DRAIN_S = 600.0  # for the jobs to end once nothing disturbs them any more
 _START_S = 60.0
-_PAUSE_S = 0.5  # mean time between two faults
 Tell = Callable[[int, str], None]  # (faults done, what happens now)
 
 
@@ -31,7 +29,8 @@ class Options:
     seed: int
     faults: int = 200
     brokers: tuple[str, ...] = BROKERS
-    minutes: float = 20.0  # no new faults after that
+    minutes: float = 20.0  # of faults, over all brokers; making references and draining take their own time
+    pause_s: float = 0.5  # mean time between two faults, in which jobs get on
     kinds: tuple[str, ...] = KINDS
     only: tuple[str, ...] = ()  # names of faults; empty: all
 
@@ -43,6 +42,7 @@ class Result:
     options: Options
     verdict: Verdict = field(default_factory=Verdict)
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (fault, broker) -> how often
+    missed: Counter[str] = field(default_factory=Counter)  # fault -> how often nothing of its kind ran
     brokers: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -50,7 +50,8 @@ class Result:
     def report(self) -> dict[str, Any]:
         """The content of report.json."""
         values = {name: value for name, value in vars(self.verdict).items() if name != "said"}
-        kinds = sorted({fault for fault, _ in self.counts})
+        only = self.options.only
+        kinds = sorted(fault.name for fault in FAULTS if not only or fault.name in only)
         per_fault = {kind: {b: self.counts[kind, b] for b in self.brokers} for kind in kinds}
         return {
             "faults": self.counts.total(),
@@ -59,6 +60,7 @@ class Result:
             "seconds": round(self.seconds, 1),
             "brokers": self.brokers,
             "by_fault": per_fault,
+            "missed": dict(sorted(self.missed.items())),
             "skipped": self.skipped,
             "said": self.verdict.said,
         }
@@ -80,16 +82,16 @@ def run(options: Options, *, tell: Tell = lambda done, what: None) -> Result:
         for index, broker in enumerate(result.brokers):
             rng = Random(f"{options.seed}/{broker}")
             share = options.faults * (index + 1) // len(result.brokers) - result.counts.total()
-            until = started + 60 * options.minutes * (index + 1) / len(result.brokers)
+            seconds = 60 * options.minutes / len(result.brokers)
             own = postgres if broker == "redis" else None  # the others keep their jobs in SQLite
             with world(folder / broker, broker, store=reference.store, postgres=own) as made:
-                result.verdict += _disturb(result, made, reference, rng, share, until, tell)
+                result.verdict += _disturb(result, made, reference, rng, share, seconds, tell)
     result.seconds = time.monotonic() - started
     return result
 
 
 def _disturb(
-    result: Result, made: World, reference: Reference, rng: Random, share: int, until: float, tell: Tell
+    result: Result, made: World, reference: Reference, rng: Random, share: int, seconds: float, tell: Tell
 ) -> Verdict:
     options, address = result.options, f"127.0.0.1:{made.settings.jobs_port}"
     feeder = Feeder(address, reference, options.kinds, Random(rng.random()))
@@ -98,13 +100,16 @@ def _disturb(
     _wait(lambda: made.unfinished() not in (0, 1000), _START_S)
     possible = _possible(made, options.only, result.skipped)
     sequence, goal = _sequence(possible, rng), result.counts.total() + share
+    until = time.monotonic() + seconds
     while result.counts.total() < goal and time.monotonic() < until:
         fault = next(sequence)
         tell(result.counts.total(), f"{made.broker}: {fault.name}")
-        with contextlib.suppress(NotNow):
+        try:
             fault.do(made, rng)
             result.counts[fault.name, made.broker] += 1
-        time.sleep(rng.expovariate(1 / _PAUSE_S))
+        except NotNow:
+            result.missed[fault.name] += 1
+        time.sleep(rng.expovariate(1 / options.pause_s))
     tell(result.counts.total(), f"{made.broker}: waiting for the jobs to end")
     feeder.stopping.set()
     feeder.depth = 0

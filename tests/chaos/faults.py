@@ -24,7 +24,7 @@ from tests.chaos.world import SHORT, WORKERS, World
 
 QUEUES = ("train", "eval", "convert")
 TRAINERS = [name for name, queues in WORKERS.items() if "train" in queues]
-_PATIENCE_S = 20.0  # for the chance that a fault needs
+_PATIENCE_S = 60.0  # for the chance that a fault needs
 
 
 class NotNow(Exception):
@@ -117,23 +117,28 @@ def service_signal(number: signal.Signals, *names: str) -> Callable[[World, Rand
     """Send a signal to one of these services; its keeper starts it again when it has ended."""
 
     def do(world: World, rng: Random) -> None:
-        try:
-            _signal(world.pid(rng.choice(names)), number)
-        except LookupError:
-            raise NotNow from None
+        _signal(_pid(world, rng.choice(names)), number)
 
     return do
+
+
+def _pid(world: World, name: str) -> int:
+    """The process of a service; one that is being started again is waited for."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return world.pid(name)
+        except LookupError:
+            if time.monotonic() > deadline:
+                raise NotNow from None
+        time.sleep(0.1)
 
 
 def freeze_service(seconds: float, *names: str) -> Callable[[World, Random], None]:
     """One of these services stands still for about so long."""
 
     def do(world: World, rng: Random) -> None:
-        try:
-            pid = world.pid(rng.choice(names))
-        except LookupError:
-            raise NotNow from None
-        with frozen(pid):
+        with frozen(_pid(world, rng.choice(names))):
             time.sleep(seconds * (0.8 + 0.4 * rng.random()))
 
     return do
@@ -141,10 +146,9 @@ def freeze_service(seconds: float, *names: str) -> Callable[[World, Random], Non
 
 def kill_all(world: World, _rng: Random) -> None:
     """Everything on the machine at once, as a power cut does."""
-    for process in psutil.process_iter():
+    for process in world.processes():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("CHAOS_WORLD") == world.id and process.pid != os.getpid():
-                process.kill()
+            process.kill()
 
 
 def lose_messages(world: World, _rng: Random) -> None:
@@ -177,6 +181,7 @@ def lose_redis(world: World, rng: Random) -> None:
 
 @contextlib.contextmanager
 def _redis(world: World) -> Iterator[redis.Redis]:
+    _pid(world, "redis")
     url = broker_url(world.settings).replace("redis+socket://", "unix://")
     try:
         with redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2) as client:
@@ -220,7 +225,7 @@ def limit_files(world: World, rng: Random) -> None:
     pid = _job(world, rng, "train", "convert")
     with contextlib.suppress(psutil.Error):
         size = rng.choice([256, 1024, 4096, 16384])
-        psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (size, size))
+        psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (size, psutil.RLIM_INFINITY))
 
 
 def refuse_publish(world: World, rng: Random) -> None:

@@ -27,6 +27,7 @@ def redis_command(url: str, folder: Path) -> list[str]:
     data = folder / "redis"
     data.mkdir()
     options = {"port": str(urlsplit(url).port), "dir": str(data), "save": "", "appendonly": "yes"}
+    options["set-proc-title"] = "no"  # which would overwrite the variable that tells whose process it is
     return [program, *(part for key, value in options.items() for part in (f"--{key}", value))]
 
 

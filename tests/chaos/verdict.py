@@ -11,7 +11,6 @@ from sqlalchemy import select
 from distill_core.artifacts import ArtifactStore, verify
 from distill_core.errors import DistilleryError
 from distill_service.jobs.table import Job, State
-from tests.chaos.witness import processes_of
 from tests.chaos.work import Feeder, Reference, weights_digest
 from tests.chaos.world import World
 
@@ -87,7 +86,7 @@ def _judge_processes(found: Verdict, world: World, rows: list[Job]) -> None:
     found.orphans = len(strays)
     found.said += [f"left behind: {stray}" for stray in strays]
     found.restarts = sum(service.restarts for service in world.services.values())
-    assert not processes_of(world.id) or found.orphans
+    assert not world.processes() or found.orphans
 
 
 def _resumptions(run_dir: Path) -> int:
@@ -103,12 +102,10 @@ def _judge_store(found: Verdict, store: ArtifactStore, rows: list[Job], referenc
         complete = store.versions(name)
         folders = Path(store.root, name, "versions").iterdir()
         half = [
-            folder.name
-            for folder in folders
-            if not folder.name.isdecimal() or int(folder.name) not in complete
+            folder for folder in folders if not folder.name.isdecimal() or int(folder.name) not in complete
         ]
         found.half_published += len(half)
-        found.said += [f"half-published: {name}@{number}" for number in half]
+        found.said += [f"half-published: {name}@{folder.name}, {_claim_of(folder, rows)}" for folder in half]
         for number in complete:
             _judge_version(found, store, f"{name}@{number}", publishers, reference)
     twice = [job for job, count in publishers.items() if count > 1 and job != "reference"]
@@ -118,6 +115,15 @@ def _judge_store(found: Verdict, store: ArtifactStore, rows: list[Job], referenc
     missing = shown - {f"{name}@{number}" for name in store.names() for number in store.versions(name)}
     found.half_published += len(missing)
     found.said += [f"reported but not in the store: {ref}" for ref in missing]
+
+
+def _claim_of(folder: Path, rows: list[Job]) -> str:
+    try:
+        key = (folder / ".claim").read_text()
+    except OSError:
+        return "claimed by nobody"
+    kind = next((f"{row.kind} job, {row.state}, {row.artifact}" for row in rows if row.id == key), "no job")
+    return f"claimed by {key} ({kind})"
 
 
 def _judge_version(

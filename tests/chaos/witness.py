@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import time
 from collections import Counter
 from pathlib import Path
@@ -45,6 +46,8 @@ class Signature:
         return self
 
     def __exit__(self, *_: object) -> None:
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # what limit_files did is for the job alone
         self._say("end")
 
     def _say(self, what: str) -> None:
@@ -95,12 +98,17 @@ def alive(pid: int) -> bool:
         return False
 
 
-def processes_of(world: str) -> list[psutil.Process]:
-    """Every live process that was started by this world, wherever in the tree it is now."""
+def processes_of(world: str, socket: str = "") -> list[psutil.Process]:
+    """Every live process that was started by this world, wherever in the tree it is now.
+
+    A Redis overwrites its environment with its title; the one on `socket` is known by that.
+    """
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(WORLD) == world and process.status() != psutil.STATUS_ZOMBIE:
+            ours = process.environ().get(WORLD) == world
+            ours = ours or bool(socket) and any(f":{socket}" in part for part in process.cmdline())
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except psutil.Error:
             continue

@@ -36,7 +36,7 @@ SMALL = {
     "evaluate.batch_size": 40,
 }
 FIELD = {
-    "steps": 120,
+    "steps": 300,
     "batch_size": 16,
     "checkpoint_every": 10,
     "network.args": {"layers": 2, "width": 16, "octaves": 2},
@@ -51,13 +51,13 @@ TEACHER = {
     "network.args.attention_head_dim": 8,
     "evaluate.judge": {"artifact": "digits-judge@1"},
 }
-KINDS = ("field", "judge", "pipeline", "evaluate")
+KINDS = ("field", "judge", "pipeline", "evaluate", "convert")
 
 
 def recipes(kinds: tuple[str, ...]) -> dict[str, Recipe]:
     """The trainings of these kinds of work, by the name that they publish; `teacher` is evaluated, never trained."""
     found = {}
-    if {"field", "pipeline"} & set(kinds):
+    if {"field", "pipeline", "convert"} & set(kinds):
         found |= {f"field-{seed}": _recipe("nerf_procedural_mlp", FIELD, seed) for seed in (0, 1)}
     if "judge" in kinds:
         found["judge"] = _recipe("judge_shapes", JUDGE, 0)
@@ -123,7 +123,7 @@ class Feeder(threading.Thread):
         self._address, self._reference, self._rng = address, reference, rng
         self._kinds = itertools.cycle(rng.sample(kinds, len(kinds)))
         self.unfinished: Callable[[], int] = lambda: 0
-        self.depth = 3
+        self.depth = 4
         self.jobs: dict[str, str] = {}  # key -> job id, once acknowledged
         self.resent = 0
         self.stopping = threading.Event()
@@ -146,6 +146,8 @@ class Feeder(threading.Thread):
         name = f"field-{self._rng.randrange(2)}"
         if kind == "field":
             return self._training(name)
+        if kind == "convert":
+            return convert_spec(f"{name}@latest", "onnx-fp32")
         return pipeline_spec(
             stage("field", self._training(name)), stage("onnx", convert_spec("{field}", "onnx-fp32"))
         )

@@ -126,15 +126,19 @@ class World:
     def pid(self, name: str) -> int:
         """The process id of a service now; the embedded Redis is a child of the Jobs API."""
         if name == "redis" and name not in self.services:
-            wanted = str(socket_path(self.settings.state_dir))
-            for process in processes_of(self.id):
+            for process in self.processes():
                 with contextlib.suppress(psutil.Error):
-                    if "redis-server" in process.name() and wanted in " ".join(process.cmdline()):
+                    if "redis-server" in process.name():
                         return process.pid
             raise LookupError("the embedded Redis does not run now")
         process = self.services[name].process
         assert process is not None
         return process.pid
+
+    def processes(self) -> list[psutil.Process]:
+        """Every live process of this installation."""
+        embedded = self.broker == "embedded"
+        return processes_of(self.id, str(socket_path(self.settings.state_dir)) if embedded else "")
 
     def unfinished(self) -> int:
         """Jobs that have not ended, 1000 while the table cannot be asked."""
@@ -163,14 +167,14 @@ class World:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=30)
         deadline = time.monotonic() + 3
-        while (left := processes_of(self.id)) and time.monotonic() < deadline:
+        while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return left
 
     def destroy(self) -> None:
         """Kill what is left."""
         self._stopping.set()
-        for process in processes_of(self.id):
+        for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()
         if self.db is not None:

@@ -122,6 +122,18 @@ def test_what_is_converted_already_is_returned_and_not_published_again(converted
     assert store.versions("digits") == [1, 2]
 
 
+def test_a_job_that_was_cut_off_while_another_published_the_same_leaves_no_half_version(converted, tmp_path):
+    _, manifest = converted
+    store = ArtifactStore(shutil.copytree(converted[0].url, tmp_path / "store"))
+    cut_off = Path(store.root, "digits", "versions", str(store._claim("digits", "job-2")))
+    (cut_off / "config.json").write_text("{}")
+    assert convert(store, "digits@1", "onnx-fp32", job="job-2") == manifest
+    assert not cut_off.exists()
+    assert store._claim("digits", "job-3") == int(cut_off.name)
+    assert convert(store, "digits@1", "onnx-fp32", job="job-1") == manifest  # its own version stays
+    assert store.versions("digits") == [1, 2]
+
+
 def test_a_gate_that_fails_publishes_nothing(converted):
     store, _ = converted
     with pytest.raises(

@@ -169,7 +169,9 @@ def test_a_claim_and_each_list_walk_an_index_and_sort_nothing_long(db):
 
 
 def test_the_bench_measures_each_operation_on_each_database(tmp_path, capsys):
-    code = main(["bench-queue", "--rounds", "3", "--largest", "200", "--out", str(tmp_path), "--json"])
+    page = tmp_path / "page.md"
+    options = ["--rounds", "3", "--largest", "200", "--out", str(tmp_path), "--page", str(page), "--json"]
+    code = main(["bench-queue", *options])
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "queue.json").read_text())
     assert report["sizes"] == [100, 200]
@@ -179,3 +181,9 @@ def test_the_bench_measures_each_operation_on_each_database(tmp_path, capsys):
     assert all(ms > 0 for row in rows for ms in row["ms"].values())
     assert code == (0 if all(row["holds"] for row in rows) else 1)
     assert (tmp_path / "queue.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "images/queue.png").read_bytes() == (tmp_path / "queue.png").read_bytes()
+    shown = page.read_text()
+    assert "(images/queue.png)" in shown
+    for row in rows:
+        costs = " | ".join(f"{ms:.2f} ms" for ms in row["ms"].values())
+        assert f"| {row['operation']} | {costs} | {row['ratio']:.2f} |" in shown

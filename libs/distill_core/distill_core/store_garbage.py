@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -151,17 +151,17 @@ def remove_version(store: ArtifactStore, version: Stored, still_unneeded: Callab
         if not still_unneeded():  # it was named between the question and the removal
             store._write_atomically(manifest, data)
             return False
-        _remove(store, folder)
+        store._remove(folder)
     return True
 
 
 def remove_upload(store: ArtifactStore, upload: Stored, still_unneeded: Callable[[], bool]) -> bool:
-    """Remove what a cut-off upload left. The claim goes first: who tries again then takes a number of its own."""
+    """Remove what a cut-off upload left."""
     folder = store._path(upload.name, "versions", str(upload.version))
     with _store_errors(store):
         if not still_unneeded() or store.fs.exists(f"{folder}/{MANIFEST}"):
             return False
-        _remove(store, folder)
+        store._remove(folder)
     return True
 
 
@@ -171,10 +171,3 @@ def _store_errors(store: ArtifactStore) -> Iterator[None]:
         yield
     except OSError as error:
         raise Unavailable(f"cannot remove from {store.url}: {error.strerror or error}") from None
-
-
-def _remove(store: ArtifactStore, folder: str) -> None:
-    if store.fs.exists(f"{folder}/.claim"):
-        store.fs.rm_file(f"{folder}/.claim")
-    with suppress(FileNotFoundError):  # S3 has no folders: without a file in it there is nothing left
-        store.fs.rm(folder, recursive=True)

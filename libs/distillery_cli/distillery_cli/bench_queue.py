@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.errors import ConfigError
-from distillery_cli.output import AsJson, emit_json, notes, results, table
+from distillery_cli.bench import machine
+from distillery_cli.output import AsJson, emit_json, markdown_table, notes, results, table
 
 if TYPE_CHECKING:
     from distill_service.jobs.database import Database
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 SIZES = (100, 1_000, 10_000, 100_000)
 LIMIT = 2.0  # of the cost at the largest size over that at the smallest
 JUDGED = ("claim", "list", "list page", "list state", "list label", "list time", "watch")
-REPORT, PLOT = "queue.json", "queue.png"
+REPORT, PLOT, PAGE_PLOT = "queue.json", "queue.png", "images/queue.png"
 Operation = Callable[[], object]
 EXIT_TOO_SLOW = 1
 
@@ -43,6 +44,7 @@ def bench_queue(
     largest: Annotated[
         int, typer.Option(min=200, max=10_000_000, help="Jobs of the longest queue.")
     ] = 100_000,
+    page: Annotated[Path | None, typer.Option("--page", help="Write the tables as Markdown too.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Measure claim, list and watch at 100, 1,000, 10,000 and 100,000 jobs, on SQLite and, if there is one, PostgreSQL.
@@ -51,6 +53,7 @@ def bench_queue(
     """
     sizes = [size for size in SIZES if size < largest] + [largest]
     report: dict[str, Any] = {"sizes": sizes, "rounds": rounds, "limit": LIMIT, "databases": {}}
+    report["machine"] = machine()
     for name, opened in (("sqlite", _sqlite), ("postgresql", _postgresql)):
         with opened() as urls:
             if urls is not None:
@@ -59,6 +62,9 @@ def bench_queue(
     out.mkdir(parents=True, exist_ok=True)
     (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     _save_plot(report, out / PLOT)
+    if page is not None:
+        page.write_text(markdown(report), encoding="utf-8")
+        _save_plot(report, page.parent / PAGE_PLOT)
     if as_json:
         emit_json(report)
     else:
@@ -269,22 +275,42 @@ def _taken() -> Any:
     return select(Job).where(Job.worker == "bench", Job.state == "RUNNING", Job.kind == "train")
 
 
-def _show(report: dict[str, Any], out: Path) -> None:
-    for name, rows in report["databases"].items():
-        columns = ["operation", *(f"{size:,} jobs" for size in report["sizes"]), "last over first", ""]
-        cells = [
-            [
-                row["operation"],
-                *(f"{row['ms'][size]:.2f} ms" for size in report["sizes"]),
-                f"{row['ratio']:.2f}",
-                ("holds" if row["holds"] else f"more than {LIMIT:g}") if row["judged"] else "",
-            ]
-            for row in rows
+def _cells(report: dict[str, Any], name: str) -> tuple[list[str], list[list[str]]]:
+    """One database's table: its head and its rows."""
+    columns = ["operation", *(f"{size:,} jobs" for size in report["sizes"]), "last over first", ""]
+    rows = [
+        [
+            row["operation"],
+            *(f"{row['ms'][size]:.2f} ms" for size in report["sizes"]),
+            f"{row['ratio']:.2f}",
+            ("holds" if row["holds"] else f"more than {LIMIT:g}") if row["judged"] else "",
         ]
-        results.print(
-            table(columns, cells, title=f"{name}, medians of {report['rounds']} rounds, processor time")
-        )
+        for row in report["databases"][name]
+    ]
+    return columns, rows
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    for name in report["databases"]:
+        columns, rows = _cells(report, name)
+        title = f"{name}, medians of {report['rounds']} rounds, processor time"
+        results.print(table(columns, rows, title=title))
     results.print(f"written: {out / REPORT}, {out / PLOT}")
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page of documentation."""
+    on = report["machine"]
+    about = f"{on['cpu']}, {on['cores']} cores, {on['system']}, Python {on['python']}"
+    parts = [
+        "# Performance of the queue\n\nWritten by `make bench-queue`: what an operation costs as the job table grows, "
+        "in processor time of the process\nand its database together, the median of "
+        f"{report['rounds']} rounds. Claims, lists and watches must not cost more than {LIMIT:g}\ntimes as much in "
+        "the longest queue as in the shortest."
+        f"\n\nMachine: {about}.\n\n![Cost against length]({PAGE_PLOT})\n",
+        *(f"## {name}\n\n{markdown_table(*_cells(report, name))}" for name in report["databases"]),
+    ]
+    return "\n".join(parts)
 
 
 def _save_plot(report: dict[str, Any], path: Path) -> None:
@@ -303,5 +329,6 @@ def _save_plot(report: dict[str, Any], path: Path) -> None:
             xscale="log", yscale="log", xlabel="jobs in the table", ylabel="ms of processor time", title=name
         )
         axis.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -55,6 +55,8 @@ def convert(
     done = _converted(store, source, goal, versions)
     if done is not None:
         log.info("%s already holds %s, nothing to do", done.ref, goal.name)
+        if job:  # an attempt of it may have been cut off while it published the same
+            store.withdraw(source.name, job)
         on_progress(STEPS, STEPS)
         return done
     cache = cache or Path(tempfile.gettempdir()) / "distillery-models"

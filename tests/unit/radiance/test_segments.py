@@ -193,6 +193,21 @@ def test_smaller_cells_lie_where_the_field_is_dense_and_show_the_same_picture():
     assert not halved.occupied[:, :, :64].any()  # what training found empty stays so
 
 
+class Haze(Ball):
+    """A ball in air that hides little in one step and much across the box."""
+
+    def log_density(self, positions):
+        return super().log_density(positions).clamp_min(math.log(0.09))
+
+
+def test_a_finer_grid_that_would_show_is_not_taken():
+    hazy = Scene(Haze(radius=0.4), torch.ones(32, 32, 32, dtype=torch.bool), SPEC, 32)
+    assert float(render(hazy, camera()).opacity[0, 12]) > 0.05  # of the air alone
+    assert refined(hazy) is hazy
+    clear = Scene(Ball(radius=0.4), torch.ones(32, 32, 32, dtype=torch.bool), SPEC, 32)
+    assert len(refined(clear).occupied) == 128
+
+
 def test_thin_fog_is_not_taken_for_empty_and_large_grids_stay_as_they_are():
     fog = Scene(Ball(radius=-0.1, sharpness=1e-3), torch.ones(8, 8, 8, dtype=torch.bool), SPEC, 4096)
     assert float(fog.field.log_density(torch.zeros(1, 3)).exp()) * 2 * 3**0.5 / 4096 < 0.01  # of one step

@@ -16,7 +16,8 @@ from distill_core.artifacts import SceneSpec
 from distill_core.config import Config, NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.fields import RadianceField, build_field
-from distill_core.radiance.cameras import Camera, Rays
+from distill_core.parity import VIEW_DEGREES, VIEW_SIDE
+from distill_core.radiance.cameras import Camera, Rays, orbit_camera
 from distill_core.radiance.march import step_length
 from distill_core.radiance.occupancy import MIN_OPACITY
 from distill_core.radiance.rendering import over, render_weights
@@ -24,6 +25,7 @@ from distill_core.radiance.segments import render_samples, render_tiles
 from distill_core.radiance.stored import WEIGHTS, fill, read_description, read_tensors, write_scene
 
 REFINED, MAX_FACTOR = 128, 4  # cells a side of a refined grid, and of one cell at most
+MAX_CHANGE = 0.025  # of a pixel's colour, and of its opacity, by a refined grid
 CHUNK_POINTS = 8192  # of a refined grid's, evaluated at once
 
 
@@ -114,7 +116,8 @@ def load_scene(folder: Path, *, device: str | torch.device = "cpu") -> Scene:
 def refined(scene: Scene) -> Scene:
     """The same scene with smaller cells, up to 128 a side: those in which, or beside which, the field is dense.
 
-    Thinner than one cell of the result, and thinner than training looked for, is what may be lost.
+    Thinner than one cell of the result, and thinner than training looked for, is what may be lost. Where that shows,
+    as in a field that is fog all over after a few steps, the scene stays as it is.
     """
     factor = min(REFINED // len(scene.occupied), MAX_FACTOR)
     if factor < 2 or not scene.occupied.any():
@@ -131,7 +134,24 @@ def refined(scene: Scene) -> Scene:
     least = -math.log1p(-MIN_OPACITY) / step_length(bound, scene.num_steps)
     dense = density > min(float(density.mean()), least)  # as training's grid has it: thin fog stays
     beside = nn.functional.max_pool3d(dense[None, None].float(), 3, stride=1, padding=1)[0, 0] > 0
-    return replace(scene, occupied=beside & inside)
+    finer = replace(scene, occupied=beside & inside)
+    return finer if _look_alike(scene, finer) else scene
+
+
+def _look_alike(one: Scene, other: Scene) -> bool:
+    """Whether the view that servers compare is the same in both, by `MAX_CHANGE` of colour and of opacity."""
+    spec = one.spec
+    camera = orbit_camera(
+        VIEW_DEGREES,
+        VIEW_DEGREES,
+        spec.radius,
+        fov_degrees=spec.fov_degrees,
+        width=VIEW_SIDE,
+        height=VIEW_SIDE,
+    )
+    seen = [render_rays(scene, [camera.rays(range(VIEW_SIDE))])[0] for scene in (one, other)]
+    *colour, _depth, opacity = (seen[0] - seen[1]).abs().amax(0)
+    return float(max(*colour, opacity)) <= MAX_CHANGE
 
 
 def _field_of(file: SceneFile) -> RadianceField:

@@ -18,182 +18,15 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import fsspec
-from pydantic import Field
 
-from distill_core.config import Config, Name, check_name, is_reserved_alias
-from distill_core.diffusion.routing import PartitionSpec
-from distill_core.diffusion.sampling import SamplerSpec
+from distill_core.artifacts.files import entry_of, inside, publishable, verify
+from distill_core.artifacts.manifest import MANIFEST, AliasMove, Manifest
+from distill_core.config import check_name, is_reserved_alias
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable, nearest
-from distill_core.parity import ParitySample
 from distill_core.reached import Reached
-
-MANIFEST = "manifest.json"
-FORBIDDEN_SUFFIXES = (
-    ".pkl",
-    ".pickle",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".bin",
-    ".npy",
-)  # formats that can execute code
-
-
-class FileEntry(Config):
-    size: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class ImageSpec(Config):
-    """What a generator makes: the denoiser's own tensor, and the picture after decoding."""
-
-    channels: int = Field(ge=1)  # of the denoiser's tensor: pixels, or latents
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
-    picture: tuple[int, int, int]  # (C, H, W) in [-1, 1] after the decoder; the same for a pixel model
-    tileable: bool = False  # pictures repeat without a seam: the network's convolutions wrap around
-
-
-class CondSpec(Config):
-    """What a generator is conditioned on."""
-
-    kind: Literal["none", "class_label", "prompt"]
-    num_classes: int | None = None
-    null_label: int | None = None  # the class index that means "no condition"
-    class_names: tuple[str, ...] = ()
-    max_tokens: int | None = None  # prompt: tokens, longer prompts are cut by the tokenizer
-    embed_dim: int | None = None  # prompt: width of prompt_embeds
-    pooled_dim: int | None = None  # prompt: width of pooled_embeds, for models that take them (SDXL)
-    nasa_scale: float | None = (
-        None  # prompt: usual strength of a negative prompt in attention; unset: in guidance
-    )
-    examples: tuple[str, ...] = ()  # prompt: some that the model was trained on, for previews
-
-
-class SceneSpec(Config):
-    """What a radiance field shows: its box and cameras' usual place, in the scene's own units."""
-
-    field: str
-    bound: float = Field(gt=0)
-    radius: float = Field(gt=0)  # usual camera distance from the centre
-    fov_degrees: float = Field(40.0, gt=0, lt=180)
-    background: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    transform: tuple[float, ...] | None = Field(
-        None, min_length=16, max_length=16
-    )  # from the capture's world into the scene's, 4x4 row by row; None: they are the same
-
-
-class GraphReport(Config):
-    """One graph of a converted form, at its worst over all compared batches."""
-
-    precision: Literal["fp32", "fp16", "bf16", "int8"]  # of its weights
-    size: int = Field(ge=0)  # bytes, with its side file
-    max_abs_difference: float
-    rel_l2: float
-    snr_db: float | None = None  # the same as a signal-to-noise ratio; None: no difference at all
-    changed_pixels: float | None = None  # share of 8-bit values that differ; None: its output is no picture
-    left_in_float: str = ""  # what of it is in float32, and why, where the target says otherwise
-
-
-class FrechetReport(Config):
-    """Samples of the model before and after conversion, each against the same reference."""
-
-    before: float = Field(ge=0)
-    after: float = Field(ge=0)
-    ratio: float = Field(ge=0)
-    samples: int = Field(ge=1)  # of each set
-    num_steps: int = Field(ge=1)
-    features: str  # what the distance compares
-    reference: str  # with what: the pictures that the model was trained for, or other samples of it
-
-
-class ExportReport(Config):
-    """One converted form of the model, and how it compares with PyTorch on fixed inputs."""
-
-    target: str
-    files: tuple[str, ...]
-    opset: int | None = None
-    max_abs_difference: float
-    rel_l2: float
-    tolerance: float
-    batches: tuple[int, ...]
-    seconds: float
-    tool_versions: dict[str, str] = {}
-    graphs: dict[str, GraphReport] = {}  # by file stem
-    frechet: FrechetReport | None = None  # None: no pictures, too dear, or a target that needs none
-
-    @property
-    def snr_db(self) -> float | None:
-        """Signal-to-noise ratio of the worst graph; None where no graph differs."""
-        return min((graph.snr_db for graph in self.graphs.values() if graph.snr_db is not None), default=None)
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """What was measured, by name."""
-        changed = [graph.changed_pixels for graph in self.graphs.values() if graph.changed_pixels is not None]
-        found = {
-            "max_abs_difference": self.max_abs_difference,
-            "rel_l2": self.rel_l2,
-            "snr_db": self.snr_db,
-            "changed_pixels": max(changed, default=None),
-            "frechet_before": self.frechet.before if self.frechet else None,
-            "frechet_after": self.frechet.after if self.frechet else None,
-            "frechet_ratio": self.frechet.ratio if self.frechet else None,
-            "megabytes": sum(graph.size for graph in self.graphs.values()) / 1e6 if self.graphs else None,
-        }
-        return {name: value for name, value in found.items() if value is not None}
-
-
-class Manifest(Config):
-    """Everything known of one version. `version`, `created` and `files` are filled in by `publish`."""
-
-    schema_version: Literal[1] = 1
-    name: Name
-    version: int = Field(0, ge=0)
-    created: str = ""
-    kind: Literal["denoiser", "field", "gaussians", "classifier", "model"]
-    method: str = ""
-    paper: str = ""
-    title: str = ""
-    licence: str = "Apache-2.0"
-    parents: tuple[str, ...] = ()  # artifacts it was made from, as name@version
-    base: str = ""  # of a LoRA student: the model it adapts, as name@version, where that is in the store
-    job: str = ""
-    recipe_sha256: str = ""
-    step: int = 0
-    parameterisation: str = ""
-    sampler: SamplerSpec | None = None
-    image: ImageSpec | None = None
-    cond: CondSpec | None = None
-    partition: PartitionSpec | None = None  # of a model of several experts
-    scene: SceneSpec | None = None
-    parity: ParitySample | None = None  # what it answered when it was published
-    metrics: dict[str, float | int | str] = {}
-    exports: dict[str, ExportReport] = {}
-    files: dict[str, FileEntry] = {}
-
-    @property
-    def ref(self) -> str:
-        return f"{self.name}@{self.version}"
-
-    @property
-    def form(self) -> Literal["full", "merged", "adapter"]:
-        """Without low-rank factors; with them, beside the weights they are merged into; or these factors alone."""
-        if "adapter/adapter_config.json" not in self.files:
-            return "full"
-        whole = any(f"{slot}/config.json" in self.files for slot in ("unet", "transformer"))
-        return "merged" if whole else "adapter"
-
-
-class AliasMove(Config):
-    alias: str
-    version: int
-    previous: int | None = None
-    who: str = ""
-    when: str = ""
 
 
 class ArtifactStore:
@@ -222,8 +55,9 @@ class ArtifactStore:
     def versions(self, name: str) -> list[int]:
         """Complete versions of a model, ascending."""
         check_name(name, what="model", field="model")
-        numbers = [int(child) for child in self._children(f"{name}/versions") if child.isdecimal()]
-        return sorted(n for n in numbers if self.fs.exists(self._path(name, "versions", str(n), MANIFEST)))
+        return [
+            n for n in self._numbers(name) if self._exists(self._path(name, "versions", str(n)), MANIFEST)
+        ]
 
     def aliases(self, name: str) -> dict[str, int]:
         """Alias -> version; `latest` is always the highest complete version."""
@@ -295,7 +129,7 @@ class ArtifactStore:
         partial = Path(tempfile.mkdtemp(prefix=".fetch-", dir=beside))
         try:
             for path in manifest.files:
-                local = partial / _inside(path)
+                local = partial / inside(path)
                 local.parent.mkdir(parents=True, exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):  # which `verify` says in a sentence
                     self.fs.get_file(f"{source}/{path}", str(local))
@@ -327,7 +161,7 @@ class ArtifactStore:
             ArtifactError: the folder holds a format that can execute code, or a link that leaves it.
             Unavailable: the store cannot be written.
         """
-        files = {path: _entry(folder / path) for path in _publishable(folder)}
+        files = {path: entry_of(folder / path) for path in publishable(folder)}
         try:
             published = self._published_with(manifest.name, key) if key else None
             if published is not None:
@@ -348,6 +182,20 @@ class ArtifactStore:
         except OSError as error:
             raise Unavailable(f"cannot publish to {self.url}: {error.strerror or error}") from None
         return complete
+
+    def withdraw(self, name: str, key: str) -> None:
+        """Remove what an interrupted `publish` with this key left, for a caller that has nothing to publish any more.
+
+        Raises:
+            Unavailable: the store cannot be written.
+        """
+        try:
+            number = self._claimed(name, key)
+            folder = self._path(name, "versions", str(number))
+            if number is not None and not self._exists(folder, MANIFEST):
+                self._remove(folder)
+        except OSError as error:
+            raise Unavailable(f"cannot remove from {self.url}: {error.strerror or error}") from None
 
     def set_alias(self, name: str, alias: str, version: int, *, who: str = "") -> AliasMove:
         """Move an alias to a version, atomically, and keep the move in the history."""
@@ -413,12 +261,9 @@ class ArtifactStore:
 
     def _claim(self, name: str, key: str) -> int:
         """The next free number, taken by an exclusive create. A number left half-published by `key` is taken again."""
-        base = self._path(name, "versions")
-        taken = sorted(int(child) for child in self._children(f"{name}/versions") if child.isdecimal())
-        for number in taken if key else []:
-            claim = f"{base}/{number}/.claim"
-            if self.fs.exists(claim) and self.fs.cat_file(claim).decode() == key:
-                return number
+        if key and (own := self._claimed(name, key)) is not None:
+            return own
+        base, taken = self._path(name, "versions"), self._numbers(name)
         used = (f"{base}/{number}" for number in reversed(taken))  # a folder alone is what a kill left
         last = next((path for path in used if self._exists(path, ".claim", MANIFEST)), "0")
         number = int(last.rpartition("/")[2]) + 1
@@ -428,6 +273,27 @@ class ArtifactStore:
                 return number
             except FileExistsError:
                 number += 1
+
+    def _claimed(self, name: str, key: str) -> int | None:
+        """The number that was taken with this key."""
+        for number in self._numbers(name):
+            claim = self._path(name, "versions", str(number), ".claim")
+            if self.fs.exists(claim) and self.fs.cat_file(claim).decode() == key:
+                return number
+        return None
+
+    def _numbers(self, name: str) -> list[int]:
+        """All numbers that have a folder, published or not, ascending."""
+        return sorted(int(child) for child in self._children(f"{name}/versions") if child.isdecimal())
+
+    def _remove(self, folder: str) -> None:
+        """Remove a folder without a manifest, its claim first: who tries again then takes a number of its own."""
+        if self.fs.exists(f"{folder}/.claim"):
+            self.fs.rm_file(f"{folder}/.claim")
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # S3 has no folders: without a file there is nothing left
+            self.fs.rm(folder, recursive=True)
 
     def _exists(self, folder: str, *names: str) -> bool:
         return any(self.fs.exists(f"{folder}/{name}") for name in names)
@@ -485,45 +351,6 @@ def _whole(folder: Path, manifest: Manifest) -> bool:
         shutil.rmtree(away, ignore_errors=True)
         return False
     return True
-
-
-def verify(folder: Path, manifest: Manifest) -> None:
-    """Compare every file of `folder` with the manifest's sizes and checksums."""
-    for path, entry in manifest.files.items():
-        file = folder / _inside(path)
-        if not file.is_file():
-            raise ArtifactError(f"{manifest.ref}: file {path} is missing; publish the model again")
-        if _entry(file) != entry:
-            raise ArtifactError(
-                f"{manifest.ref}: checksum of {path} differs from its manifest; publish the model again"
-            )
-
-
-def _inside(path: str) -> str:
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts:
-        raise ArtifactError(f"a manifest names the file {path!r}, which leaves the model's folder")
-    return path
-
-
-def _publishable(folder: Path) -> list[str]:
-    paths = []
-    for file in sorted(folder.rglob("*")):
-        path = file.relative_to(folder).as_posix()
-        if file.is_symlink():
-            raise ArtifactError(f"{path} is a link; a published model holds files only")
-        if file.is_file() and path not in (MANIFEST, ".claim"):
-            if file.suffix in FORBIDDEN_SUFFIXES:
-                raise ArtifactError(
-                    f"{path} is refused: {file.suffix} files can execute code; save it as safetensors"
-                )
-            paths.append(path)
-    return paths
-
-
-def _entry(file: Path) -> FileEntry:
-    with file.open("rb") as stream:
-        return FileEntry(size=file.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
 
 
 def _made(folder: Path) -> Path:
