@@ -51,6 +51,7 @@ def noise(items: Sequence[ImageItem], draw: int, shape: tuple[int, ...]) -> np.n
 
 
 def draw_ahead(items: Sequence[ImageItem], shape: tuple[int, ...]) -> None:
-    """Make the items' first draws, while they wait for the device."""
+    """Make the items' first draws, as far as they are not given, while they wait for the device."""
     for item in items:
-        item.ahead[0] = unit_normal(item.seed, item.index, 0, shape)
+        if 0 not in item.ahead:
+            item.ahead[0] = unit_normal(item.seed, item.index, 0, shape)
