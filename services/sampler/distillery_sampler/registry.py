@@ -127,6 +127,8 @@ class Registry:
                 if served == name:
                     await self._follow((name, alias), aliases.get(alias))
         await self._drop_replaced()
+        for model in self._loaded.values():  # experts are read when they are first asked for
+            self.metrics.show(model.stats.labels, model.figures())
 
     async def close(self) -> None:
         """Free all models."""
@@ -266,7 +268,9 @@ class Registry:
         self.metrics.model_load_seconds.labels(name).observe(seconds)
         self.metrics.model_reload.labels(name, "loaded").inc()
         self.metrics.model_info.labels(*self._labels(model)).set(1)
-        _log.info("model loaded", model=ref, seconds=round(seconds, 3), **model.figures())
+        figures = model.figures()
+        self.metrics.show(model.stats.labels, figures)
+        _log.info("model loaded", model=ref, seconds=round(seconds, 3), **figures)
         await self._announce()
         return model
 
@@ -301,6 +305,7 @@ class Registry:
         model = self._loaded.pop(key)
         self._served = {alias: v for alias, v in self._served.items() if (alias[0], v) != key}
         self.metrics.model_info.remove(*self._labels(model))
+        self.metrics.hide(model.stats.labels)
         self.metrics.on_retired(model.stats.labels)
         task = asyncio.create_task(self._drain(model))
         del model  # the task's alone: what a model held is given back when it ends
