@@ -35,7 +35,7 @@ class Registry:
         self, store: ArtifactStore, cache: Path, settings: SamplerSettings, metrics: Metrics
     ) -> None:
         self.store, self.settings, self.metrics = store, settings, metrics
-        self._weights = SharedWeights(lambda ref: store.fetch(ref, cache))
+        self._weights = SharedWeights(lambda ref: store.fetch(ref, cache), cache)
         self._loaded: dict[Key, LoadedModel] = {}
         self._loading: dict[Key, asyncio.Task[LoadedModel]] = {}
         self._failed: dict[Key, str] = {}
