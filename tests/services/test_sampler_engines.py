@@ -112,6 +112,7 @@ def test_a_build_that_fails_is_said_and_the_next_export_is_used(trt, store, tmp_
         answer(store, tmp_path / "cache", WANTED, targets=("trt-fp16", "onnx-fp32"))
     (said,) = [entry for entry in logged if entry["log_level"] == "warning"]
     assert "could not build denoiser.onnx: no kernel for this layer" in said["error"]
+    trt.Builder.plan = b"a plan"
     (tmp_path / "no folder").write_bytes(b"")
     with pytest.raises(Unavailable, match="engines cannot be kept in .*: Not a directory"):
         fitting(exported(store), HOST, tmp_path / "no folder")
