@@ -33,9 +33,7 @@ from tests.services.fuzz.message_kinds import Draw, Reference, Stubs, ended
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser, teacher_spec
 
 CALLS, THREADS, CHUNK = 20_000, 6, 100
-WARM_UP = (
-    10_000  # calls before those: until then threads are started, and pools and arenas grow to their size
-)
+WARM_UP = 10_000  # calls before those: memory grows most in them
 GROWTH = 0.05
 RESTS, REST_S = 24, 2.0  # how often the memory is looked at, and for how long nothing is sent before
 RIGHT = "right calls"
