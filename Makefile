@@ -55,7 +55,7 @@ bench: setup
 bench-serving: setup
 	$(BIN)/distillery bench-serving --page docs/serving_performance.md
 
-# 20,000 broken calls against a live sampler; its table also as out/fuzz/sampler.json.
+# 20,000 broken calls against a live sampler, after a warm-up of 10,000; its table also as out/fuzz/sampler.json.
 fuzz-sampler: setup
 	$(BIN)/python -m tests.services.fuzz.run
 

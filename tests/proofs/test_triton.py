@@ -1,7 +1,7 @@
 """`make prove-triton`: an unmodified tritonclient lists, describes and runs every model, over TLS with a token.
 
-What it gets equals what `distillery.v1` answers, byte for byte. The store holds a student and a guided teacher of
-classes, a scene, and a text-to-image student.
+What it gets equals what `distillery.v1` answers, byte for byte, also with the noise of its seeds as latents. The store
+holds a student and a guided teacher of classes, a scene, and a text-to-image student.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from distill_core.artifacts import ArtifactStore, Manifest, SamplerSpec
+from distill_core.diffusion.noise import unit_normal
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.radiance.cameras import orbit_camera
 from distillery_sampler.client import SamplerClient
@@ -79,7 +80,15 @@ def inputs_for(described: dict[str, Any]) -> dict[str, np.ndarray]:
         "pose": c2w,
         "intrinsics": intrinsics,
     }
-    return {tensor["name"]: known[tensor["name"]] for tensor in described["inputs"]}
+    # noise is said in one of two ways
+    return {t["name"]: known[t["name"]] for t in described["inputs"] if t["name"] != "latents"}
+
+
+def with_latents(described: dict[str, Any], values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same request by the noise of its seeds."""
+    (shape,) = ([int(side) for side in t["shape"][1:]] for t in described["inputs"] if t["name"] == "latents")
+    latents = np.stack([unit_normal(int(seed), 0, 0, tuple(shape)) for seed in values["seed"].ravel()])
+    return {"latents": latents, **{name: value for name, value in values.items() if name != "seed"}}
 
 
 def ours(client: SamplerClient, name: str, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -122,5 +131,8 @@ def test_tritonclient_lists_describes_and_runs_every_model_over_tls_with_a_token
             for output, array in wanted.items():
                 assert answer.as_numpy(output).tobytes() == array.tobytes(), f"{name}.{output}"
                 assert len(np.unique(array)) > COUNT
+            if "seed" in values:
+                given = triton.infer(name, tensors(with_latents(described, values)), headers=HEADERS)
+                assert given.as_numpy("images").tobytes() == wanted["images"].tobytes(), name
             stats = triton.get_inference_statistics(name, headers=HEADERS).model_stats[0]
-            assert stats.inference_count == 2 * COUNT
+            assert stats.inference_count == (3 if "seed" in values else 2) * COUNT

@@ -1,13 +1,9 @@
-"""Engine building against a stand-in for NVIDIA's package, which no index but NVIDIA's own carries.
-
-The stand-in has the calls of TensorRT 11 and none that 11 removed; the `gpu` test runs the real package.
-"""
+"""Engine building against a stand-in for NVIDIA's package; the `gpu` test runs the real one."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,100 +12,20 @@ from onnx import TensorProto, load
 from torch import nn
 
 from distill_core.errors import ArtifactError, Unavailable
-from distill_core.networks import engines
+from distill_core.networks import engine_building, engines
 from distill_core.networks.engines import Host
 from distillery_converter import onnx, parity, tensorrt
 from distillery_converter.graphs import Graph, denoiser_graph
 from distillery_converter.precision import lowered
 from distillery_converter.targets import TARGETS
+from tests.services.tensorrt_stand_in import HOST, install
 from tests.services.test_converter import tiny_denoiser
-
-HOST = Host(tensorrt="11.4.0", gpu="NVIDIA L4", compute_capability="8.9")
-
-
-class Network:
-    pass
-
-
-class Builder:
-    plan: bytes | None = b"a plan"
-
-    def __init__(self, logger):
-        self.logger, self.profile = logger, SimpleNamespace(shapes={})
-        self.profile.set_shape = lambda name, *shapes: self.profile.shapes.update({name: shapes})
-
-    def create_network(self, flags):
-        assert flags == 1 << 1  # STRONGLY_TYPED
-        return Network()
-
-    def create_builder_config(self):
-        return Config()
-
-    def create_optimization_profile(self):
-        return self.profile
-
-    def build_serialized_network(self, network, config):
-        if self.plan is None:
-            self.logger.log("ERROR", "no kernel for this layer")
-        return self.plan
-
-
-class Config:
-    def __init__(self):
-        self.timings, self.profiles = b"", []
-
-    def set_memory_pool_limit(self, pool, size):
-        assert (pool, size > 2**20) == ("WORKSPACE", True)
-
-    def add_optimization_profile(self, profile):
-        self.profiles.append(profile)
-        return len(self.profiles) - 1
-
-    def create_timing_cache(self, content):
-        return content
-
-    def set_timing_cache(self, cache, ignore_mismatch):
-        assert ignore_mismatch is False
-        self.timings = cache
-        return cache != b"of another version"
-
-    def get_timing_cache(self):
-        return SimpleNamespace(serialize=lambda: self.timings + b"+timed")
-
-
-class Parser:
-    errors: tuple[str, ...] = ()
-    num_errors = property(lambda self: len(self.errors))
-
-    def __init__(self, network, logger):
-        assert isinstance(network, Network)
-
-    def parse_from_file(self, path):
-        return Path(path).is_file() and not self.errors
-
-    def get_error(self, index):
-        return SimpleNamespace(desc=lambda: self.errors[index])
-
-
-class ILogger:
-    Severity = SimpleNamespace(INTERNAL_ERROR="INTERNAL_ERROR", ERROR="ERROR")
 
 
 @pytest.fixture
 def trt(monkeypatch):
-    builder, parser = type("Builder", (Builder,), {}), type("Parser", (Parser,), {})
-    module = SimpleNamespace(
-        __version__=HOST.tensorrt,
-        Builder=builder,
-        OnnxParser=parser,
-        ILogger=ILogger,
-        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
-        MemoryPoolType=SimpleNamespace(WORKSPACE="WORKSPACE"),
-        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda plan: None),
-    )
-    monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(tensorrt, "this_host", lambda: HOST)
-    return module
+    return install(monkeypatch)
 
 
 class Double(nn.Module):
@@ -161,25 +77,20 @@ def test_an_engine_of_another_gpu_or_version_is_refused_with_the_way_to_rebuild_
 
 def test_kernel_timings_are_kept_between_builds(trt, source, tmp_path):
     timings = tmp_path / "cache" / "nvidia-l4.timings"
-    assert tensorrt.build_plan(source, PROFILE, timings=timings) == b"a plan"
-    tensorrt.build_plan(source, PROFILE, timings=timings)
+    assert engine_building.build_plan(source, PROFILE, timings=timings) == b"a plan"
+    engine_building.build_plan(source, PROFILE, timings=timings)
     assert timings.read_bytes() == b"+timed+timed"
     timings.write_bytes(b"of another version")
-    tensorrt.build_plan(source, PROFILE, timings=timings)
+    engine_building.build_plan(source, PROFILE, timings=timings)
     assert timings.read_bytes() == b"+timed"
 
 
 def built(trt, source, folder, graph=GRAPH) -> bool:
     """Whether TensorRT was asked for a plan on the way to engines in `folder`."""
-    asked = []
-    ask = trt.Builder.build_serialized_network
-    trt.Builder.build_serialized_network = lambda self, *args: asked.append(1) or ask(self, *args)
-    try:
-        with pytest.raises(ArtifactError, match="damaged"):  # the stand-in cannot run plans
-            tensorrt.build([source], [graph], folder / "out", target="trt-bf16", cache=folder / "cache")
-    finally:
-        trt.Builder.build_serialized_network = ask
-    return bool(asked)
+    trt.built.clear()
+    with pytest.raises(ArtifactError, match="damaged"):  # the stand-in cannot run plans
+        tensorrt.build([source], [graph], folder / "out", target="trt-bf16", cache=folder / "cache")
+    return bool(trt.built)
 
 
 def test_an_engine_is_built_once_for_a_graph_a_machine_and_a_profile(trt, source, tmp_path, monkeypatch):
@@ -209,13 +120,13 @@ def test_a_kept_engine_that_was_damaged_is_built_again(trt, source, tmp_path):
 def test_a_graph_that_tensorrt_cannot_read_is_an_error_with_its_reasons(trt, source, tmp_path):
     trt.OnnxParser.errors = ("unknown operator Foo", "bad shape")
     with pytest.raises(ArtifactError, match="cannot read double.onnx: unknown operator Foo; bad shape"):
-        tensorrt.build_plan(source, PROFILE, timings=tmp_path / "t")
+        engine_building.build_plan(source, PROFILE, timings=tmp_path / "t")
 
 
 def test_a_build_that_fails_is_an_error_and_not_an_empty_engine(trt, source, tmp_path):
     trt.Builder.plan = None
     with pytest.raises(ArtifactError, match="could not build double.onnx: no kernel for this layer"):
-        tensorrt.build_plan(source, PROFILE, timings=tmp_path / "t")
+        engine_building.build_plan(source, PROFILE, timings=tmp_path / "t")
 
 
 def test_without_the_package_the_error_names_the_extra(monkeypatch):

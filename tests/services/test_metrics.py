@@ -34,10 +34,16 @@ SAMPLER = {  # name -> labels
     "queue_images": MODEL,
     "inflight": set(),
     "rejected_total": {*MODEL, "reason"},
-    "model_info": {*MODEL, "kind", "method"},
     "model_load_seconds_bucket": {"model", "le"},
     "model_reload_total": {"model", "result"},
     "padding_images_total": MODEL,
+}
+LOADED = {  # there while a version is loaded
+    "model_info": {*MODEL, "kind", "method"},
+    "model_instances": MODEL,
+    "model_threads": MODEL,
+    "model_max_batch": MODEL,
+    "model_memory_bytes": MODEL,
 }
 JOBS = {
     "jobs": {"kind", "state"},
@@ -107,9 +113,9 @@ def test_the_sampler_counts_what_happened(store, tmp_path):
     assert value(metrics.registry, "model_load_seconds_count", model="digits") == 1
     assert value(metrics.registry, "model_reload_total", model="digits", result="loaded") == 1
     shown = samples(metrics.registry)
-    assert "model_info" not in shown  # nothing is loaded any more
+    assert not LOADED.keys() & shown.keys()  # nothing is loaded any more
     for name, labels in SAMPLER.items():
-        assert name == "model_info" or set(shown[name][0].labels) == labels, name
+        assert set(shown[name][0].labels) == labels, name
     bounds = {float(sample.labels["le"]) for sample in shown["request_seconds_bucket"]}
     assert bounds == {*SECONDS, float("inf")}
 
@@ -118,11 +124,16 @@ def test_a_loaded_version_is_named_and_a_refused_one_counted(store, tmp_path):
     metrics = Metrics()
 
     async def run() -> None:
-        engine = Engine(store, tmp_path / "cache", SamplerSettings(instances=1, max_batch=1), metrics)
-        await engine.models.load("digits")
+        settings = SamplerSettings(instances=3, threads=2, max_batch=5)
+        engine = Engine(store, tmp_path / "cache", settings, metrics)
+        info = await engine.models.load("digits")
         labels = {**DIGITS, "kind": "denoiser", "method": "dmd2"}
-        assert set(labels) == SAMPLER["model_info"]
         assert value(metrics.registry, "model_info", **labels) == 1
+        shown = samples(metrics.registry)
+        assert {name: set(shown[name][0].labels) for name in LOADED} == LOADED
+        chosen = [shown[f"model_{name}"][0].value for name in ("instances", "threads", "max_batch")]
+        assert chosen == [3, 2, 5]
+        assert value(metrics.registry, "model_memory_bytes", **DIGITS) == info.memory > 0
         publish_denoiser(store, tmp_path / "second")
         (graph,) = (tmp_path / "store").rglob("versions/2/**/denoiser.onnx")
         graph.write_bytes(graph.read_bytes()[:-10])

@@ -34,8 +34,11 @@ def test_a_caller_who_breaks_a_call_leaves_no_traceback_in_the_log(fuzzed):
 
 
 def test_a_forbidden_end_and_memory_that_grows_are_reported():
-    report = Report(curve=[(at, 100.0 + at / 10) for at in range(0, 1001, 10)])
+    report = Report(curve=[(at, 100.0 + at / 10) for at in range(0, 1001, 10)], warm_up=300)
     report.add("kind", "OK", frozenset({"INVALID_ARGUMENT"}), "what was sent")
     assert report.wrong == ["kind: OK, not INVALID_ARGUMENT what was sent"]
     assert report.growth == pytest.approx(0.39, abs=0.02)
+    flat = Report(curve=[(at, 100.0 + min(at, 300) / 10) for at in range(0, 1001, 10)], warm_up=300)
+    assert flat.growth == 0
+    assert json.loads(flat.to_json())["warm_up"] == 300
     assert json.loads(report.to_json())["kinds"] == {"kind": {"OK": 1}}

@@ -1,9 +1,6 @@
-"""What a GPU is given: fixed sizes, bfloat16, recorded graphs, engines. On a CPU; what is marked `gpu` needs one."""
+"""What a GPU is given: fixed sizes, bfloat16, recorded graphs. On a CPU; what is marked `gpu` needs one."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,18 +8,15 @@ import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import LoraConfig, NetworkConfig
-from distill_core.errors import ArtifactError, Unavailable
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
-from distill_core.networks.engines import EngineInfo, Host
-from distillery_sampler.backends import tensorrt_backend
 from distillery_sampler.backends.fixed import OneThread
 from distillery_sampler.backends.torch_backend import TorchGenerator
 from distillery_sampler.backends.torch_device import Replayed
 from distillery_sampler.requests import GenerateRequest, ImageItem, ImageKey
 from tests.helpers import tiny_text_to_image
-from tests.services.sampler_helpers import answer, publish_denoiser
+from tests.services.sampler_helpers import answer
 
 LABELS = (3, 1, 4, 1, 5)
 WANTED = GenerateRequest("unet", class_labels=LABELS, seed=7, num_steps=2)
@@ -185,41 +179,6 @@ def test_a_backend_of_one_thread_is_opened_and_called_there(store):
         assert one.generate(ImageKey(1, 1.0), [ImageItem(1, class_label=2)]).shape == (1, 1, 8, 8)
     assert set(seen) == {"device_0"}
     assert sum(one.held().values()) > 1000
-
-
-# -- TensorRT ---------------------------------------------------------------------------------------------------
-
-HERE = Host(tensorrt="11.4.0", gpu="NVIDIA L4", compute_capability="8.9")
-
-
-def with_engine(store: ArtifactStore, folder: Path, host: Host) -> Manifest:
-    """A model with a `trt-fp16` export that says it was built by `host`."""
-    made = publish_denoiser(ArtifactStore(folder / "aside"), folder / "model", name="engine")
-    exports = folder / "model" / "exports" / "trt-fp16"
-    exports.mkdir(parents=True)
-    info = EngineInfo(target="trt-fp16", host=host, engines=())
-    (exports / "engine.json").write_text(json.dumps(info.model_dump(mode="json")))
-    (exports / "denoiser.plan").write_bytes(b"a plan")
-    report = made.exports["onnx-fp32"].model_copy(update={"target": "trt-fp16"})
-    return store.publish(folder / "model", made.model_copy(update={"exports": {"trt-fp16": report}}))
-
-
-def test_an_engine_of_another_gpu_is_refused_with_the_way_to_rebuild_it(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorrt_backend, "this_host", lambda: HERE)
-    there = HERE.model_copy(update={"gpu": "NVIDIA H100", "compute_capability": "9.0"})
-    manifest = with_engine(store, tmp_path, there)
-    folder = store.fetch(manifest.ref)
-    with pytest.raises(
-        ArtifactError, match="built by .* H100 .*, and here is .* L4 .*distillery convert MODEL --target trt"
-    ):
-        tensorrt_backend.open_tensorrt(folder, folder / "exports" / "trt-fp16", manifest)
-
-
-def test_without_a_gpu_an_engine_is_unavailable_in_a_sentence(store, tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    with pytest.raises(Unavailable, match="need an NVIDIA GPU"):
-        tensorrt_backend.open_tensorrt(tmp_path, tmp_path, store.manifest("unet"))
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,10 @@ from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedO
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from distill_core.artifacts import ArtifactStore
+from distill_core.diffusion.noise import unit_normal
 from distill_core.errors import ConfigError
+from distillery_sampler.backends.base import draw_ahead
+from distillery_sampler.requests import ImageItem
 from distillery_sampler.tensors import TensorSpec, read_inputs
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser, teacher_spec
 
@@ -58,14 +61,20 @@ def test_a_model_is_described_before_and_after_it_is_loaded(triton):
         inputs = {tensor["name"]: (tensor["datatype"], tensor["shape"]) for tensor in metadata["inputs"]}
         assert inputs == {
             "seed": ("UINT64", ["-1", "1"]),
+            "latents": ("FP32", ["-1", "1", "8", "8"]),
             "class_label": ("INT64", ["-1", "1"]),
             "guidance_scale": ("FP32", ["-1", "1"]),
         }
         (output,) = metadata["outputs"]
         assert (output["name"], output["shape"]) == ("images", ["-1", "8", "8", "1"])
         config = triton.get_model_config("digits", as_json=True)["config"]
-        types = [(tensor["data_type"], tensor.get("optional", False)) for tensor in config["input"]]
-        assert types == [("TYPE_UINT64", False), ("TYPE_INT64", False), ("TYPE_FP32", True)]
+        types = [(t["name"], t["data_type"], t.get("optional", False)) for t in config["input"]]
+        assert types == [
+            ("seed", "TYPE_UINT64", True),  # or latents
+            ("latents", "TYPE_FP32", True),
+            ("class_label", "TYPE_INT64", False),
+            ("guidance_scale", "TYPE_FP32", True),
+        ]
         assert config["max_batch_size"] == 256
         assert config["dynamic_batching"]["priority_levels"] == "2"
         assert config["dynamic_batching"]["default_queue_policy"]["max_queue_size"] == 256
@@ -88,6 +97,48 @@ def test_an_inference_equals_generate_byte_for_byte(sampler, triton):
         )
 
 
+def noise(seeds: list[int], draw: int = 0) -> np.ndarray:
+    """The noise of the pictures that have these seeds."""
+    return np.stack([unit_normal(seed, 0, draw, (1, 8, 8)) for seed in seeds])
+
+
+def latents(labels: list[int], values: np.ndarray) -> list[InferInput]:
+    return tensors(latents=values, class_label=np.array(labels, np.int64)[:, None])
+
+
+def test_given_latents_make_the_pictures_of_the_seeds_whose_noise_they_are(triton):
+    labels, seeds = list(range(10)), list(range(100, 110))
+    wanted = triton.infer("digits", digits(labels, seeds)).as_numpy("images")
+    found = triton.infer("digits", latents(labels, noise(seeds))).as_numpy("images")
+    assert found.tobytes() == wanted.tobytes()
+    assert (
+        found.tobytes()
+        != triton.infer("digits", latents(labels, noise(seeds, 1))).as_numpy("images").tobytes()
+    )
+    wide = triton.infer("digits", latents(labels, noise(seeds).astype(np.float64))).as_numpy("images")
+    assert wide.tobytes() == wanted.tobytes()
+    scale = {"guidance_scale": np.full((2, 1), 2.0, np.float32)}
+    guided = triton.infer("teacher", [*digits([1, 2], [7, 8]), *tensors(**scale)]).as_numpy("images")
+    again = triton.infer("teacher", [*latents([1, 2], noise([7, 8])), *tensors(**scale)]).as_numpy("images")
+    assert again.tobytes() == guided.tobytes()  # a teacher draws noise once
+
+
+def test_later_draws_beside_latents_are_those_of_seed_0_and_the_place(sampler, triton):
+    own = np.stack([unit_normal(0, index, 0, (1, 8, 8)) for index in range(3)])
+    found = triton.infer("digits", latents([1, 2, 3], own), parameters={"num_steps": 4}).as_numpy("images")
+    with sampler.client() as client:
+        wanted = client.generate("digits", class_labels=[1, 2, 3], seed=0, num_steps=4)
+    assert found.tobytes() == b"".join(picture.tobytes() for picture in wanted)
+
+
+def test_latents_are_not_overwritten_by_noise_that_is_made_ahead():
+    own = np.full((1, 8, 8), 2.0, np.float32)
+    items = [ImageItem(3, ahead={0: own}), ImageItem(3)]
+    draw_ahead(items, own.shape)
+    assert items[0].ahead[0] is own
+    assert (items[1].ahead[0] == unit_normal(3, 0, 0, own.shape)).all()
+
+
 def test_triton_priority_and_timeout_are_honoured(triton):
     requested = [InferRequestedOutput("images")]
     triton.infer("digits", digits([1], [1]), outputs=requested, priority=2, timeout=10_000_000)
@@ -105,11 +156,22 @@ def test_triton_priority_and_timeout_are_honoured(triton):
         (lambda: tensors(seed=np.ones((1, 1), np.uint64)), "input 'class_label' is missing"),
         (
             lambda: tensors(sed=np.ones((1, 1), np.uint64)),
-            "input 'sed' is not known; known: seed, class_label",
+            "input 'sed' is not known; known: seed, latents, class_label",
         ),
         (lambda: [*digits([1], [1]), *digits([2], [1])], "is given twice"),
         (lambda: tensors(seed=np.ones((1, 1), np.int64)), "wanted is UINT64"),
         (lambda: tensors(seed=np.ones((1, 2), np.uint64)), r"wanted is UINT64 \[-1, 1\]"),
+        (lambda: tensors(class_label=np.ones((1, 1), np.int64)), "'seed' is missing; give seed or latents"),
+        (
+            lambda: [*digits([1], [1]), *tensors(latents=noise([1]))],
+            "both inputs 'seed' and 'latents' are given",
+        ),
+        (lambda: latents([1], noise([1])[..., :4]), r"wanted is FP32 \[-1, 1, 8, 8\]"),
+        (lambda: latents([1, 2], noise([1])), "2 for class_labels, 1 for latents; these must be equal"),
+        (lambda: latents([1], noise([1]) * np.nan), "latents hold NaN, infinity or a value beyond 100"),
+        (lambda: latents([1], noise([1]) * np.inf), "latents hold NaN"),
+        (lambda: latents([1], np.full((1, 1, 8, 8), 1e300)), "latents hold NaN, infinity"),
+        (lambda: latents([1], np.full((1, 1, 8, 8), -101.0, np.float32)), "latents hold NaN"),
     ],
 )
 def test_a_bad_inference_says_what_is_wrong(triton, inputs, said):

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.errors import ArtifactError, ConfigError, Overloaded, Unavailable
+from distill_core.errors import ArtifactError, ConfigError, Overloaded
 from distill_core.parity import ParitySample
 from distillery_sampler.backends.fixed import Padded
 from distillery_sampler.backends.onnx_backend import Session
-from distillery_sampler.backends.opening import choose
+from distillery_sampler.backends.opening import choices
 from distillery_sampler.engine import Engine
 from distillery_sampler.memory import default_limit, readable, weight_bytes
 from distillery_sampler.metrics import Metrics
@@ -264,20 +264,26 @@ def with_targets(store: ArtifactStore, folder: Path, *targets: str) -> Manifest:
 
 def test_the_first_wanted_export_that_a_model_has_is_used(store, tmp_path):
     manifest = with_targets(store, tmp_path / "many", "onnx-fp32", "onnx-fp16")
-    choice = choose(manifest, SamplerSettings(targets=("onnx-int8", "onnx-fp16", "onnx-fp32")))
-    assert choice == ("onnxruntime", "onnx-fp16", "fp16")
-    assert choose(manifest, SamplerSettings()) == ("onnxruntime", "onnx-fp32", "fp32")
-    assert choose(manifest, SamplerSettings(targets=("onnx-int8",))).backend == "torch"
-    assert choose(manifest, SamplerSettings(backend="torch", precision="bf16")) == ("torch", None, "bf16")
+    found = choices(manifest, SamplerSettings(targets=("onnx-int8", "onnx-fp16", "onnx-fp32")))
+    assert found == [("onnxruntime", "onnx-fp16", "fp16")]
+    assert choices(manifest, SamplerSettings()) == [("onnxruntime", "onnx-fp32", "fp32")]
+    assert choices(manifest, SamplerSettings(targets=("onnx-int8",))) == [("torch", None, "fp32")]
+    assert choices(manifest, SamplerSettings(backend="torch", precision="bf16")) == [("torch", None, "bf16")]
     with pytest.raises(
         ArtifactError, match="has no onnx-int8 export; run: distillery convert .* --target onnx-int8"
     ):
-        choose(manifest, SamplerSettings(targets=("onnx-int8",), backend="onnxruntime"))
+        choices(manifest, SamplerSettings(targets=("onnx-int8",), backend="onnxruntime"))
     with pytest.raises(ArtifactError, match="backend tensorrt runs none of the targets onnx-fp32"):
-        choose(manifest, SamplerSettings(backend="tensorrt"))
-    trt = manifest.model_copy(update={"exports": {"trt-fp16": manifest.exports["onnx-fp32"]}})
-    with pytest.raises(Unavailable, match=r"tensorrt is not installed.*distillery\[trt\]"):
-        choose(trt, SamplerSettings(targets=("trt-fp16",)))
+        choices(manifest, SamplerSettings(backend="tensorrt"))
+
+
+def test_after_engines_come_the_exports_that_run_where_they_do_not(store, tmp_path):
+    manifest = with_targets(store, tmp_path / "many", "onnx-fp32", "onnx-fp16", "trt-fp16")
+    every = ("trt-bf16", "trt-fp16", "onnx-fp16", "onnx-fp32")
+    engine, half = ("tensorrt", "trt-fp16", "fp16"), ("onnxruntime", "onnx-fp16", "fp16")
+    assert choices(manifest, SamplerSettings(targets=every)) == [engine, half]
+    assert choices(manifest, SamplerSettings(targets=every[::-1])) == [("onnxruntime", "onnx-fp32", "fp32")]
+    assert choices(manifest, SamplerSettings(targets=every, backend="tensorrt")) == [engine]
 
 
 def test_the_chosen_export_is_the_one_that_runs(store, tmp_path):

@@ -24,7 +24,8 @@ def test_what_is_drawn_ahead_is_what_the_image_would_have_drawn():
     drawing = DrawAhead()
     items = [ImageItem(seed, index) for seed in range(AT_ONCE) for index in range(2)]
     small = ImageItem(3)
-    drawing.ask(items, (3, 8, 8))
+    given = ImageItem(5, ahead={0: np.zeros((3, 8, 8), np.float32)})
+    drawing.ask([*items, given], (3, 8, 8))
     drawing.ask([small], (1, 2, 2))
     drawing.ask(items[:1], (3, 8, 8))
     drawing.close()
@@ -34,6 +35,7 @@ def test_what_is_drawn_ahead_is_what_the_image_would_have_drawn():
         time.sleep(0.001)
     for item in items:
         np.testing.assert_array_equal(item.ahead[0], unit_normal(item.seed, item.index, 0, (3, 8, 8)))
+    assert not given.ahead[0].any()
     np.testing.assert_array_equal(small.ahead[0], unit_normal(3, 0, 0, (1, 2, 2)))
 
 

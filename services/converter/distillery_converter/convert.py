@@ -149,7 +149,9 @@ def _export(
     frechet.require(samples, goal, model=source.ref)
     return ExportReport(
         target=goal.name,
-        files=tuple(sorted(path.relative_to(folder).as_posix() for path in exports.iterdir())),
+        files=tuple(
+            sorted(path.relative_to(folder).as_posix() for path in exports.rglob("*") if path.is_file())
+        ),
         opset=onnx.OPSETS[goal.precision],
         max_abs_difference=max(form.parity.max_abs for form in forms),
         rel_l2=max(form.parity.rel_l2 for form in forms),

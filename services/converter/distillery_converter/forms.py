@@ -10,6 +10,7 @@ from typing import Literal
 
 from distill_core.artifacts import GraphReport
 from distill_core.errors import ArtifactError
+from distill_core.networks.engine_building import SOURCES
 from distillery_converter import onnx, parity, tensorrt
 from distillery_converter.graphs import DenoiserGraph, Graph
 from distillery_converter.int8 import quantise
@@ -55,9 +56,9 @@ def write_forms(graphs: list[Graph], exports: Path, goal: Target, cache: Path) -
         ArtifactError: a graph cannot be converted, or none of them gains by it.
         Unavailable: the target needs a GPU or a package that is not here.
     """
-    scratch = exports.parents[2] / "onnx"
     if goal.runtime == "tensorrt":
-        return _engines(graphs, exports, scratch, goal, cache)
+        return _engines(graphs, exports, goal, cache)
+    scratch = exports.parents[2] / "onnx"
     if goal.precision == "int8":
         forms = [_int8(graph, exports, scratch, goal) for graph in graphs]
     elif goal.precision == "fp16":
@@ -73,11 +74,12 @@ def write_forms(graphs: list[Graph], exports: Path, goal: Target, cache: Path) -
     return forms
 
 
-def _engines(graphs: list[Graph], exports: Path, scratch: Path, goal: Target, cache: Path) -> list[Form]:
+def _engines(graphs: list[Graph], exports: Path, goal: Target, cache: Path) -> list[Form]:
+    """Engines for this machine, and the ONNX files beside them that a sampler builds its own of elsewhere."""
     low = goal.precision if goal.precision in ("fp16", "bf16") else None
     wanted = [lowered(graph, low) if low else graph for graph in graphs]
     opset = onnx.OPSETS[goal.precision]
-    files = [onnx.export(graph, scratch, opset=opset) for graph in wanted]
+    files = [onnx.export(graph, exports / SOURCES, opset=opset) for graph in wanted]
     runs = tensorrt.build(files, graphs, exports, target=goal.name, cache=cache)
     forms = []
     for graph, given, run in zip(graphs, wanted, runs, strict=True):

@@ -1,46 +1,18 @@
-"""ONNX files as TensorRT engines, by the API of TensorRT 10 and 11: strongly typed, as the ONNX says.
-
-An engine runs only on the kind of GPU and with the TensorRT version it was built for: see
-`distill_core.networks.engines`. Nothing here imports tensorrt before it is needed.
-"""
+"""The graphs of a model as TensorRT engines, each with the profile of its inputs; see `engine_building`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from distill_core.errors import ArtifactError
-from distill_core.networks.engines import (
-    ENGINE,
-    EngineFile,
-    EngineInfo,
-    Host,
-    import_tensorrt,
-    open_engine,
-    this_host,
-    trt_logger,
-)
+from distill_core.networks import engine_building
+from distill_core.networks.engines import Profile, open_engine, this_host
 from distillery_converter.graphs import EXAMPLE_BATCH, Arrays, Graph
 
 MAX_BATCH = 32  # largest batch of the optimisation profile
 BEST_BATCH = 8  # the batch that kernels are chosen for
-WORKSPACE_BYTES = 4 * 2**30
-DIGEST_BYTES = 32
-OPTIMISATION_LEVEL = 3  # TensorRT's own default, of 0 to 5
-
-log = logging.getLogger(__name__)
-Profile = dict[
-    str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-]  # input -> smallest, best, largest shape
 
 
 def tool_versions() -> dict[str, str]:
@@ -53,28 +25,11 @@ def build(
 ) -> list[Callable[[Arrays], np.ndarray]]:
     """Build `<graph>.plan` for each ONNX file into `folder` with `engine.json`; the engines as functions.
 
-    `cache` keeps plans by graph, machine and profile, which are never built twice on one machine, and kernel timings,
-    with which other graphs are built much faster.
-
     Raises:
         Unavailable: no GPU or no TensorRT here. ArtifactError: TensorRT refuses a graph; it says why.
     """
-    host = this_host()
-    folder.mkdir(parents=True, exist_ok=True)
-    engines = []
-    for source, graph in zip(sources, graphs, strict=True):
-        profile, sha256 = profile_of(graph), _sha256(source)
-        kept = cache / "tensorrt" / "plans" / _plan_key(sha256, profile, host)
-        plan = _read_plan(kept)
-        if plan is None:
-            plan = build_plan(source, profile, timings=_timing_file(cache, host))
-            _write(kept, hashlib.sha256(plan).digest() + plan)
-        else:
-            log.info("%s was built on this machine before, its engine is used again", source.name)
-        (folder / f"{graph.name}.plan").write_bytes(plan)
-        engines.append(EngineFile(plan=f"{graph.name}.plan", onnx_sha256=sha256, profile=profile))
-    info = EngineInfo(target=target, host=host, engines=tuple(engines))
-    (folder / ENGINE).write_text(info.model_dump_json(indent=1), encoding="utf-8")
+    host, profiles = this_host(), [profile_of(graph) for graph in graphs]
+    engine_building.build(sources, profiles, folder, target=target, host=host, cache=cache)
     return [open_engine(folder, graph.name, host) for graph in graphs]
 
 
@@ -82,86 +37,3 @@ def profile_of(graph: Graph) -> Profile:
     """Batches 1 to `MAX_BATCH`, kernels chosen for `BEST_BATCH`; all other axes are fixed."""
     shapes = {name: array.shape[1:] for name, array in graph.inputs(EXAMPLE_BATCH).items()}
     return {name: ((1, *shape), (BEST_BATCH, *shape), (MAX_BATCH, *shape)) for name, shape in shapes.items()}
-
-
-def build_plan(source: Path, profile: Profile, *, timings: Path) -> bytes:
-    """The serialised engine of one ONNX file."""
-    trt = import_tensorrt()
-    logger = trt_logger(trt)
-    builder = trt.Builder(logger)
-    # Needed on TensorRT 10, where weak typing is the default; accepted and without effect on 11.
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(trt, network, logger, source)
-    config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
-    config.builder_optimization_level = OPTIMISATION_LEVEL
-    _add_profile(builder, config, profile)
-    _read_timings(config, timings)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:  # TensorRT's way to say that it failed; the reason is in its log
-        raise ArtifactError(f"TensorRT {trt.__version__} could not build {source.name}: {logger.last_error}")
-    _write_timings(config, timings)
-    return bytes(plan)
-
-
-def _parse(trt: Any, network: Any, logger: Any, source: Path) -> None:
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(source)):  # from the file, so that weights in a side file are found
-        reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
-        raise ArtifactError(f"TensorRT {trt.__version__} cannot read {source.name}: {reasons}")
-
-
-def _add_profile(builder: Any, config: Any, profile: Profile) -> None:
-    optimisation = builder.create_optimization_profile()
-    for name, (smallest, best, largest) in profile.items():
-        optimisation.set_shape(name, smallest, best, largest)
-    if config.add_optimization_profile(optimisation) < 0:
-        raise ArtifactError(f"TensorRT refuses the shapes {profile}")
-
-
-def _timing_file(cache: Path, host: Host) -> Path:
-    name = re.sub(r"[^a-z0-9.]+", "-", f"{host.gpu}-{host.compute_capability}-{host.tensorrt}".lower())
-    return cache / "tensorrt" / f"{name}.timings"
-
-
-def _read_timings(config: Any, path: Path) -> None:
-    known = path.read_bytes() if path.is_file() else b""
-    if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
-        log.warning("timing cache %s is of another TensorRT, starting a new one", path.name)
-        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
-
-
-def _write_timings(config: Any, path: Path) -> None:
-    _write(path, bytes(config.get_timing_cache().serialize()))
-
-
-def _plan_key(onnx_sha256: str, profile: Profile, host: Host) -> str:
-    """What an engine depends on, as a file name."""
-    built = [onnx_sha256, profile, host.model_dump(), OPTIMISATION_LEVEL, WORKSPACE_BYTES]
-    return f"{hashlib.sha256(json.dumps(built, sort_keys=True).encode()).hexdigest()}.plan"
-
-
-def _read_plan(path: Path) -> bytes | None:
-    """A kept plan, behind its own checksum; None where there is none or it was damaged since."""
-    kept = path.read_bytes() if path.is_file() else b""
-    digest, plan = kept[:DIGEST_BYTES], kept[DIGEST_BYTES:]
-    return plan if plan and hashlib.sha256(plan).digest() == digest else None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
-
-
-def _sha256(path: Path) -> str:
-    """Of an ONNX file together with its side file."""
-    digest = hashlib.sha256()
-    for file in (path, path.with_name(f"{path.name}.data")):
-        if file.exists():
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

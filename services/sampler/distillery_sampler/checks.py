@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+
 from distill_core.artifacts import CondSpec, Manifest
 from distill_core.errors import ConfigError
-from distillery_sampler.requests import GenerateRequest, ImageItem, ImageKey, View
+from distillery_sampler.requests import Float, GenerateRequest, ImageItem, ImageKey, View
 from distillery_sampler.settings import SamplerSettings
 
 MAX_SEED = 2**63
 MAX_GUIDANCE = 100.0
+MAX_LATENT = 100.0  # no unit normal is as large, and float32 overflows far above
 NASA_SCALE = 0.2  # of students that were not trained for it, as for Stable Diffusion 2.1 (arXiv 2412.02687)
 MAX_NASA_SCALE = 10.0
 
@@ -33,6 +36,9 @@ def image_items(request: GenerateRequest, manifest: Manifest, limits: SamplerSet
     items = [
         ImageItem(*noise, label, prompt) for noise, label, prompt in zip(noises, labels, prompts, strict=True)
     ]
+    if request.latents is not None:
+        _check_latents(request.latents, manifest)
+        items = [replace(item, ahead={0: own}) for item, own in zip(items, request.latents, strict=True)]
     if not request.negative_prompts and request.negative_scale is None:
         return items
     negatives = _negatives(request, cond, count, limits, manifest.ref)
@@ -90,6 +96,7 @@ def _count(request: GenerateRequest, limits: SamplerSettings) -> int:
         "class_labels": len(request.class_labels),
         "prompts": len(request.prompts),
         "seeds": len(request.seeds),
+        "latents": 0 if request.latents is None else len(request.latents),
         "count": request.count,
     }
     counts = {name: number for name, number in given.items() if number}
@@ -141,6 +148,25 @@ def _check_seeds(request: GenerateRequest) -> None:
         for seed in values:
             if not 0 <= seed < MAX_SEED:
                 raise ConfigError(f"seed {seed} is not allowed: give 0 to {MAX_SEED - 1}", field=field)
+
+
+def _check_latents(latents: Float, manifest: Manifest) -> None:
+    """Refuse what is no noise of the model's own shape."""
+    image = manifest.image
+    assert image is not None, "a denoiser without image is not loaded"
+    shape = (image.channels, image.height, image.width)
+    if latents.shape[1:] != shape:
+        raise ConfigError(
+            f"latents of shape {list(latents.shape)} do not fit {manifest.ref}; give [B, "
+            f"{', '.join(map(str, shape))}]",
+            field="latents",
+        )
+    if not (np.abs(latents) <= MAX_LATENT).all():
+        raise ConfigError(
+            f"latents hold NaN, infinity or a value beyond {MAX_LATENT:g}; give noise of the unit normal, which "
+            "the sampler scales itself",
+            field="latents",
+        )
 
 
 def image_key(request: GenerateRequest, manifest: Manifest) -> ImageKey:

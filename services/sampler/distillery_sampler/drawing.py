@@ -23,9 +23,10 @@ class DrawAhead:
         threading.Thread(target=self._serve, name="draw-ahead", daemon=True).start()
 
     def ask(self, items: Sequence[ImageItem], shape: Shape) -> None:
-        """Draw for these images, each of `shape`."""
+        """Draw for those of these images that were not given their noise, each of `shape`."""
         for item in items:
-            self._asked.put((item, shape))
+            if 0 not in item.ahead:
+                self._asked.put((item, shape))
 
     def close(self) -> None:
         """Stop; what is asked for already may still be drawn."""

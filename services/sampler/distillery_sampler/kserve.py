@@ -1,11 +1,11 @@
 """KServe v2, `inference.GRPCInferenceService`, with the messages that tritonclient ships.
 
-A generator takes `seed` UINT64 [B,1], and `class_label` INT64 [B,1], or `prompt` and perhaps `negative_prompt` BYTES
-[B,1], if it is conditional, perhaps `guidance_scale` FP32 [B,1], equal for all, and answers `images` UINT8
-[B,H,W,C]. A scene takes `pose` FP32 [B,4,4] and `intrinsics` FP32 [B,4] and answers `rgb` and `depth`; a picture is
-twice its principal point in size, unless the parameters `width` and `height` say otherwise.
-Parameters of any request: `priority` (from 2 on: bulk), `timeout` (microseconds); of generators: `num_steps`,
-`guidance`, `negative_scale`.
+A generator takes `seed` UINT64 [B,1], or in its place `latents` FP32 [B,C,H,W], its first noise; if it is conditional
+`class_label` INT64 [B,1], or `prompt` and perhaps `negative_prompt` BYTES [B,1]; perhaps `guidance_scale` FP32 [B,1],
+equal for all. It answers `images` UINT8 [B,H,W,C]. A scene takes `pose` FP32 [B,4,4] and `intrinsics` FP32 [B,4] and
+answers `rgb` and `depth`; a picture is twice its principal point in size, unless the parameters `width` and `height`
+say otherwise. Parameters of any request: `priority` (from 2 on: bulk), `timeout` (microseconds); of generators:
+`num_steps`, `guidance`, `negative_scale`.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ FOR_PICTURES = frozenset({f"/{SERVICE}/ModelInfer"})
 EXTENSIONS = ("model_repository", "model_configuration", "statistics", "schedule_policy")
 API_VERSION = "1"
 _STATES = {"ready": "READY", "loading": "LOADING"}
+_SHARED_MEMORY = [
+    f"{kind}SharedMemory{verb}"
+    for kind in ("System", "Cuda")
+    for verb in ("Status", "Register", "Unregister")
+]
 _UNSERVED = {
-    "SystemSharedMemoryStatus": "send tensors in the messages themselves",
-    "SystemSharedMemoryRegister": "send tensors in the messages themselves",
-    "SystemSharedMemoryUnregister": "send tensors in the messages themselves",
-    "CudaSharedMemoryStatus": "send tensors in the messages themselves",
-    "CudaSharedMemoryRegister": "send tensors in the messages themselves",
-    "CudaSharedMemoryUnregister": "send tensors in the messages themselves",
+    **dict.fromkeys(_SHARED_MEMORY, "send tensors in the messages themselves"),
     "TraceSetting": "set OTEL_EXPORTER_OTLP_ENDPOINT for the sampler to trace calls",
     "LogSettings": "set DISTILLERY_LOG_LEVEL and DISTILLERY_LOG_FORMAT for the sampler",
 }
@@ -175,13 +175,14 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         nothing = np.empty(0, dtype=object)
         wanted = GenerateRequest(
             model=ref,
-            seeds=tuple(int(seed) for seed in inputs["seed"].ravel()),
+            seeds=tuple(int(seed) for seed in inputs.get("seed", nothing).ravel()),
+            latents=inputs.get("latents"),
             class_labels=tuple(int(label) for label in inputs.get("class_label", nothing).ravel()),
             prompts=tuple(inputs.get("prompt", nothing).ravel()),
             negative_prompts=tuple(inputs.get("negative_prompt", nothing).ravel()),
             negative_scale=parameters.get("negative_scale"),
             num_steps=_whole(parameters, "num_steps"),
-            guidance=_guidance(inputs, parameters),
+            guidance=_guidance(inputs, parameters, _pictures(inputs)),
             call=call,
         )
         pictures, summary = await self._engine.generate(wanted, self._approve)
@@ -309,7 +310,18 @@ def _whole(parameters: Mapping[str, float], name: str) -> int | None:
     return int(parameters[name]) if name in parameters else None
 
 
-def _guidance(inputs: Mapping[str, np.ndarray], parameters: Mapping[str, float]) -> float | None:
+def _pictures(inputs: Mapping[str, np.ndarray]) -> int:
+    """How many pictures are asked for: one for each seed, or for each of the latents."""
+    given = [inputs[name] for name in ("seed", "latents") if name in inputs]
+    if len(given) != 1:
+        said = "both inputs 'seed' and 'latents' are given" if given else "input 'seed' is missing"
+        raise ConfigError(f"{said}; give seed or latents, as each says the noise", field="inputs.seed")
+    return len(given[0])
+
+
+def _guidance(
+    inputs: Mapping[str, np.ndarray], parameters: Mapping[str, float], pictures: int
+) -> float | None:
     """From the parameter `guidance` or the input `guidance_scale`."""
     scales = inputs.get("guidance_scale")
     if scales is None:
@@ -319,9 +331,9 @@ def _guidance(inputs: Mapping[str, np.ndarray], parameters: Mapping[str, float])
             "guidance is given as input guidance_scale and as parameter; give one",
             field="parameters.guidance",
         )
-    if len(scales) != len(inputs["seed"]) or (scales != scales[0]).any():
+    if len(scales) != pictures or (scales != scales[0]).any():
         raise ConfigError(
-            "guidance_scale must hold one value for each seed, and these must be equal; send several requests",
+            "guidance_scale must hold one value for each picture, and these must be equal; send several requests",
             field="inputs.guidance_scale",
         )
     return float(scales[0, 0])

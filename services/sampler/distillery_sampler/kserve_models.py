@@ -23,7 +23,12 @@ def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
             TensorSpec("intrinsics", "FP32", (-1, 4), accepts=FLOATS),
         ]
         return {spec.name: spec for spec in specs}
-    specs = [TensorSpec("seed", "UINT64", (-1, 1))]
+    image = manifest.image
+    latent = (image.channels, image.height, image.width) if image else (-1, -1, -1)
+    specs = [
+        TensorSpec("seed", "UINT64", (-1, 1), optional=True),  # one of the two
+        TensorSpec("latents", "FP32", (-1, *latent), optional=True, accepts=FLOATS),
+    ]
     if manifest.cond and manifest.cond.kind == "class_label":
         specs.append(TensorSpec("class_label", "INT64", (-1, 1)))
     if manifest.cond and manifest.cond.kind == "prompt":

@@ -7,16 +7,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import structlog
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.errors import ArtifactError, DistilleryError, out_of_memory
+from distill_core.errors import ArtifactError, DistilleryError, Unavailable, out_of_memory
 from distill_core.parity import SEED, VIEW_DEGREES, VIEW_SIDE
 from distillery_sampler.backends.base import Backend, Generator, SceneRenderer
 from distillery_sampler.backends.fixed import Padded
-from distillery_sampler.backends.opening import choose, open_backend
+from distillery_sampler.backends.opening import Choice, choices, open_backend
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.batcher import Batcher
 from distillery_sampler.memory import Held, resident, total
@@ -33,6 +35,7 @@ DIFFERENCE = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.1, "int8": 0.25}
 # loaded at the same moment.
 MOST_OF_FILES, SLACK = 3, 32 * 2**20
 SCENE_DIFFERENCE = 0.05  # a refined grid leaves out the thinnest fog
+_log = structlog.get_logger("distillery.sampler")
 
 
 class Opened(NamedTuple):
@@ -116,24 +119,38 @@ def open_model(
     """
     before = resident()
     manifest = store.manifest(ref)
-    choice = choose(manifest, settings)
+    options = choices(manifest, settings)
     folder = weights.fetch(ref)
 
-    def opened(threads: int) -> Any:
+    def opened(choice: Choice, threads: int) -> Any:
         return open_backend(folder, manifest, choice, threads=threads, settings=settings, weights=weights)
 
     first = tuned.layout if tuned else layouts(settings, on_gpu=settings.device.startswith("cuda"))[0]
-    backend = opened(first.threads)
+    choice, backend = _first_that_opens(options, manifest, lambda one: opened(one, first.threads))
     if isinstance(backend, Generator):
         question = _question(manifest)
         _compare(manifest, _answered(backend, question, manifest), DIFFERENCE[choice.precision])
         if tuned is None:
-            backend, tuned = tune(backend, opened, question, settings)
+            backend, tuned = tune(backend, partial(opened, choice), question, settings)
         if isinstance(backend, Padded) and backend.on_gpu:
             warm(backend, question, tuned.max_batch, backend.sizes)
     else:
         tuned = _look(backend, manifest, settings)
     return Opened(manifest, backend, tuned, resident() - before)
+
+
+def _first_that_opens(
+    options: list[Choice], manifest: Manifest, opened: Callable[[Choice], Backend]
+) -> tuple[Choice, Backend]:
+    """Engines that fit no more and cannot be built are passed over, with a sentence; the last option must open."""
+    *engines, last = options
+    for choice, instead in zip(engines, options[1:]):
+        try:
+            return choice, opened(choice)
+        except (ArtifactError, Unavailable) as error:
+            others = {"target": choice.target, "instead": instead.target, "error": str(error)}
+            _log.warning("engines do not run here, another export is used", model=manifest.ref, **others)
+    return last, opened(last)
 
 
 def _question(manifest: Manifest) -> Question:

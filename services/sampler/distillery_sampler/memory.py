@@ -48,9 +48,8 @@ def resident() -> int:
 def weight_bytes(manifest: Manifest, target: str | None) -> int:
     """What the files say that a version takes: those of an export, or without one its own weights."""
     if target is not None:
-        return sum(
-            manifest.files[path].size for path in manifest.files if path.startswith(f"exports/{target}/")
-        )
+        folder = f"exports/{target}"  # not those below it: what engines are built from is not loaded
+        return sum(file.size for path, file in manifest.files.items() if path.rpartition("/")[0] == folder)
     own = (path for path in manifest.files if path.endswith(WEIGHTS) and not path.startswith("exports/"))
     return sum(manifest.files[path].size for path in own)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -52,6 +53,12 @@ class Metrics:
         self.model_info = gauge("model_info", "1 for each loaded version.", (*MODEL, "kind", "method"))
         self.model_load_seconds = histogram("model_load_seconds", "Fetch, verify, load, warm.", ("model",))
         self.model_reload = counter("model_reload_total", "Loads by result.", ("model", "result"))
+        self._found = {  # by the names of `LoadedModel.figures`
+            "instances": gauge("model_instances", "Batches of a model that run at the same time.", MODEL),
+            "threads": gauge("model_threads", "Threads of each of them.", MODEL),
+            "max_batch": gauge("model_max_batch", "Images in a batch at most.", MODEL),
+            "memory": gauge("model_memory_bytes", "What a model takes, with what it shares.", MODEL),
+        }
         self._retired: dict[str, Labels] = {}  # by model: the version that left last
         self._of_call = cache(self._series_of_call)  # looking series up takes longer than counting
 
@@ -69,6 +76,16 @@ class Metrics:
         """A version answers: its series are kept."""
         if self._retired.get(labels[0]) == labels:
             del self._retired[labels[0]]
+
+    def show(self, labels: Labels, figures: Mapping[str, Any]) -> None:
+        """Say how a loaded version uses its device, and its memory, as `LoadedModel.figures` has them."""
+        for name, metric in self._found.items():
+            metric.labels(*labels).set(figures[name])
+
+    def hide(self, labels: Labels) -> None:
+        """A version is loaded no more."""
+        for metric in self._found.values():
+            metric.remove(*labels)
 
     def on_retired(self, labels: Labels) -> None:
         """A version left: its figures stay until the next one of its model leaves, so that their number is bounded."""

@@ -33,7 +33,7 @@ class Registry:
         self, store: ArtifactStore, cache: Path, settings: SamplerSettings, metrics: Metrics
     ) -> None:
         self.store, self.settings, self.metrics = store, settings, metrics
-        self._weights = SharedWeights(lambda ref: store.fetch(ref, cache))
+        self._weights = SharedWeights(lambda ref: store.fetch(ref, cache), cache)
         self._loaded: dict[Key, LoadedModel] = {}
         self._loading: dict[Key, asyncio.Task[LoadedModel]] = {}
         self._failed: dict[Key, str] = {}
@@ -137,6 +137,8 @@ class Registry:
                 if served == name:
                     await self._follow((name, alias), aliases.get(alias))
         await self._drop_replaced()
+        for model in self._loaded.values():  # experts are read when they are first asked for
+            self.metrics.show(model.stats.labels, model.figures())
 
     async def close(self) -> None:
         """Free all models."""
@@ -276,7 +278,9 @@ class Registry:
         self.metrics.model_load_seconds.labels(name).observe(seconds)
         self.metrics.model_reload.labels(name, "loaded").inc()
         self.metrics.model_info.labels(*self._labels(model)).set(1)
-        _log.info("model loaded", model=ref, seconds=round(seconds, 3), **model.figures())
+        figures = model.figures()
+        self.metrics.show(model.stats.labels, figures)
+        _log.info("model loaded", model=ref, seconds=round(seconds, 3), **figures)
         await self._announce()
         return model
 
@@ -311,6 +315,7 @@ class Registry:
         model = self._loaded.pop(key)
         self._served = {alias: v for alias, v in self._served.items() if (alias[0], v) != key}
         self.metrics.model_info.remove(*self._labels(model))
+        self.metrics.hide(model.stats.labels)
         self.metrics.on_retired(model.stats.labels)
         task = asyncio.create_task(self._drain(model))
         del model  # the task's alone: what a model held is given back when it ends

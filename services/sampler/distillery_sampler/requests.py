@@ -46,6 +46,7 @@ class GenerateRequest:
     image: ImageInput | None = None
     negative_prompts: tuple[str, ...] = ()  # one for all, or one an image; "" is none
     negative_scale: float | None = None
+    latents: Float | None = field(default=None, compare=False)  # (B, C, H, W): the first draw, given
     call: Call = Call()
 
 
@@ -59,7 +60,7 @@ class Given:
 
 @dataclass(frozen=True)
 class ImageItem:
-    """One picture to make; its noise is `unit_normal(seed, index, draw, shape)`."""
+    """One picture to make; its noise is `unit_normal(seed, index, draw, shape)`, but for draws in `ahead`."""
 
     seed: int
     index: int = 0
@@ -70,7 +71,7 @@ class ImageItem:
     negative_scale: float = 0.0  # of the attention
     ahead: dict[int, Float] = field(
         default_factory=dict, compare=False, repr=False
-    )  # draws that are made already
+    )  # draws that are made already, or given
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, NotFound, Overloaded
-from distillery_sampler.backends.opening import choose
+from distillery_sampler.backends.opening import choices
 from distillery_sampler.loading import LoadedModel
 from distillery_sampler.memory import default_limit, readable, total, weight_bytes
 from distillery_sampler.settings import SamplerSettings
@@ -36,7 +36,7 @@ class Room:
             ArtifactError: it is damaged, or more than all models together may take.
         """
         manifest = store.manifest(ref)
-        target = choose(manifest, self._settings).target
+        target = choices(manifest, self._settings)[0].target
         need = weight_bytes(manifest, target)
         if target is None and manifest.form == "adapter" and manifest.base and manifest.base not in loaded:
             with contextlib.suppress(NotFound):  # said by whoever loads it

@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from distillery.v1 import models_pb2, models_pb2_grpc, sampler_pb2, sampler_pb2_grpc
 
 Draw = st.SearchStrategy[tuple[Any, frozenset[str]]]  # a request, and how it may end
-CLASSES, MAX_IMAGES, MAX_STEPS = 10, 256, 4
+CLASSES, SIDE, MAX_IMAGES, MAX_STEPS, MAX_LATENT = 10, 8, 256, 4, 100
 OK, WRONG = frozenset({"OK"}), frozenset({"INVALID_ARGUMENT"})
 NO_MODEL = frozenset({"NOT_FOUND", "INVALID_ARGUMENT"})
 ANY = OK | NO_MODEL | {"RESOURCE_EXHAUSTED"}
@@ -135,10 +135,26 @@ def _tensor(draw: st.DrawFn, name: str, datatype: str, value: st.SearchStrategy[
 
 
 @st.composite
+def _latents(draw: st.DrawFn, count: int) -> Any:
+    """As `_tensor`, of noise for `count` pictures: what is no finite number is a lie, too."""
+    shape, value = [count, 1, SIDE, SIDE], draw(st.floats(width=32))
+    values = np.full(shape, draw(st.floats(-3, 3)), np.float32)
+    values.ravel()[draw(st.integers(0, values.size - 1))] = value
+    lie = draw(st.sampled_from(["", "", "shape", "bytes"]))
+    if lie == "shape":
+        shape[draw(st.integers(0, 3))] += draw(st.sampled_from([-(2**40), -1, 1, 2**62]))
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name="latents", datatype="FP32", shape=shape)
+    return tensor, values.tobytes()[1 if lie == "bytes" else 0 :], not lie and abs(value) <= MAX_LATENT
+
+
+@st.composite
 def lying_tensors(draw: st.DrawFn) -> tuple[Any, frozenset[str]]:
     """A ModelInferRequest for `digits` whose tensors may lie about their shape, type, bytes or name."""
     count = draw(st.integers(1, 3))
-    seed, seeds, right = draw(_tensor("seed", "UINT64", st.integers(0, 2**63 - 1), count))
+    noise = draw(
+        st.sampled_from([_latents(count), *[_tensor("seed", "UINT64", st.integers(0, 2**63 - 1), count)] * 3])
+    )
+    seed, seeds, right = draw(noise)
     other = count if draw(st.booleans()) else draw(st.integers(1, 3))
     label, labels, also = draw(_tensor("class_label", "INT64", st.integers(0, CLASSES - 1), other))
     request = service_pb2.ModelInferRequest(model_name="digits", inputs=[seed, label])

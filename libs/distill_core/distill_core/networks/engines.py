@@ -18,6 +18,7 @@ from distill_core.errors import ArtifactError, ConfigError, Unavailable, missing
 
 ENGINE = "engine.json"
 Arrays = dict[str, np.ndarray]
+Profile = dict[str, tuple[tuple[int, ...], ...]]  # input -> smallest, best, largest shape
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Host(Config):
 class EngineFile(Config):
     plan: str  # file name
     onnx_sha256: str  # of the graph it was built from
-    profile: dict[str, tuple[tuple[int, ...], ...]]  # input -> smallest, best, largest shape
+    profile: Profile
 
 
 class EngineInfo(Config):
@@ -119,7 +120,7 @@ class Engine:
     Buffers are kept per shape of the inputs, so that a repeated batch size allocates nothing.
     """
 
-    def __init__(self, trt: Any, engine: Any, profile: dict[str, tuple[tuple[int, ...], ...]]) -> None:
+    def __init__(self, trt: Any, engine: Any, profile: Profile) -> None:
         self._trt, self._engine, self._profile = trt, engine, profile
         self._context = engine.create_execution_context()
         self._stream = torch.cuda.Stream()

@@ -50,7 +50,7 @@ class GraphGenerator(Generator):
         on_gpu: bool = False,
     ) -> None:
         self.name, self.on_gpu = name, on_gpu
-        self._files = sum(file.stat().st_size for file in folder.iterdir())
+        self._files = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         assert manifest.image and manifest.cond and manifest.sampler, "`choose` has refused others"  # noqa: PT018
         self.image, self.cond, self.sampler = manifest.image, manifest.cond, manifest.sampler
         self._steerable = False

@@ -25,12 +25,13 @@ class Choice(NamedTuple):
     precision: str
 
 
-def choose(manifest: Manifest, settings: SamplerSettings) -> Choice:
-    """The first of the setting `targets` that the model has and the setting `backend` allows, or torch.
+def choices(manifest: Manifest, settings: SamplerSettings) -> list[Choice]:
+    """Of the setting `targets` those that the model has and the setting `backend` allows, or torch.
+
+    The first is to be used. Others follow only where it is TensorRT's, whose engines may not fit this machine.
 
     Raises:
         ArtifactError: a kind of model that is not sampled, or no export where one is demanded.
-        Unavailable: the package it needs is not installed.
     """
     if manifest.kind not in ("denoiser", "field"):
         raise ArtifactError(f"{manifest.ref} is a {manifest.kind}; a sampler serves denoisers and fields")
@@ -39,23 +40,29 @@ def choose(manifest: Manifest, settings: SamplerSettings) -> Choice:
     # a field's marching is not in an exported graph
     wanted = "torch" if manifest.kind == "field" else settings.backend
     allowed = [target for target in settings.targets if wanted in ("auto", _runtime(target))]
-    target = next((target for target in allowed if target in manifest.exports), None)
-    if target is None and wanted not in ("auto", "torch"):
-        first = next(iter(allowed), None)
-        if first is None:
-            raise ArtifactError(
-                f"backend {wanted} runs none of the targets {', '.join(settings.targets)}; "
-                "set DISTILLERY_SAMPLER_TARGETS"
-            )
+    targets = [target for target in allowed if target in manifest.exports]
+    if not targets:
+        _require_no_export(manifest, wanted, allowed, settings)
+        return [Choice("torch", None, "fp32" if manifest.kind == "field" else settings.precision)]
+    found = [Choice(_runtime(target), target, target.rpartition("-")[2]) for target in targets]
+    last = next((at for at, choice in enumerate(found) if choice.backend != "tensorrt"), len(found) - 1)
+    return found[: last + 1]
+
+
+def _require_no_export(
+    manifest: Manifest, wanted: str, allowed: list[str], settings: SamplerSettings
+) -> None:
+    if wanted in ("auto", "torch"):
+        return
+    if not allowed:
         raise ArtifactError(
-            f"{manifest.ref} has no {' or '.join(allowed)} export; "
-            f"run: distillery convert {manifest.ref} --target {first}"
+            f"backend {wanted} runs none of the targets {', '.join(settings.targets)}; "
+            "set DISTILLERY_SAMPLER_TARGETS"
         )
-    name = "torch" if target is None else _runtime(target)
-    if importlib.util.find_spec(name) is None:
-        raise missing_package(name, EXTRAS[name])
-    precision = settings.precision if target is None else target.rpartition("-")[2]
-    return Choice(name, target, "fp32" if manifest.kind == "field" else precision)
+    raise ArtifactError(
+        f"{manifest.ref} has no {' or '.join(allowed)} export; "
+        f"run: distillery convert {manifest.ref} --target {allowed[0]}"
+    )
 
 
 def open_backend(
@@ -67,7 +74,13 @@ def open_backend(
     settings: SamplerSettings,
     weights: SharedWeights,
 ) -> Backend:
-    """Load a model's files, already verified, into a backend."""
+    """Load a model's files, already verified, into a backend.
+
+    Raises:
+        ArtifactError: damaged files, or engines of another machine. Unavailable: a package or device is missing.
+    """
+    if importlib.util.find_spec(choice.backend) is None:
+        raise missing_package(choice.backend, EXTRAS[choice.backend])
     opened = _opened(folder, manifest, choice, threads, settings, weights)
     sizes = settings.buckets or (BUCKETS if opened.on_gpu else None)
     return Padded(opened, sizes) if sizes and isinstance(opened, Generator) else opened
@@ -89,7 +102,7 @@ def _opened(
     if choice.backend == "tensorrt":
         from distillery_sampler.backends.tensorrt_backend import open_tensorrt
 
-        return open_tensorrt(folder, exports, manifest)
+        return open_tensorrt(folder, exports, manifest, weights.cache)
     from distillery_sampler.backends.onnx_backend import open_onnx
 
     return open_onnx(folder, exports, manifest, threads=threads)

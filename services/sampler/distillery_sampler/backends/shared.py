@@ -12,11 +12,11 @@ from weakref import WeakValueDictionary
 class SharedWeights:
     """One process's whole models by version and device. It keeps none alive: whoever uses one holds it.
 
-    `fetch` gives the verified folder of a version.
+    `fetch` gives the verified folder of a version; `cache` is the folder for what this machine makes of one.
     """
 
-    def __init__(self, fetch: Callable[[str], Path]) -> None:
-        self.fetch = fetch
+    def __init__(self, fetch: Callable[[str], Path], cache: Path | None = None) -> None:
+        self.fetch, self.cache = fetch, cache
         self._lock = threading.RLock()  # a base may itself be an adapter over another
         self._held: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
 
