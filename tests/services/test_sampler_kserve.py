@@ -10,8 +10,6 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from distill_core.artifacts import ArtifactStore
 from distill_core.diffusion.noise import unit_normal
 from distill_core.errors import ConfigError
-from distillery_sampler.backends.base import draw_ahead
-from distillery_sampler.requests import ImageItem
 from distillery_sampler.tensors import TensorSpec, read_inputs
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser, teacher_spec
 
@@ -129,14 +127,6 @@ def test_later_draws_beside_latents_are_those_of_seed_0_and_the_place(sampler, t
     with sampler.client() as client:
         wanted = client.generate("digits", class_labels=[1, 2, 3], seed=0, num_steps=4)
     assert found.tobytes() == b"".join(picture.tobytes() for picture in wanted)
-
-
-def test_latents_are_not_overwritten_by_noise_that_is_made_ahead():
-    own = np.full((1, 8, 8), 2.0, np.float32)
-    items = [ImageItem(3, ahead={0: own}), ImageItem(3)]
-    draw_ahead(items, own.shape)
-    assert items[0].ahead[0] is own
-    assert (items[1].ahead[0] == unit_normal(3, 0, 0, own.shape)).all()
 
 
 def test_triton_priority_and_timeout_are_honoured(triton):
