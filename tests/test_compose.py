@@ -16,18 +16,20 @@ from prometheus_client import CollectorRegistry
 
 from distill_service.jobs.database import Database
 from distill_service.jobs.metrics import JobTableCollector, WorkerMetrics
+from distill_service.jobs.table import MULTI
 from distill_service.metrics import DiskCollector
 from distill_service.settings import Settings
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.settings import SamplerSettings
 from distillery_trainer.server import CallMetrics
+from distillery_trainer.worker import DEFAULT_QUEUES
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
 COMPOSE = yaml.safe_load((ROOT / FILES[0]).read_text())
 SERVICES: dict[str, dict] = COMPOSE["services"]
 GPU: dict[str, dict] = yaml.safe_load((ROOT / FILES[1]).read_text())["services"]
-OURS = ("trainer", "trainer-worker", "converter", "sampler")
+OURS = ("trainer", "trainer-worker", "trainer-multi", "converter", "sampler")
 WANTED = {*OURS, "redis", "postgres", "prometheus", "grafana"}
 DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
 SETTINGS = {
@@ -82,9 +84,10 @@ def test_the_whole_stack_is_there_and_each_part_says_whether_it_is_well():
     assert all(SERVICES[name]["read_only"] is True for name in WANTED)
 
 
-def test_metrics_are_a_profile_and_the_stack_is_whole_without_it():
+def test_what_not_everybody_needs_is_a_profile_and_the_stack_is_whole_without_it():
     profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
-    assert profiles == {"prometheus": ["observability"], "grafana": ["observability"]}
+    observability = ["observability"]
+    assert profiles == {"prometheus": observability, "grafana": observability, "trainer-multi": ["multi"]}
     for name in set(SERVICES) - set(profiles):
         assert not set(SERVICES[name].get("depends_on", ())) & set(profiles)
 
@@ -150,11 +153,29 @@ def test_our_services_are_confined_and_run_a_module_that_exists(name):
 
 
 def test_a_worker_has_time_to_write_its_checkpoint():
-    for name in ("trainer-worker", "converter"):
+    for name in ("trainer-worker", "trainer-multi", "converter"):
         assert seconds(SERVICES[name]["stop_grace_period"]) >= DEFAULTS["stop_grace_s"] + 20
     own = SamplerSettings.model_fields["grace_s"].default
     assert seconds(SERVICES["sampler"]["stop_grace_period"]) > own
     assert SERVICES["trainer-worker"]["shm_size"] == "2gb"
+
+
+def queues(services: dict[str, dict], name: str) -> set[str]:
+    command = services.get(name, {}).get("command") or SERVICES[name]["command"]
+    return set(command[3:]) or set(DEFAULT_QUEUES)
+
+
+def test_jobs_of_several_processes_go_to_the_worker_that_owns_all_gpus():
+    assert queues(SERVICES, "trainer-worker") == set(DEFAULT_QUEUES)  # without GPUs any worker runs them
+    assert queues(GPU, "trainer-worker") == set(DEFAULT_QUEUES) - {MULTI}
+    for services in (SERVICES, GPU):
+        assert queues(services, "trainer-multi") == {MULTI}
+    assert SERVICES["trainer-multi"]["healthcheck"]["test"][-1] == MULTI
+    counts = {
+        name: service["deploy"]["resources"]["reservations"]["devices"][0]["count"]
+        for name, service in GPU.items()
+    }
+    assert counts == {"trainer-worker": 1, "trainer-multi": "all", "converter": 1, "sampler": 1}
 
 
 def test_redis_keeps_its_messages_and_never_drops_one():
@@ -331,7 +352,11 @@ def test_prometheus_scrapes_the_ports_that_the_settings_name():
         targets |= {
             f"{name}:{entry['port']}" for entry in job.get("dns_sd_configs", ()) for name in entry["names"]
         }
-    ports = {"trainer": "jobs", "trainer-worker": "worker", "converter": "converter", "sampler": "sampler"}
+    ports = {name: name for name in ("converter", "sampler")} | {
+        "trainer": "jobs",
+        "trainer-worker": "worker",
+        "trainer-multi": "worker",
+    }
     wanted = {f"{service}:{DEFAULTS[f'{setting}_metrics_port']}" for service, setting in ports.items()}
     assert targets == wanted | {"127.0.0.1:9090"}
 

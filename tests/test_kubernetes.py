@@ -11,16 +11,13 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-import sqlalchemy as sa
 import yaml
 
-from distill_service.jobs import queue
-from distill_service.jobs.database import Database
-from distill_service.jobs.table import Job, Kind
+from distill_service.jobs.table import MULTI
 from distill_service.settings import Settings
 from distillery_sampler.settings import SamplerSettings
+from distillery_trainer.worker import DEFAULT_QUEUES
 from tests.helpers import REPOSITORY
-from tests.services.jobs_stack import convert, submit, train
 
 FOLDER = REPOSITORY / "deploy" / "k8s"
 VERSION = "1.37"
@@ -32,7 +29,13 @@ FOREIGN = (
 )  # their schemas are not Kubernetes'
 COMPOSE = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())["services"]
 DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
-PORTS = {"trainer": "jobs", "trainer-worker": "worker", "converter": "converter", "sampler": "sampler"}
+PORTS = {
+    "trainer": "jobs",
+    "trainer-worker": "worker",
+    "trainer-multi": "worker",
+    "converter": "converter",
+    "sampler": "sampler",
+}
 Document = dict[str, Any]
 
 
@@ -74,7 +77,8 @@ def pods(found: list[Document]) -> Iterator[tuple[str, Document]]:
 
 BASE = documents(FOLDER / "base")
 KEDA = [doc for doc in documents(FOLDER / "overlays/keda") if "$patch" not in doc]
-PODS = dict(pods([*BASE, *KEDA]))
+GPU = list(yaml.safe_load_all((FOLDER / "overlays/gpu/trainer-multi.yaml").read_text()))
+PODS = dict(pods([*BASE, *KEDA, *GPU]))
 
 
 def container(name: str) -> Document:
@@ -83,7 +87,7 @@ def container(name: str) -> Document:
 
 
 @pytest.mark.parametrize(
-    "document", [*BASE, *KEDA], ids=lambda doc: f"{doc['kind']}-{doc['metadata']['name']}"
+    "document", [*BASE, *KEDA, *GPU], ids=lambda doc: f"{doc['kind']}-{doc['metadata']['name']}"
 )
 def test_every_manifest_is_strictly_valid(document):
     validate(document)
@@ -124,6 +128,12 @@ def test_gpu_workers_ask_for_a_gpu_and_land_on_nodes_that_have_one():
         assert only["image"] == container(name)["image"] + "-gpu"
         assert found[name]["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
         assert found[name]["tolerations"][0]["key"] == "nvidia.com/gpu"
+    worker, multi = (found[name]["containers"][0] for name in ("trainer-worker", "trainer-multi"))
+    assert set(worker["command"][3:]) == set(DEFAULT_QUEUES) - {MULTI}
+    assert multi["command"][3:] == [MULTI]
+    assert multi["resources"]["limits"]["nvidia.com/gpu"] > 1
+    assert found["trainer-multi"]["nodeSelector"] == found["trainer-worker"]["nodeSelector"]
+    assert found["trainer-multi"]["tolerations"] == found["trainer-worker"]["tolerations"]
     (sampler,) = found["sampler"]["containers"]
     assert {"DISTILLERY_SAMPLER_DEVICE", "DISTILLERY_SAMPLER_HOST"} == {
         entry["name"] for entry in sampler["env"]
@@ -154,9 +164,8 @@ def test_a_pod_is_confined(name):
 @pytest.mark.parametrize("name", PODS)
 def test_images_and_programs_are_those_of_compose(name):
     service = "trainer-worker" if name == "trainer-job" else name
-    assert container(name)["image"] == COMPOSE[service]["image"].replace(
-        "${DISTILLERY_IMAGE_TAG:-0.1.0}", "0.1.0"
-    )
+    image = COMPOSE[service]["image"].replace("${DISTILLERY_IMAGE_TAG:-0.1.0}", "0.1.0")
+    assert container(name)["image"] == image + ("-gpu" if name == "trainer-multi" else "")
     command = [part for part in container(name)["command"] if part != "--once"]
     assert command == COMPOSE[service]["command"]
     assert importlib.util.find_spec(command[2]) is not None
@@ -196,7 +205,7 @@ def test_ports_and_probes_are_the_settings_defaults(name):
 
 
 def test_a_worker_has_time_to_write_its_checkpoint():
-    for name in ("trainer-worker", "converter", "trainer-job"):
+    for name in ("trainer-worker", "trainer-multi", "converter", "trainer-job"):
         assert PODS[name]["terminationGracePeriodSeconds"] >= DEFAULTS["stop_grace_s"] + 20
     assert PODS["sampler"]["terminationGracePeriodSeconds"] > SamplerSettings.model_fields["grace_s"].default
 
@@ -204,12 +213,12 @@ def test_a_worker_has_time_to_write_its_checkpoint():
 def test_a_disruption_budget_for_each_deployment_selects_its_pods():
     budgets = {
         doc["metadata"]["name"]: doc["spec"]["selector"]["matchLabels"]
-        for doc in BASE
+        for doc in (*BASE, *GPU)
         if doc["kind"] == "PodDisruptionBudget"
     }
     deployments = {
         doc["metadata"]["name"]: doc["spec"]["template"]["metadata"]["labels"]
-        for doc in BASE
+        for doc in (*BASE, *GPU)
         if doc["kind"] == "Deployment"
     }
     assert set(budgets) == set(deployments) == set(PORTS)
@@ -233,27 +242,3 @@ def test_secrets_are_files_that_the_settings_read_and_no_manifest_holds_one():
     assert keys == ["distillery_database_url"]
     assert "database_url" in DEFAULTS
     assert not [doc for doc in (*BASE, *KEDA) if doc["kind"] == "Secret"]
-
-
-def test_keda_counts_exactly_the_jobs_that_a_worker_could_take(tmp_path):
-    (scaled,) = [doc for doc in KEDA if doc["kind"] == "ScaledJob"]
-    query = sa.text(scaled["spec"]["triggers"][0]["metadata"]["query"])
-    db = Database.open(f"sqlite:///{tmp_path / 'jobs.db'}")
-
-    def waiting() -> int:
-        with db.read() as session:
-            return session.execute(query).scalar_one()
-
-    assert waiting() == 0
-    submit(db, train("teacher"), train("student", ("teacher",)), pipeline=True)
-    submit(db, train())
-    submit(db, convert("digits@1"))
-    assert waiting() == 2  # not the stage that waits for another, nor the conversion
-    claim = queue.claim(db, ["train", "eval"], worker="w", lease_s=60)
-    assert waiting() == 1
-    queue.finish(db, claim.id, claim.attempt, queue.Outcome("succeeded", artifact="digits@1"))
-    assert waiting() == 2
-    with db.read() as session:
-        kinds = set(session.scalars(sa.select(Job.kind).where(Job.state == "QUEUED")))
-    assert Kind.CONVERT in kinds
-    db.close()

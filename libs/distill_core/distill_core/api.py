@@ -201,9 +201,9 @@ def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], b
     outcome = trainer.train(should_stop)
     if outcome.stopped:
         return Result(run.folder, outcome.step, stopped=True)
-    if not trainer.accelerator.is_main_process:
-        return Result(run.folder, outcome.step, False, main=False)
     with trainer.averaged():
+        if not trainer.layout.keeps:
+            return Result(run.folder, outcome.step, False, main=False)
         with writing(f"the model to {run.model}"):
             _save_model(method, recipe, run)
         figures = _figures(method, recipe.evaluate, evaluator)

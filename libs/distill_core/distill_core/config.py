@@ -276,6 +276,8 @@ class Recipe(Config):
     # auto: begin at `accumulate`, and double it while a step does not fit into memory
     micro_batch: Literal["auto"] | None = None
     processes: int | None = Field(None, ge=1, le=64)  # of one job, a GPU each where there are any; unset: one
+    # fsdp: each process holds a share of the trained networks, of their optimiser state and EMA; unset: all of them
+    sharding: Literal["fsdp"] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     threads: int | None = Field(None, ge=1, le=1024)  # torch CPU threads; unset: torch's own choice
     log_every: int = Field(20, ge=1)
@@ -301,6 +303,21 @@ class Recipe(Config):
             raise ValueError(
                 f"batch_size = {self.batch_size} is not divisible by processes = {self.processes}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sharding_fits(self) -> Self:
+        if self.sharding is None:
+            return self
+        if (self.processes or 1) == 1:
+            raise ValueError("sharding = 'fsdp' divides networks among processes; set processes to 2 or more")
+        if self.micro_batch == "auto":
+            raise ValueError(
+                "micro_batch = 'auto' tries steps that a process takes alone, which sharding = 'fsdp' has not; "
+                "set accumulate instead"
+            )
+        if self.precision == "fp16":
+            raise ValueError("sharding = 'fsdp' goes with precision = 'fp32' or 'bf16', not with 'fp16'")
         return self
 
     @model_validator(mode="after")

@@ -67,13 +67,15 @@ def test_the_split_is_kept_in_the_checkpoint(tmp_path):
     assert later.accumulate == 4
 
 
-def launched(folder: Path, **task: object) -> tuple[int, dict]:
-    """Two processes; the exit code and what the first one said."""
+def launched(
+    folder: Path, *, module: str = "tests.unit.training.scale_rank", **task: object
+) -> tuple[int, dict]:
+    """Two processes of a module; the exit code and what the first one said."""
     folder.mkdir(exist_ok=True)
     spec = folder / "spec.json"
     spec.write_text(json.dumps({"run_dir": str(folder), "spec": {"recipe": {}}, **task}))
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "distill_core.launch", "2", "tests.unit.training.scale_rank", str(spec)]
+    command = [sys.executable, "-m", "distill_core.launch", "2", module, str(spec)]
     done = subprocess.run(
         command,
         capture_output=True,

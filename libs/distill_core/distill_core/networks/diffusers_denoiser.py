@@ -83,6 +83,13 @@ class DiffusersDenoiser(Denoiser):
     def text(self) -> TextEncoder | None:
         return self._companions["text"]
 
+    @property
+    def called_apart(self) -> list[nn.Module]:
+        """What the network calls, in passing over the block that holds it: a DiT the first block's embedding."""
+        blocks = getattr(self.network, "transformer_blocks", None)
+        embedding = getattr(getattr(blocks[0], "norm1", None), "emb", None) if blocks else None
+        return [] if embedding is None else [embedding]
+
     def enable_gradient_checkpointing(self) -> None:
         try:
             self.network.enable_gradient_checkpointing()

@@ -164,6 +164,8 @@ def balancing_offsets(embeds: Tensor, centroids: Tensor) -> Tensor:
 class Routed(nn.Module):
     """Experts behind a partition, and the splitting of a batch among them."""
 
+    runs_in_part = True  # which experts a pass calls depends on its items
+
     def __init__(self, experts: Iterable[nn.Module], partition: ConditionPartition) -> None:
         super().__init__()
         self.experts, self.partition = nn.ModuleList(experts), partition

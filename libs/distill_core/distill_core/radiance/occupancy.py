@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from distill_core.losses.matching import over_processes
+
 DECAY = 0.95  # of a cell's density per update, so that what became empty is forgotten
 MIN_OPACITY = 0.01  # a cell counts when one training step through it absorbs more than this
 
@@ -50,6 +52,7 @@ class OccupancyGrid(nn.Module):
         seen = log_density(self._points_in(cells)).float().exp()
         density = self.density.reshape(-1).mul_(DECAY)
         density.scatter_reduce_(0, cells, seen, reduce="amax")
+        over_processes(density, largest=True)  # each looked at points of its own; all march the same grid
         # The mean keeps a thin, early field from emptying the grid.
         self.occupied.copy_(self.density > min(float(density.mean()), self.threshold))
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill_core.errors import ArtifactError, Unavailable
+from distill_core.training.sharding import place
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
@@ -107,8 +108,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(int(index), {})[name] = place(value, parameters[int(index)])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

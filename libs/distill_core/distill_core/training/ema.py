@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from distill_core.training.sharding import local, place
+
 
 class EMA:
     """Averages the parameters of `module`; counts only that role's own updates."""
@@ -20,12 +22,12 @@ class EMA:
     def update(self, module: nn.Module) -> None:
         """Move weights <- decay * weights + (1 - decay) * module."""
         trained = [value.detach() for value in module.parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), trained, 1 - self.decay)
+        torch._foreach_lerp_(local(self.weights.values()), local(trained), 1 - self.decay)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take weights back from a checkpoint, whose order of names is its own."""
         for name, value in self.weights.items():
-            value.copy_(weights[name])
+            value.copy_(place(weights[name], value))
 
     @contextlib.contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:

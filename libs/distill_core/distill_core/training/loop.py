@@ -30,6 +30,7 @@ from distill_core.training.micro_batch import fitting_accumulate
 from distill_core.training.optimizers import build_optimizer, learning_rate
 from distill_core.training.run import Run
 from distill_core.training.seeding import derive, seed_everything
+from distill_core.training.sharding import Replicated, Sharded, place
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +53,9 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=mixed, cpu=cpu)
         self.method, self.source, self.recipe, self.run = method, source, recipe, run
         method.to(self.accelerator.device)
-        self.parameters = {
-            role: [p for p in _module(method, role).parameters() if p.requires_grad] for role in method.roles
-        }
+        sharded = recipe.sharding == "fsdp" and self.accelerator.num_processes > 1
+        self.layout = (Sharded if sharded else Replicated)(method, self.accelerator)
+        self.parameters = self.layout.parameters
         self.configs = {role: recipe.optim.get(role, OptimConfig()) for role in method.roles}
         self.optimizers = {
             role: self._prepared(build_optimizer(self.parameters[role], self.configs[role]))
@@ -126,11 +127,12 @@ class Trainer:
 
     def _differentiated(self, generator: Iterator[Update], micro: int) -> Update | None:
         """A micro-batch's next update, its gradient added: activations must not wait for the other micro-batches."""
-        with self.accelerator.autocast():
-            update = next(generator, None)
-        if update is None:
-            return None
-        self.accelerator.backward(update.loss / micro, inputs=self.parameters[update.role])
+        with self.layout.following():
+            with self.accelerator.autocast():
+                update = next(generator, None)
+            if update is None:
+                return None
+            self.accelerator.backward(update.loss / micro, inputs=self.layout.leaves[update.role])
         return replace(update, loss=update.loss.detach())
 
     def apply(self, updates: tuple[Update, ...]) -> dict[str, Tensor]:
@@ -140,7 +142,8 @@ class Trainer:
         loss = torch.stack([update.loss.float() for update in updates]).mean()
         if not torch.isfinite(loss):
             raise self._diverged(role, float(loss))
-        self._average_gradients(parameters)
+        if not self.alone:
+            self.layout.average(role)
         if config.grad_clip is not None:
             self.accelerator.clip_grad_norm_(parameters, config.grad_clip)
         optimizer.step()
@@ -155,17 +158,6 @@ class Trainer:
         """In accelerate's wrapper where fp16 needs its scaler: the wrapper searches for packages at every step."""
         return optimizer if self.accelerator.scaler is None else self.accelerator.prepare_optimizer(optimizer)
 
-    def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Mean gradient over processes, in one message. No wrapper: a method calls its networks any way it likes."""
-        if self.alone or self.accelerator.num_processes == 1:
-            return
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-        offset = 0
-        for parameter in parameters:
-            parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
-
     def _diverged(self, role: str, loss: float) -> DivergedError:
         kept = complete_checkpoints(self.run.checkpoints)
         last = (
@@ -177,46 +169,53 @@ class Trainer:
         )
 
     def _after_step(self, meter: _Meter, values: dict[str, Tensor]) -> None:
-        if not self.accelerator.is_main_process:
-            return
         last = self.step == self.recipe.steps
-        meter.tick(self.step)
-        if self.step % self.recipe.log_every == 0 or last:
-            rates = {
-                f"{role}_lr": learning_rate(self.configs[role], self.step, self.recipe.steps)
-                for role in self.optimizers
-            }
-            meter.log(self.step, {name: float(value) for name, value in values.items()} | rates)
+        if self.layout.keeps:
+            meter.tick(self.step)
+            if self.step % self.recipe.log_every == 0 or last:
+                self._log(meter, values)
         if self.step % self.recipe.sample_every == 0 or last:
-            with self.averaged():
-                pictures = self.method.preview(self.recipe.seed)
-            if pictures is not None:
-                self.run.sample(self.step, pictures)
+            self._sample()
         if self.step % self.recipe.checkpoint_every == 0:
             self.checkpoint()
 
+    def _log(self, meter: _Meter, values: dict[str, Tensor]) -> None:
+        rates = {
+            f"{role}_lr": learning_rate(self.configs[role], self.step, self.recipe.steps)
+            for role in self.optimizers
+        }
+        meter.log(self.step, {name: float(value) for name, value in values.items()} | rates)
+
+    def _sample(self) -> None:
+        with self.averaged():
+            pictures = self.method.preview(self.recipe.seed) if self.layout.keeps else None
+        if pictures is not None:
+            self.run.sample(self.step, pictures)
+
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """EMA weights in place of the trained ones."""
+        """EMA weights in place of the trained ones, whole in the process that keeps results; all processes enter."""
         with contextlib.ExitStack() as stack:
             for role, ema in self.emas.items():
                 stack.enter_context(ema.applied(_module(self.method, role)))
+            stack.enter_context(self.layout.whole())
             yield
 
     def checkpoint(self) -> None:
-        """Everything that the next steps depend on."""
-        if not self.accelerator.is_main_process:
+        """Everything that the next steps depend on, written by one process; all call."""
+        tensors = self.layout.gathered(self.tensors())
+        if not self.layout.keeps:
             return
         save_checkpoint(
             self.run.checkpoints,
             self.step,
-            self.tensors(),
+            tensors,
             method=self.recipe.method,
             keep=self.recipe.keep_checkpoints,
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that the next steps depend on, by part."""
+        """Everything that the next steps depend on, by part; shares where the networks are sharded."""
         tensors: dict[str, dict[str, Tensor]] = {}
         for role in self.method.roles:
             tensors[role] = _module(self.method, role).state_dict()
@@ -230,7 +229,10 @@ class Trainer:
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """The inverse of `tensors`. Raises KeyError or RuntimeError for those of another recipe."""
         for role in self.method.roles:
-            _module(self.method, role).load_state_dict(tensors[role], strict=True)
+            module = _module(self.method, role)
+            present = module.state_dict()
+            given = {name: place(value, present.get(name, value)) for name, value in tensors[role].items()}
+            module.load_state_dict(given, strict=True)
             load_optimizer_tensors(self.optimizers[role], tensors[f"{role}.optim"])
         for role, ema in self.emas.items():
             ema.load(tensors[f"{role}.ema"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill_core.errors import out_of_memory
+from distill_core.losses.matching import alone
 
 if TYPE_CHECKING:
     from distill_core.training.loop import Trainer
@@ -42,7 +43,8 @@ def _fits(trainer: Trainer, accumulate: int, *, last: bool) -> bool:
     """Whether a step of this process alone fits; `last`: there is nothing smaller to try."""
     trainer.accumulate, trainer.alone = accumulate, True
     try:
-        trainer.train_step()
+        with alone():
+            trainer.train_step()
         return True
     except Exception as error:
         if out_of_memory(error) is None or last:
