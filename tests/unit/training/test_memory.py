@@ -152,6 +152,18 @@ class Chooser(Method):
         yield Update("student", self.student(x[x[:, 0].nonzero().squeeze(1)]).mean())
 
 
+def test_each_of_two_processes_needs_half_a_batch_and_if_they_shard_half_of_what_is_trained(where):
+    half = api.plan(load_recipe("dmd2", {**DMD2, "batch_size": 32}), where)
+    whole = api.plan(load_recipe("dmd2", {**DMD2, "processes": 2}), where)
+    shared = api.plan(load_recipe("dmd2", {**DMD2, "processes": 2, "sharding": "fsdp"}), where)
+    assert whole == half
+    trained = sum(part.gradients for part in half.parts)
+    averages = sum(part.ema for part in half.parts)
+    state = sum(part.optimizer for part in half.parts)
+    assert half.standing - shared.standing == pytest.approx((trained + averages + state) / 2, rel=1e-3)
+    assert shared.step - half.step == max(part.gradients for part in half.parts)
+
+
 def test_a_method_that_decides_by_values_is_refused_in_a_sentence(where):
     from distill_core.data import build_source
 

@@ -14,7 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,13 +127,16 @@ class LiveBytes(TorchDispatchMode):
 def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
     """What training `method` as `recipe` says needs; under `weightless()` it costs seconds and no memory.
 
-    Takes a step of the method, so its weights change where there are any.
+    Takes a step of the method, so its weights change where there are any. Of several processes each has its share of
+    the batch. Where networks are sharded, the step has room for one whole, as if all its blocks were gathered at once.
 
     Raises:
         Unplannable: the method decides by the values of tensors, which weightless ones do not have.
     """
     if recipe.precision == "fp16":
         recipe = recipe.model_copy(update={"precision": "bf16"})  # of the same size, and a CPU has no fp16
+    processes = recipe.processes or 1
+    recipe = recipe.model_copy(update={"batch_size": recipe.batch_size // processes})
     with tempfile.TemporaryDirectory(prefix="distillery-plan-") as folder:
         batches: Any = _Batches(source)
         trainer = Trainer(method, batches, recipe, Run(Path(folder)), cpu=True)
@@ -145,7 +148,24 @@ def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
             _before_backward(trainer, lambda: held.append(live.now - _gradients(trainer))),
         ):
             trainer.train_step()
-    return MemoryPlan(tuple(_parts(trainer)), max(held, default=0), live.peak)
+    parts = tuple(_parts(trainer))
+    if recipe.sharding is None:
+        return MemoryPlan(parts, max(held, default=0), live.peak)
+    gathered = max(part.gradients for part in parts)
+    divided = tuple(_divided(part, processes) for part in parts)
+    return MemoryPlan(divided, max(held, default=0), live.peak + gathered)
+
+
+def _divided(part: Part, processes: int) -> Part:
+    """What one of several processes holds of a part, of which they share all that is trained."""
+    others = part.gradients - part.gradients // processes  # bytes of trained weights
+    return replace(
+        part,
+        weights=part.weights - others,
+        gradients=part.gradients - others,
+        optimizer=part.optimizer // processes,
+        ema=part.ema - others if part.ema else 0,
+    )
 
 
 @contextmanager

@@ -97,9 +97,8 @@ class Sharded(Replicated):
         for unit in [*_units(network), network]:
             fully_shard(unit, mesh=mesh, ignored_params=frozen)
         assert isinstance(network, FSDPModule)
-        network.set_reduce_scatter_unused_params(
-            True
-        )  # which weights a pass uses may differ between processes
+        # Which weights a pass uses may differ between processes, and what they send must not.
+        network.set_reduce_scatter_unused_params(True)
         for name in _entries(type(network)):
             register_fsdp_forward_method(network, name)
         gc.collect()
@@ -147,7 +146,7 @@ class Sharded(Replicated):
         try:
             yield
         except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
-            said = str(error).splitlines()[0] if str(error) else ""
+            said = (str(error).splitlines() or [""])[0].rstrip(".")
             if not any(word in str(error) for word in ("DTensor", "FSDP", "storage")):
                 raise
             raise ConfigError(
