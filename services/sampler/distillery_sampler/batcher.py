@@ -24,7 +24,7 @@ Kind = Callable[[Any], Hashable]  # what sets a payload apart from others with i
 Run = Callable[[Hashable, list[Any]], Sequence[Any]]  # (key, payloads) -> results; called in a model thread
 BULK_EVERY = 8  # at least one batch of so many starts with bulk work, if there is any
 EMA_SHARE = 0.2
-MARGIN = 1.5  # times the estimate: work that would end just in time is answered too late
+MARGIN = 2.0  # times the estimate: what would end just in time is, under load, answered too late
 
 
 class Expired(DistilleryError):
