@@ -48,8 +48,9 @@ def main() -> int:
             return 143
         time.sleep(config.get("step_s", 0.0))
         step += 1
-        checkpoint.with_suffix(".new").write_text(str(step))
-        os.replace(checkpoint.with_suffix(".new"), checkpoint)
+        draft = checkpoint.with_suffix(f".{os.getpid()}")  # several processes of a job may be at it
+        draft.write_text(str(step))
+        os.replace(draft, checkpoint)
         with (run_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "time": time.time(), "loss": 1 / step}) + "\n")
         rates = {"rate": 1.0, "eta_s": float(steps - step), "images_per_second": 64.0, "gpu_memory_bytes": 0}

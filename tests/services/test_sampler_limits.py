@@ -169,7 +169,7 @@ def test_a_models_name_and_a_seed(sampler, client):
         with pytest.raises(grpc.RpcError) as error:
             stub.ModelInfer(long)
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert error.value.details().endswith("is not known; known: seed, class_label, guidance_scale")
+    assert error.value.details().endswith("is not known; known: seed, latents, class_label, guidance_scale")
 
 
 def test_every_limit_of_the_settings_is_held_by_a_test():
