@@ -192,6 +192,22 @@ def test_tokens_guard_every_call_but_health(tokens_file):
     asyncio.run(run())
 
 
+def test_who_shows_no_token_is_not_told_how_long_the_queue_is(tokens_file):
+    async def run() -> None:
+        settings = RpcSettings(tokens_file=tokens_file)
+        async with running(settings, shed=lambda method, left: ERRORS["busy"]) as address:
+            for token, wanted in (
+                (None, "UNAUTHENTICATED"),
+                ("guess", "UNAUTHENTICATED"),
+                ("use", "RESOURCE_EXHAUSTED"),
+            ):
+                metadata = [("authorization", f"Bearer {token}")] if token else None
+                _, call = await error_of(address, "any", metadata=metadata)
+                assert call.code().name == wanted
+
+    asyncio.run(run())
+
+
 def test_health_says_not_serving_until_told_otherwise():
     async def run() -> None:
         server = build_server(RpcSettings())

@@ -416,3 +416,26 @@ def test_what_is_there_at_the_start_is_left_out_of_later_collections():
     assert frozen > 50_000  # the imported modules alone
     assert looked_at < 1000
     assert threshold == 10_000
+
+
+FREED = """
+import gc, weakref
+from distillery_sampler.memory import give_back, settle
+
+class Model: ...
+
+model = Model()
+model.itself = model  # only a collection frees it
+seen = weakref.ref(model)
+settle()
+del model
+gc.collect()
+print(seen() is None)
+give_back()
+print(seen() is None)
+"""
+
+
+def test_a_model_that_was_there_at_the_start_is_freed_when_it_leaves():
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

@@ -1,5 +1,6 @@
 """First draws that are made while images wait."""
 
+import threading
 import time
 
 import numpy as np
@@ -37,6 +38,24 @@ def test_what_is_drawn_ahead_is_what_the_image_would_have_drawn():
         np.testing.assert_array_equal(item.ahead[0], unit_normal(item.seed, item.index, 0, (3, 8, 8)))
     assert not given.ahead[0].any()
     np.testing.assert_array_equal(small.ahead[0], unit_normal(3, 0, 0, (1, 2, 2)))
+
+
+def test_who_comes_and_goes_faster_than_it_draws_fills_no_memory(monkeypatch):
+    monkeypatch.setattr("distillery_sampler.drawing.MOST_ASKED", 2)
+    drawing, busy = DrawAhead(), threading.Event()
+
+    def slow(images, draw, shape):
+        busy.wait(30)
+        return unit_normals(images, draw, shape)
+
+    monkeypatch.setattr("distillery_sampler.drawing.unit_normals", slow)
+    drawing.ask([ImageItem(0)], (1, 2, 2))
+    while drawing._asked.qsize():
+        time.sleep(0.001)
+    drawing.ask([ImageItem(seed) for seed in range(100)], (1, 2, 2))
+    assert drawing._asked.qsize() == 2
+    drawing.close()
+    busy.set()
 
 
 def test_images_with_and_without_a_draw_share_a_batch():

@@ -51,16 +51,29 @@ class Tokens:
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
         """Who holds the call's `authorization: Bearer …`; UNAUTHENTICATED if nobody does."""
-        given = next((value for key, value in metadata if key.lower() == "authorization"), "")
-        scheme, _, token = (given if isinstance(given, str) else "").partition(" ")
-        digest = hashlib.sha256(token.strip().encode()).hexdigest()
-        found = [caller for known, caller in self._callers.items() if hmac.compare_digest(known, digest)]
-        if scheme.lower() != "bearer" or not found:
+        given = _authorization(metadata)
+        found = self._holder(given)
+        if found is None:
             what = "the bearer token is not known" if given else "a bearer token is needed"
             raise StatusError(
                 "UNAUTHENTICATED", f"{what}; set DISTILLERY_TOKEN to one that the operator gave you"
             )
-        return found[0]
+        return found
+
+    def knows(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
+        """Whether `caller` would name somebody."""
+        return self._holder(_authorization(metadata)) is not None
+
+    def _holder(self, given: str) -> Caller | None:
+        scheme, _, token = given.partition(" ")
+        digest = hashlib.sha256(token.strip().encode()).hexdigest()
+        found = [caller for known, caller in self._callers.items() if hmac.compare_digest(known, digest)]
+        return found[0] if found and scheme.lower() == "bearer" else None
+
+
+def _authorization(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+    given = next((value for key, value in metadata if key.lower() == "authorization"), "")
+    return given if isinstance(given, str) else ""
 
 
 def _used(line: str) -> bool:

@@ -189,12 +189,18 @@ class _Gate(grpc.aio.ServerInterceptor):
         return call
 
     async def _refuse_early(self, method: str, context: grpc.aio.ServicerContext) -> None:
-        error = self._shed(method, context.time_remaining()) if self._shed else None
+        """End a call that is shed. Whoever shows no token is told that, later, and not how long the queue is."""
+        if self._shed is None or (
+            self._tokens and not self._tokens.knows(context.invocation_metadata() or ())
+        ):
+            return
+        started = time.perf_counter()
+        error = self._shed(method, context.time_remaining())
         if error is None:
             return
         status = wire_status(error)
         if self._on_call:
-            self._on_call(method, status.code.name, 0.0)
+            self._on_call(method, status.code.name, time.perf_counter() - started)
         await _abort(status, context)
 
     def _admit(self, method: str, request: Any, context: grpc.aio.ServicerContext, outcome: _Outcome) -> None:

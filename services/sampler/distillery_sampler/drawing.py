@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from queue import SimpleQueue
@@ -12,6 +13,7 @@ from distillery_sampler.requests import ImageItem
 AT_ONCE = (
     16  # images: NumPy lets go of the interpreter in every operation, and under load waits to get it back
 )
+MOST_ASKED = 1024  # images that wait for it: callers may come and go faster than it draws
 Shape = tuple[int, ...]
 
 
@@ -23,9 +25,9 @@ class DrawAhead:
         threading.Thread(target=self._serve, name="draw-ahead", daemon=True).start()
 
     def ask(self, items: Sequence[ImageItem], shape: Shape) -> None:
-        """Draw for those of these images that were not given their noise, each of `shape`."""
+        """Draw for those of these images that were not given their noise, each of `shape`, as far as there is room."""
         for item in items:
-            if 0 not in item.ahead:
+            if 0 not in item.ahead and self._asked.qsize() < MOST_ASKED:
                 self._asked.put((item, shape))
 
     def close(self) -> None:
@@ -38,7 +40,8 @@ class DrawAhead:
             while not self._asked.empty() and len(asked) < AT_ONCE:
                 asked.append(self._asked.get())
             for shape in dict.fromkeys(one[1] for one in asked if one):
-                _draw([one[0] for one in asked if one and one[1] == shape], shape)
+                with contextlib.suppress(MemoryError):  # then they draw in their turn
+                    _draw([one[0] for one in asked if one and one[1] == shape], shape)
             if None in asked:
                 return
 

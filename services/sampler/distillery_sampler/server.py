@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import sys
 from contextlib import suppress
 
@@ -28,7 +27,7 @@ from distill_service.tracing import start_tracing
 from distillery.v1 import models_pb2_grpc, sampler_pb2_grpc
 from distillery_sampler import kserve, servicer
 from distillery_sampler.engine import Engine
-from distillery_sampler.memory import keep_tidy
+from distillery_sampler.memory import keep_tidy, settle
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.settings import SamplerSettings, load_sampler_settings
 from distillery_sampler.watcher import watch_store
@@ -38,7 +37,6 @@ FOR_PICTURES = servicer.FOR_PICTURES | kserve.FOR_PICTURES
 SWITCH_S = (
     0.0001  # a model thread that is ready waits no longer for the event loop to let go of the interpreter
 )
-GC_AFTER = 10_000  # new objects, until the young ones are looked through
 _log = structlog.get_logger("distillery.sampler")
 
 
@@ -115,13 +113,6 @@ async def preload(engine: Engine, own: SamplerSettings, health: Health) -> None:
     settle()
     _log.info("ready", models=names, loaded=[model.manifest.ref for model in engine.models.loaded()])
     await health.report(True)
-
-
-def settle() -> None:
-    """Leave what stays out of every later garbage collection: a full one kept the event loop for 70 ms."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_AFTER)
 
 
 def main() -> int:

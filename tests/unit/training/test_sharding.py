@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,3 +178,9 @@ def test_all_processes_march_one_occupancy_grid(group):
 
 def test_processes_with_different_room_agree_on_the_split(group):
     assert [rank["fits_together"]["accumulate"] for rank in group.ranks] == [8, 8]
+
+
+def test_who_does_not_shard_does_not_wait_for_fsdp():
+    script = "import sys, distill_core.training.loop; print('torch.distributed.fsdp' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -8,9 +8,8 @@ from distill_core.errors import ConfigError
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.generation import generate
-from distill_core.parity import SEED, VIEW_DEGREES, VIEW_SIDE, ParitySample
-from distill_core.radiance.cameras import orbit_camera
-from distill_core.radiance.renderer import Scene, render
+from distill_core.parity import SEED, ParitySample
+from distill_core.radiance.renderer import Scene, parity_view, render
 
 
 def parity_sample(model: object) -> ParitySample | None:
@@ -39,17 +38,8 @@ def _denoiser_sample(denoiser: Denoiser) -> ParitySample | None:
 
 
 def _scene_sample(scene: Scene) -> ParitySample | None:
-    spec = scene.spec
-    camera = orbit_camera(
-        VIEW_DEGREES,
-        VIEW_DEGREES,
-        spec.radius,
-        fov_degrees=spec.fov_degrees,
-        width=VIEW_SIDE,
-        height=VIEW_SIDE,
-    )
     try:
-        seen = render(scene, camera)
+        seen = render(scene, parity_view(scene.spec))
     except ConfigError:  # latents, no colours
         return None
     return ParitySample.of(seen.rgb.permute(2, 0, 1).float().cpu().numpy(), seed=SEED)

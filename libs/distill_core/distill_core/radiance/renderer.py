@@ -138,10 +138,9 @@ def refined(scene: Scene) -> Scene:
     return finer if _look_alike(scene, finer) else scene
 
 
-def _look_alike(one: Scene, other: Scene) -> bool:
-    """Whether the view that servers compare is the same in both, by `MAX_CHANGE` of colour and of opacity."""
-    spec = one.spec
-    camera = orbit_camera(
+def parity_view(spec: SceneSpec) -> Camera:
+    """The small view of a scene that its manifest's parity sample is of."""
+    return orbit_camera(
         VIEW_DEGREES,
         VIEW_DEGREES,
         spec.radius,
@@ -149,7 +148,12 @@ def _look_alike(one: Scene, other: Scene) -> bool:
         width=VIEW_SIDE,
         height=VIEW_SIDE,
     )
-    seen = [render_rays(scene, [camera.rays(range(VIEW_SIDE))])[0] for scene in (one, other)]
+
+
+def _look_alike(one: Scene, other: Scene) -> bool:
+    """Whether the view that servers compare is the same in both, by `MAX_CHANGE` of colour and of opacity."""
+    rays = [parity_view(one.spec).rays(range(VIEW_SIDE))]
+    seen = [render_rays(scene, rays)[0] for scene in (one, other)]
     *colour, _depth, opacity = (seen[0] - seen[1]).abs().amax(0)
     return float(max(*colour, opacity)) <= MAX_CHANGE
 
@@ -248,6 +252,7 @@ __all__ = [
     "bands",
     "develop",
     "load_scene",
+    "parity_view",
     "refined",
     "render",
     "render_rays",

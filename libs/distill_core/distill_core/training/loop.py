@@ -26,11 +26,11 @@ from distill_core.training.checkpoint import (
     save_checkpoint,
 )
 from distill_core.training.ema import EMA
+from distill_core.training.layout import Replicated, place
 from distill_core.training.micro_batch import fitting_accumulate
 from distill_core.training.optimizers import build_optimizer, learning_rate
 from distill_core.training.run import Run
 from distill_core.training.seeding import derive, seed_everything
-from distill_core.training.sharding import Replicated, Sharded, place
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,7 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=mixed, cpu=cpu)
         self.method, self.source, self.recipe, self.run = method, source, recipe, run
         method.to(self.accelerator.device)
-        sharded = recipe.sharding == "fsdp" and self.accelerator.num_processes > 1
-        self.layout = (Sharded if sharded else Replicated)(method, self.accelerator)
+        self.layout = _layout(method, self.accelerator, recipe.sharding)
         self.parameters = self.layout.parameters
         self.configs = {role: recipe.optim.get(role, OptimConfig()) for role in method.roles}
         self.optimizers = {
@@ -256,6 +255,14 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run.drop_metrics_after(self.step)
         log.info("resumed from step %d", self.step)
+
+
+def _layout(method: Method, accelerator: Accelerator, sharding: str | None) -> Replicated:
+    if sharding is None or accelerator.num_processes == 1:
+        return Replicated(method, accelerator)
+    from distill_core.training.sharding import Sharded
+
+    return Sharded(method, accelerator)
 
 
 def _module(method: Method, role: str) -> torch.nn.Module:

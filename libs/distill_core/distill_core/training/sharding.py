@@ -1,4 +1,4 @@
-"""How the trained networks lie on the processes of a job: whole in each, or with `sharding = "fsdp"` a share in each.
+"""Trained networks of which each process of a job holds a share: `sharding = "fsdp"`.
 
 FSDP2 (`fully_shard`) keeps of every trained weight one slice a process; optimiser state, EMA and gradients are of the
 slice. It gathers a block's weights before the block's passes and frees them after, and averages gradients as it slices
@@ -13,7 +13,7 @@ import gc
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,54 +21,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from distill_core.errors import ConfigError
 from distill_core.method import Method
+from distill_core.training.layout import Parts, Replicated, trained
 
-Parts = dict[str, dict[str, Tensor]]
 _SMALLEST_UNIT = 1 / 256  # of a network's trained weights; a smaller block is gathered with what holds it
 _ADVICE = "leave sharding out, or use a method that shards"
-
-
-class Replicated:
-    """Every process holds all weights; gradients are averaged in one message."""
-
-    def __init__(self, method: Method, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self.parameters = {role: _trained(getattr(method, role)) for role in method.roles}
-        self.leaves = self.parameters  # what a role's gradients are taken with respect to
-
-    @property
-    def keeps(self) -> bool:
-        """Whether this process is the one that writes checkpoints, previews and the result."""
-        return self._accelerator.is_main_process
-
-    def average(self, role: str) -> None:
-        """Mean gradient over processes. No wrapper: a method calls its networks any way it likes."""
-        if self._accelerator.num_processes == 1:
-            return
-        parameters = self.parameters[role]
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = self._accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-        offset = 0
-        for parameter in parameters:
-            parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
-
-    @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
-        """A method's pass, forward or backward."""
-        yield
-
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """Plain, whole networks in the process that `keeps`; all processes enter."""
-        yield
-
-    def gathered(self, tensors: Parts) -> Parts:
-        """Whole tensors in the process that `keeps`; all processes call."""
-        return tensors
 
 
 class Sharded(Replicated):
@@ -116,7 +76,7 @@ class Sharded(Replicated):
         units = self._units(role)
         for unit in units:
             unit.unshard()
-        leaves = _trained(self._networks[role])
+        leaves = trained(self._networks[role])
         for unit in units:
             unit.reshard()
         return leaves
@@ -223,23 +183,6 @@ class _Skin(NamedTuple):
             vars(module).update(changed)
 
 
-def place(value: Tensor, like: Tensor) -> Tensor:
-    """`value`, or this process's share of it where `like` is one of several shares."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
-        return value
-    whole = value.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).clone()
-
-
-def local(values: Iterable[Tensor]) -> list[Tensor]:
-    """What this process holds of `values`, to be changed in place."""
-    return [value.to_local() if isinstance(value, DTensor) else value for value in values]
-
-
-def _trained(network: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
 def _check(role: str, network: nn.Module) -> None:
     for name, parameter in network.named_parameters():
         if isinstance(parameter, DTensor):
@@ -268,7 +211,7 @@ def _units(network: nn.Module) -> list[nn.Module]:
 
 
 def _size(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in _trained(network))
+    return sum(parameter.numel() for parameter in trained(network))
 
 
 def _always_run(module: nn.Module) -> Iterator[nn.Module]:
