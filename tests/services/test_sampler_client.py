@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from distill_core.artifacts import ArtifactStore
-from distill_core.errors import ConfigError, NotFound, Unavailable
+from distill_core.errors import ConfigError, NotFound, Overloaded, Unavailable
 from distill_service.channels import channel
 from distill_service.status import StatusError
 from distillery.v1 import common_pb2, sampler_pb2
@@ -316,3 +316,33 @@ def test_a_channel_closes_with_its_client(sampler):
         client.models()
     with channel(sampler.address) as plain:
         assert isinstance(plain, grpc.Channel)
+
+
+def test_who_is_refused_sends_no_more_than_the_server_takes(tmp_path):
+    store = ArtifactStore(tmp_path / "store")
+    publish_denoiser(store, tmp_path / "teacher", name="teacher", sampler=teacher_spec())
+    limits = {
+        "DISTILLERY_SAMPLER_MAX_QUEUE_IMAGES": "4",
+        "DISTILLERY_SAMPLER_INSTANCES": "1",
+        "DISTILLERY_SAMPLER_MAX_BATCH": "1",
+        "DISTILLERY_SAMPLER_PRELOAD": '["teacher"]',
+    }
+
+    async def work(client: AsyncSamplerClient) -> None:
+        def ask():
+            return client.generate("teacher", class_labels=[1], num_steps=SLOW_STEPS // 4)
+
+        calls = [asyncio.create_task(ask()) for _ in range(8)]
+        done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        with pytest.raises(Overloaded, match="4 of 4 images are queued"):
+            done.pop().result()
+        for _ in range(3):  # refused by the server, until the client knows how many it takes
+            with pytest.raises(Overloaded) as error:
+                await ask()
+        assert f"calls for 'teacher' are in flight, and {client.address} refused more" in str(error.value)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert sum(isinstance(answer, list) for answer in answers) in (4, 5)
+        assert len(await ask()) == 1
+
+    with SamplerProcess(store.url, limits) as process:
+        with_async(process, work, retries=0)

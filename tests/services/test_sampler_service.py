@@ -3,7 +3,6 @@
 import hashlib
 import io
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from distill_core.errors import ConfigError, NotFound
 from distill_service.status import StatusError
 from distillery.v1 import sampler_pb2
 from distillery_sampler.client import generate_request
+from tests.services.jobs_stack import free_port
 from tests.services.sampler_helpers import (
     DATA_STD,
     NUM_CLASSES,
@@ -243,6 +243,19 @@ def hold(sampler: SamplerProcess) -> grpc.Future:
     return future
 
 
+def wait_until_queued(metrics_port: int, images: int) -> None:
+    """Return when so many images of the teacher wait."""
+    line = f'distillery_queue_images{{backend="onnxruntime",model="teacher",version="1"}} {images}.0'
+    until = time.monotonic() + 20
+    while line not in scraped(metrics_port):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def scraped(metrics_port: int) -> str:
+    return urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10).read().decode()
+
+
 def test_cancelled_and_expired_calls_never_reach_a_batch(sampler, client):
     client.generate("teacher", class_labels=[0])
     before = executed(sampler.address, "teacher")
@@ -261,12 +274,17 @@ def test_cancelled_and_expired_calls_never_reach_a_batch(sampler, client):
 
 
 def test_what_cannot_be_done_in_time_is_refused_before_it_is_sent(store_url):
-    settings = {"DISTILLERY_SAMPLER_PRELOAD": '["teacher"]', "DISTILLERY_SAMPLER_INSTANCES": "1"}
+    port = free_port()
+    settings = {
+        "DISTILLERY_SAMPLER_PRELOAD": '["teacher"]',
+        "DISTILLERY_SAMPLER_INSTANCES": "1",
+        "DISTILLERY_SAMPLER_METRICS_PORT": str(port),
+    }
     with SamplerProcess(store_url, settings) as sampler, grpc.insecure_channel(sampler.address) as plain:
         busy, unsent = hold(sampler), threading.Event()
         slow = generate_request("teacher", class_labels=[1] * 8, num_steps=SLOW_STEPS)
         waiting = sampler.stub().Generate.future(slow)
-        time.sleep(0.1)
+        wait_until_queued(port, 8)
         call = plain.stream_unary("/distillery.v1.SamplerService/Generate")
         with pytest.raises(grpc.RpcError) as error:
             call(iter(lambda: unsent.wait(60) and b"", None), timeout=2)
@@ -278,16 +296,18 @@ def test_what_cannot_be_done_in_time_is_refused_before_it_is_sent(store_url):
 
 
 def test_overload_is_refused_with_a_pushback_that_the_shipped_client_obeys(store_url):
+    port = free_port()
     limits = {
         "DISTILLERY_SAMPLER_MAX_QUEUE_IMAGES": "8",
         "DISTILLERY_SAMPLER_INSTANCES": "1",
         "DISTILLERY_SAMPLER_PRELOAD": '["teacher"]',
+        "DISTILLERY_SAMPLER_METRICS_PORT": str(port),
     }
     with SamplerProcess(store_url, limits) as sampler:
         busy = hold(sampler)
         stub = sampler.stub()
         waiting = [stub.Generate.future(generate_request("teacher", class_labels=[1] * 4)) for _ in range(2)]
-        time.sleep(0.1)
+        wait_until_queued(port, 8)
         with pytest.raises(grpc.RpcError) as error:
             stub.Generate(generate_request("teacher", class_labels=[1]))
         assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -333,9 +353,7 @@ def test_a_port_in_use_and_a_missing_model_end_the_process_with_one_sentence(sam
 
 
 def test_prometheus_sees_requests_batches_and_models(store_url):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with SamplerProcess(store_url, {"DISTILLERY_SAMPLER_METRICS_PORT": str(port)}) as sampler:
         with sampler.client() as client:
             client.generate("digits", class_labels=[1, 2, 3])
@@ -347,7 +365,7 @@ def test_prometheus_sees_requests_batches_and_models(store_url):
         while (
             refused not in text and time.monotonic() < deadline
         ):  # a call is counted after its answer is sent
-            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+            text = scraped(port)
     assert refused in text
     assert f'distillery_requests_total{{code="OK",{method}}} 1.0' in text
     labels = 'backend="onnxruntime",model="digits",version="1"'

@@ -75,7 +75,7 @@ def test_batches_grow_where_they_pay_and_stay_small_where_they_do_not(clock):
     assert found(Device(clock, 0.0, 0.02)) == (Layout(1, cores()), 1, pytest.approx(0.02))
     assert found(Device(clock, 0.0, 0.003)) == (
         Layout(1, cores()),
-        4,
+        8,
         pytest.approx(0.003),
     )  # the queue's share
 

@@ -1,18 +1,17 @@
-"""The load generator's call of our own server, through gRPC's asyncio stubs; see bench_load.py."""
+"""The load generator's call of our own server, through the client that we ship; see bench_load.py."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
 
-import grpc
+from distill_core.errors import Overloaded
+from distill_service.status import StatusError
+from distillery_sampler.client import AsyncSamplerClient, generate_request
 
-from distillery.v1 import common_pb2, sampler_pb2, sampler_pb2_grpc
-
-OPTIONS = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", -1)]  # a refusal is to be seen
 AT_ONCE = 0.9  # before this share of the deadline it is the server that refuses, after it the clock
 # the latter where the server's clock was first, or, at once, where it has too many calls in flight
-TOO_LATE = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+TOO_LATE = ("DEADLINE_EXCEEDED", "CANCELLED")
 
 
 class Refused(Exception):
@@ -21,30 +20,20 @@ class Refused(Exception):
 
 async def connect(address: str, model: str) -> Callable[[int, list[int], float], Awaitable[bytes]]:
     """`await call(seed, labels, timeout_s)`: the pictures' bytes."""
-    stub = sampler_pb2_grpc.SamplerServiceStub(grpc.aio.insecure_channel(address, OPTIONS))
+    client = AsyncSamplerClient(address, retries=0)  # a refusal is to be seen
 
     async def call(seed: int, labels: list[int], timeout_s: float) -> bytes:
-        request = sampler_pb2.GenerateRequest(
-            model=model,
-            class_labels=labels,
-            seed=seed,
-            num_steps=1,
-            image_format=common_pb2.IMAGE_FORMAT_RAW_U8,
-        )
+        request = generate_request(model, class_labels=labels, seed=seed, num_steps=1, image_format="RAW_U8")
         began = time.perf_counter()
         try:
-            reply = await stub.Generate(request, timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise _meaning(error, (time.perf_counter() - began) / timeout_s) from None
+            reply = await client.call_generate(request, timeout_s=timeout_s)
+        except Overloaded:
+            raise Refused() from None
+        except StatusError as error:
+            if error.grpc_status not in TOO_LATE:
+                raise
+            at_once = time.perf_counter() - began < AT_ONCE * timeout_s
+            raise (Refused() if at_once else TimeoutError()) from None
         return b"".join(image.data for image in reply.images)
 
     return call
-
-
-def _meaning(error: grpc.aio.AioRpcError, share: float) -> Exception:
-    """What an error is to the load generator, `share` of the deadline after the call was sent."""
-    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return Refused()
-    if error.code() in TOO_LATE:
-        return Refused() if share < AT_ONCE else TimeoutError()
-    return error

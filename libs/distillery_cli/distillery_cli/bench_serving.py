@@ -36,8 +36,9 @@ CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 PEER_CONCURRENCY = (1, 4, 16, 64)
 BATCHES = (1, 2, 4, 8, 16, 32)
 SHARES = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.25, 2.0)  # of the bare limit, of the offered loads
-ROUNDS = 5  # bare and server, turn and turn about
+ROUNDS = 7  # bare and server, turn and turn about
 OVERLOAD = 4.0  # times the peak
+OVERLOAD_TIMES = 4  # as long as other loads: refusals are measured by their slowest hundredth
 DEADLINE_S = 0.25  # of every offered call
 THREADS = 1  # of the model, everywhere
 MEMORY = "memory.json"  # of `make prove-memory`, beside our own report
@@ -98,7 +99,7 @@ def measured(
     found = {"loads": loads, "best_concurrency": best, **beside}
     if "overload" in bench.parts and bench.is_main:
         found["curve"] = curve(generator, bench.bare["images_per_s"], seconds, name, say)
-        found["overload"] = overloaded(generator, found["images_per_s"], seconds)
+        found["overload"] = overloaded(server, generator, found["images_per_s"], seconds)
     return found
 
 
@@ -124,15 +125,20 @@ def scan(lone: Asked, seconds: float) -> dict[str, Any]:
     return {"forward_p50_ms": rows[0]["p50_ms"], **best, "all": rows}
 
 
-def overloaded(generator: Asked, peak: float, seconds: float) -> dict[str, Any]:
+def overloaded(server: Child, generator: Asked, peak: float, seconds: float) -> dict[str, Any]:
     """What is accepted of four times the peak, and how fast the rest is refused."""
     generator.ask(kind="settled")
-    found = generator.ask(kind="offered", rate=OVERLOAD * peak, seconds=2 * seconds, deadline_s=DEADLINE_S)
+    used = server.cpu_seconds()
+    found = generator.ask(
+        kind="offered", rate=OVERLOAD * peak, seconds=OVERLOAD_TIMES * seconds, deadline_s=DEADLINE_S
+    )
     return {
         **found,
         "deadline_s": DEADLINE_S,
         "peak_images_per_s": peak,
         "ratio": found["images_per_s"] / peak,
+        "refused_per_s": found["refused"] / found["seconds"],
+        "server_cores": (server.cpu_seconds() - used) / found["seconds"],
     }
 
 
@@ -165,6 +171,10 @@ def ours(bench: Bench) -> dict[str, Any]:
         found: dict[str, Any] = {"start_s": server.start_seconds()}
         with load(sys.executable, HERE / "bench_client.py", server.address, ref, work) as generator:
             found["ours"] = measured(bench, f"{name}, ours", server, generator, callers=CONCURRENCY)
+        if "overload" in found["ours"]:
+            with load(sys.executable, HERE / "bench_stub_client.py", server.address, ref, work) as generator:
+                peak = found["ours"]["images_per_s"]
+                found["unlimited"] = overloaded(server, generator, peak, bench.seconds)
         if "peers" in bench.parts and bench.is_main and (FOLDER / KSERVE).exists():
             with load(sys.executable, FOLDER / KSERVE, server.address, ref, work) as generator:
                 found["kserve"] = measured(bench, f"{name}, ours by tritonclient", server, generator)

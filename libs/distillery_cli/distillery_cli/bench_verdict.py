@@ -28,6 +28,9 @@ CLAIMS = (
     Claim("accepted at 4 x overload, share of the peak", "overload_throughput_ratio", False, OVERLOAD),
     Claim("p99 of the accepted at 4 x overload, ms", "overload_p99_ms", True, "overload_deadline_ms"),
     Claim("p99 of a refusal at 4 x overload, ms", "refusal_p99_ms", True, REFUSAL_MS),
+    Claim("accepted at 4 x overload without our client", "unlimited_throughput_ratio", False, OVERLOAD),
+    Claim("p99 of the accepted without our client, ms", "unlimited_p99_ms", True, "overload_deadline_ms"),
+    Claim("p99 of a refusal without our client, ms", "unlimited_refusal_p99_ms", True, REFUSAL_MS),
     Claim("images/s, times the best other server's", "best_peer_throughput_ratio", False, PEER_THROUGHPUT),
     Claim(
         "overhead of one caller, share of the best other's", "best_peer_overhead_ratio", True, PEER_OVERHEAD
@@ -52,6 +55,12 @@ def figures(main: dict[str, Any], memory: dict[str, Any] | None = None) -> dict[
             "overload_deadline_ms": 1000 * over["deadline_s"],
             "refusal_p50_ms": over["refusal_p50_ms"],
             "refusal_p99_ms": over["refusal_p99_ms"],
+        }
+    if over := main.get("unlimited"):
+        found |= {
+            "unlimited_throughput_ratio": over["ratio"],
+            "unlimited_p99_ms": over["p99_ms"],
+            "unlimited_refusal_p99_ms": over["refusal_p99_ms"],
         }
     answered = [peer for peer in main.get("peers", ()) if "error" not in peer]
     measured = [peer for peer in answered if peer["is_server"]]
@@ -89,6 +98,17 @@ def claim_rows(report: dict[str, Any]) -> list[list[Any]]:
     ]
 
 
+OVERLOAD_COLUMNS = [
+    "at 4 x the peak, by",
+    "images/s",
+    "refused, 1/s",
+    "p50 ms",
+    "p99 ms",
+    "refusal p50 ms",
+    "refusal p99 ms",
+    "server cores",
+    "client cores",
+]
 LOAD_COLUMNS = ["callers", "p50 ms", "p99 ms", "images/s", "server cores", "client cores"]
 SERVER_COLUMNS = ["server", "p50 above its forward, ms", "images/s", "of bare", "callers", "how"]
 
@@ -97,6 +117,17 @@ def load_rows(loads: list[dict[str, Any]]) -> list[list[Any]]:
     """A line a closed loop."""
     keys = ("p50_ms", "p99_ms", "images_per_s", "server_cores", "client_cores")
     return [[row["concurrency"], *(float(row[key] or 0) for key in keys)] for row in loads]
+
+
+def overload_rows(subject: dict[str, Any]) -> list[list[Any]]:
+    """A line a client under overload."""
+    keys = ("images_per_s", "refused_per_s", "p50_ms", "p99_ms", "refusal_p50_ms", "refusal_p99_ms")
+    rows = {"our client": subject["ours"].get("overload"), "bare gRPC stubs": subject.get("unlimited")}
+    return [
+        [name, *(float(row[key] or 0) for key in (*keys, "server_cores", "client_cores"))]
+        for name, row in rows.items()
+        if row
+    ]
 
 
 def server_rows(subject: dict[str, Any]) -> list[list[Any]]:
@@ -139,6 +170,12 @@ def markdown(report: dict[str, Any], *, with_plot: bool) -> str:
             markdown_table(SERVER_COLUMNS, server_rows(subject)).strip(),
             markdown_table(LOAD_COLUMNS, load_rows(subject["ours"]["loads"])).strip(),
         ]
+        if rows := overload_rows(subject):
+            parts += [
+                "Our client keeps no more calls in flight than the server takes; what is above that it ends itself,\n"
+                "which counts here as refused. Bare gRPC stubs send all, and the server refuses.",
+                markdown_table(OVERLOAD_COLUMNS, rows).strip(),
+            ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -24,6 +24,7 @@ Kind = Callable[[Any], Hashable]  # what sets a payload apart from others with i
 Run = Callable[[Hashable, list[Any]], Sequence[Any]]  # (key, payloads) -> results; called in a model thread
 BULK_EVERY = 8  # at least one batch of so many starts with bulk work, if there is any
 EMA_SHARE = 0.2
+STARTING_S = 0.0005  # what a thread needs the interpreter for before its next batch runs
 MARGIN = 2.0  # times the estimate: what would end just in time is, under load, answered too late
 
 
@@ -140,6 +141,7 @@ class Batcher:
         )  # guards all that follows, and the queue's length and speed above
         self._queued_cost = 0.0
         self._running: set[_Batch] = set()
+        self._ended: deque[tuple[_Batch, Sequence[Any], float]] = deque()  # with their seconds
         self._lines = {False: _Line(), True: _Line()}  # by `bulk`
         self._per_client: dict[str, int] = {}
         self._batches = 0
@@ -180,8 +182,8 @@ class Batcher:
 
     @property
     def busy(self) -> bool:
-        """Whether what is queued now has to wait."""
-        return len(self._running) >= self._instances
+        """Whether what is queued now has to wait; between two batches a thread runs none, and a queue is left."""
+        return len(self._running) >= self._instances or self.queued > self.max_batch
 
     def wait_estimate(self) -> float:
         """Seconds until what runs and what waits now would be done."""
@@ -258,21 +260,27 @@ class Batcher:
 
     def _serve(self) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop ended, and with it everybody who waits
-            free = self._loop.time()
-            while batch := self._next(free):
+            free, ended = self._loop.time(), False
+            while batch := self._next(free, ended):
                 answers = self._answers(batch.items)
-                now = self._loop.time()
-                seconds = now - batch.started
+                free, ended = self._loop.time(), True
                 with self._changed:
                     self._running.discard(batch)
-                    self._learn((now - batch.since) / batch.cost)
-                free = now
-                self._loop.call_soon_threadsafe(self._deliver, batch, answers, seconds)
+                    self._learn((free - batch.since) / batch.cost)
+                self._ended.append((batch, answers, free - batch.started))
 
-    def _next(self, free: float) -> _Batch | None:
-        """The next batch, when there is one, for a thread that is free since then; None at the end."""
+    def _next(self, free: float, ended: bool) -> _Batch | None:
+        """The next batch, when there is one, for a thread that is free since then; None at the end.
+
+        If the thread's last one `ended`, its answers are handed out now, or once the next runs: while the event loop
+        packs pictures, this thread would have to wait for the interpreter.
+        """
+        batch: _Batch | None = None
         with self._changed:
-            while not self._closed:
+            while not (self._closed or batch):
+                if ended and (self.max_delay_s > 0 or not self.queued):
+                    self._loop.call_soon_threadsafe(self._deliver)
+                    ended = False
                 self._changed.wait_for(lambda: self._closed or self.queued)
                 delayed = self.max_delay_s > 0 and self.queued < self.max_batch
                 if delayed:
@@ -287,8 +295,9 @@ class Batcher:
                     batch = _Batch(items, cost, delayed, started, since)
                     self._running.add(batch)
                     self._observer.queue(self.queued)
-                    return batch
-        return None
+        if ended:
+            self._loop.call_soon_threadsafe(self._loop.call_later, STARTING_S, self._deliver)
+        return batch
 
     def _is_full(self) -> bool:
         return self._closed or self.queued >= self.max_batch
@@ -339,18 +348,26 @@ class Batcher:
 
     # -- on the event loop again ----------------------------------------------------------------------------
 
-    def _deliver(self, batch: _Batch, answers: Sequence[Any], seconds: float) -> None:
-        items = batch.items
-        reason = "full" if len(items) == self.max_batch else "delay" if batch.delayed else "idle"
-        waits = [batch.started - item.queued_at for item in items]
-        self._observer.batch(len(items), reason, waits, seconds, [item.origin for item in items])
-        for item, answer in zip(items, answers, strict=True):
-            if item.future.done():
-                continue
-            if isinstance(answer, BaseException):
-                item.future.set_exception(answer)
-            else:
-                item.future.set_result(answer)
+    def _deliver(self) -> None:
+        while self._ended:
+            batch, answers, seconds = self._ended.popleft()
+            items = batch.items
+            reason = "full" if len(items) == self.max_batch else "delay" if batch.delayed else "idle"
+            waits = [batch.started - item.queued_at for item in items]
+            self._observer.batch(len(items), reason, waits, seconds, [item.origin for item in items])
+            self._hand_out(deque(zip(items, answers, strict=True)))
+
+    def _hand_out(self, left: deque[tuple[_Item, Any]]) -> None:
+        """One answer a turn of the event loop: a new call does not wait until a whole batch is packed and sent."""
+        item, answer = left.popleft()
+        if left:
+            self._loop.call_soon(self._hand_out, left)
+        if item.future.done():
+            return
+        if isinstance(answer, BaseException):
+            item.future.set_exception(answer)
+        else:
+            item.future.set_result(answer)
 
     def _expire(self, late: list[_Item]) -> None:
         for item in late:

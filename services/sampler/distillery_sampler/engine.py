@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import ExitStack, aclosing
@@ -15,11 +16,12 @@ from distill_core.errors import ConfigError
 from distillery_sampler.backends.base import Generator, SceneRenderer
 from distillery_sampler.beginnings import given
 from distillery_sampler.checks import check_view, image_items, image_key
-from distillery_sampler.drawing import DrawAhead
+from distillery_sampler.drawing import QUICK_VALUES, DrawAhead, draw
 from distillery_sampler.loading import LoadedModel
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.registry import Registry
 from distillery_sampler.requests import (
+    Call,
     GenerateRequest,
     ImageItem,
     ImageKey,
@@ -111,11 +113,22 @@ class Engine:
                 items = [replace(item, given=found) for item in items]
                 key = replace(key, begin=begin)
             times.queued()
-            futures = model.batcher.submit(key, items, **terms(request.call))
-            if model.batcher.busy and manifest.image:
-                image = manifest.image
-                self._ahead.ask(items, (image.channels, image.height, image.width))
+            futures = self._submit(model, key, items, request.call)
             return _Queued(model, key, items, futures, until.pop_all())
+
+    def _submit(
+        self, model: LoadedModel, key: ImageKey, items: list[ImageItem], call: Call
+    ) -> list[asyncio.Future[Any]]:
+        """Queue the images; their first noise is drawn while they wait, or just before where nothing runs."""
+        image = model.manifest.image
+        assert image is not None, "a denoiser without image is not loaded"
+        shape, waits = (image.channels, image.height, image.width), model.batcher.busy
+        if not waits and len(items) * math.prod(shape) <= QUICK_VALUES:
+            draw(items, shape)
+        futures = model.batcher.submit(key, items, **terms(call))
+        if waits:
+            self._ahead.ask(items, shape)
+        return futures
 
     async def render(self, request: RenderRequest) -> AsyncGenerator[Rendered | Summary, None]:
         """The views of a request, in order, only a few tiles ahead of who reads them, then the summary."""

@@ -16,9 +16,11 @@ from distillery_sampler.requests import ImageItem, ImageKey
 from distillery_sampler.settings import SamplerSettings
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-WORTH_IT = 1.05  # so many times the images per second, or the batch stays small: a larger one costs latency
+WORTH_IT = (
+    1.02  # so many times the images per second for a doubled batch, or it stays small: it costs latency
+)
 LAYOUT_WORTH_IT = 1.1
-QUEUE_S = 0.0003  # what a batch costs beside the model: taking it from the queue, handing its images out
+QUEUE_S = 0.0006  # what a batch costs beside the model: taking it from the queue, handing its images out
 ENOUGH_S = 1.0  # of timing: what was not tried by then stays untried
 REPEATS = 2
 _log = structlog.get_logger("distillery.sampler")
@@ -96,6 +98,11 @@ def _rate(tuned: Tuned) -> float:
     return tuned.layout.instances / (tuned.seconds + QUEUE_S / tuned.max_batch)
 
 
+def _is_worth_it(found: Tuned, best: Tuned) -> bool:
+    doublings = math.log2(found.max_batch / best.max_batch)
+    return _rate(found) > _rate(best) * WORTH_IT**doublings
+
+
 def _best_batch(
     generator: Generator, layout: Layout, question: Question, settings: SamplerSettings, until: float
 ) -> Tuned:
@@ -114,7 +121,7 @@ def _best_batch(
                 _log.info("larger batches do not run", images=size, error=str(error).partition("\n")[0])
                 break
             found = Tuned(layout, size, seconds / size)
-            if best is None or (seconds <= settings.max_batch_s and _rate(found) > _rate(best) * WORTH_IT):
+            if best is None or (seconds <= settings.max_batch_s and _is_worth_it(found, best)):
                 best = found
             if seconds > settings.max_batch_s or time.perf_counter() > until:
                 break

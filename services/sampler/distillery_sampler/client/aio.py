@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from distill_service.channels import MAX_RETRIES, channel
 from distill_service.status import error_from_call, errors_from
 from distillery.v1 import models_pb2, models_pb2_grpc, sampler_pb2, sampler_pb2_grpc
+from distillery_sampler.client.limits import Limits
 from distillery_sampler.client.messages import (
     GenerateOptions,
     SeenView,
@@ -50,6 +51,7 @@ class AsyncSamplerClient:
         retries: int = MAX_RETRIES,
     ) -> None:
         self.address, self.timeout_s = address, timeout_s
+        self._limits = Limits(address)
         self._channel = channel(address, token=token, ca=ca, cert=cert, key=key, retries=retries, aio=True)
         self._sampler = sampler_pb2_grpc.SamplerServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelsServiceStub(self._channel)
@@ -95,16 +97,17 @@ class AsyncSamplerClient:
         self, request: sampler_pb2.GenerateRequest, *, timeout_s: float | None = None
     ) -> sampler_pb2.GenerateResponse:
         """As `SamplerClient.call_generate`."""
-        with errors_from(self.address):
-            return await self._sampler.Generate(request, timeout=self._seconds(timeout_s))
+        seconds = self._seconds(timeout_s)
+        with self._calling(request.model, seconds):
+            return await self._sampler.Generate(request, timeout=seconds)
 
     async def generate_stream(
         self, model: str, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[tuple[int, np.ndarray], None]:
         """As `SamplerClient.generate_stream`."""
         request = sampler_pb2.GenerateStreamRequest(request=raw_request(model, options))
-        call = self._sampler.GenerateStream(request, timeout=self._seconds(timeout_s))
-        async with aclosing(self._read(call)) as replies:
+        read = self._read(self._sampler.GenerateStream, request, self._seconds(timeout_s), model)
+        async with aclosing(read) as replies:
             async for reply in replies:
                 if reply.HasField("image"):
                     yield reply.image.index, picture_from(reply.image)
@@ -122,8 +125,9 @@ class AsyncSamplerClient:
     ) -> SeenView:
         """As `SamplerClient.render`."""
         request = render_request(model, orbit(azimuth, elevation, radius), pose, options)
-        with errors_from(self.address):
-            return seen((await self._sampler.Render(request, timeout=self._seconds(timeout_s))).view)
+        seconds = self._seconds(timeout_s)
+        with self._calling(model, seconds):
+            return seen((await self._sampler.Render(request, timeout=seconds)).view)
 
     async def render_path(
         self,
@@ -140,7 +144,8 @@ class AsyncSamplerClient:
         """As `SamplerClient.render_path`."""
         start = sampler_pb2.OrbitPath(count=count, start=orbit(0.0, elevation, radius), degrees=degrees)
         request = path_request(model, start, poses, options)
-        async with aclosing(self._read(self._sampler.RenderPath(request, timeout=timeout_s))) as replies:
+        read = self._read(self._sampler.RenderPath, request, timeout_s, model)
+        async with aclosing(read) as replies:
             async for reply in replies:
                 if reply.HasField("view"):
                     yield seen(reply.view)
@@ -158,9 +163,9 @@ class AsyncSamplerClient:
     ) -> AsyncGenerator[SeenView, None]:
         """As `SamplerClient.render_progressive`."""
         request = progressive_request(model, orbit(azimuth, elevation, radius), pose, options)
-        call = self._sampler.RenderPath(request, timeout=self._seconds(timeout_s))
         shown: SeenView | None = None
-        async with aclosing(self._read(call)) as replies:
+        read = self._read(self._sampler.RenderPath, request, self._seconds(timeout_s), model)
+        async with aclosing(read) as replies:
             async for reply in replies:
                 if reply.HasField("view"):
                     shown = improved(shown, reply.view, request.options)
@@ -191,18 +196,28 @@ class AsyncSamplerClient:
 
     async def watch_models(self) -> AsyncGenerator[models_pb2.Model, None]:
         """As `SamplerClient.watch_models`."""
-        async with aclosing(self._read(self._models.WatchModels(models_pb2.WatchModelsRequest()))) as replies:
+        read = self._read(self._models.WatchModels, models_pb2.WatchModelsRequest())
+        async with aclosing(read) as replies:
             async for reply in replies:
                 yield reply.model
 
     def _seconds(self, timeout_s: float | None) -> float:
         return self.timeout_s if timeout_s is None else timeout_s
 
-    async def _read(self, call: Any) -> AsyncGenerator[Any, None]:
+    @contextmanager
+    def _calling(self, model: str, seconds: float | None) -> Iterator[None]:
+        """Around a call to a model's queue."""
+        with errors_from(self.address), self._limits.call(model, seconds):
+            yield
+
+    async def _read(
+        self, method: Any, request: Any, seconds: float | None = None, model: str | None = None
+    ) -> AsyncGenerator[Any, None]:
         """A stream's messages; the call is cancelled when nobody asks for more."""
-        try:
-            with errors_from(self.address):
+        with errors_from(self.address) if model is None else self._calling(model, seconds):
+            call = method(request, timeout=seconds)
+            try:
                 async for reply in call:
                     yield reply
-        finally:
-            call.cancel()
+            finally:
+                call.cancel()

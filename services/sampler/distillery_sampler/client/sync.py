@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -15,6 +16,7 @@ from distill_core.errors import Unavailable
 from distill_service.channels import MAX_RETRIES, channel
 from distill_service.status import error_from_call, errors_from
 from distillery.v1 import models_pb2, models_pb2_grpc, sampler_pb2, sampler_pb2_grpc
+from distillery_sampler.client.limits import Limits
 from distillery_sampler.client.messages import (
     GenerateOptions,
     SeenView,
@@ -41,7 +43,8 @@ class SamplerClient:
     `address` is host:port or unix:/path; `ca`, `cert` and `key` are PEM files: the authority to trust, which turns TLS
     on, and the client's own certificate where the server asks for one. A call that the server refuses as overloaded, or
     that does not reach it, is sent again up to `retries` times (0 to 4), when the server said it should be, else after
-    0.1 s, 0.2 s, …; all within `timeout_s`, which each call may override.
+    0.1 s, 0.2 s, …; all within `timeout_s`, which each call may override. Where it refuses even so, no more calls at
+    once are sent than it takes; one above that ends with `Overloaded` at once.
 
     Raises:
         ConfigError: a file cannot be read, or a token would travel unencrypted.
@@ -59,6 +62,7 @@ class SamplerClient:
         retries: int = MAX_RETRIES,
     ) -> None:
         self.address, self.timeout_s = address, timeout_s
+        self._limits = Limits(address)
         self._channel = channel(address, token=token, ca=ca, cert=cert, key=key, retries=retries)
         self._sampler = sampler_pb2_grpc.SamplerServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelsServiceStub(self._channel)
@@ -107,15 +111,16 @@ class SamplerClient:
         self, request: sampler_pb2.GenerateRequest, *, timeout_s: float | None = None
     ) -> sampler_pb2.GenerateResponse:
         """Generate with the messages themselves: encoded bytes, the float tensor, the summary."""
-        with errors_from(self.address):
-            return self._sampler.Generate(request, timeout=self._seconds(timeout_s))
+        seconds = self._seconds(timeout_s)
+        with self._calling(request.model, seconds):
+            return self._sampler.Generate(request, timeout=seconds)
 
     def generate_stream(
         self, model: str, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generator[tuple[int, np.ndarray], None, None]:
         """(index, picture) pairs, each as soon as it is ready. Close the iterator to cancel what is left."""
         request = sampler_pb2.GenerateStreamRequest(request=raw_request(model, options))
-        for reply in self._read(self._sampler.GenerateStream(request, timeout=self._seconds(timeout_s))):
+        for reply in self._read(self._sampler.GenerateStream, request, self._seconds(timeout_s), model):
             if reply.HasField("image"):
                 yield reply.image.index, picture_from(reply.image)
 
@@ -132,8 +137,9 @@ class SamplerClient:
     ) -> SeenView:
         """One view of a scene, from a camera on an orbit (degrees) or at a `pose`, camera-to-world (4, 4)."""
         request = render_request(model, orbit(azimuth, elevation, radius), pose, options)
-        with errors_from(self.address):
-            return seen(self._sampler.Render(request, timeout=self._seconds(timeout_s)).view)
+        seconds = self._seconds(timeout_s)
+        with self._calling(model, seconds):
+            return seen(self._sampler.Render(request, timeout=seconds).view)
 
     def render_path(
         self,
@@ -153,7 +159,7 @@ class SamplerClient:
         """
         start = sampler_pb2.OrbitPath(count=count, start=orbit(0.0, elevation, radius), degrees=degrees)
         request = path_request(model, start, poses, options)
-        for reply in self._read(self._sampler.RenderPath(request, timeout=timeout_s)):
+        for reply in self._read(self._sampler.RenderPath, request, timeout_s, model):
             if reply.HasField("view"):
                 yield seen(reply.view)
 
@@ -174,7 +180,7 @@ class SamplerClient:
         """
         request = progressive_request(model, orbit(azimuth, elevation, radius), pose, options)
         shown: SeenView | None = None
-        for reply in self._read(self._sampler.RenderPath(request, timeout=self._seconds(timeout_s))):
+        for reply in self._read(self._sampler.RenderPath, request, self._seconds(timeout_s), model):
             if reply.HasField("view"):
                 shown = improved(shown, reply.view, request.options)
                 yield shown
@@ -203,19 +209,28 @@ class SamplerClient:
 
     def watch_models(self) -> Generator[models_pb2.Model, None, None]:
         """Every model's state, then each change, until the iterator is closed."""
-        for reply in self._read(self._models.WatchModels(models_pb2.WatchModelsRequest())):
+        for reply in self._read(self._models.WatchModels, models_pb2.WatchModelsRequest()):
             yield reply.model
 
     def _seconds(self, timeout_s: float | None) -> float:
         return self.timeout_s if timeout_s is None else timeout_s
 
-    def _read(self, call: Any) -> Generator[Any, None, None]:
+    @contextmanager
+    def _calling(self, model: str, seconds: float | None) -> Iterator[None]:
+        """Around a call to a model's queue."""
+        with errors_from(self.address), self._limits.call(model, seconds):
+            yield
+
+    def _read(
+        self, method: Any, request: Any, seconds: float | None = None, model: str | None = None
+    ) -> Generator[Any, None, None]:
         """A stream's messages, each fetched when it is asked for; the call is cancelled when nobody asks any more."""
-        try:
-            with errors_from(self.address):
+        with errors_from(self.address) if model is None else self._calling(model, seconds):
+            call = method(request, timeout=seconds)
+            try:
                 yield from call
-        finally:
-            call.cancel()
+            finally:
+                call.cancel()
 
 
 def not_ready(address: str, timeout_s: float) -> Unavailable:
