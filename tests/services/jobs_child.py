@@ -1,8 +1,8 @@
 """A small real job process that speaks the supervisor's protocol: it counts steps and checkpoints them.
 
 `[config]` of its recipe says how: step_s (seconds a step), crash_at (kill itself from this step on, in the
-first `crashes` attempts, by default one), exit_at and exit_code, error (an error event), ignore_sigterm, and
-publish (into the real store, killing itself right after it the first time).
+first `crashes` attempts, by default one), exit_at and exit_code, error (an error event), ignore_sigterm, keeps
+(checkpoints, as it does by default), and publish (into the real store, killing itself right after it the first time).
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def main() -> int:
             return 143
         time.sleep(config.get("step_s", 0.0))
         step += 1
-        draft = checkpoint.with_suffix(f".{os.getpid()}")  # several processes of a job may be at it
-        draft.write_text(str(step))
-        os.replace(draft, checkpoint)
+        keep(checkpoint, step, config)
         with (run_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "time": time.time(), "loss": 1 / step}) + "\n")
         rates = {"rate": 1.0, "eta_s": float(steps - step), "images_per_second": 64.0, "gpu_memory_bytes": 0}
@@ -71,6 +69,15 @@ def main() -> int:
     name = (recipe.get("publish") or {}).get("name")
     say(event="result", artifact=f"{name}@1" if name else "", metrics={"loss": 1 / step})
     return 0
+
+
+def keep(checkpoint: Path, step: int, config: dict) -> None:
+    if not config.get("keeps", True):
+        return
+    draft = checkpoint.with_suffix(f".{os.getpid()}")  # several processes of a job may be at it
+    draft.write_text(str(step))
+    os.replace(draft, checkpoint)
+    say(event="checkpoint", step=step)
 
 
 def publish(task: dict, step: int) -> int:

@@ -14,7 +14,7 @@ import typer
 
 from distill_core.api import Result
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.config import load_recipe
+from distill_core.config import load_recipe, parse_overrides
 from distill_core.errors import ConfigError, NotFound
 from distill_service.settings import load_settings, settings
 from distillery.v1 import jobs_pb2
@@ -152,6 +152,23 @@ def test_a_stopped_run_says_the_whole_command_that_continues_it(home, monkeypatc
     assert code == 143
     wanted = f"distillery train judge_digits {' '.join(TINY)} --out '{home / 'a run'}'"
     assert err.splitlines()[-1] == f"stopped at step 7; continue with: {wanted}"
+
+
+def test_resuming_with_another_recipe_says_what_differs(home, monkeypatch, capsys):
+    monkeypatch.setattr("distill_core.api.train", lambda *_args, **_options: Result(home, 7, stopped=True))
+    folder = home / "run"
+    (folder / "checkpoints" / "000000007").mkdir(parents=True)
+    (folder / "recipe.toml").write_text(load_recipe("judge_digits", parse_overrides(TINY[1::2])).to_toml())
+
+    def said(*more: str) -> str:
+        return run(capsys, "train", "judge_digits", *TINY, *more, "--out", str(folder))[2]
+
+    assert "begun with" not in said("-s", "seed=5")  # there is nothing to go on from yet
+    (folder / "checkpoints" / "000000007" / "state.json").write_text("{}")
+    assert "begun with" not in said()
+    assert "begun with seed = 0, now 5; give another --out to begin anew" in said("-s", "seed=5")
+    (folder / "recipe.toml").write_text("method = ")
+    assert "begun with" not in said("-s", "seed=5")
 
 
 def test_a_run_folder_takes_one_training_at_a_time(home, capsys):

@@ -87,12 +87,21 @@ def test_a_job_killed_right_after_publishing_publishes_nothing_twice(db, values,
 
 
 def test_a_job_that_is_killed_each_time_is_given_up(db, supervisor):
-    job = submit(db, train(steps=9, config={"crash_at": 1, "crashes": 3})).job
+    job = submit(db, train(steps=9, config={"crash_at": 1, "crashes": 3, "keeps": False})).job
     verdicts = [run(supervisor).verdict for _ in range(3)]
     row = requests.get(db, job.id).job
     assert verdicts == ["crashed"] * 3
     assert (row.state, row.crashes) == (State.FAILED, 3)
     assert "given up after 3 attempts" in row.error["message"]
+
+
+def test_a_job_that_gets_further_each_time_is_not_given_up(db, values, supervisor):
+    job = submit(db, train(steps=9, config={"crash_at": 1, "crashes": 6})).job
+    verdicts = [run(supervisor).verdict for _ in range(7)]
+    assert verdicts == ["crashed"] * 6 + ["succeeded"]
+    assert (values.runs / job.id / "started_at").read_text() == "6"
+    row = requests.get(db, job.id).job
+    assert (row.state, row.attempt, row.crashes, row.error) == (State.SUCCEEDED, 7, 1, {})
 
 
 def test_cancelling_keeps_the_checkpoint_and_a_retry_continues_it(db, values, supervisor):

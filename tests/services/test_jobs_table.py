@@ -139,6 +139,22 @@ def test_a_job_whose_worker_dies_each_time_is_given_up(table):
     assert "given up after 3 attempts" in row.error["message"]
 
 
+def test_crashes_count_from_the_last_new_checkpoint(table):
+    job = submit(table, train(), max_attempts=3).job
+
+    def end(kept: int, verdict: str = "crashed") -> tuple[State, int]:
+        claim = take(table)
+        queue.finish(table, job.id, claim.attempt, Outcome(verdict, progress={queue.KEPT: kept}))
+        row = requests.get(table, job.id).job
+        return row.state, row.crashes
+
+    assert [end(5), end(5), end(6)] == [(State.QUEUED, 1), (State.QUEUED, 2), (State.QUEUED, 1)]
+    assert end(6) == (State.QUEUED, 2)
+    assert end(7, "preempted") == (State.QUEUED, 2)
+    assert end(7) == (State.QUEUED, 1)
+    assert [end(3), end(7)] == [(State.QUEUED, 2), (State.FAILED, 3)]
+
+
 def test_preemption_does_not_count_as_an_attempt(table):
     job = submit(table, train(), max_attempts=2).job
     for _ in range(5):

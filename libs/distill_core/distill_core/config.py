@@ -340,6 +340,13 @@ class Recipe(Config):
         """The resolved recipe as TOML, defaults written out."""
         return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
 
+    def differences(self, before: Recipe) -> dict[str, tuple[Any, Any]]:
+        """What is otherwise in `before`: its value and ours, by dotted key; None is unset."""
+        old, new = (_dotted(recipe.model_dump(mode="json")) for recipe in (before, self))
+        keys = [*old, *(key for key in new if key not in old)]
+        pairs = {key: (old.get(key), new.get(key)) for key in keys}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
     def override(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with dotted keys replaced, e.g. `{"config.guidance": 2.0}`; validated again."""
         values = _without_none(self.model_dump(mode="json"))
@@ -357,6 +364,13 @@ def _without_none(value: _T) -> _T:
     if isinstance(value, list):
         return [_without_none(entry) for entry in value]  # type: ignore[return-value]
     return value
+
+
+def _dotted(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= _dotted(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return found
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:

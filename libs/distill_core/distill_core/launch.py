@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import runpy
 import signal
@@ -111,14 +112,24 @@ def main(arguments: list[str]) -> int:
 
 
 def _as_rank(parent: int, module: str, spec: str) -> int:
-    """Become the job's program in a process that dies with the launcher."""
+    """Become the job's program in a process that dies with the launcher.
+
+    It leaves without Python's finalization: a thread of gloo that frees its last message then aborts the process.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         return 1
     sys.argv = [module, spec]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-    return 0
+    code: object = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        code = ended.code
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _needs_models_first(task: dict) -> bool:

@@ -8,6 +8,7 @@ import secrets
 import shlex
 import signal
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.config import Recipe, load_recipe, parse_overrides
-from distill_core.errors import EXIT_STOPPED, Unavailable
+from distill_core.errors import EXIT_STOPPED, DistilleryError, Unavailable
 from distillery_cli.output import AsJson, Overrides, bar, emit_json, figure, notes, results, table, waiting
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def train(
 
         where = here()
     with _alone_in(folder), _stop_on_signals() as stopped, bar(Path(recipe).stem, loaded.steps) as line:
+        _say_changes(folder, loaded)
         result = api.train(loaded, folder, where, listener=line.tell, should_stop=stopped)
     if result.stopped:
         again = [recipe, *(part for given in overrides or [] for part in ("-s", given)), "--out", str(folder)]
@@ -154,6 +156,22 @@ def _new_folder(recipe: str) -> Path:
     return (
         settings().runs / f"{Path(recipe).stem}-{moment}-{secrets.token_hex(2)}"
     )  # two may begin in one second
+
+
+def _say_changes(folder: Path, recipe: Recipe) -> None:
+    """Resuming with another recipe is allowed, e.g. for more steps, but not silent."""
+    from distill_core.training.checkpoint import complete_checkpoints
+
+    if not complete_checkpoints(folder / "checkpoints"):
+        return
+    try:
+        before = Recipe.parse(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, DistilleryError):  # by an older release, or damaged
+        return
+    changed = [f"{key} = {old}, now {new}" for key, (old, new) in recipe.differences(before).items()]
+    if changed:
+        said = f"goes on in {folder}, which was begun with {'; '.join(changed)}; give another --out to begin anew"
+        notes.print(said, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

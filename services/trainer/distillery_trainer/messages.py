@@ -195,7 +195,7 @@ def _job(job: Job) -> jobs_pb2.Job:
         started_time=_time(job.started),
         finished_time=_time(job.finished),
     )
-    if job.error:
+    if job.error.get("type") or job.error.get("message"):
         message.error.CopyFrom(_error(job.error))
     return message
 

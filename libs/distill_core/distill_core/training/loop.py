@@ -212,6 +212,7 @@ class Trainer:
             method=self.recipe.method,
             keep=self.recipe.keep_checkpoints,
         )
+        self.run.tell("checkpoint", step=self.step)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that the next steps depend on, by part; shares where the networks are sharded."""
@@ -254,6 +255,7 @@ class Trainer:
             ) from None
         if self.accelerator.is_main_process:
             self.run.drop_metrics_after(self.step)
+            self.run.tell("checkpoint", step=self.step)
         log.info("resumed from step %d", self.step)
 
 

@@ -18,6 +18,9 @@ from distill_service.jobs.specs import substitute
 from distill_service.jobs.states import locked, move, now, record, refresh_pipeline, stale_pipelines
 from distill_service.jobs.table import Job, Kind, Leader, Parent, Queue, State
 
+KEPT = (
+    "kept"  # the step of the newest checkpoint, in a job's progress, and in its error that of the last crash
+)
 MAX_DELAY_S = 300.0  # before a job that went back to its queue may be claimed again
 Verdict = Literal["succeeded", "failed", "cancelled", "preempted", "crashed"]
 _STATES = {"succeeded": State.SUCCEEDED, "failed": State.FAILED, "cancelled": State.CANCELLED}
@@ -38,7 +41,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended. `preempted` and `crashed` put the job back; only the latter counts against it."""
+    """How an attempt ended. `preempted` and `crashed` put the job back; only the latter counts against it.
+
+    It counts anew from the first crash after a new checkpoint: a long job may lose many workers.
+    """
 
     verdict: Verdict
     artifact: str = ""
@@ -166,20 +172,23 @@ def finish(db: Database, job_id: str, attempt: int, outcome: Outcome, *, who: st
 
 def _end_attempt(session: Session, job: Job, outcome: Outcome, who: str) -> None:
     message = str(outcome.error.get("message", ""))
-    job.error = outcome.error
+    kept_before, job.error = job.error.get(KEPT, 0), outcome.error
     if outcome.progress:
         job.progress = outcome.progress
     if outcome.verdict in _STATES:
         job.artifact, job.metrics = outcome.artifact, outcome.metrics
         move(session, job, _STATES[outcome.verdict], outcome.verdict, message=message, who=who)
         return
+    kept = kept_before
     if outcome.verdict == "crashed":
-        job.crashes += 1
+        kept = max(kept_before, job.progress.get(KEPT, 0))
+        job.crashes = job.crashes + 1 if kept == kept_before else 1
+    job.error = {**outcome.error, KEPT: kept} if kept else outcome.error
     if job.cancel_requested:
         move(session, job, State.CANCELLED, "cancelled", message=message, who=who)
     elif job.crashes >= job.max_attempts:
         message = f"{message}; given up after {job.crashes} attempts"
-        job.error = {**outcome.error, "message": message}
+        job.error = {**job.error, "message": message}
         move(session, job, State.FAILED, "failed", message=message, who=who)
     else:
         job.not_before = now(session) + min(outcome.delay_s, MAX_DELAY_S)

@@ -54,6 +54,9 @@ class _Seen:
         elif message["event"] == "metrics":
             self.progress["metrics"] = values.get("values", {})
             self.changed = True
+        elif message["event"] == "checkpoint":
+            self.progress[queue.KEPT] = values["step"]
+            self.changed = True
         elif message["event"] == "result":
             self.result = values
         elif message["event"] == "error":
