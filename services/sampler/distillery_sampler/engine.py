@@ -123,10 +123,13 @@ class Engine:
         image = model.manifest.image
         assert image is not None, "a denoiser without image is not loaded"
         shape, waits = (image.channels, image.height, image.width), model.batcher.busy
-        if not waits and len(items) * math.prod(shape) <= QUICK_VALUES:
+        quick = len(items) * math.prod(shape) <= QUICK_VALUES
+        if quick and not waits:
             draw(items, shape)
         futures = model.batcher.submit(key, items, **terms(call))
-        if waits:
+        if quick:
+            draw(items, shape)
+        elif waits:
             self._ahead.ask(items, shape)
         return futures
 
