@@ -114,11 +114,14 @@ def build_server(
     outer = [traced.server_interceptor()] if traced else []
     certified = settings.tls_client_ca is not None
     gate = _Gate(tokens, admin_methods, on_call, shed, AuditLog(settings.audit_log), certified)
-    return grpc.aio.server(
+    server = grpc.aio.server(
         interceptors=[*outer, gate],
         options=options,
         maximum_concurrent_rpcs=settings.max_concurrent,
     )
+    # Methods are found by name: for one that is registered too, grpc.aio sets up a wait of its own at every call.
+    server.add_registered_method_handlers = lambda service, handlers: None  # type: ignore[method-assign]
+    return server
 
 
 class _Gate(grpc.aio.ServerInterceptor):
