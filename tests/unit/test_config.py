@@ -14,6 +14,8 @@ from distill_core.errors import ConfigError, NotFound
         ({"stepz": 3}, r"unknown key stepz; did you mean 'steps'\?", "stepz"),
         ({"optim.student.learning": 1}, r"unknown key optim.student.learning", "optim.student.learning"),
         ({"steps": "many"}, r"steps = 'many' is not allowed", "steps"),
+        ({"steps": True}, r"steps: true is no number", "steps"),
+        ({"optim.student.lr": True}, r"optim.student.lr: true is no number", "optim.student.lr"),
         ({"steps": -1}, r"steps = -1 is not allowed.*greater than or equal to 1", "steps"),
         ({"seed": 2**63}, r"seed = \d+ is not allowed", "seed"),
         (
