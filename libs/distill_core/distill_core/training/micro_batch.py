@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import gc
 import logging
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
+from distill_core.config import Recipe
 from distill_core.errors import out_of_memory
 from distill_core.losses.matching import alone
-
-if TYPE_CHECKING:
-    from distill_core.training.loop import Trainer
+from distill_core.training.layout import Parts
 
 log = logging.getLogger(__name__)
-Parts = dict[str, dict[str, Tensor]]
 
 
-def fitting_accumulate(trainer: Trainer) -> int:
+class Steps(Protocol):
+    """Of a trainer: steps that can be tried and taken back."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    parameters: dict[str, list[nn.Parameter]]
+    accumulate: int
+    alone: bool  # this process steps without the others
+
+    def train_step(self) -> Any: ...
+
+    def tensors(self) -> Parts: ...
+
+    def load(self, tensors: Parts) -> None: ...
+
+
+def fitting_accumulate(trainer: Steps) -> int:
     """The smallest `accumulate`, doubled from the recipe's on, with which a step fits into the memory of every process.
 
     Each try is a whole step, of which nothing is kept. Raises what the device raises where no split helps.
@@ -39,7 +54,7 @@ def fitting_accumulate(trainer: Trainer) -> int:
     return tried
 
 
-def _fits(trainer: Trainer, accumulate: int, *, last: bool) -> bool:
+def _fits(trainer: Steps, accumulate: int, *, last: bool) -> bool:
     """Whether a step of this process alone fits; `last`: there is nothing smaller to try."""
     trainer.accumulate, trainer.alone = accumulate, True
     try:
