@@ -184,7 +184,7 @@ def save_plot(subject: dict[str, Any], path: Path) -> None:
     from distillery_cli.report import pyplot_without_display
 
     pyplot = pyplot_without_display()
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(10, 5), layout="constrained")
     ours = {"name": "Distillery", **subject["ours"]}
     shown = [row for row in (ours, *subject.get("peers", ())) if row.get("curve")]
     for number, row in enumerate(shown):
@@ -194,7 +194,7 @@ def save_plot(subject: dict[str, Any], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), style, color=f"C{number}", marker=".", label=label)
     axis.axvline(subject["bare"]["images_per_s"], color="black", linewidth=1, label="bare runtime's limit")
     axis.set(xlabel="offered, images a second", ylabel="latency of the accepted, ms", yscale="log")
-    axis.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
