@@ -20,12 +20,15 @@ FULL, LATE, BROKEN = (
 
 
 class Failed(grpc.RpcError):
-    def __init__(self, code: grpc.StatusCode) -> None:
+    def __init__(self, code: grpc.StatusCode, *, silent: bool = False) -> None:
         super().__init__()
-        self._code = code
+        self._code, self._silent = code, silent
 
     def code(self) -> grpc.StatusCode:
         return self._code
+
+    def trailing_metadata(self):
+        return () if self._silent else (("grpc-retry-pushback-ms", "50"),)
 
 
 class Server:
@@ -120,6 +123,17 @@ def test_only_refusals_for_want_of_room_or_time_count(code, limits_it):
         calls.enter_context(limits.call("digits", None))
         if not limits_it:
             calls.enter_context(limits.call("digits", 1.0))
+
+
+@pytest.mark.parametrize("error", [Failed(LATE), Failed(FULL), Failed(FULL, silent=True)])
+def test_a_call_that_is_refused_for_what_it_asks_holds_up_no_other(error):
+    limits = Limits("here:1", clock=lambda: 0.0)
+    for _ in range(100):  # five calls at once are answered, then one asks for too much
+        with ExitStack() as calls:
+            for _ in range(5):
+                calls.enter_context(limits.call("digits", 1.0))
+        with pytest.raises(Failed), limits.call("digits", 1.0):
+            raise error
 
 
 def test_one_call_is_always_sent():

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 import grpc
 
 from distill_core.errors import Overloaded
+from distill_service.status import PUSHBACK_KEY
 
 CUT = 0.9  # of the calls in flight stay, when one more is refused
 GROWTH = 0.1  # calls, when all that are in flight were answered
 FORGET_S = 10.0  # without a refusal: then no limit is known any more
 RETRY_S = 0.05
 MOST = 1000  # limits that are kept: names of models may come from anybody
-REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 class Limits:
@@ -53,16 +53,17 @@ class Limits:
                     retry_after_s=RETRY_S,
                 )
             limit.in_flight += 1
+            at_once = limit.in_flight
         try:
             yield
         except grpc.RpcError as error:
-            if error.code() in REFUSALS:
+            if _is_refusal(error):
                 with self._lock:
                     limit.cut(began, self._clock())
             raise
         else:
             with self._lock:
-                limit.grow()
+                limit.grow(at_once)
         finally:
             with self._lock:
                 limit.in_flight -= 1
@@ -74,21 +75,34 @@ class Limits:
         return self._limits.setdefault(key, _Limit())
 
 
+def _is_refusal(error: grpc.RpcError) -> bool:
+    """For want of time or room; a message that is too large is refused without a word on when to come again."""
+    full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    told = full and PUSHBACK_KEY in dict(error.trailing_metadata() or ())
+    return told or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 class _Limit:
     def __init__(self) -> None:
         self.in_flight, self._limit, self._cut_at = 0, math.inf, -math.inf
+        self._answered = 0  # so many at once since the last cut
 
     def admits(self, now: float) -> bool:
         if now - self._cut_at > FORGET_S:
             self._limit = math.inf
         return self.in_flight + 1 <= self._limit
 
-    def grow(self) -> None:
-        """After an answer, if there were as many calls as may be."""
+    def grow(self, at_once: int) -> None:
+        """After an answer to the last of so many, if there were as many calls as may be."""
+        self._answered = max(self._answered, at_once)
         if self.in_flight + 1 > self._limit:
             self._limit += GROWTH / self._limit
 
     def cut(self, began: float, now: float) -> None:
-        """After a refusal; calls that were sent before the last cut cannot know of it."""
+        """After a refusal; calls that were sent before the last cut cannot know of it.
+
+        What was answered meanwhile can be sent again: a call that is refused for what it asks holds up no other.
+        """
         if began >= self._cut_at:
-            self._limit, self._cut_at = max(1.0, CUT * min(self._limit, self.in_flight - 1)), now
+            fewer = CUT * min(self._limit, self.in_flight - 1)
+            self._limit, self._cut_at, self._answered = max(1.0, self._answered, fewer), now, 0
