@@ -107,14 +107,22 @@ def test_after_a_while_without_refusals_nothing_is_held_back():
     assert server.unsent == 0
 
 
-@pytest.mark.parametrize(("code", "limits_it"), [(FULL, True), (LATE, True), (BROKEN, False)])
-def test_only_refusals_for_want_of_room_or_time_count(code, limits_it):
+@pytest.mark.parametrize(
+    ("error", "limits_it"),
+    [
+        (Failed(FULL), True),
+        (Failed(LATE), True),
+        (Failed(FULL, silent=True), False),  # a message that is too large
+        (Failed(BROKEN), False),
+    ],
+)
+def test_only_refusals_for_want_of_room_or_time_count(error, limits_it):
     limits = Limits("here:1", clock=lambda: 0.0)
     with ExitStack() as calls:
         for _ in range(10):
             calls.enter_context(limits.call("digits", 1.0))
         with pytest.raises(Failed), limits.call("digits", 1.0):
-            raise Failed(code)
+            raise error
         if limits_it:
             with pytest.raises(Overloaded, match="10 calls for 'digits' are in flight, and here:1 refused"):
                 calls.enter_context(limits.call("digits", 1.0))
