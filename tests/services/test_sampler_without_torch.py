@@ -16,7 +16,7 @@ from tests.services.sampler_helpers import SamplerProcess, class_means, publish_
 @pytest.fixture
 def blocked(tmp_path) -> dict[str, str]:
     """An environment in which `import torch` fails, and so does what the ONNX image does not have."""
-    for name in ("torch", "diffusers", "transformers", "onnx"):
+    for name in ("torch", "diffusers", "transformers"):
         (tmp_path / "blocked" / name).mkdir(parents=True)
         (tmp_path / "blocked" / name / "__init__.py").write_text(f"raise ImportError('no {name} here')\n")
     return {"PYTHONPATH": os.pathsep.join([str(tmp_path / "blocked"), os.environ.get("PYTHONPATH", "")])}

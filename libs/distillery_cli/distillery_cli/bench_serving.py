@@ -164,6 +164,16 @@ def measure_subject(
     return found
 
 
+def plain(bench: Bench, callers: int) -> dict[str, Any]:
+    """Our server with graphs as they are in their files."""
+    ref, work = bench.served.ref, bench.work
+    with Sampler(ref, work, THREADS, DISTILLERY_SAMPLER_REWRITE_GRAPHS="false") as server:
+        server.start_seconds()
+        with load(sys.executable, HERE / "bench_client.py", server.address, ref, work) as generator:
+            found = paired(bench.lone, generator, bench.bare["batch"], callers, bench.seconds)
+    return {"best_concurrency": callers, **found}
+
+
 def ours(bench: Bench) -> dict[str, Any]:
     """Our server with one subject, and how long it took to say SERVING; beside others also by their client."""
     ref, work, name = bench.served.ref, bench.work, bench.served.subject.name
@@ -178,6 +188,8 @@ def ours(bench: Bench) -> dict[str, Any]:
         if "peers" in bench.parts and bench.is_main and (FOLDER / KSERVE).exists():
             with load(sys.executable, FOLDER / KSERVE, server.address, ref, work) as generator:
                 found["kserve"] = measured(bench, f"{name}, ours by tritonclient", server, generator)
+    if bench.is_main:
+        found["plain"] = plain(bench, found["ours"]["best_concurrency"])
     return found
 
 

@@ -42,6 +42,7 @@ class SamplerSettings(BaseSettings):
     precision: Literal["fp32", "bf16"] = "fp32"  # of the torch backend's networks and decoders
     buckets: tuple[int, ...] | None = None  # batch sizes that run, others filled up; unset: on GPUs 1 to 32
     cuda_graphs: bool = True  # torch on a GPU: one recorded graph per bucket, replayed
+    rewrite_graphs: bool = True  # ONNX on the CPU: what its kernels are slow at is written in another way
     poll_s: float = Field(2.0, gt=0)  # how often the store is asked for new versions
     max_models: int = Field(8, ge=1)  # loaded at once; above it the one longest unused is dropped
     max_memory: ByteSize | None = Field(

@@ -15,20 +15,23 @@ from distillery_sampler.backends.base import Generator
 from distillery_sampler.backends.experts import Feed
 from distillery_sampler.backends.fixed import OneThread
 from distillery_sampler.backends.graph_generator import GraphGenerator
+from distillery_sampler.backends.rewriting import rewritten
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 DTYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}
 MAX_BINDINGS = 32  # shapes of the inputs whose buffers are kept
 
 
-def open_onnx(model: Path, folder: Path, manifest: Manifest, *, threads: int) -> Generator:
+def open_onnx(
+    model: Path, folder: Path, manifest: Manifest, *, threads: int, rewrite: bool = True
+) -> Generator:
     """The graphs in `folder`, on the GPU where this onnxruntime has a CUDA provider."""
     on_gpu = CUDA in onnxruntime.get_available_providers()
     opened: Callable[[], Generator] = lambda: GraphGenerator(  # noqa: E731
         model,
         folder,
         manifest,
-        lambda path: Session(path, threads),
+        lambda path: Session(path, threads, rewrite=rewrite),
         name="onnxruntime",
         suffix=".onnx",
         on_gpu=on_gpu,
@@ -42,8 +45,10 @@ class Session:
     With `bound_to` the buffers are on that device, else where the provider is: none are needed on the CPU.
     """
 
-    def __init__(self, path: Path, threads: int, *, bound_to: str | None = None) -> None:
-        self._session = open_session(path, threads)
+    def __init__(
+        self, path: Path, threads: int, *, bound_to: str | None = None, rewrite: bool = True
+    ) -> None:
+        self._session = open_session(path, threads, rewrite=rewrite)
         self._types = {node.name: DTYPES.get(node.type) for node in self._session.get_inputs()}
         self.inputs = tuple(self._types)
         self._device = bound_to or ("cuda" if CUDA in self._session.get_providers() else None)
@@ -78,8 +83,8 @@ class Session:
         return binding, buffers
 
 
-def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """A session on the best provider this onnxruntime has.
+def open_session(path: Path, threads: int, *, rewrite: bool = True) -> onnxruntime.InferenceSession:
+    """A session on the best provider this onnxruntime has; with `rewrite` the CPU's runs the graph of `rewriting.py`.
 
     Raises:
         ArtifactError: the file is missing or no valid ONNX graph. Unavailable: the provider did not start.
@@ -93,7 +98,8 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     wanted = [p for p in (CUDA,) if p in onnxruntime.get_available_providers()]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[*wanted, CPU])
+        model = (rewritten(path) if rewrite and not wanted else None) or str(path)
+        session = onnxruntime.InferenceSession(model, options, providers=[*wanted, CPU])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise ArtifactError(f"{path.name} cannot be loaded: {str(error).splitlines()[0]}") from None
     if wanted and session.get_providers()[: len(wanted)] != wanted:  # it falls back to the CPU without a word

@@ -105,7 +105,7 @@ def _opened(
         return open_tensorrt(folder, exports, manifest, weights.cache)
     from distillery_sampler.backends.onnx_backend import open_onnx
 
-    return open_onnx(folder, exports, manifest, threads=threads)
+    return open_onnx(folder, exports, manifest, threads=threads, rewrite=settings.rewrite_graphs)
 
 
 def _runtime(target: str) -> str:
