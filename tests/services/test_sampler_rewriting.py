@@ -188,6 +188,14 @@ def test_weights_in_other_files_and_nested_graphs_stay(tmp_path):
     assert rewritten(tmp_path / "nested.onnx") is None
 
 
+def test_an_operator_of_the_same_name_that_is_not_onnx_own_stays(tmp_path):
+    model = onnx.load(str(upsampled(tmp_path / "up.onnx")))
+    model.graph.node[1].domain = "com.microsoft.nchwc"
+    model.opset_import.append(helper.make_opsetid("com.microsoft.nchwc", 1))
+    onnx.save(model, str(tmp_path / "other.onnx"))
+    assert rewritten(tmp_path / "other.onnx") is None
+
+
 def test_half_precision_stays(tmp_path):
     model = onnx.load(str(upsampled(tmp_path / "up.onnx")))
     for tensor in model.graph.initializer:

@@ -53,7 +53,8 @@ class _Graph:
         self._shapes = {value.name: _shape(value) for value in graph.value_info}
         self._uses = Counter(name for node in graph.node for name in node.input)
         self._uses.update(value.name for value in graph.output)
-        self._made_by = {name: node for node in graph.node for name in node.output}
+        self._nodes = [node for node in graph.node if node.domain == ""]  # ONNX's own operators
+        self._made_by = {name: node for node in self._nodes for name in node.output}
 
     @property
     def is_plain(self) -> bool:
@@ -66,7 +67,7 @@ class _Graph:
         """How many nodes were rewritten, here and now, each with what makes its first input."""
         rules = {"Conv": (self._upsampled, self._narrow), "Add": (self._by_channel,)}
         instead: dict[str, list[NodeProto]] = {}  # by the output that nodes make
-        for node in self._graph.node:
+        for node in self._nodes:
             new = next(filter(None, (rule(node) for rule in rules.get(node.op_type, ()))), None)
             if new:
                 instead[node.output[0]] = new
