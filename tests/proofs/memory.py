@@ -34,6 +34,8 @@ from tests.services.sampler_helpers import SamplerProcess, class_means, publish_
 WIDTH, LAYERS = 128, 7  # of the network: 1.03 million weights
 CLIENTS = 4
 WARM_UP = 0.2  # of what is done: arenas and pools grow to their size at first
+# as torch exports them; the last one, to one channel, is rewritten by the sampler
+CONV = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [1, 1], "dilations": [1, 1], "group": 1}
 ALLOWED = 0.05
 WRONG_EVERY = 50  # one call in so many names a class that does not exist
 Say = Callable[[str], object]
@@ -48,7 +50,7 @@ def write_network(path: Path, version: int) -> None:
     for layer in range(LAYERS + 1):
         shape = (1 if layer == LAYERS else WIDTH, 1 if layer == 0 else WIDTH, 3, 3)
         constants[f"kernel{layer}"] = rng.normal(scale=0.02, size=shape).astype(np.float32)
-        nodes.append(helper.make_node("Conv", [last, f"kernel{layer}"], [f"y{layer}"], pads=[1, 1, 1, 1]))
+        nodes.append(helper.make_node("Conv", [last, f"kernel{layer}"], [f"y{layer}"], **CONV))
         last = f"y{layer}"
         if layer < LAYERS:
             nodes.append(helper.make_node("Tanh", [last], [f"h{layer}"]))
@@ -161,7 +163,7 @@ def swap(sampler: SamplerProcess, store: ArtifactStore, folder: Path, count: int
 
 def measure(folder: Path, requests: int, swaps: int, say: Say) -> dict[str, Any]:
     """Seconds from a process's start to SERVING, and memory over `requests` calls and over `swaps` versions."""
-    for name in ("torch", "onnx"):
+    for name in ("torch", "diffusers"):
         (folder / "blocked" / name).mkdir(parents=True)
         (folder / "blocked" / name / "__init__.py").write_text("raise ImportError('blocked')\n")
     store = ArtifactStore(folder / "store")
