@@ -209,6 +209,8 @@ def test_the_report_is_consistent_and_becomes_page_and_plot(served, work, monkey
     assert (work / PLOT).read_bytes().startswith(b"\x89PNG")
     assert all(row["claim"] in page for row in report["claims"])
     assert "| Distillery | " in page
+    assert report["plain_overhead_ms"] == subject["plain"]["overhead_ms"] > 0
+    assert "| Distillery, graphs not rewritten | " in page
     assert "does not start: no library" in markdown(
         {**report, "subjects": [{**subject, "peers": [BROKEN]}]}, with_plot=False
     )
@@ -231,6 +233,10 @@ def test_what_does_not_hold_is_shown_as_not_holding():
         0.97 / 0.9
     )  # and the one with the most images
     assert found["grpc_alone_overhead_ms"] == 1.0  # shown, and no rival
+    plain = {"overhead_ms": 2.5, "ratio": 0.72}
+    found_plain = figures({"ours": ours, "plain": plain, "start_s": 1.0, "peers": peers})
+    assert found_plain["plain_peer_throughput_ratio"] == pytest.approx(0.72 / 0.9)
+    assert found_plain["best_peer_throughput_ratio"] == found["best_peer_throughput_ratio"]
     held = {row["claim"]: row["holds"] for row in verdicts(found)}
     assert list(held.values()) == [False, True, False, True, True]
     flat = figures({"ours": ours, "start_s": 1.0}, {"memory": [{"change": 0.01}, {"change": -0.06}]})
