@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -19,6 +20,23 @@ def test_noise_of_many_images_is_that_of_each_to_the_bit():
         for made, image in zip(together, images, strict=True):
             np.testing.assert_array_equal(made, unit_normal(*image, 2, shape))
             np.testing.assert_array_equal(made, unit_normals([image], 2, shape)[0])
+
+
+def box_muller(seed: int, index: int, draw: int, count: int) -> np.ndarray:
+    """As the docstring says it, from a generator of its own; `count` even."""
+    bits = np.random.Philox(key=[seed, index], counter=[0, 0, 0, draw]).random_raw(count)
+    first, second = np.split((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53, 2)
+    radius, angle = np.sqrt(-2.0 * np.log1p(-first)), 2.0 * np.pi * second
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)]).astype(np.float32)
+
+
+def test_noise_is_box_mullers_of_philox_in_every_thread():
+    images = [(seed, index) for seed in (0, 7, 2**63 - 1) for index in range(20)]
+    with ThreadPoolExecutor(4) as threads:
+        for draw in (3, 0, 3):  # a thread's generator keeps nothing of what it drew before
+            made = threads.map(lambda image, draw=draw: unit_normal(*image, draw, (3, 8, 8)), images)
+            for image, pixels in zip(images, made, strict=True):
+                np.testing.assert_array_equal(pixels.ravel(), box_muller(*image, draw, 192))
 
 
 def test_what_is_drawn_ahead_is_what_the_image_would_have_drawn():

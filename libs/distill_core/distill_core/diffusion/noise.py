@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable
 
 import numpy as np
+
+STEP = 2.0**-53  # between neighbouring uniforms
 
 
 def unit_normal(seed: int, index: int, draw: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -22,10 +25,33 @@ def unit_normals(images: Iterable[tuple[int, int]], draw: int, shape: tuple[int,
     """`unit_normal` of every (seed, index), float32 (B, *shape); to the bit the same, and quicker together."""
     count = math.prod(shape)
     half = (count + 1) // 2
-    streams = [np.random.Philox(key=[*image], counter=[0, 0, 0, draw]) for image in images]
-    bits = np.stack([np.asarray(stream.random_raw(2 * half), dtype=np.uint64) for stream in streams])
-    uniform = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    radius = np.sqrt(-2.0 * np.log1p(-uniform[:, :half]))  # log(1 - u): u = 0 is fine, u never reaches 1
-    angle = 2.0 * np.pi * uniform[:, half:]
-    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    return normal[:, :count].reshape(len(streams), *shape).astype(np.float32)
+    bits = np.stack([_stream(image, draw, 2 * half) for image in images])
+    bits >>= np.uint64(11)
+    uniform = bits.astype(np.float64)  # u is 2^-53 times this; all in place, as memory is what takes time
+    radius, angle = uniform[:, :half], uniform[:, half:]
+    radius *= -STEP
+    np.log1p(radius, out=radius)  # log(1 - u): u = 0 is fine, u never reaches 1
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    angle *= 2.0 * np.pi * STEP
+    normal = np.empty(uniform.shape, np.float32)
+    np.multiply(radius, np.cos(angle), out=normal[:, :half], casting="same_kind")
+    np.multiply(radius, np.sin(angle), out=normal[:, half:], casting="same_kind")
+    return normal[:, :count].reshape(-1, *shape)
+
+
+class _Stream(threading.local):
+    """Philox's raw bits for a key and a draw, from a generator that each thread keeps: a new one takes longer."""
+
+    def __init__(self) -> None:
+        self._philox = np.random.Philox(key=[0, 0])
+        self._begin = self._philox.state  # nothing is buffered yet
+
+    def __call__(self, key: tuple[int, int], draw: int, count: int) -> np.ndarray:
+        self._begin["state"]["key"][:] = key
+        self._begin["state"]["counter"][:] = 0, 0, 0, draw
+        self._philox.state = self._begin
+        return np.asarray(self._philox.random_raw(count), dtype=np.uint64)
+
+
+_stream = _Stream()
