@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,20 @@ def written(
     nodes: list[onnx.NodeProto],
     weights: dict[str, np.ndarray],
     out: tuple[int, int] = (CHANNELS, WIDTH),
-    kind: int = TensorProto.FLOAT,
+    unknown: Sequence[str] = (),
 ) -> Path:
     """A graph of `x` (N, CHANNELS, H, W) to `y`, its widths known as the exporter writes them, its heights not."""
     channels, width = out
     inner = [
-        helper.make_tensor_value_info(node.output[0], kind, ["N", channels, "H", width])
+        helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, ["N", channels, "H", width])
         for node in nodes
-        if node.output[0] != "y"
+        if node.output[0] not in unknown
     ]
     graph = helper.make_graph(
         [*nodes, helper.make_node("Identity", [nodes[-1].output[0]], ["y"])],
         "graph",
-        [helper.make_tensor_value_info("x", kind, ["N", CHANNELS, "h", "w"])],
-        [helper.make_tensor_value_info("y", kind, ["N", channels, "H", "W"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", CHANNELS, "h", "w"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", channels, "H", "W"])],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
         value_info=inner,
     )
@@ -114,13 +115,24 @@ def test_a_convolution_to_few_channels_is_a_transposed_one(tmp_path):
     assert_the_same(path, new)
 
 
-def scaled(path: Path, scale: tuple[int, ...], **more: Any) -> Path:
+def scaled(
+    path: Path,
+    scale: tuple[int, ...],
+    *,
+    before: Sequence[onnx.NodeProto] = (),
+    after: Sequence[onnx.NodeProto] = (),
+) -> Path:
+    """A scale and a shift of `x`, or of what the nodes `before` make of it: `mean`."""
     nodes = [
-        helper.make_node("Mul", ["x", "scale"], ["scaled"]),
+        *before,
+        helper.make_node("Mul", ["mean" if before else "x", "scale"], ["scaled"]),
         helper.make_node("Add", ["scaled", "shift"], ["shifted"]),
-        *more.pop("after", []),
+        *after,
     ]
-    return written(path, nodes=nodes, weights={"scale": normal(*scale), "shift": normal(*scale)}, **more)
+    weights = {"axis": np.array([1]), "groups": np.array([0, 4, -1]), "shift": normal(*scale)}
+    return written(
+        path, nodes=nodes, weights={**weights, "scale": normal(*scale)}, unknown=("mean", "grouped", "shape")
+    )
 
 
 def test_a_scale_and_a_shift_by_channel_are_one_pass(tmp_path):
@@ -173,6 +185,26 @@ def test_another_scale_stays(tmp_path, scale):
     assert rewritten(scaled(tmp_path / "other.onnx", scale)) is None
 
 
+def test_what_is_scaled_to_more_channels_stays(tmp_path):
+    mean = helper.make_node("ReduceMean", ["x", "axis"], ["mean"], keepdims=1)
+    path = scaled(tmp_path / "more.onnx", (CHANNELS, 1, 1), before=[mean])
+    assert rewritten(path) is None
+
+
+def test_the_shape_may_be_another_values(tmp_path):
+    """As group norms are exported: normalised by group, then back to the shape of what came in."""
+    nodes = [
+        helper.make_node("Reshape", ["x", "groups"], ["grouped"]),
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Reshape", ["grouped", "shape"], ["mean"]),
+    ]
+    path = scaled(tmp_path / "norm.onnx", (CHANNELS, 1, 1), before=nodes)
+    new = rewritten(path)
+    assert new is not None
+    assert operations(new)["BatchNormalization"] == 1
+    assert_the_same(path, new)
+
+
 def test_a_value_that_others_read_is_kept(tmp_path):
     after = [helper.make_node("Add", ["shifted", "scaled"], ["sum"])]
     assert rewritten(scaled(tmp_path / "read.onnx", (CHANNELS, 1, 1), after=after)) is None
@@ -186,6 +218,13 @@ def test_weights_in_other_files_and_nested_graphs_stay(tmp_path):
     model.graph.node.extend(NESTED)
     onnx.save(model, str(tmp_path / "nested.onnx"))
     assert rewritten(tmp_path / "nested.onnx") is None
+
+
+def test_a_weight_that_a_caller_may_replace_stays(tmp_path):
+    model = onnx.load(str(upsampled(tmp_path / "up.onnx")))
+    model.graph.input.append(helper.make_tensor_value_info("weight", TensorProto.FLOAT, [24, CHANNELS, 3, 3]))
+    onnx.save(model, str(tmp_path / "given.onnx"))
+    assert rewritten(tmp_path / "given.onnx") is None
 
 
 def test_an_operator_of_the_same_name_that_is_not_onnx_own_stays(tmp_path):

@@ -50,7 +50,9 @@ class _Graph:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._graph = graph
         self._weights = {tensor.name: tensor for tensor in graph.initializer}
-        self._shapes = {value.name: _shape(value) for value in graph.value_info}
+        self._given = {value.name for value in graph.input}  # may replace a weight of that name
+        values = (*graph.input, *graph.value_info, *graph.output)
+        self._shapes = {value.name: _shape(value) for value in values}
         self._uses = Counter(name for node in graph.node for name in node.input)
         self._uses.update(value.name for value in graph.output)
         self._nodes = [node for node in graph.node if node.domain == ""]  # ONNX's own operators
@@ -127,13 +129,24 @@ class _Graph:
         by_channel = len(shape) == 4 and shape[1] > 1 and (shape[1], 1, 1)
         if scale is None or shift is None or not scale.shape == shift.shape == by_channel:
             return None
+        if self._channels(mul.input[0]) != shape[1]:  # one channel may be scaled to many
+            return None
         zeros = np.zeros(shape[1], np.float32)
         constants = {"scale": scale.ravel(), "shift": shift.ravel(), "mean": zeros, "variance": zeros + 1}
         inputs = [self._add(f"{name}.{kind}", value) for kind, value in constants.items()]
         return [helper.make_node("BatchNormalization", [mul.input[0], *inputs], [name], epsilon=0.0)]
 
+    def _channels(self, name: str) -> int:
+        """C of a value (N, C, H, W); 0: not known. What is given another value's shape has as many."""
+        reshape = self._made_by.get(name)
+        shape = self._made_by.get(reshape.input[1]) if reshape and reshape.op_type == "Reshape" else None
+        if shape and shape.op_type == "Shape" and not any(attribute.i for attribute in shape.attribute):
+            name = shape.input[0]
+        known = self._shapes.get(name, ())
+        return known[1] if len(known) == 4 else 0
+
     def _constant(self, name: str) -> np.ndarray | None:
-        tensor = self._weights.get(name)
+        tensor = None if name in self._given else self._weights.get(name)
         return numpy_helper.to_array(tensor) if tensor and tensor.data_type == tensor.FLOAT else None
 
     def _add(self, name: str, value: np.ndarray) -> str:
