@@ -30,6 +30,7 @@ from tests.services.sampler_helpers import SamplerProcess, executed, publish_den
 from tests.services.test_sampler_render import cloud, publish_cloud
 
 SLOW_STEPS = 20_000  # about a second on one core
+PATIENT_S = 240.0  # no deadline that a machine with other work would miss
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +179,21 @@ def settled(sampler: SamplerProcess, name: str) -> int:
     return now
 
 
+def nothing_left(client: SamplerClient) -> None:
+    """Wait until what earlier tests asked of the teacher is done, or dropped: it has one thread, and takes turns."""
+    client.generate("teacher", class_labels=[1], num_steps=1, timeout_s=PATIENT_S)
+
+
 def test_closing_a_stream_early_cancels_the_rest_of_its_pictures(sampler, client):
-    client.load("teacher")
+    nothing_left(client)
     before = settled(sampler, "teacher")
-    stream = client.generate_stream("teacher", class_labels=[1] * 64, num_steps=SLOW_STEPS // 8)
+    slow = {"class_labels": [1] * 64, "num_steps": SLOW_STEPS // 8, "timeout_s": PATIENT_S}
+    stream = client.generate_stream("teacher", **slow)
     next(stream)
     stream.close()
 
     async def ask(other: AsyncSamplerClient) -> None:
-        pictures = other.generate_stream("teacher", class_labels=[1] * 64, num_steps=SLOW_STEPS // 8)
-        async with aclosing(pictures):
+        async with aclosing(other.generate_stream("teacher", **slow)) as pictures:
             await anext(pictures)
 
     with_async(sampler, ask)
@@ -217,7 +223,7 @@ def test_closing_an_iterator_cancels_its_call_at_once_whoever_else_holds_it(samp
 
 
 def test_cancelling_the_task_cancels_the_call(sampler, client):
-    client.load("teacher")
+    nothing_left(client)
     before = settled(sampler, "teacher")
 
     async def ask(other: AsyncSamplerClient) -> None:
