@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from random import Random
 
@@ -36,6 +37,25 @@ def test_what_is_cut_off_is_refused(subject, suffix):
     whole = (subject.folder / path).read_bytes()
     assert subject.tried(path, whole) == "read"
     assert subject.tried(path, whole[: len(whole) // 2]) == "ArtifactError"
+
+
+@pytest.mark.parametrize(
+    ("part", "lie"),
+    [
+        ("image", {"height": 10**30}),
+        ("image", {"channels": 2**17}),
+        ("image", {"height": 2**16, "width": 2**16}),  # each alone is allowed
+        ("image", {"picture": [3, 2**16, 2**16]}),
+        ("image", {"picture": [0, 8, 8]}),
+        ("sampler", {"max_steps": 10**30}),
+        ("sampler", {"num_steps": 10**30, "max_steps": 10**30}),
+    ],
+    ids=str,
+)
+def test_a_size_that_no_machine_has_room_for_is_refused(subject, part, lie):
+    told = json.loads((subject.folder / "distillery.json").read_bytes())
+    told[part] |= lie
+    assert subject.tried("distillery.json", json.dumps(told).encode()) == "ArtifactError"
 
 
 def test_a_failure_that_is_not_one_of_ours_is_seen(subject, monkeypatch):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill_core.config import Config, Name
 from distill_core.diffusion.routing import PartitionSpec
@@ -12,6 +13,8 @@ from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.parity import ParitySample
 
 MANIFEST = "manifest.json"
+MAX_VALUES = 2**28  # of one picture or its latents, 1 GiB: above it a size is a mistake, or damage
+Side = Annotated[int, Field(ge=1, le=2**16)]
 
 
 class FileEntry(Config):
@@ -22,11 +25,17 @@ class FileEntry(Config):
 class ImageSpec(Config):
     """What a generator makes: the denoiser's own tensor, and the picture after decoding."""
 
-    channels: int = Field(ge=1)  # of the denoiser's tensor: pixels, or latents
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
-    picture: tuple[int, int, int]  # (C, H, W) in [-1, 1] after the decoder; the same for a pixel model
+    channels: Side  # of the denoiser's tensor: pixels, or latents
+    height: Side
+    width: Side
+    picture: tuple[Side, Side, Side]  # (C, H, W) in [-1, 1] after the decoder; the same for a pixel model
     tileable: bool = False  # pictures repeat without a seam: the network's convolutions wrap around
+
+    @model_validator(mode="after")
+    def _fits(self) -> ImageSpec:
+        if max(self.channels * self.height * self.width, math.prod(self.picture)) > MAX_VALUES:
+            raise ValueError(f"a picture of more than {MAX_VALUES} values is not allowed")
+        return self
 
 
 class CondSpec(Config):

@@ -35,8 +35,8 @@ class SamplerSpec(Config):
     sigma_max: float = Field(80.0, gt=0)  # heun, euler: first level
     rho: float = Field(7.0, gt=0)  # heun, euler: Karras et al. 2022, Eq. 5
     noise_scale: float = Field(gt=0)  # the first x is noise_scale * unit noise
-    num_steps: int = Field(ge=1)  # default
-    max_steps: int = Field(ge=1)
+    num_steps: int = Field(ge=1, le=10**6)  # default
+    max_steps: int = Field(ge=1, le=10**6)
     guidance: float = 1.0  # default; 1 is off
     guidable: bool = (
         True  # False: distilled with guidance baked in, other values than the default are refused
