@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from random import Random
 
 import pytest
 import torch
 
+from distill_core.errors import ArtifactError
+from distill_core.networks.foreign_configs import check_numbers
 from tests.services.fuzz.converter import Subject, fuzz
 from tests.services.fuzz.damage import KINDS, lying_header, odd_value, truncated
 
@@ -56,6 +59,18 @@ def test_a_size_that_no_machine_has_room_for_is_refused(subject, part, lie):
     told = json.loads((subject.folder / "distillery.json").read_bytes())
     told[part] |= lie
     assert subject.tried("distillery.json", json.dumps(told).encode()) == "ArtifactError"
+
+
+@pytest.mark.parametrize(
+    "lie", [{"num_layers": 10**30}, {"num_layers": 1001}, {"a": [{"b": 2**31}]}], ids=str
+)
+def test_a_network_that_takes_hours_to_build_is_refused_first(subject, tmp_path, lie):
+    told = json.loads((subject.folder / "transformer/config.json").read_bytes())
+    for numbers, refused in ((told, False), (told | lie, True)):
+        (tmp_path / "config.json").write_text(json.dumps(numbers))
+        with pytest.raises(ArtifactError, match="is above 1000") if refused else nullcontext():
+            check_numbers(tmp_path)
+    assert subject.tried("transformer/config.json", json.dumps(told | lie).encode()) == "ArtifactError"
 
 
 def test_a_failure_that_is_not_one_of_ours_is_seen(subject, monkeypatch):

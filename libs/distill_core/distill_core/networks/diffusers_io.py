@@ -15,6 +15,7 @@ from distill_core.diffusion.schedule import Parameterisation
 from distill_core.errors import ArtifactError, ConfigError, NotFound
 from distill_core.networks.denoiser import loading
 from distill_core.networks.diffusers_denoiser import SIDECAR, DiffusersDenoiser, Sidecar, schedule_of
+from distill_core.networks.foreign_configs import check_numbers
 from distill_core.networks.text import TextEncoder, check_text, load_text_encoder
 from distill_core.networks.weightless import is_weightless, real_tensors
 
@@ -92,6 +93,7 @@ def _reason(error: Exception) -> str:
 
 
 def _load(folder: Path, cls: Any, **options: Any) -> Any:
+    check_numbers(folder)
     if is_weightless():
         return _shaped(folder, cls, **options)
     weights = [

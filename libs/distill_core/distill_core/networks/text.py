@@ -16,6 +16,7 @@ from torch import Tensor
 from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.method import Cond
+from distill_core.networks.foreign_configs import check_numbers
 from distill_core.networks.weightless import is_weightless
 
 # Embeddings kept, so that no prompt in use is encoded twice: 1,100 prompts of Stable Diffusion 1.5, 400 of SDXL.
@@ -136,6 +137,7 @@ def load_text_encoder(folder: Path) -> TextEncoder:
     def part(name: str, cls: Any, **options: Any) -> Any:
         if cls is CLIPTokenizer and not _has_vocabulary(folder / name):  # it would read every word as unknown
             raise OSError(f"{name}/ has neither tokenizer.json nor vocab.json with merges.txt")
+        check_numbers(folder / name)
         if cls is not CLIPTokenizer and is_weightless():
             return cls(cls.config_class.from_pretrained(folder / name, local_files_only=True))
         return cls.from_pretrained(folder / name, local_files_only=True, **options)

@@ -1,0 +1,43 @@
+"""Whether the numbers in a foreign config can be true, before a library builds what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distill_core.errors import ArtifactError
+
+FILES = ("config.json", "scheduler_config.json")
+MOST = 10**6  # the largest vocabularies have a quarter of it
+MOST_LAYERS = 1000  # of keys such as num_layers: each takes a library milliseconds
+
+
+def check_numbers(folder: Path) -> None:
+    """Refuse a config with a number that would keep a library building for hours; what it is silent on passes.
+
+    Raises:
+        ArtifactError: such a number; the sentence names its key.
+    """
+    for path in (folder / name for name in FILES):
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # for whoever reads it to say
+            continue
+        for key, number in _numbers(table, ""):
+            most = MOST_LAYERS if "layers" in key else MOST
+            if abs(number) > most:
+                raise ArtifactError(f"{path} is damaged: {key} is above {most}, the most that is read")
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, int]]:
+    """Whole numbers with the key that they stand under, at any depth."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int):
+        yield key, value
