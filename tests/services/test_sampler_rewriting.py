@@ -210,6 +210,17 @@ def test_a_value_that_others_read_is_kept(tmp_path):
     assert rewritten(scaled(tmp_path / "read.onnx", (CHANNELS, 1, 1), after=after)) is None
 
 
+def test_a_constant_in_another_file_stays_under_the_runtimes_eyes(tmp_path):
+    """ONNX Runtime refuses files outside the model's folder; of a model without a path it would not know."""
+    model = onnx.load(str(upsampled(tmp_path / "up.onnx")))
+    outside = TensorProto(dims=[1], data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
+    outside.external_data.add(key="location", value="../secret.bin")
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["aside"], value=outside))
+    model.graph.output.append(helper.make_tensor_value_info("aside", TensorProto.FLOAT, [1]))
+    (tmp_path / "outside.onnx").write_bytes(model.SerializeToString())
+    assert rewritten(tmp_path / "outside.onnx") is None
+
+
 def test_weights_in_other_files_and_nested_graphs_stay(tmp_path):
     path = upsampled(tmp_path / "up.onnx")
     model = onnx.load(str(path))

@@ -41,7 +41,7 @@ def rewritten(path: Path) -> bytes | None:
         return None
     model = onnx.load(str(path), load_external_data=False)
     graph = _Graph(model.graph)
-    if graph.is_plain and graph.rewrite():
+    if not model.functions and graph.is_plain and graph.rewrite():
         return bytes(model.SerializeToString())
     return None
 
@@ -60,10 +60,15 @@ class _Graph:
 
     @property
     def is_plain(self) -> bool:
-        """Whether all weights are in it, and no node holds a graph of its own, which could use any value."""
-        inside = all(tensor.data_location != tensor.EXTERNAL for tensor in self._weights.values())
-        attributes = (attribute for node in self._graph.node for attribute in node.attribute)
-        return inside and not any(attribute.HasField("g") or attribute.graphs for attribute in attributes)
+        """Whether all that it holds is in it, and no node has a graph of its own, which could use any value."""
+        attributes = [attribute for node in self._graph.node for attribute in node.attribute]
+        tensors = [
+            *self._weights.values(),
+            *(tensor for one in attributes for tensor in (one.t, *one.tensors)),
+        ]
+        inside = all(tensor.data_location != tensor.EXTERNAL for tensor in tensors)
+        nested = any(attribute.HasField("g") or attribute.graphs for attribute in attributes)
+        return inside and not nested and not self._graph.sparse_initializer
 
     def rewrite(self) -> int:
         """How many nodes were rewritten, here and now, each with what makes its first input."""
