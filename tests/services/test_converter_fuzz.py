@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distill_core.errors import ArtifactError
-from distill_core.networks.foreign_configs import check_numbers
+from distill_core.networks.foreign_configs import _numbers, check_numbers
 from tests.services.fuzz.converter import Subject, fuzz
 from tests.services.fuzz.damage import KINDS, lying_header, odd_value, truncated
 
@@ -71,6 +71,13 @@ def test_a_network_that_takes_hours_to_build_is_refused_first(subject, tmp_path,
         with pytest.raises(ArtifactError, match="is above 1000") if refused else nullcontext():
             check_numbers(tmp_path)
     assert subject.tried("transformer/config.json", json.dumps(told | lie).encode()) == "ArtifactError"
+
+
+def test_numbers_are_found_however_deep_they_are():
+    nested = 2**31
+    for _ in range(10_000):
+        nested = [nested]
+    assert list(_numbers({"a": nested, "b": 1.5})) == [("a", 2**31)]
 
 
 def test_a_failure_that_is_not_one_of_ours_is_seen(subject, monkeypatch):

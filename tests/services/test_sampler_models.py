@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import platform
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.errors import ArtifactError, ConfigError, Overloaded
+from distill_core.errors import ArtifactError, ConfigError, DistilleryError, Overloaded
 from distill_core.parity import ParitySample
 from distillery_sampler.backends.fixed import Padded
 from distillery_sampler.backends.onnx_backend import Session
@@ -54,6 +55,17 @@ def run(
 async def ask(engine: Engine, ref: str, label: int = 3) -> np.ndarray:
     pictures, _ = await engine.generate(GenerateRequest(ref, class_labels=(label,), seed=7))
     return pictures[0].pixels
+
+
+def test_a_package_that_is_missing_is_named_with_what_brings_it(store, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else find(name))
+
+    async def use(engine: Engine) -> None:
+        with pytest.raises(DistilleryError, match=r"onnx.*distillery\[sampler\]"):
+            await ask(engine, "digits")
+
+    run(store, tmp_path, use)
 
 
 def publish_big(store: ArtifactStore, folder: Path, name: str, mib: int = 4) -> Manifest:

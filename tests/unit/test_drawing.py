@@ -1,10 +1,12 @@
 """First draws that are made while images wait."""
 
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 
 from distill_core.diffusion.noise import unit_normal, unit_normals
 from distillery_sampler.backends.base import noise
@@ -30,8 +32,17 @@ def box_muller(seed: int, index: int, draw: int, count: int) -> np.ndarray:
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)]).astype(np.float32)
 
 
-def test_noise_is_box_mullers_of_philox_in_every_thread():
-    images = [(seed, index) for seed in (0, 7, 2**63 - 1) for index in range(20)]
+@pytest.fixture
+def restless():
+    """Threads take turns in the middle of everything."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+def test_noise_is_box_mullers_of_philox_in_every_thread(restless):
+    images = [(seed, index) for seed in (0, 7, 2**63 - 1) for index in range(100)]
     with ThreadPoolExecutor(4) as threads:
         for draw in (3, 0, 3):  # a thread's generator keeps nothing of what it drew before
             made = threads.map(lambda image, draw=draw: unit_normal(*image, draw, (3, 8, 8)), images)

@@ -25,19 +25,20 @@ def check_numbers(folder: Path) -> None:
             table = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):  # for whoever reads it to say
             continue
-        for key, number in _numbers(table, ""):
+        for key, number in _numbers(table):
             most = MOST_LAYERS if "layers" in key else MOST
             if abs(number) > most:
                 raise ArtifactError(f"{path} is damaged: {key} is above {most}, the most that is read")
 
 
-def _numbers(value: Any, key: str) -> Iterator[tuple[str, int]]:
-    """Whole numbers with the key that they stand under, at any depth."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _numbers(inner, name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _numbers(inner, key)
-    elif isinstance(value, int):
-        yield key, value
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Whole numbers with the key that they stand under, however deep."""
+    waiting = [(key, value)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.items())
+        elif isinstance(value, list):
+            waiting.extend((key, inner) for inner in value)
+        elif isinstance(value, int):
+            yield key, value

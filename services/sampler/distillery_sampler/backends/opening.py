@@ -14,6 +14,7 @@ from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.settings import SamplerSettings
 
 RUNTIMES = {"onnx": "onnxruntime", "trt": "tensorrt"}  # by what an export's name begins with
+PACKAGES = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "onnx"), "tensorrt": ("tensorrt",)}
 EXTRAS = {"torch": "train", "onnxruntime": "sampler", "tensorrt": "trt"}
 
 
@@ -79,8 +80,9 @@ def open_backend(
     Raises:
         ArtifactError: damaged files, or engines of another machine. Unavailable: a package or device is missing.
     """
-    if importlib.util.find_spec(choice.backend) is None:
-        raise missing_package(choice.backend, EXTRAS[choice.backend])
+    for package in PACKAGES[choice.backend]:
+        if importlib.util.find_spec(package) is None:
+            raise missing_package(package, EXTRAS[choice.backend])
     opened = _opened(folder, manifest, choice, threads, settings, weights)
     sizes = settings.buckets or (BUCKETS if opened.on_gpu else None)
     return Padded(opened, sizes) if sizes and isinstance(opened, Generator) else opened

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-MOST_BYTES = 2**30  # of a file: while it is rewritten it is in memory three times
+MOST_BYTES = 2**28  # of a file: three times as much more memory is taken while it is rewritten and loaded
 RESIZE: dict[str, Any] = {
     "mode": b"nearest",
     "nearest_mode": b"floor",
@@ -49,6 +49,7 @@ def rewritten(path: Path) -> bytes | None:
 class _Graph:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._graph = graph
+        self._new: list[onnx.TensorProto] = []
         self._weights = {tensor.name: tensor for tensor in graph.initializer}
         self._given = {value.name for value in graph.input}  # may replace a weight of that name
         values = (*graph.input, *graph.value_info, *graph.output)
@@ -84,8 +85,13 @@ class _Graph:
             if not used.isdisjoint(node.output):
                 kept.append(node)
                 used.update(node.input)
-        _replace(self._graph.node, kept[::-1])
-        _replace(self._graph.initializer, [one for name, one in self._weights.items() if name in used])
+        del self._graph.node[:]
+        self._graph.node.extend(kept[::-1])
+        weights = self._graph.initializer  # not made anew: that would copy them all
+        for index in reversed(range(len(weights))):
+            if weights[index].name not in used:
+                del weights[index]
+        weights.extend(self._new)
         return len(instead)
 
     def _upsampled(self, conv: NodeProto) -> list[NodeProto] | None:
@@ -116,8 +122,11 @@ class _Graph:
 
     def _narrow(self, conv: NodeProto) -> list[NodeProto] | None:
         """In place of a convolution to few channels, say a picture's: the same as a transposed one."""
-        weight = self._constant(conv.input[1]) if _has(conv, CONV) else None
-        if weight is None or weight.shape[0] > NARROW:
+        held = self._weights.get(conv.input[1])
+        if not held or held.dims[0] > NARROW or not _has(conv, CONV):
+            return None
+        weight = self._constant(conv.input[1])
+        if weight is None:
             return None
         name = conv.output[0]
         flipped = np.ascontiguousarray(weight[:, :, ::-1, ::-1].swapaxes(0, 1))
@@ -155,7 +164,7 @@ class _Graph:
         return numpy_helper.to_array(tensor) if tensor and tensor.data_type == tensor.FLOAT else None
 
     def _add(self, name: str, value: np.ndarray) -> str:
-        self._weights[name] = numpy_helper.from_array(value, name)
+        self._new.append(numpy_helper.from_array(value, name))
         return name
 
 
@@ -167,8 +176,3 @@ def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
 def _has(node: NodeProto, wanted: dict[str, Any]) -> bool:
     found = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     return all(found.get(name) == value for name, value in wanted.items())
-
-
-def _replace(field: Any, values: list[Any]) -> None:
-    del field[:]
-    field.extend(values)
