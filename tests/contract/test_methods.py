@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,6 +79,13 @@ def test_an_interrupted_run_ends_bit_for_bit_where_an_undisturbed_one_does(name,
     for part, tensors in one[1].items():
         for key, value in tensors.items():
             assert torch.equal(value, two[1][part][key]), f"{part}: {key}"
+
+
+def test_adapters_begin_alike_whether_or_not_their_base_is_cached(context, tmp_path):
+    own = replace(context, cache=tmp_path / "cache")
+    cold, warm = (tiny_trainer(recipe_of("pso"), own, tmp_path / f"{run}").tensors() for run in range(2))
+    for key, value in cold["student"].items():
+        assert torch.equal(value, warm["student"][key]), key
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -251,9 +251,9 @@ def _models(recipe: Recipe, context: Context, cls: type[Method], source: Source)
         if recipe.student.gradient_checkpointing:  # for the fake scores that are made from it
             found["teacher"].enable_gradient_checkpointing()
     if "student" in wanted:
-        seed_everything(derive(recipe.seed, "student"))
         base = found["teacher"] if begins is None else _loaded(begins, context, _taught_by(cls), "student")
         fit(source, base)
+        seed_everything(derive(recipe.seed, "student"))  # after that: what is not cached yet is trained there
         found["student"] = _student(base, recipe.student)
         if recipe.publish is not None and isinstance(found["student"], LoraDenoiser):
             found["student"].form = recipe.publish.form
