@@ -11,6 +11,7 @@ import pytest
 from distill_core.errors import NotFound, Unavailable
 from distill_service.jobs import hub as hubs
 from distill_service.jobs import queue, requests
+from distill_service.jobs.database import Database
 from distill_service.jobs.hub import Hub
 from distill_service.jobs.queue import Outcome
 from distill_service.jobs.watch import Cursor, Notice, Options
@@ -208,20 +209,23 @@ def test_an_unknown_job_is_not_found_and_who_leaves_costs_nothing(db, tmp_path):
     asyncio.run(scenario())
 
 
-def test_a_job_table_that_goes_away_ends_the_watch_with_unavailable(db, tmp_path):
+@pytest.mark.parametrize("instead", ["nothing", "a folder", "another table"])
+def test_a_job_table_that_goes_away_ends_the_watch(db, tmp_path, instead):
     job = submit(db, train()).job
     path = Path(str(db.engine.url.database))
 
     async def scenario() -> None:
         hub = Hub(db, tmp_path / "runs", look_s=SOON)
         reader = Reader(hub, job.id)
-        await until(lambda: bool(reader.got))
-        db.engine.dispose()
+        await until(lambda: bool(reader.got))  # its connection stays open
         for file in path.parent.glob(f"{path.name}*"):
             file.unlink()
-        path.mkdir()
-        with pytest.raises(Unavailable, match="job table"):
-            await reader.task
+        if instead == "a folder":
+            path.mkdir()
+        if instead == "another table":
+            Database.open(f"sqlite:///{path}").close()
+        with pytest.raises(NotFound if instead == "another table" else Unavailable):
+            await asyncio.wait_for(reader.task, 30)
         hub.close()
 
     asyncio.run(scenario())

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from prometheus_client import CollectorRegistry, generate_latest
@@ -337,6 +339,36 @@ def test_a_database_that_does_not_answer_is_one_sentence_without_its_password():
         Database.open(url, wait_s=0)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_written_to_a_removed_file_and_one_that_is_put_back_is_used(db, tmp_path):
+    path = Path(str(db.engine.url.database))
+    first = submit(db, train()).job
+    db.close()  # everything is in the file itself
+    backup = path.rename(tmp_path / "backup")
+    with pytest.raises(Unavailable, match="the file cannot be read"):
+        submit(db, train())
+    assert not path.exists()
+    with pytest.raises(Unavailable):
+        requests.get(db, first.id)
+    backup.rename(path)
+    assert requests.get(db, first.id).job.id == first.id
+    with db.read() as session:  # a connection in use stays with what it has, until it is done
+        session.execute(sa.text("SELECT count(*) FROM jobs"))
+        db.engine.dispose()
+        for file in path.parent.glob(f"{path.name}*"):
+            file.unlink()
+        assert session.scalar(sa.text("SELECT count(*) FROM jobs")) == 1
+    Database.open(f"sqlite:///{path}").close()
+    with pytest.raises(NotFound):
+        requests.get(db, first.id)
+
+
+def test_dropped_tables_are_one_sentence(table):
+    submit(table, train())
+    Base.metadata.drop_all(table.engine)
+    with pytest.raises(Unavailable, match="the job table at .* cannot be used"):
+        submit(table, train())
 
 
 def test_figures_come_from_the_table(table):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from sqlalchemy.exc import (
     ArgumentError,
     DataError,
     DBAPIError,
+    DisconnectionError,
     IntegrityError,
     NoSuchModuleError,
     ProgrammingError,
@@ -31,6 +33,7 @@ from distill_core.errors import ConfigError, Unavailable
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 7_263_401  # any number, the same in all our processes
+_UNDEFINED_TABLE = "42P01"  # PostgreSQL's
 _log = structlog.get_logger("distillery.jobs")
 
 
@@ -106,8 +109,9 @@ class Database:
         try:
             yield
         except DBAPIError as error:
-            if isinstance(error, IntegrityError | ProgrammingError | DataError):  # ours, or the caller's
-                raise
+            gone = getattr(error.orig, "sqlstate", "") == _UNDEFINED_TABLE
+            if isinstance(error, IntegrityError | ProgrammingError | DataError) and not gone:
+                raise  # ours, or the caller's
             raise Unavailable(
                 f"the job table at {self.shown} cannot be used: {' '.join(str(error.orig).split())}; "
                 "check DISTILLERY_DATABASE_URL and that the database runs"
@@ -143,15 +147,45 @@ def _engine(url: str) -> Engine:
 def _sqlite(path: str, url: str) -> Engine:
     if not path or path == ":memory:":
         raise ConfigError("the job table must be a file: sqlite:////path/to/jobs.db", field="database_url")
+    file = Path(path)
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        folder = Path(path).parent
-        raise Unavailable(f"the job table's folder {folder} cannot be made: {error.strerror}") from None
+        raise Unavailable(f"the job table's folder {file.parent} cannot be made: {error.strerror}") from None
+    try:
+        file.touch()
+    except OSError as error:
+        raise Unavailable(f"the job table {file} cannot be made: {error.strerror}") from None
     engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
+    _stay_with(engine, file)
     return engine
+
+
+def _stay_with(engine: Engine, file: Path) -> None:
+    """Use no connection to a file that was removed or replaced, and make no empty one in its place.
+
+    SQLite itself would read and write the unlinked file for ever, beside the one that all later processes use.
+    """
+
+    def identify(_dialect: object, record: Any, _arguments: object, _named: object) -> None:
+        record.info["file"] = _identity(file)  # before it is opened: who replaces it meanwhile is noticed
+
+    def compare(_connection: object, record: Any, _proxy: object) -> None:
+        if record.info["file"] != _identity(file):
+            raise DisconnectionError("the file was replaced")  # the pool connects again
+
+    event.listen(engine, "do_connect", identify)
+    event.listen(engine, "checkout", compare)
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise sqlite3.OperationalError(f"the file cannot be read ({error.strerror})") from None
+    return found.st_dev, found.st_ino
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
