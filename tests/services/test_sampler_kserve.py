@@ -68,7 +68,7 @@ def test_a_model_is_described_before_and_after_it_is_loaded(triton):
         config = triton.get_model_config("digits", as_json=True)["config"]
         types = [(t["name"], t["data_type"], t.get("optional", False)) for t in config["input"]]
         assert types == [
-            ("seed", "TYPE_UINT64", True),  # or latents
+            ("seed", "TYPE_UINT64", True),
             ("latents", "TYPE_FP32", True),
             ("class_label", "TYPE_INT64", False),
             ("guidance_scale", "TYPE_FP32", True),
@@ -121,6 +121,25 @@ def test_given_latents_make_the_pictures_of_the_seeds_whose_noise_they_are(trito
     assert again.tobytes() == guided.tobytes()  # a teacher draws noise once
 
 
+def test_seeds_beside_latents_say_the_later_draws(sampler, triton):
+    both = [*digits([1, 2, 3], [41, 42, 43]), *tensors(latents=noise([41, 42, 43]))]
+    found = triton.infer("digits", both, parameters={"num_steps": 4}).as_numpy("images")
+    with sampler.client() as client:
+        wanted = client.generate("digits", class_labels=[1, 2, 3], seeds=[41, 42, 43], num_steps=4)
+    assert found.tobytes() == b"".join(picture.tobytes() for picture in wanted)
+    other = [*digits([1, 2, 3], [7, 42, 43]), *tensors(latents=noise([41, 42, 43]))]
+    changed = triton.infer("digits", other, parameters={"num_steps": 4}).as_numpy("images")
+    assert (changed[0] != found[0]).any()
+    assert changed[1:].tobytes() == found[1:].tobytes()
+
+
+def test_what_says_no_noise_is_answered_like_generate_without_a_seed(sampler, triton):
+    found = triton.infer("digits", tensors(class_label=np.array([[3], [4]]))).as_numpy("images")
+    with sampler.client() as client:
+        wanted = client.generate("digits", class_labels=[3, 4])
+    assert found.tobytes() == b"".join(picture.tobytes() for picture in wanted)
+
+
 def test_later_draws_beside_latents_are_those_of_seed_0_and_the_place(sampler, triton):
     own = np.stack([unit_normal(0, index, 0, (1, 8, 8)) for index in range(3)])
     found = triton.infer("digits", latents([1, 2, 3], own), parameters={"num_steps": 4}).as_numpy("images")
@@ -151,11 +170,7 @@ def test_triton_priority_and_timeout_are_honoured(triton):
         (lambda: [*digits([1], [1]), *digits([2], [1])], "is given twice"),
         (lambda: tensors(seed=np.ones((1, 1), np.int64)), "wanted is UINT64"),
         (lambda: tensors(seed=np.ones((1, 2), np.uint64)), r"wanted is UINT64 \[-1, 1\]"),
-        (lambda: tensors(class_label=np.ones((1, 1), np.int64)), "'seed' is missing; give seed or latents"),
-        (
-            lambda: [*digits([1], [1]), *tensors(latents=noise([1]))],
-            "both inputs 'seed' and 'latents' are given",
-        ),
+        (lambda: [*digits([1], [1]), *tensors(latents=noise([1, 2]))], "1 for seeds, 2 for latents"),
         (lambda: latents([1], noise([1])[..., :4]), r"wanted is FP32 \[-1, 1, 8, 8\]"),
         (lambda: latents([1, 2], noise([1])), "2 for class_labels, 1 for latents; these must be equal"),
         (lambda: latents([1], noise([1]) * np.nan), "latents hold NaN, infinity or a value beyond 100"),

@@ -299,6 +299,11 @@ class Health(aio_health.HealthServicer):
         super().__init__()
         self.names = tuple(names)
 
+    @property
+    def serving(self) -> bool:
+        """What the server as a whole reports."""
+        return bool(self._server_status.get("") == health_pb2.HealthCheckResponse.SERVING)
+
     async def report(self, serving: bool) -> None:
         """Set every service, and the server as a whole, to SERVING or NOT_SERVING."""
         state = (

@@ -169,13 +169,19 @@ def _check_latents(latents: Float, manifest: Manifest) -> None:
         )
 
 
+def can_guide(manifest: Manifest) -> bool:
+    """Whether a model takes another guidance than its own: it was not distilled at one, and has a null condition."""
+    spec, cond = manifest.sampler, manifest.cond or CondSpec(kind="none")
+    return bool(spec and spec.guidable) and (cond.kind == "prompt" or cond.null_label is not None)
+
+
 def image_key(request: GenerateRequest, manifest: Manifest) -> ImageKey:
     """Steps and guidance of a request, the model's own where it says nothing.
 
     Raises:
         ConfigError: a number of steps or a guidance that the model cannot honour.
     """
-    spec, cond = manifest.sampler, manifest.cond or CondSpec(kind="none")
+    spec = manifest.sampler
     assert spec is not None, "a denoiser without sampler is not loaded"
     num_steps = spec.num_steps if request.num_steps is None else request.num_steps
     spec.levels(num_steps)
@@ -192,8 +198,7 @@ def image_key(request: GenerateRequest, manifest: Manifest) -> ImageKey:
         return ImageKey(
             num_steps, 1.0, negative="attention" if negative else ""
         )  # it is in the weights already
-    can_guide = cond.kind == "prompt" or cond.null_label is not None
-    if guidance != 1 and not can_guide:
+    if guidance != 1 and not can_guide(manifest):
         if request.guidance is not None:
             raise ConfigError(
                 "guidance needs a null condition, and this model has none; use 1", field="guidance"

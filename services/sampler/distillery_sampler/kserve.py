@@ -1,11 +1,11 @@
 """KServe v2, `inference.GRPCInferenceService`, with the messages that tritonclient ships.
 
-A generator takes `seed` UINT64 [B,1], or in its place `latents` FP32 [B,C,H,W], its first noise; if it is conditional
-`class_label` INT64 [B,1], or `prompt` and perhaps `negative_prompt` BYTES [B,1]; perhaps `guidance_scale` FP32 [B,1],
-equal for all. It answers `images` UINT8 [B,H,W,C]. A scene takes `pose` FP32 [B,4,4] and `intrinsics` FP32 [B,4] and
-answers `rgb` and `depth`; a picture is twice its principal point in size, unless the parameters `width` and `height`
-say otherwise. Parameters of any request: `priority` (from 2 on: bulk), `timeout` (microseconds); of generators:
-`num_steps`, `guidance`, `negative_scale`.
+A generator takes `class_label` INT64 [B,1] or `prompt` BYTES [B,1] if it is conditional, and all else if the caller
+likes: `seed` UINT64 [B,1], without which a picture is that of seed 0 and its place, `latents` FP32 [B,C,H,W], which are
+its first noise, `negative_prompt` BYTES [B,1], `guidance_scale` FP32 [B,1], equal for all. It answers `images` UINT8
+[B,H,W,C]. A scene takes `pose` FP32 [B,4,4] and `intrinsics` FP32 [B,4] and answers `rgb` and `depth`; a picture is
+twice its principal point in size, unless the parameters `width` and `height` say otherwise. Parameters of any request:
+`priority` (from 2 on: bulk), `timeout` (microseconds); of generators: `num_steps`, `guidance`, `negative_scale`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,23 @@ from grpc.aio import ServicerContext
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from distill_core.artifacts import ImageSpec, Manifest
-from distill_core.errors import ConfigError, DistilleryError, NotFound, nearest
+from distill_core.errors import ArtifactError, ConfigError, DistilleryError, NotFound, nearest
 from distill_service.status import StatusError, shortened
 from distillery_sampler.checks import check_reply
 from distillery_sampler.engine import Engine
 from distillery_sampler.images import rgb_to_uint8, to_uint8
 from distillery_sampler.kserve_models import PRIORITIES, config, inputs_of, metadata, outputs_of, statistics
-from distillery_sampler.requests import Call, GenerateRequest, Picture, Rendered, RenderRequest, View
+from distillery_sampler.requests import (
+    Call,
+    GenerateRequest,
+    ModelInfo,
+    Picture,
+    Rendered,
+    RenderRequest,
+    View,
+)
 from distillery_sampler.servicer import QUICK_VALUES, call_of
-from distillery_sampler.statistics import packing
+from distillery_sampler.statistics import RequestStats, packing
 from distillery_sampler.tensors import TensorSpec, read_inputs, write_outputs
 
 SERVICE = "inference.GRPCInferenceService"
@@ -38,7 +46,6 @@ ADMIN_METHODS = frozenset(f"/{SERVICE}/{name}" for name in ("RepositoryModelLoad
 FOR_PICTURES = frozenset({f"/{SERVICE}/ModelInfer"})
 EXTENSIONS = ("model_repository", "model_configuration", "statistics", "schedule_policy")
 API_VERSION = "1"
-_STATES = {"ready": "READY", "loading": "LOADING"}
 _SHARED_MEMORY = [
     f"{kind}SharedMemory{verb}"
     for kind in ("System", "Cuda")
@@ -72,47 +79,60 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(
         self, request: service_pb2.ModelReadyRequest, context: Any
     ) -> service_pb2.ModelReadyResponse:
-        """A version in the store is ready too: its first request loads it. An unknown one is not, as in Triton."""
+        """Whether a request is answered, as the index says; an unknown version is not ready, as in Triton."""
         try:
             info = await self._engine.models.get(_ref(request.name, request.version))
         except NotFound:
             return service_pb2.ModelReadyResponse(ready=False)
-        return service_pb2.ModelReadyResponse(ready=info.state in ("ready", "available"))
+        return service_pb2.ModelReadyResponse(ready=info.answers)
 
     async def ModelMetadata(
         self, request: service_pb2.ModelMetadataRequest, context: Any
     ) -> service_pb2.ModelMetadataResponse:
-        return metadata(await self._engine.models.get(_ref(request.name, request.version)))
+        return metadata(await self._described(request.name, request.version))
 
     async def ModelConfig(
         self, request: service_pb2.ModelConfigRequest, context: Any
     ) -> service_pb2.ModelConfigResponse:
-        info = await self._engine.models.get(_ref(request.name, request.version))
+        info = await self._described(request.name, request.version)
         return service_pb2.ModelConfigResponse(config=config(info, self._engine.settings))
 
     async def ModelStatistics(
         self, request: service_pb2.ModelStatisticsRequest, context: Any
     ) -> service_pb2.ModelStatisticsResponse:
-        found = [
-            model
-            for model in self._engine.models.loaded()
-            if request.name in ("", model.manifest.name)
-            and request.version in ("", str(model.manifest.version))
-        ]
-        if request.name and not found:
-            await self._engine.models.get(_ref(request.name, request.version))  # unknown: NOT_FOUND
-        return service_pb2.ModelStatisticsResponse(model_stats=[statistics(model) for model in found])
+        """Of what is loaded; zeros for another version that is asked for, or that is ready."""
+        found = {}
+        for model in self._engine.models.loaded():
+            name, version = model.manifest.name, model.manifest.version
+            if request.name in ("", name) and request.version in ("", str(version)):
+                found[name, version] = statistics(name, version, model.stats.requests)
+        if not request.name:
+            others = [info for info in await self._engine.models.infos() if info.answers]
+        else:
+            others = [] if found else [await self._described(request.name, request.version)]
+        for info in others:
+            name, version = info.manifest.name, info.manifest.version
+            found.setdefault((name, version), statistics(name, version, RequestStats()))
+        return service_pb2.ModelStatisticsResponse(model_stats=found.values())
+
+    async def _described(self, name: str, version: str) -> ModelInfo:
+        """A version of which it can be said what it takes and answers; others are refused as a request is."""
+        info = await self._engine.models.get(_ref(name, version))
+        if info.state == "failed":
+            raise ArtifactError(info.message, field="model")
+        return info
 
     async def RepositoryIndex(
         self, request: service_pb2.RepositoryIndexRequest, context: Any
     ) -> service_pb2.RepositoryIndexResponse:
         reply = service_pb2.RepositoryIndexResponse()
         for info in await self._engine.models.infos():
-            if info.state == "ready" or not request.ready:
+            if info.answers or not request.ready:
+                not_ready = "LOADING" if info.state == "loading" else "UNAVAILABLE"
                 reply.models.add(
                     name=info.manifest.name,
                     version=str(info.manifest.version),
-                    state=_STATES.get(info.state, "UNAVAILABLE"),
+                    state="READY" if info.answers else not_ready,
                     reason=info.message,
                 )
         return reply
@@ -173,6 +193,9 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self, ref: str, inputs: dict[str, np.ndarray], parameters: dict[str, float], call: Call
     ) -> tuple[str, dict[str, np.ndarray]]:
         nothing = np.empty(0, dtype=object)
+        guidance = _guidance(inputs, parameters, _pictures(inputs))
+        if guidance == 1 and "guidance_scale" in inputs:
+            inputs.pop("negative_prompt", None)  # it has no weight then: who fills in every input may
         wanted = GenerateRequest(
             model=ref,
             seeds=tuple(int(seed) for seed in inputs.get("seed", nothing).ravel()),
@@ -182,7 +205,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             negative_prompts=tuple(inputs.get("negative_prompt", nothing).ravel()),
             negative_scale=parameters.get("negative_scale"),
             num_steps=_whole(parameters, "num_steps"),
-            guidance=_guidance(inputs, parameters, _pictures(inputs)),
+            guidance=guidance,
             call=call,
         )
         pictures, summary = await self._engine.generate(wanted, self._approve)
@@ -311,12 +334,8 @@ def _whole(parameters: Mapping[str, float], name: str) -> int | None:
 
 
 def _pictures(inputs: Mapping[str, np.ndarray]) -> int:
-    """How many pictures are asked for: one for each seed, or for each of the latents."""
-    given = [inputs[name] for name in ("seed", "latents") if name in inputs]
-    if len(given) != 1:
-        said = "both inputs 'seed' and 'latents' are given" if given else "input 'seed' is missing"
-        raise ConfigError(f"{said}; give seed or latents, as each says the noise", field="inputs.seed")
-    return len(given[0])
+    """How many pictures are asked for: the batch of the inputs that are given; without any it is one."""
+    return next((len(value) for name, value in inputs.items() if name != "guidance_scale"), 1)
 
 
 def _guidance(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from distill_core.artifacts import Manifest
-from distillery_sampler.loading import LoadedModel
+from distillery_sampler.backends.opening import check_kind
+from distillery_sampler.checks import can_guide
 from distillery_sampler.requests import ModelInfo
 from distillery_sampler.settings import SamplerSettings
-from distillery_sampler.statistics import Duration
+from distillery_sampler.statistics import Duration, RequestStats
 from distillery_sampler.tensors import FLOATS, TensorSpec
 
 PRIORITIES = 2  # Triton's levels: 1 interactive, from 2 on bulk
@@ -16,7 +19,12 @@ NANOSECONDS = 1e9
 
 
 def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
-    """The inputs of a model, by name."""
+    """The inputs of a model, by name; a request that fills in all of them, or but those not optional, is answered.
+
+    Raises:
+        ArtifactError: a kind of model that is not sampled.
+    """
+    check_kind(manifest)
     if manifest.kind == "field":
         specs = [
             TensorSpec("pose", "FP32", (-1, 4, 4), accepts=FLOATS),
@@ -26,7 +34,7 @@ def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
     image = manifest.image
     latent = (image.channels, image.height, image.width) if image else (-1, -1, -1)
     specs = [
-        TensorSpec("seed", "UINT64", (-1, 1), optional=True),  # one of the two
+        TensorSpec("seed", "UINT64", (-1, 1), optional=True),
         TensorSpec("latents", "FP32", (-1, *latent), optional=True, accepts=FLOATS),
     ]
     if manifest.cond and manifest.cond.kind == "class_label":
@@ -34,7 +42,7 @@ def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
     if manifest.cond and manifest.cond.kind == "prompt":
         specs.append(TensorSpec("prompt", "BYTES", (-1, 1)))
         specs.append(TensorSpec("negative_prompt", "BYTES", (-1, 1), optional=True))
-    if manifest.sampler and manifest.sampler.guidable:
+    if can_guide(manifest):
         specs.append(TensorSpec("guidance_scale", "FP32", (-1, 1), optional=True, accepts=FLOATS))
     return {spec.name: spec for spec in specs}
 
@@ -75,7 +83,7 @@ def config(info: ModelInfo, settings: SamplerSettings) -> model_config_pb2.Model
         name=info.manifest.name,
         platform=platform(info),
         backend=info.backend,
-        max_batch_size=settings.max_images,  # of a request; it is split over device batches
+        max_batch_size=_most(info.manifest, settings),  # of a request; it is split over device batches
     )
     if info.instances:  # found by timing, when the version was loaded
         described.instance_group.add(count=info.instances)
@@ -94,17 +102,24 @@ def config(info: ModelInfo, settings: SamplerSettings) -> model_config_pb2.Model
     return described
 
 
+def _most(manifest: Manifest, settings: SamplerSettings) -> int:
+    """How many pictures or views one request may ask for."""
+    if manifest.image is None:
+        return settings.max_views
+    in_a_message = settings.max_reply_bytes // math.prod(manifest.image.picture)
+    return max(1, min(settings.max_images, settings.max_queue_images, in_a_message))
+
+
 def _type(spec: TensorSpec) -> int:
     name = "STRING" if spec.datatype == "BYTES" else spec.datatype
     return model_config_pb2.DataType.Value(f"TYPE_{name}")
 
 
-def statistics(model: LoadedModel) -> service_pb2.ModelStatistics:
-    """What a loaded version did; there is no cache of answers, so `cache_hit` and `cache_miss` stay 0."""
-    stats = model.stats.requests
+def statistics(name: str, version: int, stats: RequestStats) -> service_pb2.ModelStatistics:
+    """What a version did; there is no cache of answers, so `cache_hit` and `cache_miss` stay 0."""
     reply = service_pb2.ModelStatistics(
-        name=model.manifest.name,
-        version=str(model.manifest.version),
+        name=name,
+        version=str(version),
         last_inference=stats.last_ms,
         inference_count=stats.inferences,
         execution_count=sum(batch.count for batch in stats.batches.values()),

@@ -8,6 +8,7 @@ import numpy as np
 
 from distill_core.errors import ConfigError
 from distillery.v1 import models_pb2, sampler_pb2
+from distillery_sampler.checks import can_guide
 from distillery_sampler.images import Format
 from distillery_sampler.requests import (
     Call,
@@ -234,7 +235,7 @@ def _generator(info: ModelInfo) -> models_pb2.GeneratorInfo | None:
         num_steps=spec.num_steps,
         max_steps=len(spec.sigmas) if spec.kind == "few_step" else spec.max_steps,
         guidance=spec.guidance,
-        guidable=spec.guidable,
+        guidable=can_guide(manifest),
     )
 
 

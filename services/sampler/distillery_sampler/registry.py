@@ -13,15 +13,16 @@ from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, DistilleryError, NotFound, Overloaded, Unavailable
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.loading import LoadedModel, open_model, start_model
+from distillery_sampler.manifests import Key, Manifests
 from distillery_sampler.memory import give_back, total
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.requests import ModelInfo
-from distillery_sampler.room import Key, Room
+from distillery_sampler.room import Room
 from distillery_sampler.settings import SamplerSettings
 from distillery_sampler.tuning import Tuned
 
 Alias = tuple[str, str]  # name, alias
-MANIFESTS = 64  # kept
+UNLOADED = "it was unloaded; a request or a load brings it back"
 MAX_DIGITS = 18  # of a version's number
 _log = structlog.get_logger("distillery.sampler")
 
@@ -42,9 +43,10 @@ class Registry:
         self._told: dict[Alias, int] = {}  # the version whose refusal was logged last
         self._following: set[asyncio.Task[None]] = set()
         self._tuned: dict[Key, Tuned] = {}  # found once for a version, and used when it is loaded again
-        self._room = Room(settings)
+        self._manifests = Manifests(store)
+        self._room = Room(settings, self._manifests)
         self._retiring: set[asyncio.Task[None]] = set()
-        self._manifests: dict[Key, Manifest] = {}  # versions never change
+        self._unloaded: set[Key] = set()  # by hand, and not asked for since
         self._changed = asyncio.Condition()
 
     async def acquire(self, ref: str) -> LoadedModel:
@@ -70,6 +72,7 @@ class Registry:
         name, version = await self._resolve(ref)
         if (name, version) not in self._loaded:
             raise NotFound(f"{name}@{version} is not loaded", field="model")
+        self._unloaded.add((name, version))
         await self._retire((name, version))
 
     async def get(self, ref: str) -> ModelInfo:
@@ -80,7 +83,7 @@ class Registry:
 
     async def manifest(self, ref: str) -> Manifest:
         """The manifest of the version that answers for `ref`; where one does, the store is not asked."""
-        return await self._manifest(await self._resolve(ref))
+        return await self._manifests.get(await self._resolve(ref))
 
     async def infos(self, *, all_versions: bool = False) -> list[ModelInfo]:
         """The loaded versions and each model's latest; with `all_versions` every one in the store."""
@@ -251,10 +254,10 @@ class Registry:
         name, version = key
         ref = f"{name}@{version}"
         await self._announce()
+        self._unloaded.discard(key)
         started = time.perf_counter()
         try:
-            loaded = [model.manifest.ref for model in self._loaded.values()]
-            need = await asyncio.to_thread(self._room.needed, self.store, ref, loaded)
+            need = await self._room.needed(key, self._loaded)
             await self._make_room(need, places=1, stays=stays)
             self._room.expect(key, need)
             opened = await asyncio.to_thread(
@@ -338,18 +341,19 @@ class Registry:
     async def _info(self, key: Key, aliases: dict[str, int]) -> ModelInfo:
         names = tuple(sorted(alias for alias, version in aliases.items() if version == key[1]))
         try:
-            manifest = await self._manifest(key)
+            manifest = await self._manifests.get(key)
         except ArtifactError as error:  # the others can still be listed
             broken = Manifest(name=key[0], version=key[1], kind="model")
             return ModelInfo(broken, "failed", names, message=str(error))
         if model := self._loaded.get(key):
             return model.info(names)
-        state = "loading" if key in self._loading else "failed" if key in self._failed else "available"
-        return ModelInfo(manifest, state, names, message=self._failed.get(key, ""))
-
-    async def _manifest(self, key: Key) -> Manifest:
-        if key not in self._manifests:
-            while len(self._manifests) >= MANIFESTS:
-                self._manifests.pop(next(iter(self._manifests)))  # the oldest: it can be read again
-            self._manifests[key] = await asyncio.to_thread(self.store.manifest, f"{key[0]}@{key[1]}")
-        return self._manifests[key]
+        if key in self._loading or key in self._failed:
+            state = "loading" if key in self._loading else "failed"
+            return ModelInfo(manifest, state, names, message=self._failed.get(key, ""))
+        try:
+            need = await self._room.needed(key, self._loaded)
+        except DistilleryError as error:  # as a request for it would be told
+            return ModelInfo(manifest, "failed", names, message=str(error))
+        pinned = [model for other, model in self._loaded.items() if self._is_pinned(other)]
+        why_not = UNLOADED if key in self._unloaded else self._room.why_not(pinned, need)
+        return ModelInfo(manifest, "available", names, message=why_not)

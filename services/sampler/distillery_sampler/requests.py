@@ -196,5 +196,10 @@ class ModelInfo:
     instances: int = 0
     threads: int = 0  # of each instance
     memory: int = 0  # bytes; what it shares with other models is counted for each
-    message: str = ""
+    message: str = ""  # why it failed, or why an available one is not loaded by the first request
     stats: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def answers(self) -> bool:
+        """Whether a request is answered: the version is loaded, or the first request loads it."""
+        return self.state == "ready" or (self.state == "available" and not self.message)

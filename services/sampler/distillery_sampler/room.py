@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Collection, Mapping
 
-from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.errors import ArtifactError, NotFound, Overloaded
-from distillery_sampler.backends.opening import choices
+from distill_core.artifacts import Manifest
+from distill_core.errors import ArtifactError, Overloaded
+from distillery_sampler.backends.opening import usable
 from distillery_sampler.loading import LoadedModel
+from distillery_sampler.manifests import Key, Manifests
 from distillery_sampler.memory import default_limit, readable, total, weight_bytes
 from distillery_sampler.settings import SamplerSettings
 
-Key = tuple[str, int]  # name, version
+NO_ROOM = (
+    "there is no room beside the preloaded models, which stay; preload fewer, or raise "
+    "DISTILLERY_SAMPLER_MAX_MODELS or DISTILLERY_SAMPLER_MAX_MEMORY"
+)
 
 
 class Room:
     """The places that models may take: how many, and how much memory."""
 
-    def __init__(self, settings: SamplerSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: SamplerSettings, manifests: Manifests) -> None:
+        self._settings, self._manifests = settings, manifests
         self._limit = settings.max_memory
         self._coming: dict[Key, int] = {}  # bytes that models which are being loaded will need, about
 
@@ -29,20 +33,27 @@ class Room:
             self._limit = default_limit(self._settings.device)
         return self._limit
 
-    def needed(self, store: ArtifactStore, ref: str, loaded: Iterable[str]) -> int:
+    async def needed(self, key: Key, loaded: Mapping[Key, LoadedModel]) -> int:
         """What a version will need, by its files: its own weights, and its base's if that is not among `loaded`.
 
         Raises:
-            ArtifactError: it is damaged, or more than all models together may take.
+            NotFound, ArtifactError: it cannot be served, or is more than all models together may take.
+            Unavailable: a package is missing.
         """
-        manifest = store.manifest(ref)
-        target = choices(manifest, self._settings)[0].target
+        manifest = await self._manifests.get(key)
+        target = usable(manifest, self._settings)[0].target
         need = weight_bytes(manifest, target)
-        if target is None and manifest.form == "adapter" and manifest.base and manifest.base not in loaded:
-            with contextlib.suppress(NotFound):  # said by whoever loads it
-                need += weight_bytes(store.manifest(manifest.base), None)
-        self.refuse_giant(manifest, need)
+        if target is None and manifest.base not in [model.manifest.ref for model in loaded.values()]:
+            base = await self._manifests.base(manifest)
+            need += weight_bytes(base, None) if base else 0
+        await asyncio.to_thread(self.refuse_giant, manifest, need)
         return need
+
+    def why_not(self, pinned: Collection[LoadedModel], need: int) -> str:
+        """Why no room of `need` bytes can be made while the `pinned` models stay; empty if it can."""
+        places = len(pinned) < self._settings.max_models
+        fits = places and total(model.held() for model in pinned) + need <= self.limit()
+        return "" if fits or not pinned else NO_ROOM
 
     def refuse_giant(self, manifest: Manifest, need: int) -> None:
         """Refuse a model that has no place even alone."""

@@ -52,14 +52,12 @@ async def serve(shared: Settings, own: SamplerSettings) -> None:
     rpc = rpc_settings(shared, own)
     admin = servicer.ADMIN_METHODS | kserve.ADMIN_METHODS
     server = build_server(rpc, admin_methods=admin, on_call=metrics.on_call, shed=shedding(engine))
-    ready = asyncio.Event()
-    add_services(server, engine, ready)
     health = add_health_and_reflection(server, SERVICES)
+    add_services(server, engine, health)
     watcher = asyncio.create_task(watch_store(engine.models, own.poll_s))
 
     async def warm(_port: int) -> None:
         await preload(engine, own, health)
-        ready.set()
 
     try:
         await run_until_stopped(server, rpc, health, grace_s=own.grace_s, on_started=warm, ready=False)
@@ -97,11 +95,11 @@ def rpc_settings(shared: Settings, own: SamplerSettings) -> RpcSettings:
     )
 
 
-def add_services(server: grpc.aio.Server, engine: Engine, ready: asyncio.Event) -> None:
+def add_services(server: grpc.aio.Server, engine: Engine, health: Health) -> None:
     """Our two services and KServe's, over one engine."""
     sampler_pb2_grpc.add_SamplerServiceServicer_to_server(servicer.SamplerServicer(engine), server)
     models_pb2_grpc.add_ModelsServiceServicer_to_server(servicer.ModelsServicer(engine), server)
-    kserve_servicer = kserve.KserveServicer(engine, ready.is_set)
+    kserve_servicer = kserve.KserveServicer(engine, lambda: health.serving)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(kserve_servicer, server)
 
 

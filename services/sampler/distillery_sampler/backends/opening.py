@@ -13,6 +13,7 @@ from distillery_sampler.backends.fixed import BUCKETS, Padded
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.settings import SamplerSettings
 
+SERVED = ("denoiser", "field")  # kinds
 RUNTIMES = {"onnx": "onnxruntime", "trt": "tensorrt"}  # by what an export's name begins with
 PACKAGES = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "onnx"), "tensorrt": ("tensorrt",)}
 EXTRAS = {"torch": "train", "onnxruntime": "sampler", "tensorrt": "trt"}
@@ -26,6 +27,34 @@ class Choice(NamedTuple):
     precision: str
 
 
+def check_kind(manifest: Manifest) -> None:
+    """Refuse a kind of model that is not sampled: what it takes and answers cannot be said either."""
+    if manifest.kind not in SERVED:
+        raise ArtifactError(
+            f"{manifest.ref} is a {manifest.kind}; a sampler serves denoisers and fields", field="model"
+        )
+
+
+def usable(manifest: Manifest, settings: SamplerSettings) -> list[Choice]:
+    """The `choices` whose packages are installed.
+
+    Raises:
+        ArtifactError: as `choices`. Unavailable: a package is missing.
+    """
+    found = choices(manifest, settings)
+    lacking = {choice: _lacking(choice) for choice in found}
+    if all(lacking.values()):
+        package = lacking[found[-1]]
+        raise missing_package(package, EXTRAS[found[-1].backend])
+    return [choice for choice in found if not lacking[choice]]
+
+
+def _lacking(choice: Choice) -> str:
+    """The package that a choice needs and that is not installed; empty if none is."""
+    packages = PACKAGES[choice.backend]
+    return next((name for name in packages if importlib.util.find_spec(name) is None), "")
+
+
 def choices(manifest: Manifest, settings: SamplerSettings) -> list[Choice]:
     """Of the setting `targets` those that the model has and the setting `backend` allows, or torch.
 
@@ -34,8 +63,7 @@ def choices(manifest: Manifest, settings: SamplerSettings) -> list[Choice]:
     Raises:
         ArtifactError: a kind of model that is not sampled, or no export where one is demanded.
     """
-    if manifest.kind not in ("denoiser", "field"):
-        raise ArtifactError(f"{manifest.ref} is a {manifest.kind}; a sampler serves denoisers and fields")
+    check_kind(manifest)
     if manifest.kind == "denoiser" and not (manifest.image and manifest.cond and manifest.sampler):
         raise ArtifactError(f"{manifest.ref}: its manifest lacks image, cond or sampler; publish it again")
     # a field's marching is not in an exported graph
@@ -80,9 +108,8 @@ def open_backend(
     Raises:
         ArtifactError: damaged files, or engines of another machine. Unavailable: a package or device is missing.
     """
-    for package in PACKAGES[choice.backend]:
-        if importlib.util.find_spec(package) is None:
-            raise missing_package(package, EXTRAS[choice.backend])
+    if lacking := _lacking(choice):
+        raise missing_package(lacking, EXTRAS[choice.backend])
     opened = _opened(folder, manifest, choice, threads, settings, weights)
     sizes = settings.buckets or (BUCKETS if opened.on_gpu else None)
     return Padded(opened, sizes) if sizes and isinstance(opened, Generator) else opened
