@@ -8,17 +8,22 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from distill_core.config import load_recipe
 from distill_core.errors import Unavailable
+from distill_service.logs import configure_logging
 from distill_service.settings import settings
+from distillery_cli import stack as stacks
 from distillery_cli.app import main
 from distillery_cli.demo import stack_settings
-from distillery_cli.stack import Stack, last_words
-from tests.services.jobs_stack import wait_for
+from distillery_cli.health import grpc_state
+from distillery_cli.stack import Part, Stack, environment, last_words, only_one
+from tests.services.jobs_stack import alive, wait_for
 
 PIPELINE = """
 name = "tiny"
@@ -136,38 +141,142 @@ def test_a_port_that_is_in_use_is_named(tmp_path):
     assert stack.running == []
 
 
-def test_a_part_that_dies_is_named_and_nothing_is_left_behind(tmp_path):
+def pids(stack: Stack) -> dict[str, int]:
+    return {running.part.name: running.process.pid for running in stack.running}
+
+
+def is_serving(address: str) -> bool:
+    try:
+        return grpc_state(address, timeout_s=2) == "SERVING"
+    except Unavailable:
+        return False
+
+
+def test_a_part_that_dies_is_started_again_and_the_others_go_on(tmp_path, capfd):
     with Stack(stack_settings(tmp_path)) as stack:
         stack.start()
-        pids = [running.process.pid for running in stack.running]
-        os.kill(pids[-1], signal.SIGKILL)
-        stack.running[-1].process.wait()
-        with pytest.raises(
-            Unavailable, match="the sampler ended with SIGKILL .*`distillery up` starts all again"
-        ):
-            stack.check()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the parts to end")
+        before = pids(stack)
+        os.kill(before["sampler"], signal.SIGKILL)
+        wait_for(lambda: stack.tend() or pids(stack)["sampler"] != before["sampler"], "a new sampler")
+        after = pids(stack)
+        assert {name for name in before if before[name] != after[name]} == {"sampler"}
+        address = f"127.0.0.1:{stack.settings.sampler_port}"
+        wait_for(lambda: is_serving(address), "the sampler to answer", 90)
+        stack.tend()
+        assert pids(stack) == after
+    (event,) = logged(capfd)
+    assert (event["part"], event["again_in_s"]) == ("sampler", 1.0)
+    assert event["ended_with"].startswith("SIGKILL (out of memory")
+    left = [*before.values(), *after.values()]
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), "the parts to end")
 
 
-def test_up_runs_until_it_is_told_to_stop(tmp_path):
-    known = stack_settings(tmp_path)
-    names = ("state_dir", "jobs_port", "sampler_port")
-    variables = {f"DISTILLERY_{name.upper()}": str(getattr(known, name)) for name in names}
-    off = {f"DISTILLERY_{part}_METRICS_PORT": "0" for part in ("JOBS", "WORKER", "SAMPLER", "CONVERTER")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distillery_cli", "up", "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **variables, **off},
-    )
-    assert process.stdout is not None
-    parts = json.loads(process.stdout.readline())
-    assert [part["name"] for part in parts] == ["jobs api", "trainer worker", "converter worker", "sampler"]
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0
-    process.communicate()
-    wait_for(lambda: not any(Path(f"/proc/{part['pid']}").exists() for part in parts), "the parts to end")
+def logged(capfd) -> list[dict]:
+    """What the stack's log says of deaths."""
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    return [line for line in lines if "a part died" in line["event"]]
+
+
+def test_a_part_that_dies_at_once_is_tried_after_pauses_that_grow(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(stacks, "FIRST_PAUSE_S", 0.03)
+    monkeypatch.setattr(stacks, "LONGEST_PAUSE_S", 0.12)
+    with Stack(stack_settings(tmp_path)) as stack:
+        configure_logging("cli", stack.settings)
+        part = Part("hopeless", "no_such_module", "nowhere", lambda: None)
+        running = stack._launch(part, environment(stack.settings))
+        running.well = True
+        stack.running.append(running)
+        wait_for(lambda: stack.tend() or stack.running[0].deaths == 4, "four deaths")
+    said = logged(capfd)
+    assert [event["again_in_s"] for event in said] == [0.03, 0.06, 0.12, 0.12]
+    assert all("No module named no_such_module" in event["ended_with"] for event in said)
+
+
+def test_a_part_that_cannot_start_at_all_ends_the_stack(tmp_path, monkeypatch):
+    probe = partial(grpc_state, "127.0.0.1:1", timeout_s=0.1)
+    hopeless = Part("hopeless", "no_such_module", "127.0.0.1:1", probe)
+    monkeypatch.setattr(stacks, "parts", lambda settings: [hopeless])
+    with (
+        Stack(stack_settings(tmp_path)) as stack,
+        pytest.raises(Unavailable, match="the hopeless ended with exit code 1: .*No module named"),
+    ):
+        stack.start()
+    assert stack.running == []
+
+
+def test_a_state_folder_has_one_stack_and_a_lock_that_nobody_holds_is_taken(tmp_path):
+    (tmp_path / "up.lock").write_text(
+        "1 on another machine"
+    )  # of a process that is gone; its number is in use again
+    with only_one(tmp_path):
+        said = f"its process is {os.getpid()} on {socket.gethostname()}"
+        with pytest.raises(Unavailable, match=said), only_one(tmp_path):
+            pass
+    with only_one(tmp_path):
+        pass
+    with pytest.raises(Unavailable, match="set DISTILLERY_STATE_DIR"), only_one(tmp_path / "up.lock"):
+        pass
+
+
+class Up:
+    """`distillery up` as a process of its own."""
+
+    def __init__(self, folder: Path, said: str = "up") -> None:
+        known = stack_settings(folder)
+        names = ("state_dir", "jobs_port", "sampler_port")
+        own = {f"DISTILLERY_{name.upper()}": str(getattr(known, name)) for name in names}
+        off = {f"DISTILLERY_{part}_METRICS_PORT": "0" for part in ("JOBS", "WORKER", "SAMPLER", "CONVERTER")}
+        self.said = folder / f"{said}.err"
+        self.out = folder / f"{said}.out"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "distillery_cli", "up", "--json"],
+            stdout=self.out.open("w"),
+            stderr=self.said.open("w"),
+            env={**os.environ, **own, **off},
+        )
+
+    def __enter__(self) -> Up:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def parts(self) -> list[dict]:
+        wait_for(lambda: self.out.read_text().endswith("\n"), "all parts to be ready", 120)
+        return json.loads(self.out.read_text())
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+def test_up_outlives_its_parts_refuses_a_second_and_ends_all_when_it_is_told(tmp_path):
+    with Up(tmp_path) as up:
+        parts = up.parts()
+        names = ["jobs api", "trainer worker", "converter worker", "sampler"]
+        assert [part["name"] for part in parts] == names
+        with Up(tmp_path, said="second") as second:
+            assert second.process.wait(timeout=60) == 75
+            assert f"its process is {up.process.pid} on " in " ".join(second.said.read_text().split())
+        os.kill(parts[1]["pid"], signal.SIGKILL)
+        wait_for(lambda: not alive(parts[1]["pid"]), "the worker to end")
+        wait_for(lambda: len(up.children()) >= len(parts), "another worker")
+        assert up.process.poll() is None
+        children = up.children()
+        up.process.send_signal(signal.SIGINT)
+        assert up.process.wait(timeout=60) == 0
+        wait_for(lambda: not any(alive(child.pid) for child in children), "the parts to end")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_up_ends_in_the_middle_of_its_start_when_it_is_told(tmp_path, number):
+    with Up(tmp_path) as up:
+        wait_for(lambda: "sampler starting" in up.said.read_text(), "the parts to be started", 90)
+        children = up.children()
+        up.process.send_signal(number)
+        assert up.process.wait(timeout=60) == 0
+        assert up.out.read_text() == ""
+        wait_for(lambda: not any(alive(child.pid) for child in children), "the parts to end")
 
 
 def test_the_last_line_of_a_log_is_quoted(tmp_path):

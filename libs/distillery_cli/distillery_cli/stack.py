@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import structlog
 import typer
 
 from distill_core.errors import DistilleryError, Unavailable
@@ -23,9 +26,12 @@ if TYPE_CHECKING:
     from distill_service.settings import Settings
 
 START_TIMEOUT_S = 90.0
-STOP_TIMEOUT_S = 30.0
+STOP_MARGIN_S = 10.0  # beyond the time that a worker gives its job for a checkpoint
 POLL_S = 0.3
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before a dead part is started again; doubled each time
+STEADY_S = 60.0  # a part that ran for so long begins with the first pause again
 TAIL_BYTES = 4096
+_log = structlog.get_logger("distillery.up")
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,18 @@ class Running:
     process: subprocess.Popen[bytes]
     log: Path
     stdout: IO[bytes]
+    began: float  # monotonic time, as `again_at`
+    well: bool = False  # it was, once: from then on it is started again when it dies
+    deaths: int = 0  # in a row, each soon after its start
+    again_at: float | None = None  # it is dead, and started again then
+
+    def how_it_ended(self) -> str:
+        """What its exit code says, or the signal that it died of."""
+        code = self.process.returncode
+        if code >= 0:
+            return f"exit code {code}: {last_words(self.log)}"
+        name = signal.Signals(-code).name  # its log cannot say why
+        return f"{name} (out of memory, or killed by hand)" if code == -signal.SIGKILL else name
 
 
 def free_port() -> int:
@@ -79,17 +97,48 @@ def _serving(state: str, address: str) -> None:
         raise Unavailable(f"{address} answers {state}")
 
 
-class Stack:
-    """Starts every part as a child process, waits until each is well, and stops all of them at the end.
+@contextlib.contextmanager
+def only_one(state_dir: Path) -> Iterator[None]:
+    """One stack over a state folder: the kernel lets go of this lock however the process that holds it ends.
 
-    A part dies with this process however it ends. Logs are `<state_dir>/logs/<part>.log`.
+    Raises:
+        Unavailable: another stack holds it, or the folder cannot be written.
+    """
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        lock = (state_dir / "up.lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise Unavailable(
+            f"the state folder {state_dir} cannot be written: {error.strerror}; set DISTILLERY_STATE_DIR"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise Unavailable(
+                f"another stack runs over {state_dir}, its process is {lock.read().strip() or 'starting'}; stop that "
+                "one, or give this one a folder of its own with DISTILLERY_STATE_DIR"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield
+
+
+class Stack:
+    """Starts every part as a child process, tends them, and stops all of them at the end.
+
+    A part dies with this process however it ends, so the thread that starts a stack has to outlive it. Logs are
+    `<state_dir>/logs/<part>.log`. Who sets `stopped` ends a start that is under way.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, stopped: threading.Event | None = None) -> None:
         self.settings = settings
         self.logs = settings.state_dir / "logs"
         self.running: list[Running] = []
-        self._broker = contextlib.ExitStack()
+        self.stopped = stopped or threading.Event()
+        self._until = contextlib.ExitStack()
 
     def __enter__(self) -> Stack:
         return self
@@ -101,23 +150,27 @@ class Stack:
         """Start everything; `tell(part, state)` hears of each step.
 
         Raises:
-            Unavailable: a part ended, or was not well in time; the sentence quotes the end of its log.
+            Unavailable: another stack runs over this state; a part cannot start, or was not well in time, and the
+                sentence quotes the end of its log.
         """
         from distill_service.jobs.broker import running_broker
         from distill_service.logs import configure_logging
 
         configure_logging("cli", self.settings.model_copy(update={"log_level": "warning"}))
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self._until.enter_context(only_one(self.settings.state_dir))
         wanted = parts(self.settings)
         self._check_ports(wanted)
         tell("broker", "starting")
-        self._broker.enter_context(running_broker(self.settings))
+        self._until.enter_context(running_broker(self.settings))
         tell("broker", "ready")
         for part in wanted:
             tell(part.name, "starting")
             self.running.append(self._launch(part, environment(self.settings)))
         for running in self.running:
             self._wait_until_well(running)
+            if self.stopped.is_set():
+                return
+            running.well = True
             tell(running.part.name, "ready")
 
     def _check_ports(self, wanted: list[Part]) -> None:
@@ -136,6 +189,7 @@ class Stack:
     def _launch(self, part: Part, values: Mapping[str, str]) -> Running:
         from distill_service.jobs.guard import guarded
 
+        self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{part.name.replace(' ', '-')}.log"
         stdout = log.open("ab")
         assignments = [f"{name}={value}" for name, value in values.items()]
@@ -144,12 +198,16 @@ class Stack:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.STDOUT, start_new_session=True
         )
-        return Running(part, process, log, stdout)
+        return Running(part, process, log, stdout, time.monotonic())
 
     def _wait_until_well(self, running: Running) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            self.check()
+        while not self.stopped.is_set():
+            if running.process.poll() is not None:
+                raise Unavailable(
+                    f"the {running.part.name} ended with {running.how_it_ended()}; its log is {running.log}"
+                )
+            self.tend()
             try:
                 running.part.probe()
                 return
@@ -159,27 +217,35 @@ class Stack:
                         f"the {running.part.name} was not ready within {START_TIMEOUT_S:.0f} s ({error}); "
                         f"its log is {running.log}"
                     ) from None
-            time.sleep(POLL_S)
+            self.stopped.wait(POLL_S)
 
-    def check(self) -> None:
-        """Raise `Unavailable` if a part has ended by itself."""
-        for running in self.running:
-            code = running.process.poll()
-            if code is not None:
-                how = f"exit code {code}: {last_words(running.log)}"
-                if code < 0:  # its log cannot say why
-                    how = f"{signal.Signals(-code).name} (out of memory, or killed by hand)"
-                raise Unavailable(
-                    f"the {running.part.name} ended with {how}; its log is {running.log}; "
-                    "`distillery up` starts all again, and jobs go on from their checkpoints"
-                )
+    def tend(self) -> None:
+        """Start parts that died by themselves again, after pauses that grow; the others go on."""
+        now = time.monotonic()
+        for position, running in enumerate(self.running):
+            if running.again_at is not None and now >= running.again_at:
+                self.running[position] = self._again(running)
+            elif running.again_at is None and running.well and running.process.poll() is not None:
+                running.stdout.close()
+                _plan(running, running.how_it_ended(), steady=now - running.began >= STEADY_S)
+
+    def _again(self, dead: Running) -> Running:
+        try:
+            alive = self._launch(dead.part, environment(self.settings))
+        except OSError as error:  # no memory for a process now, or no file for its log
+            _plan(dead, f"no process, as it cannot be started: {error.strerror}")
+            return dead
+        alive.well, alive.deaths = True, dead.deaths
+        _log.warning("a part was started again", part=dead.part.name, pid=alive.process.pid)
+        return alive
 
     def stop(self) -> None:
         """Stop the parts in reverse order; one that does not end in time is killed."""
         for running in reversed(self.running):
+            running.again_at = None
             if running.process.poll() is None:
                 running.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + STOP_TIMEOUT_S
+        deadline = time.monotonic() + self.settings.stop_grace_s + STOP_MARGIN_S
         for running in reversed(self.running):
             try:
                 running.process.wait(timeout=max(0.1, deadline - time.monotonic()))
@@ -188,7 +254,21 @@ class Stack:
                 running.process.wait()
             running.stdout.close()
         self.running.clear()
-        self._broker.close()
+        self._until.close()
+
+
+def _plan(dead: Running, how: str, *, steady: bool = False) -> None:
+    """Say of what a part died, and when it is started again."""
+    dead.deaths = 1 if steady else dead.deaths + 1
+    pause = min(FIRST_PAUSE_S * 2 ** (dead.deaths - 1), LONGEST_PAUSE_S)
+    dead.again_at = time.monotonic() + pause
+    _log.warning(
+        "a part died and is started again; the others go on",
+        part=dead.part.name,
+        ended_with=how,
+        again_in_s=pause,
+        log=str(dead.log),
+    )
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -222,13 +302,13 @@ def up(as_json: AsJson = False) -> int:
     """Run the whole stack on this machine until Ctrl-C: broker, Jobs API, workers and sampler."""
     from distill_service.settings import settings
 
-    with Stack(settings()) as stack:
+    with _until_stopped() as stopped, Stack(settings(), stopped) as stack:
         stack.start(lambda name, state: notes.print(f"{name} {state}"))
-        with _until_stopped() as stopped:
+        if not stopped.is_set():
             _announce(stack, as_json)
-            while not stopped.wait(POLL_S):
-                stack.check()
-        notes.print("stopping; a running job goes back to its queue with a checkpoint")
+        while not stopped.wait(POLL_S):
+            stack.tend()
+        notes.print("stopping; a running job goes back to its queue with a checkpoint (again: at once)")
     return 0
 
 
@@ -243,11 +323,18 @@ def _announce(stack: Stack, as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _until_stopped() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets."""
+    """An event that Ctrl-C, SIGTERM or the terminal's end sets; not that end, where `nohup` said to live on."""
     stopped = threading.Event()
-    before = {
-        number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+
+    def stop(*_: object) -> None:
+        if stopped.is_set():  # asked twice: the parts die with this process
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield stopped
     finally:

@@ -26,7 +26,8 @@ from distill_service.settings import Settings
 
 _MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
 _START_S = 15.0
-_RETRY_S = 1.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0  # before Redis is started again; doubled each time
+_STEADY_S = 60.0  # a Redis that ran for so long begins with the first pause again
 _log = structlog.get_logger("distillery.broker")
 
 
@@ -97,21 +98,30 @@ class _Keeper(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        pause = _FIRST_PAUSE_S
         while self._process is not None:
-            self._process.wait()
-            if self._stopping.is_set():
+            began = time.monotonic()
+            code = self._process.wait()
+            if time.monotonic() - began >= _STEADY_S:
+                pause = _FIRST_PAUSE_S
+            while not self._stopping.is_set():
+                _log.warning("the embedded broker died and is started again", code=code, again_in_s=pause)
+                self._stopping.wait(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                if self._restarted():
+                    break
+            else:
                 return
-            _log.warning("the embedded broker died and is started again", code=self._process.returncode)
-            self._restart()
 
-    def _restart(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                self._process = _start_once(self._program, self._state_dir)
-                return
-            except (Unavailable, OSError) as error:
-                _log.error("the embedded broker does not start", error=str(error))
-                self._stopping.wait(_RETRY_S)
+    def _restarted(self) -> bool:
+        if self._stopping.is_set():
+            return False
+        try:
+            self._process = _start_once(self._program, self._state_dir)
+        except (Unavailable, OSError) as error:
+            _log.error("the embedded broker does not start", error=str(error))
+            return False
+        return True
 
     def stop(self) -> None:
         """End it, and wait for it."""
