@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,7 +153,7 @@ class SamplerProcess:
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        assert self._ready.wait(60), self.events
+        assert self._ready.wait(120), self.events
         return self
 
     def _read(self) -> None:
@@ -174,7 +175,7 @@ class SamplerProcess:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     def stub(self) -> sampler_pb2_grpc.SamplerServiceStub:
         """Without the shipped retry policy, so that a refusal is seen."""
@@ -192,6 +193,16 @@ def executed(address: str, name: str) -> int:
     with InferenceServerClient(address) as triton:
         (stats,) = triton.get_inference_statistics(name).model_stats
     return sum(batch.batch_size * batch.compute_infer.count for batch in stats.batch_stats)
+
+
+def settled(sampler: SamplerProcess, name: str) -> int:
+    """How much of a model was run, once that stands still."""
+    deadline, before = time.monotonic() + 120, -1
+    while (now := executed(sampler.address, name)) != before:
+        assert time.monotonic() < deadline, f"{now} and still more"
+        before = now
+        time.sleep(0.7)
+    return now
 
 
 def answer(

@@ -69,7 +69,7 @@ async def running(settings: RpcSettings, **options):
         run_until_stopped(server, settings, health, on_started=started.put, stop=stop, grace_s=1)
     )
     try:
-        yield f"127.0.0.1:{await asyncio.wait_for(started.get(), 10)}"
+        yield f"127.0.0.1:{await asyncio.wait_for(started.get(), 60)}"
     finally:
         stop.set()
         await serving

@@ -5,7 +5,6 @@ import gc
 import subprocess
 import sys
 import threading
-import time
 from contextlib import aclosing
 
 import grpc
@@ -26,7 +25,7 @@ from distillery_sampler.client import (
     view_options,
 )
 from distillery_sampler.client.messages import raw_request
-from tests.services.sampler_helpers import SamplerProcess, executed, publish_denoiser, teacher_spec
+from tests.services.sampler_helpers import SamplerProcess, publish_denoiser, settled, teacher_spec
 from tests.services.test_sampler_render import cloud, publish_cloud
 
 SLOW_STEPS = 20_000  # about a second on one core
@@ -167,16 +166,6 @@ def test_a_deadline_of_the_client_or_of_one_call_ends_the_call(sampler, client):
         return late.value.grpc_status
 
     assert with_async(sampler, ask, timeout_s=0.1) == "DEADLINE_EXCEEDED"
-
-
-def settled(sampler: SamplerProcess, name: str) -> int:
-    """How much of a model was run, once that stands still."""
-    deadline, before = time.monotonic() + 120, -1
-    while (now := executed(sampler.address, name)) != before:
-        assert time.monotonic() < deadline
-        before = now
-        time.sleep(0.5)
-    return now
 
 
 def nothing_left(client: SamplerClient) -> None:

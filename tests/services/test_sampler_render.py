@@ -1,6 +1,5 @@
 """Scenes: a real field with untrained weights, looked at through a real process."""
 
-import time
 from pathlib import Path
 
 import grpc
@@ -16,7 +15,7 @@ from distill_core.networks.fields import build_field
 from distill_core.radiance.cameras import orbit_camera
 from distill_core.radiance.renderer import Scene, refined, render, save_scene
 from distillery.v1 import sampler_pb2
-from tests.services.sampler_helpers import SamplerProcess, executed
+from tests.services.sampler_helpers import SamplerProcess, settled
 
 GRID = 8
 
@@ -114,19 +113,10 @@ def test_a_path_of_poses_is_rendered_as_given(client):
 
 
 def test_a_path_that_nobody_reads_stops_being_rendered(sampler, client):
-    def rendered() -> int:
-        return executed(sampler.address, "cloud")
-
     views = client.render_path("cloud", count=1000, width=16, height=16)
     next(views)
     views.close()
-    before = -1
-    deadline = time.monotonic() + 10
-    while rendered() != before:  # until it stands still
-        assert time.monotonic() < deadline
-        before = rendered()
-        time.sleep(0.3)
-    assert before < 900
+    assert settled(sampler, "cloud") < 900
 
 
 @pytest.mark.parametrize(

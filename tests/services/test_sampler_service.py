@@ -24,7 +24,7 @@ from distill_core.errors import ConfigError, NotFound
 from distill_service.status import StatusError
 from distillery.v1 import sampler_pb2
 from distillery_sampler.client import generate_request
-from tests.services.jobs_stack import free_port
+from tests.services.jobs_stack import free_port, wait_for
 from tests.services.sampler_helpers import (
     DATA_STD,
     NUM_CLASSES,
@@ -36,7 +36,7 @@ from tests.services.sampler_helpers import (
     teacher_spec,
 )
 
-SLOW_STEPS = 20_000  # about a second on one core, so that others queue behind it
+SLOW_STEPS = 60_000  # some seconds on one core, so that others queue behind it
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ def sampler(store_url):
         "DISTILLERY_SAMPLER_MAX_BATCH": "8",
         "DISTILLERY_SAMPLER_INSTANCES": "1",
         "DISTILLERY_SAMPLER_PRELOAD": '["digits"]',
+        "DISTILLERY_SAMPLER_METRICS_PORT": str(free_port()),
     }
     with SamplerProcess(store_url, settings) as process:
         yield process
@@ -234,22 +235,26 @@ def test_a_reply_too_large_for_one_message_points_at_the_stream(store_url):
 
 
 def hold(sampler: SamplerProcess) -> grpc.Future:
-    """Keep the teacher's only device busy for a second, and return when it is."""
-    before = executed(sampler.address, "teacher")
+    """Keep the teacher's only device busy for some seconds, and return when it is."""
     request = generate_request("teacher", class_labels=[0], num_steps=SLOW_STEPS)
     future = sampler.stub().Generate.future(request)
-    time.sleep(0.2)
-    assert executed(sampler.address, "teacher") == before
+    port = int(sampler.environment["DISTILLERY_SAMPLER_METRICS_PORT"])
+    wait_for(lambda: "distillery_inflight 1.0" in scraped(port), "the request to arrive")
+    wait_until_queued(port, 0)
     return future
 
 
 def wait_until_queued(metrics_port: int, images: int) -> None:
     """Return when so many images of the teacher wait."""
-    line = f'distillery_queue_images{{backend="onnxruntime",model="teacher",version="1"}} {images}.0'
-    until = time.monotonic() + 20
-    while line not in scraped(metrics_port):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until_shown(metrics_port, "queue_images", images)
+
+
+def wait_until_shown(metrics_port: int, name: str, value: int, **labels: str) -> None:
+    """Return when a figure of the teacher has this value."""
+    of = {"backend": "onnxruntime", "model": "teacher", "version": "1", **labels}
+    said = ",".join(f'{label}="{of[label]}"' for label in sorted(of))
+    line = f"distillery_{name}{{{said}}} {value}.0"
+    wait_for(lambda: line in scraped(metrics_port), line)
 
 
 def scraped(metrics_port: int) -> str:
@@ -257,6 +262,7 @@ def scraped(metrics_port: int) -> str:
 
 
 def test_cancelled_and_expired_calls_never_reach_a_batch(sampler, client):
+    port = int(sampler.environment["DISTILLERY_SAMPLER_METRICS_PORT"])
     client.generate("teacher", class_labels=[0])
     before = executed(sampler.address, "teacher")
     busy = hold(sampler)
@@ -264,10 +270,12 @@ def test_cancelled_and_expired_calls_never_reach_a_batch(sampler, client):
     request = generate_request("teacher", class_labels=[1, 2])
     cancelled = [stub.Generate.future(request) for _ in range(3)]
     expired = [stub.Generate.future(request, timeout=0.1) for _ in range(3)]
-    time.sleep(0.2)
+    assert {future.code() for future in expired} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+    wait_until_queued(port, 6)
     for future in cancelled:
         future.cancel()
-    assert {future.code() for future in expired} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+    wait_until_queued(port, 0)
+    assert not busy.done()
     busy.result()
     client.generate("teacher", class_labels=[3])
     assert executed(sampler.address, "teacher") - before == 2  # the one that held the device, and the last
@@ -314,14 +322,22 @@ def test_overload_is_refused_with_a_pushback_that_the_shipped_client_obeys(store
         assert "8 of 8 images are queued" in error.value.details()
         pushback = dict(error.value.trailing_metadata())["grpc-retry-pushback-ms"]
         assert int(pushback) >= 1
-        with sampler.client() as client:  # its channel retries
-            assert len(client.generate("teacher", class_labels=[1])) == 1
-        busy.result()
-        assert all(len(future.result().images) == 4 for future in waiting)
+        with sampler.client() as client, ThreadPoolExecutor(1) as pool:  # its channel retries
+            answer = pool.submit(client.generate, "teacher", class_labels=[1])
+            wait_until_shown(port, "rejected_total", 2, reason="queue")
+            assert not answer.done()
+            for future in waiting:  # and the queue is free, however long the device is held
+                future.cancel()
+            assert len(answer.result()) == 1
+        assert len(busy.result().images) == 1
 
 
 def test_health_serves_and_a_told_process_ends_its_calls_first(store_url):
-    settings = {"DISTILLERY_SAMPLER_PRELOAD": '["teacher"]', "DISTILLERY_SAMPLER_INSTANCES": "1"}
+    settings = {
+        "DISTILLERY_SAMPLER_PRELOAD": '["teacher"]',
+        "DISTILLERY_SAMPLER_INSTANCES": "1",
+        "DISTILLERY_SAMPLER_METRICS_PORT": str(free_port()),
+    }
     with SamplerProcess(store_url, settings) as sampler:
         with grpc.insecure_channel(sampler.address) as plain:
             stub = health_pb2_grpc.HealthStub(plain)
@@ -450,13 +466,11 @@ def test_the_models_service_lists_loads_and_unloads(sampler, client):
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    while ("digits", 3) not in watched:
-        time.sleep(0.01)
+    wait_for(lambda: ("digits", 3) in watched, "the watcher to see the model")
     client.unload("digits")
     assert client.model("digits").backend == ""
     with pytest.raises(NotFound, match="is not loaded"):
         client.unload("digits")
-    while len(watched) < 3:
-        time.sleep(0.01)
+    wait_for(lambda: len(watched) >= 3, "the watcher to see it go")
     assert client.load("digits").backend == "onnxruntime"
-    assert seen.wait(10), watched
+    assert seen.wait(60), watched

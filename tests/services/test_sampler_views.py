@@ -1,7 +1,6 @@
 """Views over gRPC from real processes: normals, tiles, several scenes at once, slow readers, and what is not a view."""
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -18,7 +17,8 @@ from distill_core.networks.fields import build_field
 from distill_core.radiance.renderer import Scene, refined, render, save_scene
 from distillery.v1 import common_pb2, sampler_pb2
 from distillery_cli.viewed import ServedScene, _spec
-from tests.services.sampler_helpers import SamplerProcess, executed
+from tests.services.jobs_stack import wait_for
+from tests.services.sampler_helpers import SamplerProcess, executed, settled
 from tests.services.test_sampler_render import camera
 
 GRID = 8
@@ -141,25 +141,26 @@ def test_small_views_are_rendered_in_batches(sampler, client):
 
     before = counts()
     with ThreadPoolExecutor(17) as pool:
-        slow = pool.submit(client.render, "blue", width=400, height=200)
-        time.sleep(0.1)
+        slow = pool.submit(client.render, "blue", width=800, height=400)
+        wait_for(lambda: counts()[0] > before[0], "the large view to begin")
         list(pool.map(lambda azimuth: client.render("blue", azimuth=azimuth, width=8, height=8), range(16)))
         slow.result()
     views, batches = counts() - before
-    assert views == 16 + 20
+    assert views == 16 + 80
     assert batches < views - 6
 
 
-def test_a_large_view_keeps_no_small_one_waiting(client):
+def test_a_large_view_keeps_no_small_one_waiting(sampler, client):
     done: list[str] = []
 
     def ask(name: str, side: int) -> None:
         client.render("red", width=side, height=side)
         done.append(name)
 
-    large = threading.Thread(target=ask, args=("large", 512))
+    before = rendered_tiles(sampler, "red")
+    large = threading.Thread(target=ask, args=("large", 1024))  # 256 tiles
     large.start()
-    time.sleep(0.15)  # 64 tiles; it is among its first
+    wait_for(lambda: rendered_tiles(sampler, "red") > before, "the large view to begin")
     for _ in range(3):
         ask("small", 16)
     large.join()
@@ -168,14 +169,10 @@ def test_a_large_view_keeps_no_small_one_waiting(client):
 
 def test_a_view_that_nobody_wants_ends_at_its_next_tile(sampler, client):
     before = rendered_tiles(sampler, "red")
-    stages = client.render_progressive("red", width=512, height=512, outputs=OUTPUTS)
+    stages = client.render_progressive("red", width=1024, height=1024, outputs=OUTPUTS)
     next(stages)
     stages.close()
-    time.sleep(0.5)
-    settled = rendered_tiles(sampler, "red")
-    time.sleep(0.5)
-    assert rendered_tiles(sampler, "red") == settled
-    assert settled - before < 40  # of 65
+    assert settled(sampler, "red") - before < 200  # of 257
 
 
 def test_a_path_is_rendered_no_further_than_its_reader_has_got(sampler):
@@ -188,12 +185,7 @@ def test_a_path_is_rendered_no_further_than_its_reader_has_got(sampler):
     before = rendered_tiles(sampler, "blue")
     stream = sampler.stub().RenderPath(request)
     next(stream)
-    seen = -1
-    deadline = time.monotonic() + 60
-    while (now := rendered_tiles(sampler, "blue") - before) != seen:  # until it stands still
-        assert time.monotonic() < deadline
-        seen = now
-        time.sleep(0.7)
+    seen = settled(sampler, "blue") - before
     assert seen < 300  # what the connection's own buffers hold
     for _ in range(seen):  # and goes on as soon as somebody reads
         next(stream)

@@ -20,7 +20,7 @@ class Device:
         self.batches: list[list[int]] = []
 
     def __call__(self, key: object, payloads: list[int]) -> list[int]:
-        self.gate.wait(10)
+        self.gate.wait(60)
         self.batches.append(list(payloads))
         if -1 in payloads:
             raise ValueError("poison")
@@ -187,9 +187,9 @@ def test_an_expired_image_never_reaches_a_batch():
         async with batcher_of(device, seen) as batcher:
             held = await hold(batcher)
             now = asyncio.get_running_loop().time()
-            (late,) = batcher.submit("key", [1], deadline=now + 0.1)
+            (late,) = batcher.submit("key", [1], deadline=now + 0.5)
             (patient,) = batcher.submit("key", [2], deadline=now + 60)
-            time.sleep(0.11)
+            time.sleep(0.51)
             device.gate.set()
             assert await asyncio.gather(held, patient) == [0, 4]
             with pytest.raises(Expired):
