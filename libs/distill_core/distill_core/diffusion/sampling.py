@@ -38,6 +38,9 @@ class SamplerSpec(Config):
     num_steps: int = Field(ge=1, le=10**6)  # default
     max_steps: int = Field(ge=1, le=10**6)
     guidance: float = 1.0  # default; 1 is off
+    clip: float | None = Field(
+        None, gt=0
+    )  # x0 is clamped to [-clip, clip] in every step, as DDPM's sampler does
     guidable: bool = (
         True  # False: distilled with guidance baked in, other values than the default are refused
     )
@@ -125,12 +128,19 @@ def sample(
     """
     levels = spec.levels(num_steps)
     x = draw(0) * spec.noise_scale
+    if spec.clip is not None:
+        denoise = clamped(denoise, spec.clip)
     if beginning is not None:
         levels, denoise = beginning.levels(levels), beginning.held(denoise)
         x = beginning.start(draw(0), levels[0])
     if spec.kind == "few_step":
         return few_step(denoise, x, levels, draw)
     return (heun if spec.kind == "heun" else euler)(denoise, x, levels)
+
+
+def clamped(denoise: Denoise, limit: float) -> Denoise:
+    """The same, with x0 clamped to [-limit, limit]."""
+    return lambda x_sigma, sigma: denoise(x_sigma, sigma).clip(-limit, limit)
 
 
 def few_step(denoise: Denoise, x: Array, levels: list[float], draw: Callable[[int], Array]) -> Array:

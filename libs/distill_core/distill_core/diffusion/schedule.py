@@ -5,7 +5,7 @@ A network trained under another form sees `scale(sigma) * x_sigma` at the time `
     kind   its own form                          scale                      time
     edm    x0 + sigma eps                        1/sqrt(sigma^2 + sd^2)     ln(sigma) / 4
     vp     sqrt(ab) x0 + sqrt(1 - ab) eps        1/sqrt(1 + sigma^2)        index with that sigma, interpolated
-    flow   (1 - t) x0 + t eps                    1/(1 + sigma)              1000 t,  t = sigma / (1 + sigma)
+    flow   (1 - t) x0 + t eps                    1/(1 + sigma)              N t,  t = sigma / (1 + sigma), N: 1000
 """
 
 from __future__ import annotations
@@ -29,13 +29,20 @@ class NoiseSchedule:
         sigma_max: float = 80.0,
         sigma_data: float = 0.5,
         alphas_cumprod: Tensor | None = None,
+        num_timesteps: int = 1000,
+        zero_snr: bool = False,
     ) -> None:
-        self.kind, self.sigma_data = kind, sigma_data
+        self.kind, self.sigma_data, self.num_timesteps = kind, sigma_data, num_timesteps
         self.log_sigmas: Tensor | None = None
         if kind == "vp":
             assert alphas_cumprod is not None
-            kept = alphas_cumprod.double().clamp_min(1e-6)  # zero terminal SNR: the last level stays finite
+            kept = alphas_cumprod.double()
+            # The last level stays finite: with betas rescaled to no signal there, it is above all others.
+            kept = kept.clamp_min(float(kept[-1]) or float(kept[-2]) / 4 if zero_snr else 1e-6)
             self.log_sigmas = 0.5 * (torch.log1p(-kept) - torch.log(kept))
+            if zero_snr:  # levels that the last one caps lie closely below it, each with its own time
+                below = 1e-5 * torch.arange(len(kept)).flip(0)
+                self.log_sigmas = torch.minimum(self.log_sigmas, self.log_sigmas[-1] - below)
             sigma_min, sigma_max = (float(self.log_sigmas[i].exp()) for i in (0, -1))
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
@@ -56,7 +63,7 @@ class NoiseSchedule:
         if self.kind == "edm":
             return sigma.log() / 4
         if self.kind == "flow":
-            return 1000 * sigma / (1 + sigma)
+            return self.num_timesteps * sigma / (1 + sigma)
         assert self.log_sigmas is not None
         levels = self.log_sigmas.to(sigma.device, torch.float32)
         log_sigma = sigma.log().clamp(levels[0], levels[-1])

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.config import Config
-from distill_core.diffusion.schedule import NoiseSchedule, Parameterisation, to_x0
-from distill_core.errors import ArtifactError, ConfigError
+from distill_core.diffusion.schedule import Parameterisation, to_x0
+from distill_core.errors import ConfigError
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser, expand
+from distill_core.networks.diffusers_codec import decode_latent, to_latent, unscaled
+from distill_core.networks.diffusers_schedule import schedule_of
 from distill_core.networks.generation import preview
 from distill_core.networks.steering import make_steerable
 from distill_core.networks.text import TextEncoder
 from distill_core.networks.tileable import decode_wrapped, wrap_around
-from distill_core.networks.weightless import real_tensors
 
 SIDECAR = "distillery.json"
 
@@ -140,11 +141,7 @@ class DiffusersDenoiser(Denoiser):
     def encode(self, picture: Tensor) -> Tensor:
         if self.codec is None:
             return picture
-        with torch.autocast(
-            picture.device.type, enabled=False
-        ):  # latents in 8 bits of mantissa are other pictures
-            latent = self.codec.encode(picture.to(self.codec.dtype)).latent_dist.mode().float()
-        return (latent - (self.codec.config.get("shift_factor") or 0.0)) * self.codec.config["scaling_factor"]
+        return to_latent(self.codec, picture)
 
     def decode(self, x0: Tensor) -> Tensor:
         if self.codec is None:
@@ -181,8 +178,12 @@ class DiffusersDenoiser(Denoiser):
         """Write decoder and text encoder, if there are any; the entries of the pipeline's index."""
         parts: dict[str, Any] = {}
         if self.codec is not None:
-            self.codec.save_pretrained(folder / "vae")
-            parts["vae"] = self.codec
+            unconditional = self.cond.kind == "none" and self._slot() == "unet"
+            slot = (
+                "vqvae" if unconditional or type(self.codec).__name__ == "VQModel" else "vae"
+            )  # as LDMPipeline
+            self.codec.save_pretrained(folder / slot)
+            parts[slot] = self.codec
         return parts if self.text is None else parts | self.text.save(folder)
 
     def save_sidecar(self, folder: Path) -> None:
@@ -214,7 +215,8 @@ class DiffusersDenoiser(Denoiser):
     def _call(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         if isinstance(self.network, diffusers.UNet2DConditionModel):
             prompt = cond["prompt_embeds"].to(x.dtype)
-            return self.network(x, time, encoder_hidden_states=prompt, **self._text_extras(x, cond)).sample
+            output = self.network(x, time, encoder_hidden_states=prompt, **self._text_extras(x, cond)).sample
+            return _predicted(output, x)
         if "nasa_scale" in cond:
             raise ConfigError(
                 f"{type(self.network).__name__} has no cross-attention that a negative prompt could steer; "
@@ -225,10 +227,8 @@ class DiffusersDenoiser(Denoiser):
         if self._slot() == "transformer":
             if labels is None:  # a DiT always has a label table; unconditional ones use their only row
                 labels = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-            return self.network(x, timestep=time, class_labels=labels).sample[
-                :, : x.shape[1]
-            ]  # drop learned sigma
-        return self.network(x, time, class_labels=labels).sample
+            return _predicted(self.network(x, timestep=time, class_labels=labels).sample, x)
+        return _predicted(self.network(x, time, class_labels=labels).sample, x)
 
     def _text_extras(self, x: Tensor, cond: Cond) -> dict[str, Any]:
         """What a text-conditional network is told beside the prompt: SDXL's size and pooled prompt, and steering."""
@@ -247,7 +247,7 @@ class DiffusersDenoiser(Denoiser):
 
     def _trunk(self) -> nn.Module:
         if self._slot() == "unet":
-            return self.network.mid_block
+            return self.network.mid_block or self.network.down_blocks[-1]
         blocks = self.network.transformer_blocks
         return blocks[len(blocks) // 2]
 
@@ -259,14 +259,9 @@ class DiffusersDenoiser(Denoiser):
         return feature.transpose(1, 2).unflatten(2, size)  # (B, N, D) -> (B, D, h, w)
 
 
-def unscaled(codec: nn.Module, x0: Tensor) -> Tensor:
-    """The codec's own latent of a model's `x0`."""
-    return x0 / codec.config["scaling_factor"] + (codec.config.get("shift_factor") or 0.0)
-
-
-def decode_latent(codec: nn.Module, x0: Tensor) -> Tensor:
-    """The picture (B, C, H, W) in [-1, 1] of a latent model's `x0`."""
-    return codec.decode(unscaled(codec, x0)).sample
+def _predicted(output: Tensor, x: Tensor) -> Tensor:
+    """A network's output without the variance that some learn below it."""
+    return output if output.shape[1] == x.shape[1] else output[:, : x.shape[1]]
 
 
 @contextlib.contextmanager
@@ -281,27 +276,12 @@ def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-@real_tensors()
-def schedule_of(scheduler: Any) -> NoiseSchedule:
-    """The noise schedule that a diffusers scheduler's config describes."""
-    config, name = scheduler.config, type(scheduler).__name__
-    if name.startswith("EDM"):
-        return NoiseSchedule(
-            "edm", sigma_min=config.sigma_min, sigma_max=config.sigma_max, sigma_data=config.sigma_data
-        )
-    if name.startswith("FlowMatch"):
-        return NoiseSchedule("flow", sigma_min=1e-3, sigma_max=999.0)
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise ArtifactError(
-            f"scheduler {name} is not supported; known: EDM*, FlowMatch*, and those with betas"
-        )
-    return NoiseSchedule("vp", alphas_cumprod=scheduler.alphas_cumprod)
-
-
 def _pipeline_class(parts: dict[str, Any], cond: CondSpec) -> str | None:
     if "text_encoder" in parts and "vae" in parts:
         return "StableDiffusionXLPipeline" if "text_encoder_2" in parts else "StableDiffusionPipeline"
-    return "DDPMPipeline" if cond.kind == "none" and "unet" in parts else None
+    if cond.kind == "none" and "unet" in parts:
+        return "LDMPipeline" if "vqvae" in parts else "DDPMPipeline"
+    return None
 
 
 def _model_index(pipeline: str, parts: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,38 @@ import diffusers
 import torch
 from torch import nn
 
-from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
-from distill_core.diffusion.schedule import Parameterisation
 from distill_core.errors import ArtifactError, ConfigError, NotFound
 from distill_core.networks.denoiser import loading
-from distill_core.networks.diffusers_denoiser import SIDECAR, DiffusersDenoiser, Sidecar, schedule_of
+from distill_core.networks.diffusers_codec import check_codec
+from distill_core.networks.diffusers_denoiser import SIDECAR, DiffusersDenoiser, Sidecar
+from distill_core.networks.diffusers_fit import check_fit, derived_sidecar
+from distill_core.networks.foreign.index import Index, check_parts, read_index
+from distill_core.networks.foreign.keys import Keys, check_keys, defaults_of
+from distill_core.networks.foreign.networks import CODECS, NETWORKS
+from distill_core.networks.foreign.schedulers import SCHEDULERS
+from distill_core.networks.foreign.weights import variant_of
 from distill_core.networks.foreign_configs import check_numbers
-from distill_core.networks.text import TextEncoder, check_text, load_text_encoder
+from distill_core.networks.text import load_text_encoder
 from distill_core.networks.weightless import is_weightless, real_tensors
 
-NETWORKS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
+WEIGHTS = "diffusion_pytorch_model"  # stem of diffusers' weight files
 
 
 def load_companions(folder: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The frozen decoder and text encoder of a folder, None for each that it lacks."""
     companions: dict[str, Any] = {"codec": None, "text": None}
-    if (folder / "vae" / "config.json").is_file():
-        codec = _load(folder / "vae", diffusers.AutoencoderKL, use_safetensors=True)
+    slots = [slot for slot in ("vae", "vqvae") if (folder / slot).is_dir()]
+    if len(slots) > 1:
+        raise ArtifactError(f"{folder} has both vae/ and vqvae/; keep the one that decodes its latents")
+    if slots and not (folder / slots[0] / CONFIG).is_file():
+        raise ArtifactError(
+            f"{folder} lacks {slots[0]}/{CONFIG}, and with it the decoder of its latents; copy it there"
+        )
+    if slots:
+        codec = _load(folder / slots[0], _class_named(folder / slots[0], CODECS))
         companions["codec"] = codec.eval().requires_grad_(False).to(device)
-    if (folder / "text_encoder" / "config.json").is_file():
+    if (folder / "text_encoder" / CONFIG).is_file():
         companions["text"] = load_text_encoder(folder).to(device)
     return companions
 
@@ -49,32 +63,41 @@ def load_denoiser(
         raise ArtifactError(
             f"{folder} is no diffusers folder: it has neither unet/config.json nor transformer/config.json"
         )
-    network = _load(folder / slot, _class_named(folder / slot), use_safetensors=True)
-    scheduler = _load(folder / "scheduler", _class_named(folder / "scheduler", "scheduler_config.json"))
+    index = read_index(folder)
+    network = _load(folder / slot, _class_named(folder / slot, NETWORKS))
+    scheduler = _load(folder / "scheduler", _scheduler_class(folder / "scheduler", index))
     shared = companions or load_companions(folder)
     sidecar = read_sidecar(folder)
     try:
-        sidecar = sidecar or _derived_sidecar(network, scheduler, **shared)
+        check_fit(folder / slot / CONFIG, network, scheduler, **shared)
+        sidecar = sidecar or derived_sidecar(folder / slot / CONFIG, network, scheduler, index, **shared)
         denoiser = DiffusersDenoiser(network, scheduler, sidecar, **shared)
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
         raise ArtifactError(
             f"{folder} is damaged: its settings do not fit together: {_reason(error)}"
         ) from error
+    if index is not None and companions is None:
+        check_parts(folder, index)
     return denoiser.to_device(device)
 
 
-def _class_named(folder: Path, config: str = "config.json") -> Any:
-    name = _table(folder / config, "cannot be read as a diffusers config").get("_class_name")
-    if config == "config.json" and str(name) not in NETWORKS:
-        raise ArtifactError(f"{folder} holds a {name}, which is not supported; known: {', '.join(NETWORKS)}")
-    found = getattr(diffusers, str(name), None)
-    if config != "config.json" and not (
-        isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
-    ):
+def _class_named(folder: Path, known: Mapping[str, Keys]) -> Any:
+    name = str(_table(folder / CONFIG, "cannot be read as a diffusers config").get("_class_name"))
+    if name not in known:
+        raise ArtifactError(f"{folder} holds a {name}, which is not supported; known: {', '.join(known)}")
+    return getattr(diffusers, name)
+
+
+def _scheduler_class(folder: Path, index: Index | None) -> Any:
+    """The class that a pipeline's index names, which diffusers builds from the config of whichever other."""
+    config = _table(folder / SCHEDULER_CONFIG, "cannot be read as a diffusers config")
+    name = index.parts.get("scheduler") if index is not None else None
+    name = name or str(config.get("_class_name"))
+    if name not in SCHEDULERS:
         raise ArtifactError(
-            f"{folder} holds a {name}, which is no scheduler of diffusers"
-        )  # nor a whole pipeline
-    return found
+            f"{folder} holds a {name}, which is no scheduler that is understood; known: {', '.join(SCHEDULERS)}"
+        )
+    return getattr(diffusers, name)
 
 
 def _table(path: Path, otherwise: str) -> dict[str, Any]:
@@ -92,18 +115,16 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def _load(folder: Path, cls: Any, **options: Any) -> Any:
+def _load(folder: Path, cls: Any) -> Any:
+    """A part of class `cls`, in float32 whatever its weights are kept in."""
     check_numbers(folder)
+    _check_config(folder, cls)
     if is_weightless():
-        return _shaped(folder, cls, **options)
-    weights = [
-        file for pattern in ("*.safetensors", "*.bin", "*.ckpt", "*.pt") for file in folder.glob(pattern)
-    ]
-    if options.get("use_safetensors") and not any(file.suffix == ".safetensors" for file in weights):
-        held = weights[0].name if weights else "no weights"
-        raise ArtifactError(
-            f"{folder} holds {held}: only safetensors are loaded, since pickles can execute code"
-        )
+        return _shaped(folder, cls)
+    options: dict[str, Any] = {}
+    if issubclass(cls, nn.Module):
+        variant = variant_of(folder, WEIGHTS)
+        options = {"use_safetensors": True, "variant": variant, "torch_dtype": torch.float32}
     try:
         loaded = cls.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # safetensors, json and diffusers each raise their own kinds on damaged files
@@ -115,9 +136,19 @@ def _load(folder: Path, cls: Any, **options: Any) -> Any:
     return loaded
 
 
-def _shaped(folder: Path, cls: Any, *, use_safetensors: bool = False) -> Any:
+def _check_config(folder: Path, cls: Any) -> None:
+    """Refuse what `cls` would drop, or this package would."""
+    name = cls.__name__
+    path = folder / (SCHEDULER_CONFIG if name in SCHEDULERS else CONFIG)
+    config, defaults = _table(path, "cannot be read as a diffusers config"), defaults_of(cls)
+    check_keys(path, config, {**NETWORKS, **CODECS, **SCHEDULERS}[name], defaults)
+    if name in CODECS:
+        check_codec(path, {**defaults, **config})
+
+
+def _shaped(folder: Path, cls: Any) -> Any:
     """A network of the folder's config without its weights; a scheduler for real."""
-    if not use_safetensors:
+    if not issubclass(cls, nn.Module):
         with real_tensors():
             return _load(folder, cls)
     try:
@@ -135,59 +166,3 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         return Sidecar.parse(_table(path, "is damaged"))
     except ConfigError as error:
         raise ArtifactError(f"{path} is damaged: {error}") from None
-
-
-def _derived_sidecar(network: Any, scheduler: Any, codec: Any, text: TextEncoder | None) -> Sidecar:
-    config, schedule = network.config, schedule_of(scheduler)
-    size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
-    factor = 2 ** (len(codec.config.block_out_channels) - 1) if codec is not None else 1
-    colours = codec.config.out_channels if codec is not None else config.in_channels
-    sigma_max = min(schedule.sigma_max, 80.0)
-    return Sidecar(
-        image=ImageSpec(
-            channels=config.in_channels,
-            height=size,
-            width=size,
-            picture=(colours, size * factor, size * factor),
-        ),
-        cond=_derived_cond(network, text),
-        sampler=SamplerSpec(
-            kind="euler",
-            sigma_min=max(schedule.sigma_min, 0.002),
-            sigma_max=sigma_max,
-            noise_scale=schedule.start_scale(sigma_max),
-            num_steps=30,
-            max_steps=1000,
-            guidance=7.5 if text is not None else 1.0,
-        ),
-        parameterisation=_parameterisation_of(scheduler),
-    )
-
-
-def _derived_cond(network: Any, text: TextEncoder | None) -> CondSpec:
-    config = network.config
-    if text is not None:
-        check_text(config, text)
-        return CondSpec(
-            kind="prompt",
-            max_tokens=text.max_tokens,
-            embed_dim=config.cross_attention_dim,
-            pooled_dim=text.pooled_dim,
-        )
-    if isinstance(network, diffusers.UNet2DConditionModel):
-        raise ArtifactError("this network is conditioned on text, and its folder has no text_encoder/")
-    classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
-    if not classes:
-        return CondSpec(kind="none")
-    null = classes if config.get("num_embeds_ada_norm") else None
-    return CondSpec(kind="class_label", num_classes=classes, null_label=null)
-
-
-def _parameterisation_of(scheduler: Any) -> Parameterisation:
-    name = type(scheduler).__name__
-    if name.startswith("EDM"):
-        return "edm"
-    if name.startswith("FlowMatch"):
-        return "flow"
-    names: dict[str, Parameterisation] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-    return names[scheduler.config.prediction_type]

@@ -12,8 +12,9 @@ from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.config import NetworkConfig
 from distill_core.diffusion.schedule import Parameterisation
 from distill_core.errors import ConfigError, nearest, out_of_memory
-from distill_core.networks.diffusers_denoiser import DiffusersDenoiser, Sidecar, schedule_of
-from distill_core.networks.diffusers_io import NETWORKS
+from distill_core.networks.diffusers_denoiser import DiffusersDenoiser, Sidecar
+from distill_core.networks.diffusers_schedule import schedule_of
+from distill_core.networks.foreign.networks import NETWORKS
 from distill_core.networks.text import text_for
 from distill_core.networks.weightless import real_tensors
 

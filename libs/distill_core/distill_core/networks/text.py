@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.method import Cond
+from distill_core.networks.foreign.texts import check_text_model, check_tokenizer
+from distill_core.networks.foreign.weights import variant_of
 from distill_core.networks.foreign_configs import check_numbers
 from distill_core.networks.weightless import is_weightless
 
@@ -75,14 +76,21 @@ class TextEncoder:
         with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
             return self._answer(prompt)
 
-    def _answer(self, prompt: str) -> Cond:
-        return {"prompt_embeds": self.model(self._tokens(self.tokenizer, prompt))[0]}
+    @property
+    def masked(self) -> bool:
+        """Whether what pads a prompt is hidden from it: Stable Diffusion's pipelines do so where the model says."""
+        return bool(getattr(self.model.config, "use_attention_mask", False))
 
-    def _tokens(self, tokenizer: Any, prompt: str) -> Tensor:
+    def _answer(self, prompt: str) -> Cond:
+        found = self._tokenized(self.tokenizer, prompt)
+        mask = found.attention_mask if self.masked else None
+        return {"prompt_embeds": self.model(found.input_ids, attention_mask=mask)[0]}
+
+    def _tokenized(self, tokenizer: Any, prompt: str) -> Any:
         found = tokenizer(
             [prompt], padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
         )
-        return found.input_ids.to(self.model.device)
+        return found.to(self.model.device)
 
 
 class DualTextEncoder(TextEncoder):
@@ -119,9 +127,13 @@ class DualTextEncoder(TextEncoder):
         self.model_2.to(device)
         return super().to(device)
 
+    @property
+    def masked(self) -> bool:
+        return False  # by SDXL's pipelines, whatever the models say
+
     def _answer(self, prompt: str) -> Cond:
-        first = self.model(self._tokens(self.tokenizer, prompt), output_hidden_states=True)
-        second = self.model_2(self._tokens(self.tokenizer_2, prompt), output_hidden_states=True)
+        first = self.model(self._tokenized(self.tokenizer, prompt).input_ids, output_hidden_states=True)
+        second = self.model_2(self._tokenized(self.tokenizer_2, prompt).input_ids, output_hidden_states=True)
         hidden = first.hidden_states[-2], second.hidden_states[-2]
         return {"prompt_embeds": torch.cat(hidden, dim=-1), "pooled_embeds": second.text_embeds}
 
@@ -130,34 +142,46 @@ def load_text_encoder(folder: Path) -> TextEncoder:
     """The encoder of a diffusers folder: `tokenizer/` and `text_encoder/`, with a `_2` of each for SDXL.
 
     Raises:
-        ArtifactError: a part is missing or damaged.
+        ArtifactError: a part is missing or damaged, or says something that is not understood.
     """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    def part(name: str, cls: Any, **options: Any) -> Any:
-        if cls is CLIPTokenizer and not _has_vocabulary(folder / name):  # it would read every word as unknown
-            raise OSError(f"{name}/ has neither tokenizer.json nor vocab.json with merges.txt")
-        check_numbers(folder / name)
-        if cls is not CLIPTokenizer and is_weightless():
-            return cls(cls.config_class.from_pretrained(folder / name, local_files_only=True))
-        return cls.from_pretrained(folder / name, local_files_only=True, **options)
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     try:
-        first = (
-            part("tokenizer", CLIPTokenizer),
-            part("text_encoder", CLIPTextModel, use_safetensors=True),
-        )
+        first = _tokenizer(folder / "tokenizer"), _text_model(folder / "text_encoder", CLIPTextModel)
         if not (folder / "text_encoder_2").is_dir():
             return TextEncoder(*first)
-        second = part("text_encoder_2", CLIPTextModelWithProjection, use_safetensors=True)
+        second = _text_model(folder / "text_encoder_2", CLIPTextModelWithProjection)
         return DualTextEncoder(
-            *first, part("tokenizer_2", CLIPTokenizer), second, zero_null=_zero_null(folder)
+            *first, _tokenizer(folder / "tokenizer_2"), second, zero_null=_zero_null(folder)
         )
+    except ArtifactError:
+        raise
     except Exception as error:  # transformers raises many kinds on damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(
             f"text encoder or tokenizer in {folder} is damaged or incomplete: {reason}"
         ) from error
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    if not _has_vocabulary(folder):  # it would read every word as unknown
+        raise OSError(f"{folder.name}/ has neither tokenizer.json nor vocab.json with merges.txt")
+    check_tokenizer(folder)
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _text_model(folder: Path, cls: Any) -> Any:
+    """A text model in float32, whatever its weights are kept in."""
+    check_numbers(folder)
+    check_text_model(folder, cls)
+    if is_weightless():
+        return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+    variant = variant_of(folder, "model")
+    return cls.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, variant=variant, dtype=torch.float32
+    )
 
 
 def _has_vocabulary(folder: Path) -> bool:

@@ -141,7 +141,7 @@ def load_latent_scene(folder: Path, *, device: str | torch.device = "cpu") -> La
     Raises:
         ArtifactError: a file is missing or damaged, or the weights are of another scene.
     """
-    from distill_core.networks.diffusers_denoiser import decode_latent
+    from distill_core.networks.diffusers_codec import decode_latent
     from distill_core.networks.diffusers_io import load_companions
 
     def made(file: LatentFile) -> LatentScene:

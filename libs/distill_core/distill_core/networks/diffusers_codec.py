@@ -1,0 +1,89 @@
+"""The codec of a latent model: an AutoencoderKL or VQModel of diffusers, frozen, with the scale of its latents."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_core.errors import ArtifactError
+
+
+def to_latent(codec: nn.Module, picture: Tensor) -> Tensor:
+    """A picture (B, C, H, W) in [-1, 1] as a latent model's x0."""
+    with torch.autocast(
+        picture.device.type, enabled=False
+    ):  # latents in 8 bits of mantissa are other pictures
+        answer = codec.encode(picture.to(codec.dtype))
+        latent = (answer.latents if hasattr(answer, "latents") else answer.latent_dist.mode()).float()
+    config = codec.config
+    if config.get("latents_mean") is None:
+        return (latent - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+    mean, std = _moments(config, latent)
+    return (latent - mean) * config["scaling_factor"] / std
+
+
+def unscaled(codec: nn.Module, x0: Tensor) -> Tensor:
+    """The codec's own latent of a model's `x0`."""
+    config = codec.config
+    if config.get("latents_mean") is None:
+        return x0 / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+    mean, std = _moments(config, x0)
+    return x0 * std / config["scaling_factor"] + mean
+
+
+def decode_latent(codec: nn.Module, x0: Tensor) -> Tensor:
+    """The picture (B, C, H, W) in [-1, 1] of a latent model's `x0`."""
+    return codec.decode(unscaled(codec, x0)).sample
+
+
+def latent_channels(config: Any) -> int:
+    """C of the latents that a codec of this config takes."""
+    return int(config.get("vq_embed_dim") or config["latent_channels"])
+
+
+def check_codec(path: Path, config: Any) -> None:
+    """Refuse a codec whose scale is none, or is said in two ways.
+
+    Raises:
+        ArtifactError: it is; the sentence names file and key.
+    """
+    mean, std, shift = (config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
+    if (mean is None) != (std is None):
+        raise ArtifactError(f"{path} gives one of latents_mean and latents_std; give both or neither")
+    if mean is not None and shift:
+        raise ArtifactError(f"{path} gives both latents_mean and shift_factor; give one of them")
+    for name in ("scaling_factor", "shift_factor"):
+        _check_numbers(path, name, [config.get(name) or 0.0])
+    if not config.get("scaling_factor"):
+        raise ArtifactError(
+            f"{path} says scaling_factor = 0, and latents are divided by it; give their 1 / std"
+        )
+    for name, values in (("latents_mean", mean), ("latents_std", std)):
+        if values is not None:
+            _check_numbers(path, name, values, count=latent_channels(config))
+    if std is not None and min(std) <= 0:
+        raise ArtifactError(f"{path} says latents_std = {min(std)}; standard deviations are above 0")
+    if config["in_channels"] != config["out_channels"]:
+        raise ArtifactError(
+            f"{path} says in_channels = {config['in_channels']} and out_channels = {config['out_channels']}; "
+            "a codec that gives back another kind of picture is not supported"
+        )
+
+
+def _check_numbers(path: Path, name: str, values: Any, count: int = 1) -> None:
+    listed = isinstance(values, list | tuple) and len(values) == count
+    if not listed or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise ArtifactError(
+            f"{path} says {name} = {values}; it is {count} finite numbers, one a latent channel"
+        )
+
+
+def _moments(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the codec's latents, (1, C, 1, 1) each."""
+    return tuple(
+        like.new_tensor(config[name]).reshape(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
+    )

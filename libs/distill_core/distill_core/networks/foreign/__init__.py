@@ -1,0 +1,1 @@
+"""What other people's model folders say, and which of it is understood: no model library is imported here."""
