@@ -87,6 +87,33 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return any(not torch.equal(before[name], after[name]) for name in before)
 
 
+TINY_UNET = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+def tiny_pixels(folder: Path, scheduler: object, **args: object) -> Path:
+    """A plain diffusers folder of an unconditional pixel model with random weights: 8x8 pictures, `args` its own."""
+    import diffusers
+
+    torch.manual_seed(0)
+    diffusers.UNet2DModel(**{**TINY_UNET, **args}).save_pretrained(folder / "unet")
+    scheduler.save_pretrained(folder / "scheduler")  # type: ignore[attr-defined]
+    return folder
+
+
+def edited(folder: Path, part: str, name: str = "config.json", **changes: object) -> Path:
+    """The folder, with other values in one of its JSON files."""
+    path = folder / part / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
 def tiny_text_to_image(folder: Path, *, tokens: int = 8, prediction: str = "epsilon") -> Path:
     """A plain diffusers Stable Diffusion folder with random weights: 8x8 latents, 16x16 pictures, letters as tokens."""
     import diffusers

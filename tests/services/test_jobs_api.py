@@ -11,6 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from distill_core.artifacts import ArtifactStore, CondSpec, Manifest
 from distill_core.errors import ArtifactError, ConfigError, DistilleryError, NotFound, Unavailable
 from distill_service.jobs import queue
 from distill_service.jobs.database import Database
@@ -103,6 +104,19 @@ def test_a_bad_request_is_answered_with_the_field(client, work, field, said):
     with pytest.raises(ConfigError, match=said) as caught:
         client.submit(work)
     assert caught.value.field == field
+    assert len(client.list()) == before
+
+
+def test_a_conversion_that_cannot_succeed_is_refused_when_it_is_submitted(client, running, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    store = ArtifactStore(running.settings.store_url)
+    wide = CondSpec(kind="prompt", max_tokens=77, embed_dim=2048, pooled_dim=1280)
+    store.publish(tmp_path, Manifest(name="wide", kind="denoiser", cond=wide))
+    store.publish(tmp_path, Manifest(name="judge", kind="classifier"))
+    before = len(client.list())
+    for name, said in (("wide", "wide@1 is of the SDXL kind"), ("judge", "judge@1 is of kind classifier")):
+        with pytest.raises(ArtifactError, match=said):
+            client.submit(convert_spec(name, "onnx-fp32"))
     assert len(client.list()) == before
 
 

@@ -295,6 +295,12 @@ def _show_outcome(job: Job) -> None:
             results.print(f"  {label}{shown}")
 
 
+def _may_succeed(job: Job) -> bool:
+    """Whether the same job could succeed later: its request stays what it was, and so does a published version."""
+    fixed = ("ConfigError", "ArtifactError") if kind_name(job) == "convert" else ("ConfigError",)
+    return job.error.type not in fixed
+
+
 def exit_code(job: Job) -> int:
     """0 for a job that succeeded; else its error's own code, the sentence told on stderr."""
     name = state_name(job)
@@ -303,7 +309,8 @@ def exit_code(job: Job) -> int:
     notes.print(f"[bold red]error:[/] job {job.id} is {name}")
     if job.error.message:
         notes.print(job.error.message, markup=False, soft_wrap=True)
-        notes.print(f"when that is mended: distillery retry {job.id}")
+        if _may_succeed(job):
+            notes.print(f"when that is mended: distillery retry {job.id}")
     if name == "CANCELLED":
         return EXIT_STOPPED
     if job.error.type == "OutOfMemory":

@@ -9,9 +9,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from distill_core.artifacts import MANIFEST, ArtifactStore, ExportReport, FrechetReport, Manifest
+from distill_core.artifacts import (
+    MANIFEST,
+    ArtifactStore,
+    ExportReport,
+    FrechetReport,
+    Manifest,
+    check_convertible,
+)
 from distill_core.building import load_artifact
-from distill_core.errors import ArtifactError, Unavailable
+from distill_core.errors import Unavailable
 from distill_core.networks.answers import parity_sample
 from distillery_converter import frechet, int8, onnx, parity, tensorrt
 from distillery_converter.fields import field_graphs
@@ -50,7 +57,7 @@ def convert(
     """
     goal = find_target(target, tolerance=tolerance)
     source = store.manifest(ref)
-    _require_convertible(source)
+    check_convertible(source)
     versions = _tool_versions(goal)
     done = _converted(store, source, goal, versions)
     if done is not None:
@@ -83,15 +90,6 @@ def convert(
         ) from None
     on_progress(STEPS, STEPS)
     return published
-
-
-def _require_convertible(source: Manifest) -> None:
-    if source.kind not in ("denoiser", "field"):
-        raise ArtifactError(
-            f"{source.ref} is of kind {source.kind}, and only denoisers and fields can be converted; "
-            "`distillery models` shows the kinds",
-            field="artifact",
-        )
 
 
 def _tool_versions(goal: Target) -> dict[str, str]:

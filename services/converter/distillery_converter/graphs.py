@@ -132,9 +132,11 @@ def load_graphs(folder: Path, manifest: Manifest, base: Load | None = None) -> l
         fuse_adapters(expert.network)
     graphs = denoiser_graphs(experts, manifest)
     denoiser = experts[0]  # decoder and text encoder are the same for all
-    if denoiser.cond.pooled_dim is not None:
+    if denoiser.text is not None and denoiser.text.masked:
         raise ArtifactError(
-            "models of the SDXL kind are not converted yet: their graph needs pooled prompts; serve it with torch"
+            "models whose text_encoder/config.json says use_attention_mask are not converted yet: their graph would "
+            "need the mask beside the tokens; serve it with torch",
+            field="artifact",
         )
     if denoiser.codec is not None:
         ends = functools.lru_cache(maxsize=2)(functools.partial(_ends, graphs[0]))

@@ -14,6 +14,7 @@ from distill_core.errors import Overloaded
 from distill_service.auth import CALLER
 from distill_service.jobs import garbage, pauses, requests
 from distill_service.jobs.celery_app import wake
+from distill_service.jobs.conversions import check_conversions
 from distill_service.jobs.database import Database
 from distill_service.jobs.dry_run import DryRuns
 from distill_service.jobs.hub import Hub
@@ -46,6 +47,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         drafts = await asyncio.to_thread(messages.drafts, request)
         for draft in drafts:
             check_paths(draft.spec, self._settings)
+        await asyncio.to_thread(check_conversions, drafts, self._settings)
         which = request.WhichOneof("work")
         shape = {"pipeline": which == "pipeline", "sweep": which == "sweep"}
         if request.dry_run:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import diffusers
 import pytest
 import torch
@@ -12,15 +10,8 @@ from distill_core.errors import ArtifactError
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.foreign.schedulers import SCHEDULERS
 from distill_core.networks.generation import generate_x0
+from tests.helpers import TINY_UNET, edited, tiny_pixels
 
-SIZES = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
 TRAINED = [0.001 + 0.0004 * index for index in range(40)]
 BETAS = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
@@ -28,20 +19,6 @@ BETAS = {
     "trained": {"trained_betas": TRAINED, "num_train_timesteps": 40},
     "fewer": {"num_train_timesteps": 300, "beta_end": 0.07},
 }
-
-
-def unet_folder(folder, scheduler, **args):
-    torch.manual_seed(0)
-    network = diffusers.UNet2DModel(**{**SIZES, **args})
-    network.save_pretrained(folder / "unet")
-    scheduler.save_pretrained(folder / "scheduler")
-    return folder
-
-
-def edited(folder, part, name="config.json", **changes):
-    path = folder / part / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return folder
 
 
 def theirs(folder, latent, timestep, cls=diffusers.DDIMScheduler):
@@ -58,7 +35,7 @@ def theirs(folder, latent, timestep, cls=diffusers.DDIMScheduler):
 @pytest.mark.parametrize("betas", sorted(BETAS))
 def test_betas_and_predictions_are_read_as_ddim_reads_them(betas, prediction, tmp_path):
     args = {**BETAS[betas], "prediction_type": prediction, "clip_sample": False}
-    folder = unet_folder(tmp_path, diffusers.DDIMScheduler(**args))
+    folder = tiny_pixels(tmp_path, diffusers.DDIMScheduler(**args))
     denoiser, latent = load_denoiser(folder), torch.randn(2, 3, 8, 8)
     for part in (0.2, 0.6):
         timestep = int(part * args.get("num_train_timesteps", 1000))
@@ -103,7 +80,7 @@ VARIANCE_EXPLODING = {
 @pytest.mark.parametrize("kind", sorted(VARIANCE_EXPLODING))
 def test_schedules_in_the_variance_exploding_form_are_read_as_their_own_step_reads_them(kind, tmp_path):
     cls, args = VARIANCE_EXPLODING[kind]
-    folder = unet_folder(tmp_path, cls(**args))
+    folder = tiny_pixels(tmp_path, cls(**args))
     denoiser = load_denoiser(folder)
     network = diffusers.UNet2DModel.from_pretrained(folder / "unet")
     for index in (0, 2, 5):
@@ -122,7 +99,7 @@ def test_schedules_in_the_variance_exploding_form_are_read_as_their_own_step_rea
 @pytest.mark.parametrize("cls", [diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler])
 def test_solvers_with_flow_levels_are_read_as_flows(cls, tmp_path):
     scheduler = cls(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    folder = unet_folder(tmp_path, scheduler)
+    folder = tiny_pixels(tmp_path, scheduler)
     denoiser = load_denoiser(folder)
     scheduler.set_timesteps(6)
     scheduler.set_begin_index(2)
@@ -139,7 +116,7 @@ def test_solvers_with_flow_levels_are_read_as_flows(cls, tmp_path):
 
 def test_a_flow_of_another_number_of_timesteps_is_told_its_own_times(tmp_path):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=70, shift=3.0)
-    folder = unet_folder(tmp_path, scheduler)
+    folder = tiny_pixels(tmp_path, scheduler)
     denoiser = load_denoiser(folder)
     scheduler.set_timesteps(5)
     t, timestep, x_t = scheduler.sigmas[1], scheduler.timesteps[1], torch.randn(2, 3, 8, 8)
@@ -151,7 +128,7 @@ def test_a_flow_of_another_number_of_timesteps_is_told_its_own_times(tmp_path):
 
 def test_a_learned_variance_is_no_part_of_x0(tmp_path):
     args = {"variance_type": "learned_range", "clip_sample": False}
-    folder = unet_folder(tmp_path, diffusers.DDPMScheduler(**args), out_channels=6)
+    folder = tiny_pixels(tmp_path, diffusers.DDPMScheduler(**args), out_channels=6)
     latent = torch.randn(2, 3, 8, 8)
     scheduler, step = theirs(folder, latent, 400, diffusers.DDPMScheduler)
     alpha = scheduler.alphas_cumprod[400].sqrt()
@@ -164,7 +141,7 @@ def test_a_learned_variance_is_no_part_of_x0(tmp_path):
     ("limit", "args"), [(1.0, {}), (0.3, {"clip_sample_range": 0.3}), (None, {"clip_sample": False})]
 )
 def test_a_scheduler_that_clamps_x0_gives_a_sampler_that_does(limit, args, tmp_path):
-    denoiser = load_denoiser(unet_folder(tmp_path, diffusers.DDPMScheduler(**args)))
+    denoiser = load_denoiser(tiny_pixels(tmp_path, diffusers.DDPMScheduler(**args)))
     assert denoiser.sampler.clip == limit
     drawn = generate_x0(denoiser, {}, range(3), seed=4, num_steps=2)
     assert float(drawn.abs().max()) > 1.1 if limit is None else float(drawn.abs().max()) < limit + 1e-4
@@ -173,7 +150,7 @@ def test_a_scheduler_that_clamps_x0_gives_a_sampler_that_does(limit, args, tmp_p
 def test_the_pipelines_index_decides_which_scheduler_reads_a_config(tmp_path):
     folder = tmp_path / "pipeline"
     torch.manual_seed(0)
-    network = diffusers.UNet2DModel(**SIZES)
+    network = diffusers.UNet2DModel(**TINY_UNET)
     diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()).save_pretrained(folder)
     edited(folder, ".", "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
     edited(folder, "scheduler", "scheduler_config.json", rescale_betas_zero_snr=True)
@@ -184,7 +161,7 @@ def test_the_pipelines_index_decides_which_scheduler_reads_a_config(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_every_scheduler_that_is_known_loads_as_diffusers_saves_it(name, tmp_path):
-    load_denoiser(unet_folder(tmp_path, getattr(diffusers, name)()))
+    load_denoiser(tiny_pixels(tmp_path, getattr(diffusers, name)()))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +183,7 @@ def test_every_scheduler_that_is_known_loads_as_diffusers_saves_it(name, tmp_pat
     ],
 )
 def test_what_a_schedule_says_and_nobody_would_do_is_refused_by_its_name(cls, changes, tmp_path):
-    folder = unet_folder(tmp_path, getattr(diffusers, cls)())
+    folder = tiny_pixels(tmp_path, getattr(diffusers, cls)())
     edited(folder, "scheduler", "scheduler_config.json", **changes)
     (key,) = changes
     with pytest.raises(ArtifactError, match=rf"scheduler_config\.json .*{key} = .*not understood"):
@@ -224,7 +201,7 @@ def test_what_a_schedule_says_and_nobody_would_do_is_refused_by_its_name(cls, ch
     ],
 )
 def test_what_is_no_schedule_is_refused_in_a_sentence(cls, changes, sentence, tmp_path):
-    folder = unet_folder(tmp_path, getattr(diffusers, cls)())
+    folder = tiny_pixels(tmp_path, getattr(diffusers, cls)())
     edited(folder, "scheduler", "scheduler_config.json", **changes)
     with pytest.raises(ArtifactError, match=sentence):
         load_denoiser(folder)

@@ -1,5 +1,6 @@
 """Models on disk: what is known of a version (`manifest`), and the store of all versions (`store`)."""
 
+from distill_core.artifacts.convertible import check_convertible
 from distill_core.artifacts.files import FORBIDDEN_SUFFIXES, verify
 from distill_core.artifacts.manifest import (
     MANIFEST,
@@ -30,5 +31,6 @@ __all__ = [
     "Manifest",
     "SamplerSpec",
     "SceneSpec",
+    "check_convertible",
     "verify",
 ]

@@ -14,6 +14,7 @@ from distill_core.diffusion.schedule import Parameterisation
 from distill_core.errors import ConfigError, nearest, out_of_memory
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser, Sidecar
 from distill_core.networks.diffusers_schedule import schedule_of
+from distill_core.networks.foreign.keys import defaults_of, not_understood
 from distill_core.networks.foreign.networks import NETWORKS
 from distill_core.networks.text import text_for
 from distill_core.networks.weightless import real_tensors
@@ -146,8 +147,16 @@ def build_like(teacher: DiffusersDenoiser, network: NetworkConfig) -> DiffusersD
 
 
 def _constructed(name: str, args: dict[str, Any]) -> nn.Module:
+    cls = getattr(diffusers, name)
+    defaults = defaults_of(cls)
+    known = {
+        key: value for key, value in args.items() if key in defaults
+    }  # others are for the class to refuse
+    said = not_understood(known, NETWORKS[name], defaults)
+    if said is not None:
+        raise ConfigError(f"network.args says {said}", field="network.args")
     try:
-        return getattr(diffusers, name)(**args)
+        return cls(**args)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"network.args are refused by {name}: {error}", field="network.args") from None
 
