@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import peft
-from peft.tuners.lora import LoraLayer
+import torch
+from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distill_core.errors import ArtifactError, ConfigError, nearest
+from distill_core.networks.adapter_configs import CHANGE_BASE, AdapterConfig, read_adapter_config
 from distill_core.networks.denoiser import Denoiser
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> (down, up): its weight gains up @ down
 PREFIX = "base_model.model."  # of the names in a peft file
 ONLY = "default"  # peft's name for a network's one adapter
+PAIRED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose factors are a pair of matrices
 
 
 def with_lora(
@@ -100,29 +103,73 @@ def save_peft(factors: Factors, folder: Path, *, base: str = "") -> None:
 
 
 def load_peft(denoiser: Denoiser, folder: Path) -> tuple[Denoiser, dict[str, nn.Parameter]]:
-    """As `with_lora`, with the factors of a folder in peft's format.
+    """As `with_lora`, with the factors of a folder in peft's format, whose scale is multiplied into them.
 
     Raises:
         ArtifactError: damaged, no plain LoRA, or made for another network.
     """
     try:
-        twin, parameters = _adapted(denoiser, _read_config(folder))
+        config = read_adapter_config(folder / CONFIG_NAME)
         saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{folder} is damaged or incomplete: {error}") from None
-    except ValueError as error:  # peft's, for layers that are not there
+    try:
+        places = _places(denoiser, config)
+    except (ValueError, RuntimeError, re.error) as error:  # peft's, for layers that are not there
         raise ArtifactError(f"{folder} does not fit a {type(_network(denoiser)).__name__}: {error}") from None
+    factors = _fitting(saved, places, folder)
+    if config.init_lora_weights in CHANGE_BASE:
+        init = str(config.init_lora_weights)
+        for name, layer in places.items():
+            if not isinstance(layer, Linear):
+                raise ArtifactError(
+                    f"{folder} is damaged: {init} is an initialisation of linear layers, not of {name}"
+                )
+            factors[name] = _over_whole_base(factors[name], layer, init)
+    return with_factors(denoiser, factors)
+
+
+def _places(denoiser: Denoiser, config: AdapterConfig) -> dict[str, LoraLayer]:
+    """The layers that peft would give factors to, by name; the factors are on no device and hold nothing."""
+    network = _network(_twin(denoiser))
+    peft.inject_adapter_in_model(peft.LoraConfig(**config.for_peft()), network, low_cpu_mem_usage=True)
+    return dict(_adapted_layers(network))
+
+
+def _fitting(saved: dict[str, Tensor], places: dict[str, LoraLayer], folder: Path) -> Factors:
+    """A file's factors by layer, scaled, if they are those of `places`, all of them and no others."""
     given = {name.removeprefix(PREFIX): value for name, value in saved.items()}
-    for name in sorted(given.keys() ^ parameters.keys()):
+    needed = {
+        f"{name}.{part}.weight": getattr(layer, part)[ONLY].weight
+        for name, layer in places.items()
+        for part in ("lora_A", "lora_B")
+    }
+    for name in sorted(given.keys() ^ needed.keys()):
         raise ArtifactError(f"{folder} does not fit its own configuration: {name} is only in one of them")
     for name, value in given.items():
-        if value.shape != parameters[name].shape:
+        if not value.is_floating_point() or len(given) < len(saved):
+            raise ArtifactError(f"{folder} is damaged: {name} is there twice, or is no floating-point tensor")
+        if value.shape != needed[name].shape:
             raise ArtifactError(
                 f"{folder} does not fit this base: {name} has the shape {tuple(value.shape)}, and "
-                f"{tuple(parameters[name].shape)} is needed"
+                f"{tuple(needed[name].shape)} is needed"
             )
-        parameters[name].data.copy_(value)
-    return twin, parameters
+    return {
+        name: (
+            given[f"{name}.lora_A.weight"].float(),
+            given[f"{name}.lora_B.weight"].float() * layer.scaling[ONLY],
+        )
+        for name, layer in places.items()
+    }
+
+
+def _over_whole_base(pair: tuple[Tensor, Tensor], layer: LoraLayer, init: str) -> tuple[Tensor, Tensor]:
+    """The factors over the base itself, of factors over what `init` left of it: their product less the initial one."""
+    base, scale = copy.deepcopy(layer.get_base_layer()), layer.scaling[ONLY]  # peft changes the base in place
+    config = peft.LoraConfig(r=layer.r[ONLY], lora_alpha=scale * layer.r[ONLY], init_lora_weights=init)
+    begun = Linear(base, ONLY, config, r=config.r, lora_alpha=config.lora_alpha)
+    down, up = (part[ONLY].weight.detach().to(pair[0]) for part in (begun.lora_A, begun.lora_B))
+    return torch.cat([pair[0], down]), torch.cat([pair[1], -scale * up], dim=1)
 
 
 def set_strength(denoiser: Denoiser, strength: float) -> None:
@@ -163,7 +210,19 @@ def _network(denoiser: Denoiser) -> nn.Module:
 
 
 def _adapted_layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
-    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+    """The layers with factors, by name.
+
+    Raises:
+        ValueError: one whose factors are no pair of matrices: an embedding, an attention, grouped convolutions.
+    """
+    found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+    for name, layer in found:
+        base = layer.get_base_layer()
+        if not isinstance(base, PAIRED) or getattr(base, "groups", 1) > 1:
+            raise ValueError(
+                f"{name} is a {type(base).__name__}; only linear layers and convolutions without groups can be adapted"
+            )
+    return found
 
 
 def _twin(denoiser: Denoiser) -> Denoiser:
@@ -183,6 +242,7 @@ def _adapted(denoiser: Denoiser, config: peft.LoraConfig) -> tuple[Denoiser, dic
     twin = _twin(denoiser)
     network = _network(twin)
     peft.inject_adapter_in_model(config, network)
+    _adapted_layers(network)  # refuses those that have no pair of factors
     twin.eval()
     factors = {name: value for name, value in network.named_parameters() if ".lora_" in name}
     for value in factors.values():
@@ -193,19 +253,6 @@ def _adapted(denoiser: Denoiser, config: peft.LoraConfig) -> tuple[Denoiser, dic
 def _config(factors: Factors) -> peft.LoraConfig:
     rank = next(iter(factors.values()))[0].shape[0]
     return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(factors))
-
-
-def _read_config(folder: Path) -> peft.LoraConfig:
-    try:
-        kind = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["peft_type"]
-        config = peft.LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{folder / CONFIG_NAME} is damaged: {error}") from None
-    if config is None or config.use_dora or config.bias != "none" or config.modules_to_save:
-        raise ArtifactError(
-            f"{folder} is no plain LoRA (without DoRA, biases or saved modules), which alone is loaded"
-        )
-    return config
 
 
 def _one_rank(factors: Factors) -> Factors:
