@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 def call(address: str, method: str, request: str = "{}") -> Iterator[str]:
     """The answers of `package.Service/Method` to a request in JSON, as JSON."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
         service, _, name = method.partition("/")
         found = pool.FindServiceByName(service).FindMethodByName(name)

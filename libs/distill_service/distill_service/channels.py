@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from distill_core.errors import ConfigError
+from distill_service.addresses import checked, grpc_options, is_local
 from distill_service.tracing import start_tracing
 
 MAX_RETRIES = 4  # gRPC's own limit
@@ -27,21 +28,16 @@ _OPTIONS = [
 ]
 
 
-def _options(retries: int) -> list[tuple[str, Any]]:
+def _options(address: str, retries: int) -> list[tuple[str, Any]]:
     """A channel's options; refused calls are sent again when the server's pushback says, up to `retries` times."""
     if not 0 <= retries <= MAX_RETRIES:
         raise ConfigError(f"retries = {retries} is not allowed: give 0 to {MAX_RETRIES}", field="retries")
+    options = [*_OPTIONS, *grpc_options(address)]
     if not retries:
-        return [*_OPTIONS, ("grpc.enable_retries", 0)]
+        return [*options, ("grpc.enable_retries", 0)]
     policy = {"name": [{}], "retryPolicy": {"maxAttempts": retries + 1, **_POLICY}}
     config = json.dumps({"methodConfig": [policy]})
-    return [*_OPTIONS, ("grpc.enable_retries", 1), ("grpc.service_config", config)]
-
-
-def is_local(address: str) -> bool:
-    """Whether an address cannot be reached from another machine."""
-    host = address.rsplit(":", 1)[0].strip("[]")
-    return address.startswith("unix:") or host in ("localhost", "::1") or host.startswith("127.")
+    return [*options, ("grpc.enable_retries", 1), ("grpc.service_config", config)]
 
 
 def read_file(path: Path | None, field: str) -> bytes:
@@ -67,15 +63,18 @@ def channel(
     `cert` and `key` are the client's own certificate, for servers that ask for one. Calls that are refused as
     overloaded, or do not arrive, are sent again up to `retries` times, 0 to 4, within their deadline.
 
+    A proxy of the environment is used for other machines alone.
+
     Raises:
-        ConfigError: a token would be sent unencrypted to another machine; a file cannot be read.
+        ConfigError: no address; a token would be sent unencrypted to another machine; a file cannot be read.
     """
+    address = checked(address)
     if token and ca is None and not is_local(address):
         raise ConfigError(
             f"a token for {address} would travel unencrypted; set DISTILLERY_TLS_CA to the server's CA file",
             field="token",
         )
-    credentials, options = _credentials(ca, cert, key), _options(retries)
+    credentials, options = _credentials(ca, cert, key), _options(address, retries)
     traced = start_tracing("client")
     if aio:
         interceptors = [kind(token) for kind in _AIO_KINDS] if token else []

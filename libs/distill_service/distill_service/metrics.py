@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from distill_core.errors import ConfigError
+from distill_service.addresses import joined
 from distill_service.settings import Settings
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -60,7 +61,7 @@ def serve_metrics(registry: CollectorRegistry, settings: Settings, field: str) -
         start_http_server(port, addr=host, registry=registry)
     except OSError as error:
         raise ConfigError(
-            f"metrics cannot be served on {host}:{port}: {error.strerror}; "
+            f"metrics cannot be served on {joined(host, port)}: {error.strerror}; "
             f"set DISTILLERY_{field.upper()} to a free port, or to 0 for none",
             field=field,
         ) from None

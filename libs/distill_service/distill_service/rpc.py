@@ -27,9 +27,10 @@ from structlog.contextvars import bind_contextvars
 
 from distill_core.config import Config
 from distill_core.errors import ConfigError, DistilleryError
+from distill_service.addresses import check_host, is_loopback, joined
 from distill_service.audit import AuditLog, target_of
 from distill_service.auth import CALLER, Caller, Tokens, check_scope
-from distill_service.channels import channel, is_local, read_file
+from distill_service.channels import channel, read_file
 from distill_service.status import StatusError, WireStatus, shortened, status_name, wire_status
 from distill_service.tracing import tracing
 
@@ -41,7 +42,6 @@ __all__ = [
     "bind",
     "build_server",
     "channel",
-    "is_local",
     "run_until_stopped",
 ]
 OnCall = Callable[[str, str, float], None]  # (method, status name, seconds)
@@ -71,22 +71,19 @@ class RpcSettings(Config):
 
     @model_validator(mode="after")
     def _secure(self) -> RpcSettings:
+        check_host(self.host)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key belong together: give both or neither")
         if self.tls_client_ca and not self.tls_cert:
             raise ValueError("tls_client_ca needs tls_cert and tls_key")
-        if self.tokens_file and not self.tls_cert and not is_local(self.address):
+        if self.tokens_file and not self.tls_cert and not is_loopback(self.host):
             raise ValueError(f"tokens on {self.host} would travel unencrypted: give tls_cert and tls_key too")
         return self
 
     @property
     def address(self) -> str:
         """What gRPC binds to."""
-        return self.host if self.host.startswith("unix:") else _joined(self.host, self.port)
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return joined(self.host, self.port)
 
 
 def build_server(

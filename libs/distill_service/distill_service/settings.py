@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from distill_core.errors import ConfigError
+from distill_service.addresses import check_host, dialled, is_loopback, without_proxy
 
 # One file a setting, named like its variable (distillery_database_url): how containers are given passwords.
 SECRETS = Path("/run/secrets")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free port; for metrics: off
+
+
+def _host(value: str) -> str:
+    try:
+        return check_host(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+Host = Annotated[str, AfterValidator(_host)]
 
 
 class Settings(BaseSettings):
@@ -37,11 +50,11 @@ class Settings(BaseSettings):
     )  # SQLAlchemy URL of the job table; default sqlite:///<state_dir>/jobs.db
     broker_url: str = Field("", repr=False)  # Celery broker; empty: the embedded one
 
-    jobs_host: str = "127.0.0.1"
+    jobs_host: Host = "127.0.0.1"
     jobs_port: Port = 50051
-    sampler_host: str = "127.0.0.1"
+    sampler_host: Host = "127.0.0.1"
     sampler_port: Port = 50052
-    metrics_host: str = "127.0.0.1"
+    metrics_host: Host = "127.0.0.1"
     jobs_metrics_port: Port = 9464
     worker_metrics_port: Port = 9465
     sampler_metrics_port: Port = 9466
@@ -94,6 +107,16 @@ class Settings(BaseSettings):
         assert self.runs_dir is not None
         return self.runs_dir
 
+    @property
+    def jobs_address(self) -> str:
+        """Where callers on this machine find the Jobs API."""
+        return dialled(self.jobs_host, self.jobs_port)
+
+    @property
+    def sampler_address(self) -> str:
+        """Where callers on this machine find the sampler."""
+        return dialled(self.sampler_host, self.sampler_port)
+
     def client_tls(self) -> dict[str, Path | None]:
         """The files that a client's channel takes: the server's authority, the own certificate and its key."""
         return {"ca": self.tls_ca, "cert": self.tls_client_cert, "key": self.tls_client_key}
@@ -102,7 +125,7 @@ class Settings(BaseSettings):
         """The folders that jobs may name files of; None is any file, as long as only this machine can submit."""
         if self.data_roots:
             return tuple(Path(root).expanduser().resolve() for root in self.data_roots.split(":") if root)
-        alone = self.tokens_file is None and self.jobs_host in ("127.0.0.1", "::1", "localhost")
+        alone = self.tokens_file is None and is_loopback(self.jobs_host)
         return None if alone else ()
 
     def client_token(self) -> str | None:
@@ -137,5 +160,13 @@ def load_settings(**values: object) -> Settings:
 
 @cache
 def settings() -> Settings:
-    """This process's settings, read once."""
+    """This process's settings, read once; from then on no library gives a proxy what stays on this machine."""
+    _spare_loopback()
     return load_settings()
+
+
+def _spare_loopback() -> None:
+    """Add the loopback to `no_proxy` where a proxy is set: stores' libraries, and our processes, read it."""
+    if any(os.environ.get(name) for kind in _PROXIES for name in (kind, kind.upper())):
+        known = ",".join(os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY"))
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = without_proxy(known)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from distill_core.errors import ConfigError
+from distill_service.addresses import grpc_options
 from distill_service.settings import Settings, settings
 
 if TYPE_CHECKING:
@@ -167,7 +168,9 @@ def _provider(service: str, endpoint: str) -> TracerProvider:
     if isinstance(existing, TracerProvider):  # the program that uses our client has its own
         return existing
     provider = TracerProvider(resource=Resource.create({"service.name": f"distillery-{service}"}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+    provider.add_span_processor(
+        BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, channel_options=grpc_options(endpoint)))
+    )
     return provider
 
 

@@ -122,7 +122,7 @@ class _GpuSampler(Sampler):
         from distillery_cli.stack import environment
 
         shared = stack_settings(state)
-        self.address = f"{shared.sampler_host}:{shared.sampler_port}"
+        self.address = shared.sampler_address
         own = {
             "DISTILLERY_SAMPLER_PRELOAD": json.dumps([ref]),
             "DISTILLERY_SAMPLER_BACKEND": "torch",
@@ -222,12 +222,11 @@ def _load(address: str, ref: str, clients: int, seconds: float) -> dict[str, Any
 
 def _ask_until(stop: threading.Event, address: str, ref: str, number: int, latencies: list[float]) -> None:
     """One call at least, each with a prompt that nobody has sent before."""
-    import grpc
-
+    from distill_service.channels import channel
     from distillery.v1 import common_pb2, sampler_pb2, sampler_pb2_grpc
 
-    with grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)]) as channel:
-        generate = sampler_pb2_grpc.SamplerServiceStub(channel).Generate
+    with channel(address) as connection:
+        generate = sampler_pb2_grpc.SamplerServiceStub(connection).Generate
         while True:
             request = sampler_pb2.GenerateRequest(
                 model=ref,

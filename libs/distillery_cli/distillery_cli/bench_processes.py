@@ -138,7 +138,7 @@ class Sampler(Child):
         from distillery_cli.stack import environment
 
         shared = stack_settings(state)
-        self.address = f"{shared.sampler_host}:{shared.sampler_port}"
+        self.address = shared.sampler_address
         own = {
             "DISTILLERY_SAMPLER_PRELOAD": json.dumps([ref]),
             "DISTILLERY_SAMPLER_INSTANCES": "1",
@@ -183,7 +183,7 @@ def publish(subject: Subject, state: Path) -> Served:
         shutil.rmtree(state / f"untrained-{subject.name}", ignore_errors=True)
         with Stack(settings) as stack:
             stack.start()
-            ref = converted(subject, settings.store_url, f"{settings.jobs_host}:{settings.jobs_port}", state)
+            ref = converted(subject, settings.store_url, settings.jobs_address, state)
     else:
         ref = manifest.ref
     return Served(subject, ref, graph_of(settings.store_url, ref))

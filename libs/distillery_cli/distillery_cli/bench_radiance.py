@@ -40,7 +40,7 @@ def measure_radiance(state: Path, seconds: float, say: Callable[[str], object]) 
         stack.start()
         from distillery_sampler.client import SamplerClient
 
-        with SamplerClient(f"{settings.sampler_host}:{settings.sampler_port}") as sampler:
+        with SamplerClient(settings.sampler_address) as sampler:
             say(f"sampler against bare renderer, {ROUNDS} x {seconds:g} s each")
             report["served"] = measure_served(scene, sampler, ref, seconds)
             report["first"] = [measure_first(sampler, ref, side) for side in FIRST_SIZES]

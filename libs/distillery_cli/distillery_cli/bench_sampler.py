@@ -60,9 +60,9 @@ def measure_sampler(state: Path, seconds: float, say: Callable[[str], object]) -
         stack.start()
         for subject in SUBJECTS:
             say(f"{subject.name}: converting")
-            ref = converted(subject, settings.store_url, f"{settings.jobs_host}:{settings.jobs_port}", state)
+            ref = converted(subject, settings.store_url, settings.jobs_address, state)
             bare = _bare(graph_of(settings.store_url, ref), subject)
-            address = f"{settings.sampler_host}:{settings.sampler_port}"
+            address = settings.sampler_address
             loads = []
             for clients, images in LOADS:
                 say(f"{subject.name}: {clients} clients, {images} images a request, {seconds:g} s")

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import grpc
 
+from distill_service.addresses import grpc_options
 from distillery.v1 import common_pb2, sampler_pb2, sampler_pb2_grpc
 
 OPTIONS = [("grpc.enable_retries", 0), ("grpc.max_receive_message_length", -1)]  # a refusal is to be seen
@@ -21,7 +22,9 @@ class Refused(Exception):
 
 async def connect(address: str, model: str) -> Callable[[int, list[int], float], Awaitable[bytes]]:
     """`await call(seed, labels, timeout_s)`: the pictures' bytes."""
-    stub = sampler_pb2_grpc.SamplerServiceStub(grpc.aio.insecure_channel(address, OPTIONS))
+    stub = sampler_pb2_grpc.SamplerServiceStub(
+        grpc.aio.insecure_channel(address, [*OPTIONS, *grpc_options(address)])
+    )
 
     async def call(seed: int, labels: list[int], timeout_s: float) -> bytes:
         request = sampler_pb2.GenerateRequest(

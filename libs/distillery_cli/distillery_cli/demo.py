@@ -65,7 +65,7 @@ def demo(
     settings = stack_settings(_state_folder(out / "state", keep))
     with Stack(settings) as stack:
         stack.start(lambda name, state: notes.print(f"{name} {state}"))
-        trained = _run_jobs(f"{settings.jobs_host}:{settings.jobs_port}")
+        trained = _run_jobs(settings.jobs_address)
         measured = _ask_sampler(settings, trained, out)
     trained.seconds["total"] = round(time.monotonic() - began, 1)
     report = reports.Report(
@@ -175,7 +175,7 @@ def _ask_sampler(settings: Settings, trained: Trained, out: Path) -> dict[str, A
     from distillery_sampler.client import SamplerClient
 
     began = time.monotonic()
-    address = f"{settings.sampler_host}:{settings.sampler_port}"
+    address = settings.sampler_address
     with SamplerClient(address) as sampler, Bars() as bars:
         asked = {
             "teacher": ("teacher", TEACHER_STEPS),

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -203,11 +202,11 @@ def _places(known: Settings) -> Iterator[Finding]:
         yield _guarded(name, lambda name=name, folder=folder: _folder(name, folder))  # type: ignore[misc]
     yield _guarded("broker", lambda: _broker(known))
     servers = (
-        ("jobs api", known.jobs_host, known.jobs_port),
-        ("sampler", known.sampler_host, known.sampler_port),
+        ("jobs api", known.jobs_address),
+        ("sampler", known.sampler_address),
     )
-    for name, host, port in servers:
-        yield _guarded(name, lambda name=name, host=host, port=port: _server(name, host, port))  # type: ignore[misc]
+    for name, address in servers:
+        yield _guarded(name, lambda name=name, address=address: _server(name, address))  # type: ignore[misc]
 
 
 def _store(url: str) -> Finding:
@@ -262,19 +261,17 @@ def _without_password(url: str) -> str:
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
-def _server(name: str, host: str, port: int) -> Finding:
+def _server(name: str, address: str) -> Finding:
     """A running server's health, or whether its port is free for one."""
+    from distill_service.addresses import listens
     from distillery_cli.health import grpc_state
 
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.settimeout(2)
-        taken = probe.connect_ex((host, port)) == 0
-    if not taken:
-        return Finding(name, "absent", f"nothing listens on {host}:{port}; `distillery up` starts it")
+    if not listens(address):
+        return Finding(name, "absent", f"nothing listens on {address}; `distillery up` starts it")
     try:
-        return Finding(name, "ok", f"{host}:{port} {grpc_state(f'{host}:{port}', timeout_s=3)}")
+        return Finding(name, "ok", f"{address} {grpc_state(address, timeout_s=3)}")
     except DistilleryError as error:
         advice = (
             f"stop what listens there, or set DISTILLERY_{'JOBS' if name == 'jobs api' else 'SAMPLER'}_PORT"
         )
-        return Finding(name, "problem", f"{host}:{port} is taken by something else: {error}", advice)
+        return Finding(name, "problem", f"{address} is taken by something else: {error}", advice)

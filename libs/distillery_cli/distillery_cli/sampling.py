@@ -34,8 +34,7 @@ def client() -> SamplerClient:
     from distillery_sampler.client import SamplerClient
 
     known = settings()
-    address = f"{known.sampler_host}:{known.sampler_port}"
-    return SamplerClient(address, token=known.client_token(), **known.client_tls())
+    return SamplerClient(known.sampler_address, token=known.client_token(), **known.client_tls())
 
 
 def parse_labels(text: str) -> list[int]:

@@ -77,18 +77,17 @@ def parts(settings: Settings) -> list[Part]:
     """The stack's processes, in the order in which they start; each finds the broker by the same settings."""
     from distillery_cli.health import grpc_state, worker_state
 
-    def server(name: str, module: str, host: str, port: int) -> Part:
-        address = f"{host}:{port}"
+    def server(name: str, module: str, address: str) -> Part:
         return Part(name, module, address, lambda: _serving(grpc_state(address, timeout_s=2), address))
 
     def worker(name: str, module: str, queue: str) -> Part:
         return Part(name, module, f"queue {queue}", lambda: worker_state(queue, settings, timeout_s=2))
 
     return [
-        server("jobs api", "distillery_trainer.server", settings.jobs_host, settings.jobs_port),
+        server("jobs api", "distillery_trainer.server", settings.jobs_address),
         worker("trainer worker", "distillery_trainer.worker", "train"),
         worker("converter worker", "distillery_converter.worker", "convert"),
-        server("sampler", "distillery_sampler.server", settings.sampler_host, settings.sampler_port),
+        server("sampler", "distillery_sampler.server", settings.sampler_address),
     ]
 
 
@@ -174,17 +173,16 @@ class Stack:
             tell(running.part.name, "ready")
 
     def _check_ports(self, wanted: list[Part]) -> None:
+        from distill_service.addresses import is_socket, listens
+
         for part in wanted:
-            host, _, port = part.address.rpartition(":")
-            if not host or not port.isdigit():
+            if part.address.startswith("queue ") or not listens(part.address):
                 continue
-            with socket.socket() as probe:
-                if probe.connect_ex((host, int(port))) == 0:
-                    name = "JOBS" if "job" in part.name else "SAMPLER"
-                    raise Unavailable(
-                        f"port {port} for the {part.name} is in use; stop what listens there, "
-                        f"or set DISTILLERY_{name}_PORT to another"
-                    )
+            name = "JOBS" if "job" in part.name else "SAMPLER"
+            raise Unavailable(
+                f"{part.address} for the {part.name} is in use; stop what listens there, "
+                f"or set DISTILLERY_{name}_{'HOST' if is_socket(part.address) else 'PORT'} to another"
+            )
 
     def _launch(self, part: Part, values: Mapping[str, str]) -> Running:
         from distill_service.jobs.guard import guarded

@@ -57,7 +57,9 @@ def view(
             from distill_core.radiance.camera_paths import read_camera_file
 
             viewer.show_cameras(read_camera_file(cameras, opened.spec))
-    url = f"http://{host}:{viewer.port}"
+    from distill_service.addresses import dialled
+
+    url = f"http://{dialled(host, viewer.port)}"
     if as_json:
         emit_json({"scene": scene, "url": url})
     else:
@@ -190,7 +192,7 @@ def _check_port(host: str, port: int) -> None:
     """Refuse a port in use: viser would take the next one without a word."""
     import socket
 
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

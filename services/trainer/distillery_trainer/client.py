@@ -139,7 +139,7 @@ class JobsClient:
         """`address`, `token` and `ca` default to this machine's settings, as does the client's own certificate."""
         values = settings()
         tls = values.client_tls() if ca is None else {**values.client_tls(), "ca": ca}
-        self.address = address or f"{values.jobs_host}:{values.jobs_port}"
+        self.address = address or values.jobs_address
         self._channel = channel(self.address, token=token or values.client_token(), **tls)
         self._stub = jobs_pb2_grpc.JobsServiceStub(self._channel)
         self._timeout_s = timeout_s
