@@ -17,13 +17,14 @@ PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 def requirements(extras: list[str], without: set[str]) -> list[str]:
     """The project's own requirements and those of `extras`, nested extras resolved, sorted."""
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    own = re.compile(rf"{re.escape(project['name'])}\[(.+)\]")
     known, found, waiting = project["optional-dependencies"], set(project["dependencies"]), list(extras)
     while waiting:
         extra = waiting.pop()
         if extra not in known:
             sys.exit(f"pyproject.toml has no extra {extra!r}; it has {', '.join(sorted(known))}")
         for line in known[extra]:
-            nested = re.fullmatch(r"distillery\[(.+)\]", line)
+            nested = own.fullmatch(line)
             waiting += nested[1].split(",") if nested else []
             found |= set() if nested else {line}
     return sorted(line for line in found if re.split(r"[^A-Za-z0-9_.-]", line)[0] not in without)

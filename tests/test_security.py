@@ -56,7 +56,7 @@ def test_every_named_package_is_pinned():
     pins = (REPOSITORY / "constraints.txt").read_text().splitlines()
     assert all(re.fullmatch(r"[\w.-]+==[\w.+!]+", line) for line in pins)
     pinned = {plain(line.partition("==")[0]) for line in pins}
-    assert names - {"distillery", "triton"} <= pinned  # triton comes with the torch of a GPU
+    assert names - {"distillery-kit", "triton"} <= pinned  # triton comes with the torch of a GPU
 
 
 def test_bandit_finds_nothing():

@@ -23,7 +23,7 @@ from distillery_sampler.client import AsyncSamplerClient
 from distillery_sampler.metrics import Metrics, ModelStats
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser
 
-pytest.importorskip("opentelemetry.sdk", reason="pip install 'distillery[otel]'")
+pytest.importorskip("opentelemetry.sdk", reason="the extra otel is not installed")
 
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc  # noqa: E402
 from opentelemetry.sdk.trace import TracerProvider  # noqa: E402

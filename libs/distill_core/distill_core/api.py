@@ -204,7 +204,7 @@ def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], b
     with trainer.averaged():
         if not trainer.layout.keeps:
             return Result(run.folder, outcome.step, False, main=False)
-        with writing(f"the model to {run.model}"):
+        with writing(f"the model to {run.model}", run.checkpoints):
             _save_model(method, recipe, run)
         figures = _figures(method, recipe.evaluate, evaluator)
         said = {} if evaluator is None else evaluator.measured_with(figures)

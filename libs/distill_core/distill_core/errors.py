@@ -13,8 +13,12 @@ DistilleryError
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
+
+DISTRIBUTION = "distillery-kit"  # on an index; `distillery` there is somebody else's
 
 
 class DistilleryError(Exception):
@@ -108,4 +112,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def missing_package(package: str, extra: str) -> Unavailable:
     """The error for an optional package that is not installed."""
-    return Unavailable(f"{package} is not installed; run: pip install 'distillery[{extra}]'")
+    return Unavailable(f"{package} is not installed; run: {install_command(extra)}")
+
+
+def install_command(extra: str, *, source: Path | None = None) -> str:
+    """The shell command that installs `extra` from where this code comes from, a clone or an index.
+
+    `source` is the clone's folder, if there is one; by default the one that this file lies in.
+    """
+    clone = source or _clone()
+    if clone is None:
+        return f"pip install {shlex.quote(f'{DISTRIBUTION}[{extra}]')}"
+    place = "." if clone == Path.cwd() else str(clone)
+    return f"pip install -e {shlex.quote(f'{place}[{extra}]')}"
+
+
+def _clone() -> Path | None:
+    """The clone's root, three folders above this package; None where a wheel was installed."""
+    root = Path(__file__).resolve().parents[3]
+    return root if (root / "pyproject.toml").is_file() and (root / "libs" / "distill_core").is_dir() else None

@@ -11,11 +11,9 @@ from distill_core.errors import ConfigError
 
 SOCKETS = ("unix:", "unix-abstract:")
 RESOLVERS = ("dns:", "ipv4:", "ipv6:")  # gRPC's names for what follows them
-ANYWHERE = {
-    "0.0.0.0": "127.0.0.1",
-    "::": "::1",
-}  # where a server listens to all -> where this machine finds it
-# Written so for each of the libraries that read it: suffixes of hosts, hosts with brackets, networks.
+# Where a server listens to all, and where its own machine finds it then.
+ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # nosec B104: nothing is bound here
+# For `no_proxy`, written so for each of the libraries that read it: suffixes of hosts, hosts with brackets, networks.
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]", "127.0.0.0/8")
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from functools import cache
 from pathlib import Path
@@ -10,13 +12,25 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from distill_core.errors import ConfigError
+from distill_core.errors import ConfigError, DistilleryError, Unavailable
 from distill_service.addresses import check_host, dialled, is_loopback, without_proxy
 
 # One file a setting, named like its variable (distillery_database_url): how containers are given passwords.
 SECRETS = Path("/run/secrets")
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free port; for metrics: off
+
+
+def _expanded(path: Path, field: str) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ConfigError(
+            f"{path} is in a home folder, and this user has none; set HOME, or DISTILLERY_{field.upper()} to a folder "
+            "that can be written",
+            field=field,
+        ) from None
 
 
 def _host(value: str) -> str:
@@ -90,11 +104,11 @@ class Settings(BaseSettings):
 
     def model_post_init(self, _context: object) -> None:
         """Fill in what follows from `state_dir`; `~` is the user's home."""
-        state = self.state_dir.expanduser().absolute()
+        state = _expanded(self.state_dir, "state_dir")
         derived = {
             "state_dir": state,
-            "cache_dir": self.cache_dir.expanduser().absolute(),
-            "runs_dir": (self.runs_dir or state / "runs").expanduser().absolute(),
+            "cache_dir": _expanded(self.cache_dir, "cache_dir"),
+            "runs_dir": _expanded(self.runs_dir or state / "runs", "runs_dir"),
             "store_url": self.store_url or str(state / "store"),
             "database_url": self.database_url or f"sqlite:///{state / 'jobs.db'}",
         }
@@ -106,6 +120,19 @@ class Settings(BaseSettings):
         """The folder of run folders."""
         assert self.runs_dir is not None
         return self.runs_dir
+
+    def naming(self, path: Path) -> dict[str, Path]:
+        """The folders that `path` lies in, or that lie in it, by the variables that would move them."""
+        rests = {"runs_dir", "store_url"} - self.model_fields_set  # follow from the state folder
+        folders = {"state_dir": self.state_dir, "cache_dir": self.cache_dir, "runs_dir": self.runs}
+        if "://" not in self.store_url:
+            folders["store_url"] = Path(self.store_url)
+        named = {name: folder for name, folder in folders.items() if name not in rests}
+        within = {name: folder for name, folder in named.items() if path.is_relative_to(folder)}
+        nearest = max((len(folder.parts) for folder in within.values()), default=0)
+        found = {name: folder for name, folder in within.items() if len(folder.parts) == nearest}
+        found = found or {name: folder for name, folder in named.items() if folder.is_relative_to(path)}
+        return {f"DISTILLERY_{name.upper()}": folder for name, folder in found.items()}
 
     @property
     def jobs_address(self) -> str:
@@ -124,7 +151,8 @@ class Settings(BaseSettings):
     def readable_roots(self) -> tuple[Path, ...] | None:
         """The folders that jobs may name files of; None is any file, as long as only this machine can submit."""
         if self.data_roots:
-            return tuple(Path(root).expanduser().resolve() for root in self.data_roots.split(":") if root)
+            roots = [root for root in self.data_roots.split(":") if root]
+            return tuple(_expanded(Path(root), "data_roots").resolve() for root in roots)
         alone = self.tokens_file is None and is_loopback(self.jobs_host)
         return None if alone else ()
 
@@ -156,6 +184,29 @@ def load_settings(**values: object) -> Settings:
         said = first["msg"][0].lower() + first["msg"][1:]
         message = f"DISTILLERY_{name.upper()} = {first.get('input')!r} is not allowed: {said}"
         raise ConfigError(message, field=name) from None
+
+
+def of_a_folder(error: OSError | DistilleryError, known: Settings | None = None) -> DistilleryError:
+    """The sentence for what could not be read or written, with the setting that would name another folder.
+
+    Errors of ours that no file caused, or none of those folders, are returned as they are.
+    """
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError) or not isinstance(error, OSError | Unavailable):
+        assert isinstance(error, DistilleryError)
+        return error
+    said = f"{cause.strerror or cause}: {cause.filename}" if cause.filename else str(cause.strerror or cause)
+    told = error if isinstance(error, DistilleryError) else Unavailable(said)
+    named: dict[str, Path] = {}
+    if isinstance(cause.filename, str | Path):
+        with contextlib.suppress(ConfigError):  # settings that are wrong themselves name nothing
+            named = (known or settings()).naming(Path(cause.filename).absolute())
+    missing = cause.errno == errno.ENOENT and not any(folder.exists() for folder in named.values())
+    if not named or not (missing or cause.errno in _NOT_OURS):
+        return told
+    folders = " and ".join(f"{variable} (now {folder})" for variable, folder in named.items())
+    advice = f"make it writable, or set {folders} to where you can write"
+    return Unavailable(f"{str(told).partition('; ')[0]}; {advice}", field=told.field)
 
 
 @cache

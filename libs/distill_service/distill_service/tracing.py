@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from distill_core.errors import ConfigError
+from distill_core.errors import ConfigError, install_command
 from distill_service.addresses import grpc_options
 from distill_service.settings import Settings, settings
 
@@ -151,7 +151,7 @@ def start_tracing(service: str, given: Settings | None = None) -> Tracing | None
         except ImportError as error:
             raise ConfigError(
                 f"OTEL_EXPORTER_OTLP_ENDPOINT is set, and {error.name} is not installed; "
-                "pip install 'distillery[otel]', or unset it",
+                f"run: {install_command('otel')}, or unset it",
                 field="otlp_endpoint",
             ) from None
     return _active

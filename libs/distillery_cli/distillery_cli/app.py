@@ -9,7 +9,13 @@ from typing import Annotated
 
 import typer
 
-from distill_core.errors import EXIT_OUT_OF_MEMORY, DistilleryError, meaning, out_of_memory
+from distill_core.errors import (
+    DISTRIBUTION,
+    EXIT_OUT_OF_MEMORY,
+    DistilleryError,
+    meaning,
+    out_of_memory,
+)
 from distillery_cli import (
     adapters,
     bench,
@@ -52,7 +58,7 @@ app = typer.Typer(
 def _version(wanted: bool) -> None:
     if wanted:
         try:
-            typer.echo(f"distillery {version('distillery')}")
+            typer.echo(f"distillery {version(DISTRIBUTION)}")
         except PackageNotFoundError:  # run from a checkout that is not installed
             typer.echo("distillery (not installed)")
         raise typer.Exit
@@ -129,20 +135,24 @@ def _report(error: Exception) -> int:
 
 def _known(error: Exception) -> DistilleryError | None:
     """The error as one of ours, if a person can act on it."""
-    if isinstance(error, DistilleryError):
-        return error
+    if isinstance(error, DistilleryError | OSError) and getattr(error, "strerror", ".") is not None:
+        return _placed(error)
     grpc = sys.modules.get("grpc")
     if grpc is not None and isinstance(error, grpc.RpcError):
         from distill_service.status import error_from_call
 
         return error_from_call(error)
-    if isinstance(error, OSError) and error.strerror:
-        from distill_core.errors import Unavailable
-
-        return Unavailable(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
     if isinstance(error, ModuleNotFoundError):
         return _missing(error)
     return None
+
+
+def _placed(error: DistilleryError | OSError) -> DistilleryError:
+    try:
+        from distill_service.settings import of_a_folder
+    except ModuleNotFoundError as missing:  # without the extra service
+        return error if isinstance(error, DistilleryError) else _missing(missing)
+    return of_a_folder(error)
 
 
 def _missing(error: ModuleNotFoundError) -> DistilleryError:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from distill_core.errors import DistilleryError
+from distill_core.errors import DistilleryError, install_command
 from distillery_cli.output import AsJson, emit_json, results, table, waiting
 
 if TYPE_CHECKING:
@@ -94,9 +94,7 @@ def examine() -> Iterator[Finding]:
         yield Finding("settings", "problem", str(error), "correct the variable, or unset it")
         return
     except ImportError as error:
-        yield Finding(
-            "settings", "problem", f"{error.name} is missing", "run: pip install 'distillery[service]'"
-        )
+        yield Finding("settings", "problem", f"{error.name} is missing", f"run: {install_command('service')}")
         return
     yield from _places(known)
 
@@ -118,7 +116,7 @@ def _extra(extra: str) -> Finding:
         return Finding(f"extra {extra}", "ok", versions)
     state: State = "absent" if extra in OPTIONAL else "problem"
     what_for = " if you need it" if extra in OPTIONAL else ""
-    advice = f"run{what_for}: pip install 'distillery[{extra}]'"
+    advice = f"run{what_for}: {install_command(extra)}"
     return Finding(f"extra {extra}", state, f"{', '.join(missing)} not installed", advice)
 
 
@@ -193,13 +191,13 @@ _LOOKS: tuple[tuple[str, Callable[[], Finding]], ...] = (
 
 
 def _places(known: Settings) -> Iterator[Finding]:
-    yield _guarded("artifact store", lambda: _store(known.store_url))
+    yield _guarded("artifact store", lambda: _store(known))
     for name, folder in (
         ("state folder", known.state_dir),
         ("run folders", known.runs),
         ("cache", known.cache_dir),
     ):
-        yield _guarded(name, lambda name=name, folder=folder: _folder(name, folder))  # type: ignore[misc]
+        yield _guarded(name, lambda name=name, folder=folder: _folder(name, folder, known))  # type: ignore[misc]
     yield _guarded("broker", lambda: _broker(known))
     servers = (
         ("jobs api", known.jobs_address),
@@ -209,16 +207,16 @@ def _places(known: Settings) -> Iterator[Finding]:
         yield _guarded(name, lambda name=name, address=address: _server(name, address))  # type: ignore[misc]
 
 
-def _store(url: str) -> Finding:
+def _store(known: Settings) -> Finding:
     from distill_core.artifacts import ArtifactStore
 
-    store = ArtifactStore(url)
+    store = ArtifactStore(known.store_url)
     if store.local:
-        return _folder("artifact store", Path(store.root))
-    return Finding("artifact store", "ok", f"{url}, {len(store.names())} models")
+        return _folder("artifact store", Path(store.root), known)
+    return Finding("artifact store", "ok", f"{known.store_url}, {len(store.names())} models")
 
 
-def _folder(name: str, folder: Path) -> Finding:
+def _folder(name: str, folder: Path, known: Settings) -> Finding:
     """Whether files can be made in `folder`, or it could be made; leaves nothing behind."""
     present = folder
     while not present.exists():
@@ -227,9 +225,7 @@ def _folder(name: str, folder: Path) -> Finding:
         with tempfile.TemporaryFile(dir=present):
             pass
     except OSError as error:
-        advice = (
-            "make it writable, or choose another (DISTILLERY_STATE_DIR, _STORE_URL, _RUNS_DIR, _CACHE_DIR)"
-        )
+        advice = f"make it writable, or set {' and '.join(known.naming(folder))} to another"
         return Finding(name, "problem", f"{folder} cannot be written: {error.strerror}", advice)
     free = shutil.disk_usage(present).free / 1e9
     said = f"{folder}, {free:.0f} GB free"

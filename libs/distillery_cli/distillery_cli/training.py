@@ -179,7 +179,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Hold the run folder's lock, the one that workers take too: two trainings would mix their checkpoints."""
     from distill_core.training.checkpoint import writing
 
-    with writing(f"to the run folder {folder}"):
+    with writing(f"to the run folder {folder}", folder / "checkpoints"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a")
     with lock:

@@ -9,7 +9,7 @@ import sys
 
 from distill_core.errors import DistilleryError, meaning
 from distill_service.jobs.worker import run_worker
-from distill_service.settings import settings
+from distill_service.settings import of_a_folder, settings
 
 
 def main() -> int:
@@ -23,9 +23,10 @@ def main() -> int:
             service="converter",
             metrics_port="converter_metrics_port",
         )
-    except DistilleryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return meaning(error).exit_code
+    except (DistilleryError, OSError) as error:
+        told = of_a_folder(error)
+        print(f"error: {told}", file=sys.stderr)
+        return meaning(told).exit_code
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from distill_service.rpc import (
     build_server,
     run_until_stopped,
 )
-from distill_service.settings import Settings, settings
+from distill_service.settings import Settings, of_a_folder, settings
 from distill_service.tracing import start_tracing
 from distillery.v1 import models_pb2_grpc, sampler_pb2_grpc
 from distillery_sampler import kserve, servicer
@@ -122,9 +122,10 @@ def main() -> int:
         start_tracing("sampler", shared)
         sys.setswitchinterval(SWITCH_S)
         asyncio.run(serve(shared, own))
-    except DistilleryError as error:
-        print(f"sampler: {error}", file=sys.stderr)
-        return meaning(error).exit_code
+    except (DistilleryError, OSError) as error:
+        told = of_a_folder(error)
+        print(f"sampler: {told}", file=sys.stderr)
+        return meaning(told).exit_code
     return 0
 
 

@@ -15,7 +15,7 @@ from distill_service.jobs.metrics import JobTableCollector
 from distill_service.logs import configure_logging
 from distill_service.metrics import SECONDS, serve_metrics
 from distill_service.rpc import RpcSettings, add_health_and_reflection, build_server, run_until_stopped
-from distill_service.settings import Settings, settings
+from distill_service.settings import Settings, of_a_folder, settings
 from distill_service.tracing import start_tracing
 from distillery.v1 import jobs_pb2, jobs_pb2_grpc
 from distillery_trainer.servicer import JobsServicer
@@ -81,9 +81,10 @@ def main() -> int:
         start_tracing("jobs", values)
         with running_broker(values) as broker:
             asyncio.run(serve(values, broker))
-    except DistilleryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return meaning(error).exit_code
+    except (DistilleryError, OSError) as error:
+        told = of_a_folder(error)
+        print(f"error: {told}", file=sys.stderr)
+        return meaning(told).exit_code
     return 0
 
 

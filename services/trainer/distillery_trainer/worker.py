@@ -12,7 +12,7 @@ from distill_core.errors import ConfigError, DistilleryError, meaning, nearest
 from distill_service.jobs.once import run_once
 from distill_service.jobs.table import MULTI, QUEUE_NAMES
 from distill_service.jobs.worker import run_worker
-from distill_service.settings import settings
+from distill_service.settings import of_a_folder, settings
 
 DEFAULT_QUEUES = ("train", MULTI, "eval")
 
@@ -29,9 +29,10 @@ def main(arguments: list[str]) -> int:
         if once:
             return run_once(queues, values, service="trainer")
         return run_worker(queues, values, service="trainer")
-    except DistilleryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return meaning(error).exit_code
+    except (DistilleryError, OSError) as error:
+        told = of_a_folder(error)
+        print(f"error: {told}", file=sys.stderr)
+        return meaning(told).exit_code
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ class ArtifactStore:
             complete = Manifest.parse(complete.model_dump())
             self._write_atomically(f"{target}/{MANIFEST}", complete.model_dump_json(indent=1).encode())
         except OSError as error:
-            raise Unavailable(f"cannot publish to {self.url}: {error.strerror or error}") from None
+            raise Unavailable(f"cannot publish to {self.url}: {error.strerror or error}") from error
         return complete
 
     def withdraw(self, name: str, key: str) -> None:
@@ -195,7 +195,7 @@ class ArtifactStore:
             if number is not None and not self._exists(folder, MANIFEST):
                 self._remove(folder)
         except OSError as error:
-            raise Unavailable(f"cannot remove from {self.url}: {error.strerror or error}") from None
+            raise Unavailable(f"cannot remove from {self.url}: {error.strerror or error}") from error
 
     def set_alias(self, name: str, alias: str, version: int, *, who: str = "") -> AliasMove:
         """Move an alias to a version, atomically, and keep the move in the history."""

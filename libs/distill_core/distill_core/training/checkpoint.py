@@ -25,14 +25,18 @@ STATE = "state.json"
 
 
 @contextlib.contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Turn a failure to write into one sentence; safetensors and the system each have errors of their own."""
+def writing(what: str, checkpoints: Path) -> Iterator[None]:
+    """Turn a failure to write into one sentence; safetensors and the system each have errors of their own.
+
+    It says to continue from the last one of `checkpoints` where there is one.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        again = "continue from the last checkpoint" if complete_checkpoints(checkpoints) else "begin again"
         raise Unavailable(
-            f"cannot write {what}: {reason}; free space or rights there, then continue from the last checkpoint"
+            f"cannot write {what}: {reason}; free space or rights there, then {again}"
         ) from error
 
 
@@ -43,7 +47,7 @@ def save_checkpoint(
 
     `tensors` maps a part's name (`student`, `student.ema`, `student.optim` …) to its tensors.
     """
-    with writing(f"the checkpoint of step {step} to {folder}"):
+    with writing(f"the checkpoint of step {step} to {folder}", folder):
         return _save_checkpoint(folder, step, tensors, method=method, keep=keep)
 
 

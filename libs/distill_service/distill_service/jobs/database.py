@@ -151,11 +151,11 @@ def _sqlite(path: str, url: str) -> Engine:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Unavailable(f"the job table's folder {file.parent} cannot be made: {error.strerror}") from None
+        raise Unavailable(f"the job table's folder {file.parent} cannot be made: {error.strerror}") from error
     try:
         file.touch()
     except OSError as error:
-        raise Unavailable(f"the job table {file} cannot be made: {error.strerror}") from None
+        raise Unavailable(f"the job table {file} cannot be made: {error.strerror}") from error
     engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
