@@ -168,9 +168,9 @@ def _provider(service: str, endpoint: str) -> TracerProvider:
     if isinstance(existing, TracerProvider):  # the program that uses our client has its own
         return existing
     provider = TracerProvider(resource=Resource.create({"service.name": f"distillery-{service}"}))
-    provider.add_span_processor(
-        BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, channel_options=grpc_options(endpoint)))
-    )
+    options: Any = grpc_options(endpoint)  # the exporter's own type for them leaves numbers out
+    exporter = OTLPSpanExporter(endpoint=endpoint, channel_options=options)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider
 
 
