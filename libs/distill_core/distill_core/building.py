@@ -22,6 +22,7 @@ from torch import nn
 from distill_core.artifacts import MANIFEST, ArtifactStore
 from distill_core.config import ModelSource, Recipe, StudentConfig, load_recipe
 from distill_core.data import Source, build_source
+from distill_core.data.classes import check_same_classes, use_classes_of
 from distill_core.data.pairs import build_pairs
 from distill_core.data.scenes import SceneSource
 from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
@@ -252,6 +253,7 @@ def _models(recipe: Recipe, context: Context, cls: type[Method], source: Source)
             found["teacher"].enable_gradient_checkpointing()
     if "student" in wanted:
         base = found["teacher"] if begins is None else _loaded(begins, context, _taught_by(cls), "student")
+        check_same_classes(found.get("teacher"), base)
         fit(source, base)
         seed_everything(derive(recipe.seed, "student"))  # after that: what is not cached yet is trained there
         found["student"] = _student(base, recipe.student)
@@ -259,7 +261,9 @@ def _models(recipe: Recipe, context: Context, cls: type[Method], source: Source)
             found["student"].form = recipe.publish.form
     found["pairs"] = None
     if recipe.pairs is not None:
-        found["pairs"] = build_pairs(found["teacher"], source, recipe.pairs, _pairs_folder(recipe, context))
+        found["pairs"] = build_pairs(
+            found["teacher"], source, recipe.pairs, _pairs_folder(recipe, context, source)
+        )
     return found
 
 
@@ -278,8 +282,8 @@ def _student(base: nn.Module, wish: StudentConfig) -> nn.Module:
     return student if wish.lora else student.requires_grad_(True)
 
 
-def _pairs_folder(recipe: Recipe, context: Context) -> Path:
-    """A cache folder for what made the pairs: teacher, data and the `[pairs]` table."""
+def _pairs_folder(recipe: Recipe, context: Context, source: Source) -> Path:
+    """A cache folder for what made the pairs: teacher, data with its labels, and the `[pairs]` table."""
     assert recipe.pairs is not None
     assert recipe.teacher is not None
     folder = context.folder(recipe.teacher)
@@ -288,7 +292,9 @@ def _pairs_folder(recipe: Recipe, context: Context) -> Path:
         [file.relative_to(folder).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files
     ]
     table = recipe.pairs.model_dump(mode="json")
-    made = json.dumps([str(folder), marks, recipe.data, table, torch.__version__], sort_keys=True)
+    labels = b"" if source.labels is None else source.labels.numpy().tobytes()
+    given = [recipe.data, hashlib.sha256(labels).hexdigest(), table]
+    made = json.dumps([str(folder), marks, *given, torch.__version__], sort_keys=True)
     return context.cache / "pairs" / hashlib.sha256(made.encode()).hexdigest()[:16]
 
 
@@ -306,14 +312,9 @@ def fit(source: Source, teacher: nn.Module) -> None:
             "set data.size and data.channels, or use a teacher trained on such pictures",
             field="data",
         )
-    wanted, classes = teacher.cond.kind, source.num_classes
-    if wanted == "class_label" and (classes is None or classes > (teacher.cond.num_classes or 0)):
-        raise ConfigError(
-            f"the teacher knows {teacher.cond.num_classes} classes, the data has {classes or 'no labels'}; "
-            "choose data whose labels the teacher was trained on",
-            field="data",
-        )
-    if wanted == "prompt":
+    if teacher.cond.kind == "class_label":
+        use_classes_of(source, teacher.cond)
+    if teacher.cond.kind == "prompt":
         if source.prompts is None:
             raise ConfigError(
                 "a text-to-image teacher needs prompts: set data.name = 'prompts', or choose pictures with captions",

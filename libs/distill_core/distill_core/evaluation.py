@@ -22,12 +22,14 @@ from distill_core.artifacts import SamplerSpec
 from distill_core.building import Context
 from distill_core.config import EvaluateConfig, ModelSource
 from distill_core.data import Source, build_source
+from distill_core.data.classes import answers_in_order, check_classes, class_names, in_order
 from distill_core.errors import ArtifactError, ConfigError, NotFound
 from distill_core.method import Cond
 from distill_core.metrics.classification import worst_class_accuracy
 from distill_core.metrics.extractors import ClipScorer, VisionExtractor, load_extractor, load_scorer
 from distill_core.metrics.frechet import FeatureSet, set_figures
 from distill_core.metrics.judge import Judge, load_judge
+from distill_core.networks.classifier import Classifier
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.generation import default_cond, generate_x0
 
@@ -141,7 +143,7 @@ class Evaluator:
         """The classes asked for (N,): of the condition, or of the items whose prompts were given, if they have any."""
         if not self._prompted(denoiser) or self.judge is None:
             return cond.get("class_label")
-        if self.source.labels is None or self.source.num_classes != self.judge.classifier.config.num_classes:
+        if self.source.labels is None or not answers_in_order(self.judge.classifier, self.source.class_names):
             return None
         picked = self.source.labels[torch.tensor(self._picked)]
         return picked[torch.arange(self.config.num_samples) % len(picked)]
@@ -186,12 +188,14 @@ def load_evaluator(
         ConfigError: scores of pictures against prompts, where there are no prompts.
     """
     source = source if config.data is None else build_source(config.data)
+    if denoiser.cond.kind == "class_label":
+        check_classes(source, denoiser.cond, field="data" if config.data is None else "evaluate.data")
     judge, extractor, scorers = None, None, {}
     for key, given in config.sources.items():
         with _about(key):
             folder = where.folder(given)
             if key == "judge":
-                judge = _fitting(_named(load_judge(folder), given), denoiser)
+                judge = _fitting(_named(load_judge(folder), given), denoiser, source)
             elif key == "extractor":
                 extractor = _named(load_extractor(folder), given)
             else:
@@ -232,9 +236,14 @@ def _check_prompts(score: str, denoiser: Denoiser, source: Source) -> None:
         )
 
 
-def _fitting(judge: Judge, denoiser: Denoiser) -> Judge | None:
-    """The judge; None, with a warning, if it cannot read what the denoiser makes."""
+def _fitting(judge: Judge, denoiser: Denoiser, source: Source) -> Judge | None:
+    """The judge, its answers in the order of the classes asked for; None, with a warning, if it reads other pictures.
+
+    Raises:
+        ConfigError: it does not know the classes that the denoiser makes.
+    """
     if judge.classifier.shape == tuple(denoiser.image.picture):
+        judge.classifier = _in_asked_order(judge.classifier, denoiser, source)
         return judge
     log.warning(
         "the judge reads pictures of shape %s, the model makes %s: no accuracy and none of its distances are "
@@ -243,6 +252,19 @@ def _fitting(judge: Judge, denoiser: Denoiser) -> Judge | None:
         tuple(denoiser.image.picture),
     )
     return None
+
+
+def _in_asked_order(classifier: Classifier, denoiser: Denoiser, source: Source) -> Classifier:
+    """`classifier` in the order of the model's classes, or of those of the data whose prompts are given."""
+    if denoiser.cond.kind == "class_label":
+        names = class_names(denoiser.cond)
+        return in_order(classifier, names, what="evaluate.judge", field="evaluate.judge")
+    if denoiser.cond.kind == "prompt" and source.labels is not None:
+        try:
+            return in_order(classifier, source.class_names, what="evaluate.judge", field="evaluate.judge")
+        except ConfigError as error:
+            log.warning("no accuracy is measured: %s", error)
+    return classifier
 
 
 def one_step(denoiser: Denoiser, student: SamplerSpec) -> SamplerSpec:

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.config import Config as SourceConfig
+from distill_core.data.classes import Renaming
 from distill_core.data.pictures import EncodedPixels
 from distill_core.data.prompts import checked_prompts
 from distill_core.data.source import (
@@ -42,7 +42,7 @@ SPLITS = {
 class HuggingFace(Source):
     """Pictures as `datasets.Image`, as encoded bytes or as nested numbers, and class labels and prompts if any."""
 
-    class Config(SourceConfig):
+    class Config(Renaming):
         """Options of the recipe's `[data]` table."""
 
         name: Literal["huggingface"] = "huggingface"
@@ -225,7 +225,7 @@ def _labels(rows: Any, column: str, config: HuggingFace.Config) -> tuple[Tensor,
     classes = config.num_classes or (len(names) if names is not None else None)
     labels, classes = checked_labels(values, count=len(rows), num_classes=classes, what=what)
     names = names if names is not None and len(names) == classes else range(classes)
-    return labels, tuple(str(name) for name in names)
+    return labels, config.renamed(map(str, names))
 
 
 def _pixels(rows: Any, column: str, config: HuggingFace.Config) -> Pixels:

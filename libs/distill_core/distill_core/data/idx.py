@@ -11,7 +11,7 @@ from typing import IO, Literal
 import numpy as np
 from pydantic import Field
 
-from distill_core.config import Config as SourceConfig
+from distill_core.data.classes import Renaming
 from distill_core.data.source import Source, array_pixels, checked_labels, existing
 from distill_core.errors import DataError
 
@@ -23,7 +23,7 @@ MAX_BYTES = 8 * 2**30
 class Idx(Source):
     """Pictures (N, H, W) or (N, H, W, C), and labels if there are any."""
 
-    class Config(SourceConfig):
+    class Config(Renaming):
         """Options of the recipe's `[data]` table."""
 
         name: Literal["idx"] = "idx"
@@ -56,7 +56,7 @@ class Idx(Source):
             )
             found = found[: config.limit]
         pixels = array_pixels(array[: config.limit], value_range=config.value_range, what=str(images))
-        names = tuple(str(number) for number in range(classes))
+        names = config.renamed(map(str, range(classes)))
         super().__init__(config, size=len(pixels), pixels=pixels, labels=found, class_names=names)
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.config import Config as SourceConfig
+from distill_core.data.classes import Renaming
 from distill_core.data.pictures import SUFFIXES, EncodedPixels
 from distill_core.data.prompts import captions
 from distill_core.data.source import PICKLE_SUFFIXES, Source, existing
@@ -19,7 +19,7 @@ from distill_core.errors import DataError
 class ImageFolder(Source):
     """Pictures in the order of their paths; classes in the order of their folders' names."""
 
-    class Config(SourceConfig):
+    class Config(Renaming):
         """Options of the recipe's `[data]` table."""
 
         name: Literal["images"] = "images"
@@ -58,7 +58,7 @@ class ImageFolder(Source):
             size=len(files),
             pixels=pixels,
             labels=labels,
-            class_names=tuple(classes),
+            class_names=config.renamed(classes),
             prompts=prompts,
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,15 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.features(x))
+
+    def reordered(self, order: Sequence[int]) -> Classifier:
+        """A copy whose answer k is this one's answer `order[k]`; `order` holds each class once."""
+        other, names = copy.deepcopy(self), self.config.class_names
+        other.config = self.config.model_copy(update={"class_names": tuple(names[k] for k in order if names)})
+        with torch.no_grad():
+            other.last.weight.copy_(self.last.weight[list(order)])
+            other.last.bias.copy_(self.last.bias[list(order)])
+        return other
 
     def manifest_fields(self) -> dict[str, Any]:
         """What a manifest says of this network."""

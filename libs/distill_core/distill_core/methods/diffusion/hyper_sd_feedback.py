@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distill_core.config import EvaluateConfig
+from distill_core.data.classes import naming_classes
 from distill_core.diffusion.sampling import few_step
 from distill_core.errors import ConfigError
 from distill_core.losses.denoising import add_noise
@@ -47,6 +48,8 @@ class HyperSDFeedback(Method):
 
     def __init__(self, config: Config, *, student: Denoiser, extractor: nn.Module | None = None) -> None:
         super().__init__()
+        asked = config.reward.name == "class_probability" or config.perception_weight > 0
+        extractor = naming_classes(extractor, student.cond, asked=asked)
         self.config, self.student, self.extractor = config, student, extractor
         self.reward = build_reward(config.reward, extractor, num_classes=student.cond.num_classes)
         self._check_inputs()

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from distill_core.data.classes import naming_classes
 from distill_core.data.pairs import Pairs
 from distill_core.errors import ConfigError
 from distill_core.losses.reward import RewardConfig, build_reward, hinge_loss
@@ -69,7 +70,8 @@ class HyperSDScore(DMD2):
                 "mse_weight needs the teacher's pairs: add a [pairs] table, e.g. pairs.count = 2048",
                 field="config.mse_weight",
             )
-        self.extractor = extractor
+        asked = config.reward.name == "class_probability"
+        self.extractor = extractor = naming_classes(extractor, teacher.cond, asked=asked)
         self.reward = build_reward(config.reward, extractor, num_classes=teacher.cond.num_classes)
         if len(config.step_counts) > 1:
             student.sampler = student.sampler.model_copy(update={"step_counts": config.step_counts})

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distill_core.config import EvaluateConfig
+from distill_core.data.classes import naming_classes
 from distill_core.data.source import Source
 from distill_core.errors import ConfigError
 from distill_core.losses.pairwise import (
@@ -78,6 +79,8 @@ class PSO(Method):
         self, config: Config, *, student: Denoiser, data: Source, extractor: nn.Module | None = None
     ) -> None:
         super().__init__()
+        asked = config.reward.name == "class_probability"
+        extractor = naming_classes(extractor, student.cond, asked=asked)
         self.config, self.student, self.data, self.extractor = config, student, data, extractor
         self.reward = build_reward(config.reward, extractor, num_classes=data.num_classes)
         self.levels = self.checked_levels()

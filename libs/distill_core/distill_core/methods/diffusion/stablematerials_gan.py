@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distill_core.config import EvaluateConfig
 from distill_core.data import Source, build_source
+from distill_core.data.classes import use_classes_of
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ConfigError, DataError
 from distill_core.losses.adversarial import discriminator_loss, generator_loss
@@ -178,6 +179,8 @@ def _pictures(config: Config, student: Denoiser, data: Source) -> Source:
             "but must be of the same size",
             field="config.unannotated",
         )
+    if found.class_names != data.class_names and student.cond.kind == "class_label":
+        use_classes_of(found, student.cond)
     if found.class_names != data.class_names:
         raise DataError(
             f"un-annotated pictures are of the classes {list(found.class_names)}, the maps of "

@@ -1,0 +1,205 @@
+"""Classes by name: one class may have different numbers in the data, in a teacher and in a judge.
+
+A number says which class is meant only together with the list that it counts in. So labels are translated by name
+wherever two lists meet, and a name that the other side does not have is an error. Classes without names (IDX labels,
+`data.name = "classes"`, many foreign models) are called 0, 1, 2 …: such a name is the number itself.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import torch
+from pydantic import field_validator
+from torch import nn
+
+from distill_core.artifacts import CondSpec
+from distill_core.config import Config as SourceConfig
+from distill_core.data.source import Source
+from distill_core.errors import ConfigError, nearest
+from distill_core.networks.classifier import Classifier, ClassifierConfig
+from distill_core.networks.denoiser import Denoiser
+
+MOST_SHOWN = 12  # names in a sentence
+ABSENT = -1
+
+
+class Renaming(SourceConfig):
+    """The option of all sources whose classes have names of their own."""
+
+    # what the model calls a class, by what the data calls it, e.g. { tabby = "cat" }; of a model without names its
+    # number, e.g. { tabby = "281" }
+    rename_classes: dict[str, str] = {}
+
+    @field_validator("rename_classes")
+    @classmethod
+    def _apart(cls, names: dict[str, str]) -> dict[str, str]:
+        if len(set(names.values())) < len(names):
+            raise ValueError("two classes cannot have one name")
+        return names
+
+    def renamed(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The names of the data's classes, changed as `rename_classes` says.
+
+        Raises:
+            ConfigError: it renames a class that the data does not have, or to the name of another one.
+        """
+        given = tuple(names)
+        for name in self.rename_classes:
+            if name not in given:
+                raise ConfigError(
+                    f"data.rename_classes renames {name!r}, and the data has no such class{nearest(name, given)}",
+                    field="data.rename_classes",
+                )
+        found = tuple(self.rename_classes.get(name, name) for name in given)
+        if self.rename_classes and (twice := _repeated(found)):
+            raise ConfigError(
+                f"with data.rename_classes two classes of the data are called {twice!r}; give each its own name",
+                field="data.rename_classes",
+            )
+        return found
+
+
+def class_names(of: CondSpec | ClassifierConfig) -> tuple[str, ...]:
+    """What a model calls its classes: their numbers where it does not name every one."""
+    count = of.num_classes or 0
+    return of.class_names if len(of.class_names) == count else _counted(count)
+
+
+def class_numbers(given: Sequence[str], known: Sequence[str]) -> list[int]:
+    """The place in `known` of each class that `given` names; ABSENT where there is none, or more than one.
+
+    Names that merely count are numbers where the other side does not have them as names.
+    """
+    places: dict[str, int] = {}
+    for place, name in enumerate(map(_key, known)):
+        places[name] = ABSENT if name in places else place
+    found = [places.get(_key(name), ABSENT) for name in given]
+    if ABSENT in found and tuple(given) == _counted(len(given)):
+        return [number if number < len(known) else ABSENT for number in range(len(given))]
+    return found
+
+
+def use_classes_of(source: Source, cond: CondSpec) -> None:
+    """Make the labels of `source` the numbers that a model conditioned on `cond` gives to the same classes.
+
+    Raises:
+        ConfigError: the data has no labels, or items of a class that the model does not have.
+    """
+    known, labels = class_names(cond), source.labels
+    if labels is None:
+        raise ConfigError(
+            f"the teacher knows {cond.num_classes} classes, the data has no labels; "
+            "choose data whose labels the teacher was trained on",
+            field="data",
+        )
+    numbers = _known_numbers(source, known, owner="the teacher", field="data")
+    if not _is_counting(numbers):
+        source.labels = torch.tensor(numbers)[labels]
+        source.class_names, source.num_classes = known, len(known)
+
+
+def check_classes(source: Source, cond: CondSpec, *, field: str) -> None:
+    """Refuse labelled data of which a model that names its classes does not know one.
+
+    Raises:
+        ConfigError: the data has items of a class that the model does not have.
+    """
+    if source.labels is not None and cond.class_names:
+        _known_numbers(source, class_names(cond), owner="the model", field=field)
+
+
+def check_same_classes(teacher: nn.Module | None, student: nn.Module) -> None:
+    """Refuse a student that begins as a model whose numbers mean other classes than the teacher's.
+
+    Raises:
+        ConfigError: both have names, and they differ.
+    """
+    if not isinstance(teacher, Denoiser) or not isinstance(student, Denoiser):
+        return
+    taught, learnt = teacher.cond.class_names, student.cond.class_names
+    if not taught or not learnt:
+        return
+    for number, place in enumerate(class_numbers(taught, learnt)):
+        if place != number:
+            begun = learnt[number] if number < len(learnt) else "no class"
+            raise ConfigError(
+                f"class {number} is {taught[number]!r} to the teacher and {begun!r} to the model that the student "
+                "begins as; begin as a model of the same classes in the same order",
+                field="student",
+            )
+
+
+def in_order(classifier: Classifier, names: Sequence[str], *, what: str, field: str) -> Classifier:
+    """`classifier` with its answers in the order of `names`, then those that `names` leaves out.
+
+    Raises:
+        ConfigError: it does not know one of them; `what` is what the sentence calls it.
+    """
+    known = class_names(classifier.config)
+    numbers = class_numbers(names, known)
+    if ABSENT in numbers:
+        name = names[numbers.index(ABSENT)]
+        raise _unknown(name, known, owner=what, whose="the generator", field=field)
+    if _is_counting(numbers):
+        return classifier
+    return classifier.reordered([*numbers, *sorted(set(range(len(known))) - set(numbers))])
+
+
+def naming_classes(extractor: nn.Module | None, cond: CondSpec, *, asked: bool) -> nn.Module | None:
+    """`extractor`; a classifier that is `asked` for classes answers in the order of those in `cond`.
+
+    Raises:
+        ConfigError: it does not know one of them.
+    """
+    if not asked or not isinstance(extractor, Classifier) or cond.kind != "class_label":
+        return extractor
+    return in_order(extractor, class_names(cond), what="the extractor", field="extractor")
+
+
+def answers_in_order(classifier: Classifier, names: Sequence[str]) -> bool:
+    """Whether the first answers of `classifier` are those to `names`, one by one."""
+    return _is_counting(class_numbers(names, class_names(classifier.config)))
+
+
+def _known_numbers(source: Source, known: Sequence[str], *, owner: str, field: str) -> list[int]:
+    """The numbers in `known` of the classes of `source`, of which those with items are there."""
+    assert source.labels is not None
+    numbers = class_numbers(source.class_names, known)
+    for label in torch.unique(source.labels).tolist():
+        if numbers[label] == ABSENT:
+            raise _unknown(source.class_names[label], known, owner=owner, whose="the data", field=field)
+    return numbers
+
+
+def _unknown(name: str, known: Sequence[str], *, owner: str, whose: str, field: str) -> ConfigError:
+    if list(map(_key, known)).count(_key(name)) > 1:
+        said, then = (
+            f"more than one class of {owner} is called so",
+            "use a model whose classes have names of their own",
+        )
+    elif tuple(known) == _counted(len(known)):
+        said = f"the classes of {owner} have no names, only the numbers 0 to {len(known) - 1}"
+        then = f"say which number it is, e.g. data.rename_classes.{name} = '0'"
+    else:
+        shown = ", ".join(known[:MOST_SHOWN]) + (" …" if len(known) > MOST_SHOWN else "")
+        said = f"{owner} has no such class, but {shown}"
+        then = "leave it out, or say with data.rename_classes what it is called there"
+    return ConfigError(f"{whose} has a class {name!r}, and {said}; {then}", field=field)
+
+
+def _counted(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
+
+
+def _is_counting(numbers: Sequence[int]) -> bool:
+    return all(number == place for place, number in enumerate(numbers))
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # folders from macOS spell é as e and its accent
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    return next((name for place, name in enumerate(names) if name in names[:place]), None)
