@@ -96,7 +96,8 @@ def folder_of(tmp_path):
 
     def folder(**changes: object):
         values = {"pairs": {"count": 8}, **{key.replace("__", "."): value for key, value in changes.items()}}
-        return _pairs_folder(Recipe.parse(base.override(values).model_dump()), context)
+        recipe = Recipe.parse(base.override(values).model_dump())
+        return _pairs_folder(recipe, context, build_source(recipe.data))
 
     folder.root = tmp_path
     return folder

@@ -179,7 +179,7 @@ def _pictures(config: Config, student: Denoiser, data: Source) -> Source:
             "but must be of the same size",
             field="config.unannotated",
         )
-    if found.class_names != data.class_names and student.cond.kind == "class_label":
+    if found.class_names != data.class_names and student.cond.class_names:
         use_classes_of(found, student.cond)
     if found.class_names != data.class_names:
         raise DataError(
