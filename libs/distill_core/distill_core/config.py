@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from distill_core.errors import ConfigError, NotFound, nearest
+from distill_core.plain_text import read_text
 
 NAME_PATTERN = r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$"
 NAME_RULE = (
@@ -438,7 +439,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except UnicodeDecodeError:
         raise ConfigError(f"recipe {path} is not a text file; a recipe is TOML in UTF-8") from None
     except OSError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from distill_core.errors import ConfigError
+from distill_core.plain_text import lines, read_text
 from distill_service.status import StatusError
 
 Scope = Literal["use", "admin"]
@@ -40,13 +41,15 @@ class Tokens:
             ConfigError: it cannot be read, or a line is not of that form. The line itself is never shown.
         """
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            found = lines(read_text(file))
         except OSError as error:
             raise ConfigError(
                 f"tokens file {file} cannot be read: {error.strerror}", field="tokens_file"
             ) from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"tokens file {file} is not UTF-8 text", field="tokens_file") from None
         return cls(
-            dict(_parsed(file, number, line) for number, line in enumerate(lines, start=1) if _used(line))
+            dict(_parsed(file, number, line) for number, line in enumerate(found, start=1) if _used(line))
         )
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from distill_core.errors import ConfigError, DistilleryError, Unavailable
+from distill_core.plain_text import read_text
 from distill_service.addresses import check_host, dialled, is_loopback, without_proxy
 
 # One file a setting, named like its variable (distillery_database_url): how containers are given passwords.
@@ -165,7 +166,7 @@ class Settings(BaseSettings):
         if self.token_file is None:
             return self.token or None
         try:
-            return self.token_file.read_text(encoding="utf-8").strip() or None
+            return read_text(self.token_file).strip() or None
         except OSError as error:
             raise ConfigError(f"token file {self.token_file} cannot be read: {error.strerror}") from None
 

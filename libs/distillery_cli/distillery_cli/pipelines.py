@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 
 from distill_core.config import Config, Name
 from distill_core.errors import ConfigError, NotFound
+from distill_core.plain_text import read_text
 
 if TYPE_CHECKING:
     from distillery.v1.jobs_pb2 import PipelineSpec, StageSpec
@@ -64,7 +65,7 @@ def read_pipeline(path: Path) -> PipelineFile:
         NotFound: no such file. ConfigError: not TOML, an unknown key, or a stage of no or two kinds.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_text(path))
     except OSError as error:
         raise NotFound(f"pipeline file {path} cannot be read: {error.strerror}", field="pipeline") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

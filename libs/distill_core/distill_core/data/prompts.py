@@ -12,6 +12,7 @@ from typing import Any
 
 from distill_core.data.source import existing
 from distill_core.errors import DataError
+from distill_core.plain_text import lines, read_text
 
 MAX_PROMPT_FILE = 64 * 2**20  # bytes
 MAX_PROMPT = 4096  # characters
@@ -44,13 +45,13 @@ def checked_prompts(
 
 def read_lines(path: str) -> list[str]:
     """The prompts of a text file, one per line; empty lines are left out."""
-    lines = [line.strip() for line in _text(existing(path), MAX_PROMPT_FILE).splitlines()]
-    for number, line in enumerate(lines, start=1):
+    found = [line.strip() for line in lines(_text(existing(path), MAX_PROMPT_FILE))]
+    for number, line in enumerate(found, start=1):
         if len(line) > MAX_PROMPT:
             raise DataError(
                 f"line {number} of {path} is longer than {MAX_PROMPT} characters", field="data.path"
             )
-    return checked_prompts(filter(None, lines), what=path, field="data.path")
+    return checked_prompts(filter(None, found), what=path, field="data.path")
 
 
 def captions(root: Path, pictures: Sequence[Path]) -> list[str] | None:
@@ -63,7 +64,9 @@ def captions(root: Path, pictures: Sequence[Path]) -> list[str] | None:
     if not found:
         beside = [picture.with_suffix(".txt") for picture in pictures]
         found = {  # of any length in the file, of one line here
-            picture.relative_to(root): " ".join(_text(file, 4 * MAX_PROMPT).split())
+            picture.relative_to(root): " ".join(
+                filter(None, map(str.strip, lines(_text(file, 4 * MAX_PROMPT))))
+            )
             for picture, file in zip(pictures, beside)
             if file.is_file()
         }
@@ -102,7 +105,7 @@ def _rows(file: Path) -> list[Any]:
     try:
         if file.suffix == ".csv":
             return list(csv.DictReader(StringIO(text, newline=""), strict=True))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in lines(text) if line.strip()]
     except (ValueError, csv.Error) as error:
         raise DataError(
             f"{file} cannot be read as {file.suffix[1:]}: {error}", field="data.captions"
@@ -113,6 +116,6 @@ def _text(file: Path, limit: int) -> str:
     if not file.is_file() or file.stat().st_size > limit:
         raise DataError(f"{file} is not a text file of at most {limit} bytes", field="data.path")
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return read_text(file)
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text: {error}", field="data.path") from None

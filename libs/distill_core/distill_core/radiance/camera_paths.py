@@ -15,6 +15,7 @@ import torch
 
 from distill_core.artifacts import SceneSpec
 from distill_core.errors import ConfigError, DataError
+from distill_core.plain_text import read_text
 from distill_core.radiance.cameras import Camera, focal_length
 from distill_core.radiance.export.dataset import read_cameras
 from distill_core.radiance.export.frame import Similarity, from_input
@@ -29,7 +30,7 @@ def read_camera_file(path: Path, spec: SceneSpec) -> list[Camera]:
         DataError: no such file, neither of the two formats, or a camera that is not usable; names the file.
     """
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is no readable JSON: {error}", field="cameras") from None
     if not isinstance(described, dict) or "camera_path" not in described:

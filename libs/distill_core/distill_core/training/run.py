@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill_core.config import Recipe
 from distill_core.pictures import save_sheet
+from distill_core.plain_text import lines, read_text
 
 Listener = Callable[
     [dict[str, Any]], None
@@ -59,8 +60,8 @@ class Run:
         """Forget lines of steps that a resumed run will do again."""
         path = self.folder / "metrics.jsonl"
         if path.is_file():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            kept = [line for line in lines(read_text(path)) if _step_of(line) <= step]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:
