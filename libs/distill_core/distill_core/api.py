@@ -31,6 +31,7 @@ from distill_core.networks.answers import parity_sample
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.weightless import real_tensors, weightless
 from distill_core.parity import ParitySample
+from distill_core.paths import user_path
 from distill_core.pictures import save_sheet
 from distill_core.radiance.renderer import load_scene
 from distill_core.training.checkpoint import writing
@@ -255,7 +256,7 @@ def _parity(method: Method, draft: Manifest, run: Run) -> ParitySample | None:
 def _evaluator(method: Method, source: Source, config: EvaluateConfig, where: Context) -> Evaluator | None:
     """What measures the method's result; None for results that generate nothing."""
     if config.lpips is not None:
-        LPIPS(Path(config.lpips))  # the method opens it again, after the training
+        LPIPS(user_path(config.lpips))  # the method opens it again, after the training
     result = getattr(method, method.result)
     return load_evaluator(config, result, source, where) if isinstance(result, Denoiser) else None
 

@@ -33,6 +33,7 @@ from distill_core.networks.classifier import load_classifier
 from distill_core.networks.clip_io import load_clip
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.weightless import real_tensors
+from distill_core.paths import there, user_path
 from distill_core.radiance.gaussians import load_gaussians
 from distill_core.radiance.latent_scene import load_latent_scene
 from distill_core.radiance.relightable import load_relightable
@@ -54,8 +55,8 @@ class Context:
     def folder(self, source: ModelSource) -> Path:
         """The model folder that a source names; a recipe is trained once and then found again."""
         if source.path is not None:
-            path = Path(source.path).expanduser()
-            if not path.is_dir():
+            path = user_path(source.path)
+            if not there(path) or not path.is_dir():
                 raise NotFound(f"model folder {source.path} does not exist", field="path")
             return path
         if source.artifact is not None:

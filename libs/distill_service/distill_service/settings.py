@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from distill_core.errors import ConfigError, DistilleryError, Unavailable
+from distill_core.paths import url_of
 from distill_core.plain_text import read_text
 from distill_service.addresses import check_host, dialled, is_loopback, without_proxy
 
@@ -111,7 +112,7 @@ class Settings(BaseSettings):
             "cache_dir": _expanded(self.cache_dir, "cache_dir"),
             "runs_dir": _expanded(self.runs_dir or state / "runs", "runs_dir"),
             "store_url": self.store_url or str(state / "store"),
-            "database_url": self.database_url or f"sqlite:///{state / 'jobs.db'}",
+            "database_url": self.database_url or url_of("sqlite", f"/{state / 'jobs.db'}"),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)

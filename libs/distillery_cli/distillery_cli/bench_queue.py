@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.errors import ConfigError
+from distill_core.paths import url_of
 from distillery_cli.bench import machine
 from distillery_cli.output import AsJson, emit_json, markdown_table, notes, results, table
 
@@ -75,7 +76,7 @@ def bench_queue(
 @contextlib.contextmanager
 def _sqlite() -> Iterator[Callable[[int], str] | None]:
     with tempfile.TemporaryDirectory(prefix="distillery-bench-queue-") as folder:
-        yield lambda size: f"sqlite:///{folder}/{size}.db"
+        yield lambda size: url_of("sqlite", f"/{folder}/{size}.db")
 
 
 @contextlib.contextmanager

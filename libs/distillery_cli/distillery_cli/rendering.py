@@ -117,7 +117,7 @@ def save_film(frames: list[np.ndarray], path: Path) -> None:
     av = _film_library()
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = (side - side % 2 for side in frames[0].shape[:2])
-    with av.open(str(path), "w") as film:
+    with av.open(f"file:{path}", "w") as film:  # not a URL, whatever the path begins with
         stream = film.add_stream("libx264", rate=FRAMES_PER_S, options={"crf": "18"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:

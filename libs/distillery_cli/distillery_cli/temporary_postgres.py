@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from distill_core.errors import Unavailable
 
@@ -48,7 +49,7 @@ def temporary_postgres() -> Iterator[str]:
             [*serve, "-c", "listen_addresses=", *_FAST], stderr=subprocess.DEVNULL, **quiet
         )
         try:
-            url = f"postgresql://postgres@/postgres?host={folder}"
+            url = f"postgresql://postgres@/postgres?host={quote(folder)}"
             _wait(url)
             yield url
         finally:

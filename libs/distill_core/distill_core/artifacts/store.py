@@ -26,6 +26,7 @@ from distill_core.artifacts.files import entry_of, inside, publishable, verify
 from distill_core.artifacts.manifest import MANIFEST, AliasMove, Manifest
 from distill_core.config import check_name, is_reserved_alias
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable, nearest
+from distill_core.paths import user_path
 from distill_core.reached import Reached
 
 
@@ -34,9 +35,8 @@ class ArtifactStore:
 
     def __init__(self, url: str | Path) -> None:
         self.url = str(url)
-        options = {} if "://" not in self.url else {"use_listings_cache": False}
         try:
-            self.fs, root = fsspec.core.url_to_fs(self.url, **options)
+            self.fs, root = _opened(self.url)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"artifact store {self.url!r} cannot be opened: {error}") from None
         self.root = root.rstrip("/")
@@ -290,10 +290,13 @@ class ArtifactStore:
         """Remove a folder without a manifest, its claim first: who tries again then takes a number of its own."""
         if self.fs.exists(f"{folder}/.claim"):
             self.fs.rm_file(f"{folder}/.claim")
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # S3 has no folders: without a file there is nothing left
-            self.fs.rm(folder, recursive=True)
+        if self.local:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(folder)
+            return
+        for path in self.fs.find(folder):  # a recursive `rm` takes the folder's name for a pattern
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(path)
 
     def _exists(self, folder: str, *names: str) -> bool:
         return any(self.fs.exists(f"{folder}/{name}") for name in names)
@@ -336,6 +339,14 @@ class ArtifactStore:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """The file system and the root in it; a folder of this machine is no URL, whatever its name."""
+    if "://" in url:
+        opened: tuple[Any, str] = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        return opened
+    return fsspec.filesystem("file"), os.path.abspath(user_path(url))
 
 
 def _whole(folder: Path, manifest: Manifest) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,13 +129,15 @@ def _open(path: Path, split: str) -> Any:
     datasets = _library()
     try:
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
-            saved = datasets.load_from_disk(str(path))
+            with _plainly_named(path) as link:
+                saved = datasets.load_from_disk(str(link))
             return _chosen(saved, split, path) if isinstance(saved, dict) else saved
-        files = [str(file) for file in _chosen(_files_by_split(path), split, path)]
-        kind = "arrow" if files[0].endswith(".arrow") else "parquet"
-        if kind == "parquet" and not sum(parquet.read_metadata(file).num_rows for file in files):
+        files = _chosen(_files_by_split(path), split, path)
+        if files[0].suffix == ".arrow":
+            return datasets.concatenate_datasets([_arrow_rows(file) for file in files])
+        if not sum(parquet.read_metadata(file).num_rows for file in files):
             raise _no_rows(path, split)
-        return datasets.load_dataset(kind, data_files={"chosen": files}, split="chosen")
+        return datasets.Dataset.from_parquet(_exactly(files), split="chosen")
     except (
         pyarrow.ArrowException,
         datasets.exceptions.DatasetGenerationError,
@@ -144,6 +149,52 @@ def _open(path: Path, split: str) -> Any:
         raise DataError(
             f"{path} cannot be read as a data set: {cause}; fetch or save it again", field="data.path"
         ) from None
+
+
+@contextlib.contextmanager
+def _plainly_named(folder: Path) -> Iterator[Path]:
+    """A link to `folder` for readers that take a path for a URL; what they open stays open."""
+    with tempfile.TemporaryDirectory(prefix="distillery-data-") as scratch:
+        link = Path(scratch) / "data"
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
+
+
+def _exactly(files: list[Path]) -> Any:
+    """These files for a builder of `datasets`, which takes plain paths for patterns: `set[1]` would be `set1`.
+
+    The marks are what its cache tells a changed file by.
+    """
+    from datasets.data_files import DataFilesDict, DataFilesList
+
+    marks = [(str(stat.st_mtime_ns), str(stat.st_size)) for stat in (file.stat() for file in files)]
+    return DataFilesDict(
+        {"chosen": DataFilesList([str(_readable(file.absolute())) for file in files], marks)}
+    )
+
+
+def _readable(file: Path) -> Path:
+    """`file`, or a link to it in the cache of `datasets`, which would put a variable for `$` and open URLs at `::`."""
+    if not any(sign in str(file) for sign in ("$", "::", "://")):
+        return file
+    links = Path(_library().config.HF_DATASETS_CACHE) / "distillery-links"
+    link = links / f"{hashlib.sha256(str(file).encode()).hexdigest()[:32]}{file.suffix}"
+    links.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # by an earlier run: the name says where it leads
+        link.symlink_to(file)
+    return link
+
+
+def _arrow_rows(file: Path) -> Any:
+    """The rows of an arrow file, mapped into memory; of its two forms `datasets` writes streams."""
+    import pyarrow
+
+    datasets = _library()
+    try:
+        return datasets.Dataset.from_file(str(file))
+    except pyarrow.ArrowInvalid:
+        with pyarrow.memory_map(str(file)) as mapped:
+            return datasets.Dataset(pyarrow.ipc.open_file(mapped).read_all())
 
 
 def _no_rows(path: Path | str, split: str) -> DataError:

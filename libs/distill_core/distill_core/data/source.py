@@ -15,6 +15,7 @@ from distill_core.artifacts import FORBIDDEN_SUFFIXES
 from distill_core.config import Config as SourceConfig
 from distill_core.errors import ConfigError, DataError, nearest
 from distill_core.method import Batch, Cond
+from distill_core.paths import there, user_path
 
 PICKLE_SUFFIXES = (*FORBIDDEN_SUFFIXES, ".npz", ".joblib")
 MAX_BATCH = 1_000_000
@@ -142,8 +143,8 @@ def to_unit(values: Tensor) -> Tensor:
 
 def existing(path: str, *, field: str = "data.path") -> Path:
     """`path` as a file or folder that exists and is not a pickle in disguise."""
-    found = Path(path).expanduser()
-    if not found.exists():
+    found = user_path(path, field=field)
+    if not there(found):
         raise DataError(
             f"data path {path} does not exist; give a file or folder that this process can read", field=field
         )

@@ -21,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from distill_core.errors import Unavailable
+from distill_core.paths import url_of
 from distill_service.jobs.guard import guarded
 from distill_service.settings import Settings
 
@@ -36,8 +37,8 @@ def broker_url(settings: Settings) -> str:
     if settings.broker_url:
         return settings.broker_url
     if redis_server() is None:
-        return f"filesystem://{settings.state_dir / 'broker'}"
-    return f"redis+socket://{socket_path(settings.state_dir)}"
+        return url_of("filesystem", settings.state_dir / "broker")
+    return url_of("redis+socket", socket_path(settings.state_dir))
 
 
 def redis_server() -> str | None:

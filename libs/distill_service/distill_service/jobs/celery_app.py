@@ -14,8 +14,11 @@ import structlog
 from celery import Celery
 from kombu.exceptions import ChannelError, OperationalError
 
+from distill_core.paths import path_of
+
 RUN_NEXT = "distillery.run_next"
-_FILESYSTEM = "filesystem://"
+_FOLDER = "filesystem"
+_FILESYSTEM = f"{_FOLDER}://"
 _log = structlog.get_logger("distillery.broker")
 
 
@@ -45,7 +48,7 @@ def make_app(broker_url: str) -> Celery:
 
 def _transport_options(broker_url: str) -> dict[str, Any]:
     if broker_url.startswith(_FILESYSTEM):
-        folder = Path(broker_url.removeprefix(_FILESYSTEM))
+        folder = path_of(broker_url, _FOLDER)
         messages, control = folder / "messages", folder / "control"
         for path in (messages, control):
             path.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import structlog
 from alembic import command
 from alembic.config import Config as AlembicConfig
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     DataError,
@@ -134,7 +134,7 @@ def _engine(url: str) -> Engine:
         if parsed.drivername in ("postgres", "postgresql"):
             parsed = parsed.set(drivername="postgresql+psycopg")
         if parsed.get_backend_name() == "sqlite":
-            return _sqlite(parsed.database or "", str(url))
+            return _sqlite(parsed)
         return create_engine(parsed, pool_pre_ping=True, pool_size=8, max_overflow=24)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise ConfigError(
@@ -144,9 +144,16 @@ def _engine(url: str) -> Engine:
         ) from None
 
 
-def _sqlite(path: str, url: str) -> Engine:
+def _sqlite(url: URL) -> Engine:
+    path = url.database or ""
     if not path or path == ":memory:":
         raise ConfigError("the job table must be a file: sqlite:////path/to/jobs.db", field="database_url")
+    if url.query:
+        raise ConfigError(
+            f"database URL has the parameter {next(iter(url.query))!r}, and a job table in a file takes none; "
+            "write a ? that belongs to the path as %3F",
+            field="database_url",
+        )
     file = Path(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

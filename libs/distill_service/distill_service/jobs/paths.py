@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.errors import ConfigError
+from distill_core.paths import user_path
 from distill_service.settings import Settings
 
 PATH_KEYS = frozenset({"path", "lpips"})  # keys of a recipe whose value is a file or folder
@@ -33,7 +34,7 @@ def check_paths(spec: Mapping[str, Any], settings: Settings) -> None:
                 f"{key} = {name!r} is a file: a job names recipes that come with the library", field=key
             )
         # resolve() follows links, so that one inside a root cannot lead out of it
-        where = Path(name).expanduser().resolve()
+        where = user_path(name, field=key).resolve()
         if not Path(name).is_absolute() or not any(where.is_relative_to(root) for root in roots):
             raise ConfigError(f"{key} = {name!r} may not be read by a job: {_allowed(roots)}", field=key)
 

@@ -26,6 +26,7 @@ from distill_core.metrics.image import depth_error, psnr, ssim
 from distill_core.metrics.lpips import LPIPS
 from distill_core.networks.fields import build_field
 from distill_core.networks.fields.regularizers import RegularizerWeights, check_trainable, regularization
+from distill_core.paths import user_path
 from distill_core.radiance.cameras import Rays
 from distill_core.radiance.march import fit_budget, march, step_length
 from distill_core.radiance.occupancy import OccupancyGrid
@@ -167,7 +168,7 @@ class RadianceFieldFromImages(Method):
         if config.lpips is None:
             log.info("LPIPS is not available: evaluate.lpips names no folder with its weights")
             return figures
-        lpips = LPIPS(Path(config.lpips))
+        lpips = LPIPS(user_path(config.lpips))
         return figures | {lpips.name: mean(lpips(one, target) for one, target in pairs)}
 
     def save_result(self, folder: Path) -> None:
