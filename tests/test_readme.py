@@ -64,7 +64,7 @@ COMMANDS = [
     for page in PAGES
     for command in commands(page.read_text(encoding="utf-8"))
 ]
-TRAININGS = [case for case in COMMANDS if case.values[0][0] in ("train", "submit") and "-s" in case.values[0]]
+TRAININGS = [case for case in COMMANDS if case.values[0][0] in ("train", "submit") and {"-s", "--sweep"} & {*case.values[0]}]
 SNIPPETS = [
     pytest.param(code, id=f"{name_of(page)}: {code.splitlines()[0][:50]}")
     for page in PAGES
@@ -100,7 +100,7 @@ def test_the_parser_of_this_test_notices_a_wrong_option():
 @pytest.mark.parametrize("command", TRAININGS)
 def test_every_override_is_a_key_of_its_recipe(command):
     params = parsed(command).params
-    single, axes = split_sweep(params["overrides"])
+    single, axes = split_sweep(params["overrides"] or [], params.get("sweep") or [])
     each = [f"{key}={values[0]}" for key, values in axes.items()]
     recipe = load_recipe(params["recipe"], parse_overrides([*single, *each]))
     find_method(recipe.method).Config.parse(recipe.config, where="config")

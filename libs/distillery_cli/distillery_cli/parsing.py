@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 
 from distill_core.errors import ConfigError
@@ -67,26 +67,33 @@ def parse_moment(text: str, field: str) -> datetime | None:
     return moment
 
 
-def split_sweep(overrides: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
+def split_sweep(
+    overrides: Iterable[str],
+    marked: Iterable[str] = (),
+    *,
+    is_value: Callable[[str, str], bool] = lambda key, text: False,
+) -> tuple[list[str], dict[str, list[str]]]:
     """Overrides with one value as they are, and `KEY=A,B,…` as the key's values.
 
-    Commas inside brackets and quotes do not separate. A text with spaces needs quotes in a sweep, so that
-    `-s title="a cat, on a mat"`, quoted for TOML, is one text and never two values by mistake.
+    Commas inside brackets and quotes do not separate. What is `marked` is a sweep; of the other overrides only what
+    no value of its key could be: `is_value` says of a key and a text with commas whether it is one.
 
     Raises:
         ConfigError: an empty value, a key twice, or a text that needs quotes.
     """
     single: list[str] = []
     axes: dict[str, list[str]] = {}
-    for item in overrides:
-        key, separator, text = item.partition("=")
+    for item, is_marked in [*((item, False) for item in overrides), *((item, True) for item in marked)]:
+        key, separator, text = (part.strip() for part in item.partition("="))
+        if is_marked and not (key and separator):
+            raise ConfigError(f"sweep {item[:80]!r} is not KEY=A,B,…, e.g. seed=1,2", field="sweep")
         values = _parts(text) if separator else []
-        if len(values) < 2:
+        if not is_marked and (len(values) < 2 or (not all(map(_is_quoted, values)) and is_value(key, text))):
             single.append(item)
             continue
-        if key.strip() in axes:
-            raise ConfigError(f"key {key.strip()[:64]!r} is given twice", field="set")
-        axes[key.strip()] = [_value(key.strip(), value) for value in values]
+        if key in axes:
+            raise ConfigError(f"key {key[:64]!r} is given twice", field="set")
+        axes[key] = [_value(key, value) for value in values]
     return single, axes
 
 
@@ -107,6 +114,10 @@ def _parts(text: str) -> list[str]:
             parts.append(text[begun:place])
             begun = place + 1
     return [*parts, text[begun:]]
+
+
+def _is_quoted(text: str) -> bool:
+    return len(text.strip()) > 1 and text.strip()[0] in "\"'"
 
 
 def _value(key: str, text: str) -> str:

@@ -13,6 +13,7 @@ from distillery_cli.jobs import client, follow, job_values, show_submitted
 from distillery_cli.memory import size
 from distillery_cli.output import AsJson, Overrides, emit_json, notes, results, table
 from distillery_cli.parsing import parse_labels, split_sweep
+from distillery_cli.sweeping import could_be_value
 
 if TYPE_CHECKING:
     from distillery.v1.jobs_pb2 import Job, Plan
@@ -24,7 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog="Examples: distillery submit edm_digits --watch"
         "  ·  distillery submit dmd2 -s teacher.artifact=edm-digits --dry-run"
-        "  ·  distillery submit dmd2 -s optim.student.lr=1e-4,3e-4"
+        "  ·  distillery submit dmd2 --sweep optim.student.lr=1e-4,3e-4"
         "  ·  distillery submit --pipeline digits.toml"
     )(submit)
 
@@ -32,6 +33,10 @@ def register(app: typer.Typer) -> None:
 def submit(
     recipe: Annotated[str | None, typer.Argument(help="A recipe's name, or a .toml file.")] = None,
     overrides: Overrides = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="KEY=A,B,…", help="A run for each value; may be repeated."),
+    ] = None,
     pipeline: Annotated[
         Path | None, typer.Option("--pipeline", metavar="FILE", help="A .toml file of stages.")
     ] = None,
@@ -45,14 +50,20 @@ def submit(
     wait: Annotated[bool, typer.Option("--watch", help="Show its progress until it ends.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Queue a training run, or a pipeline of jobs, for the workers. `-s KEY=A,B` queues one run for each value."""
+    """Queue a training run, or a pipeline of jobs, for the workers. `--sweep KEY=A,B` queues a run for each value.
+
+    `-s KEY=A,B` is the same where KEY takes no such text; a path or a title may hold commas and is one value.
+    """
     if (recipe is None) == (pipeline is None):
         raise ConfigError("give either a RECIPE or --pipeline FILE", field="recipe")
-    if pipeline is not None and overrides:
+    if pipeline is not None and (overrides or sweep):
         raise ConfigError(
-            "-s goes with a RECIPE; a pipeline's stages have their own `set` tables", field="set"
+            "-s and --sweep go with a RECIPE; a pipeline's stages have their own `set` tables", field="set"
         )
-    work, called = _pipeline(pipeline) if pipeline is not None else _training(recipe or "", overrides or [])
+    if pipeline is not None:
+        work, called = _pipeline(pipeline)
+    else:
+        work, called = _training(recipe or "", overrides or [], sweep or []), ""
     options = {"name": name or called, "priority": priority, "idempotency_key": idempotency_key}
     options |= {"labels": parse_labels(label or [])}
     is_sweep = type(work).__name__ == "SweepSpec"
@@ -72,12 +83,19 @@ def submit(
     return 0
 
 
-def _training(recipe: str, overrides: list[str]) -> tuple[Work, str]:
+def _training(recipe: str, overrides: list[str], sweep: list[str]) -> Work:
     from distillery_trainer.client import sweep_spec, train_spec
 
-    single, axes = split_sweep(overrides)
+    def is_value(key: str, text: str) -> bool:
+        taken = could_be_value(recipe, key, text, (item for item in overrides if "," not in item))
+        if taken:
+            said = f"{key} = {text!r} is one value; a run for each of several is --sweep {key}=A,B"
+            notes.print(said, markup=False, soft_wrap=True)
+        return taken
+
+    single, axes = split_sweep(overrides, sweep, is_value=is_value)
     work = train_spec(recipe, parse_overrides(single))
-    return (sweep_spec(work, axes) if axes else work), ""
+    return sweep_spec(work, axes) if axes else work
 
 
 def _pipeline(path: Path) -> tuple[Work, str]:

@@ -21,8 +21,10 @@ import tomli_w
 from google.protobuf.json_format import ParseDict
 from google.protobuf.struct_pb2 import Struct
 
+from distill_core.config import load_recipe, parse_overrides
 from distill_core.errors import DistilleryError, NotFound, Unavailable
 from distill_service.channels import channel
+from distill_service.jobs.paths import absolute, absolute_value
 from distill_service.settings import settings
 from distill_service.status import error_from_call
 from distillery.v1 import jobs_pb2, jobs_pb2_grpc
@@ -57,10 +59,13 @@ def train_spec(
 ) -> TrainSpec:
     """A training run: a recipe's name, a .toml file on this machine, or its values; with dotted overrides.
 
+    Paths in it are read from this process's folder, as `distillery train` reads them.
+
     Raises:
         NotFound: the file does not exist.
     """
-    changes = {key: _toml_value(value) for key, value in (overrides or {}).items()}
+    placed = _placed(recipe, {key: absolute_value(key, value) for key, value in (overrides or {}).items()})
+    changes = {key: _toml_value(value) for key, value in placed.items()}
     if isinstance(recipe, Mapping):
         return TrainSpec(recipe_toml=tomli_w.dumps(recipe), overrides=changes)
     if Path(recipe).suffix != ".toml":
@@ -70,6 +75,17 @@ def train_spec(
     except OSError as error:
         raise NotFound(f"recipe file {recipe} cannot be read: {error.strerror}", field="recipe") from None
     return TrainSpec(recipe_toml=text, overrides=changes)
+
+
+def _placed(recipe: str | Path | Mapping[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The overrides, and those that make the recipe's own relative paths absolute."""
+    try:
+        given = recipe if isinstance(recipe, Mapping) else str(recipe)
+        before = load_recipe(given, overrides)
+        after = load_recipe(absolute(before.model_dump(mode="json", exclude_none=True)))
+    except DistilleryError:  # the server, which may know more recipes, answers what is wrong
+        return overrides
+    return overrides | {key: placed for key, (_, placed) in after.differences(before).items()}
 
 
 def _toml_value(value: Any) -> str:
@@ -88,7 +104,9 @@ def evaluate_spec(
 ) -> EvaluateSpec:
     """An evaluation; the tables are as in a recipe."""
     tables = {"evaluate": evaluate, "data": data}
-    structs = {name: ParseDict(dict(table), Struct()) for name, table in tables.items() if table is not None}
+    structs = {
+        name: ParseDict(absolute(table), Struct()) for name, table in tables.items() if table is not None
+    }
     return EvaluateSpec(artifact=artifact, **structs)
 
 
@@ -104,7 +122,15 @@ def pipeline_spec(*stages: StageSpec) -> PipelineSpec:
 
 def sweep_spec(train: TrainSpec, axes: Mapping[str, Iterable[str]]) -> SweepSpec:
     """A training run for each combination of the keys' values, which are TOML."""
-    return SweepSpec(train=train, axes=[SweepAxis(key=key, values=values) for key, values in axes.items()])
+    placed = {key: [_placed_value(key, value) for value in values] for key, values in axes.items()}
+    return SweepSpec(train=train, axes=[SweepAxis(key=key, values=values) for key, values in placed.items()])
+
+
+def _placed_value(key: str, text: str) -> str:
+    """A sweep's value, TOML or a bare text; a path made absolute."""
+    value = parse_overrides([f"{key}={text}"])[key.strip()]
+    placed = absolute_value(key, value)
+    return text if placed == value else _toml_value(placed)
 
 
 def request(

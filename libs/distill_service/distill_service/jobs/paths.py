@@ -14,7 +14,11 @@ from distill_core.paths import user_path
 from distill_service.settings import Settings
 
 PATH_KEYS = frozenset({"path", "lpips"})  # keys of a recipe whose value is a file or folder
-FILE_KEYS = frozenset({"labels", "images"})  # keys whose value is one only if it looks like it
+FILE_KEYS = frozenset(
+    {"labels", "images"}
+)  # keys whose value is one, unless it is a word or in the data's folder
+WORD_TABLES = frozenset({"rename_classes"})  # tables of words: a class may be called `path`
+LABEL_WORDS = frozenset({"auto", "folder", "none"})  # what data.labels may say instead
 
 
 def check_paths(spec: Mapping[str, Any], settings: Settings) -> None:
@@ -39,6 +43,31 @@ def check_paths(spec: Mapping[str, Any], settings: Settings) -> None:
             raise ConfigError(f"{key} = {name!r} may not be read by a job: {_allowed(roots)}", field=key)
 
 
+def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's tables with each path that is relative as it is from this process's folder, and `~` this user's home.
+
+    Whoever submits a job means the folder where they are, and not the one that a worker was started in.
+    """
+    return {key: _absolute(key, value) for key, value in values.items()}
+
+
+def absolute_value(key: str, value: Any) -> Any:
+    """The same for the value of one dotted key."""
+    *tables, last = key.strip().split(".")
+    return value if WORD_TABLES & {*tables} else _absolute(last, value)
+
+
+def _absolute(key: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value) if key in WORD_TABLES else absolute(value)
+    if isinstance(value, list | tuple):
+        return [_absolute("", item) for item in value]
+    in_the_data = key == "images"  # pictures of a capture, from its own folder
+    if isinstance(value, str) and value and not in_the_data and _is_path(key, value):
+        return str(user_path(value, field=key).absolute())
+    return value
+
+
 def _allowed(roots: Sequence[Path]) -> str:
     if not roots:
         return "no folder is open to jobs; the operator names some in DISTILLERY_DATA_ROOTS"
@@ -49,6 +78,8 @@ def _named(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, st
     """The dotted keys and values of a specification that name files."""
     for key, value in values.items():
         dotted = f"{where}.{key}" if where else key
+        if key in WORD_TABLES:
+            continue
         if isinstance(value, Mapping):
             yield from _named(value, dotted)
         elif isinstance(value, list):
@@ -62,4 +93,6 @@ def _named(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, st
 def _is_path(key: str, value: str) -> bool:
     if key == "recipe":
         return Path(value).suffix == ".toml"
+    if key == "labels":
+        return value not in LABEL_WORDS
     return key in PATH_KEYS or (key in FILE_KEYS and ("/" in value or value.startswith("~")))
