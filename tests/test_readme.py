@@ -64,7 +64,11 @@ COMMANDS = [
     for page in PAGES
     for command in commands(page.read_text(encoding="utf-8"))
 ]
-TRAININGS = [case for case in COMMANDS if case.values[0][0] in ("train", "submit") and {"-s", "--sweep"} & {*case.values[0]}]
+TRAININGS = [
+    case
+    for case in COMMANDS
+    if case.values[0][0] in ("train", "submit") and {"-s", "--sweep"} & {*case.values[0]}
+]
 SNIPPETS = [
     pytest.param(code, id=f"{name_of(page)}: {code.splitlines()[0][:50]}")
     for page in PAGES

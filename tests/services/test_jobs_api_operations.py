@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.errors import ConfigError, NotFound, Unavailable
+from distill_core.errors import ConfigError, DataError, NotFound, Unavailable
 from distill_service.jobs import queue
 from distill_service.jobs.database import Database
 from distill_service.jobs.queue import Outcome
@@ -180,7 +180,7 @@ def test_a_dry_run_looks_at_memory_and_queues_nothing(client, running):
 
 def test_a_dry_run_finds_data_and_models_that_are_not_there(client, cli):
     for work, kind, said in (
-        (train_spec("judge_cifar10"), ConfigError, "does not exist"),  # INVALID_ARGUMENT is that in a client
+        (train_spec("judge_cifar10"), DataError, "does not exist"),
         (pipeline_spec(stage("x", evaluate_spec("nobody@1"))), NotFound, "no model is called 'nobody'"),
     ):
         with pytest.raises(kind, match=said) as caught:
@@ -284,7 +284,7 @@ def test_garbage_is_shown_and_removed(cli, client, running, table, tmp_path):
         (["jobs", "--since", "1d", "--until", "2d"], 2, "not earlier than created_before"),
         (["compare", "nobody"], 67, "no job has the label 'nobody'"),
         (["submit", "dmd2", "-s", "seed=1,2", "--watch"], 2, "--watch follows one job"),
-        (["submit", "dmd2", "-s", "title=a cat, on a mat"], 2, "in quotes"),
+        (["submit", "dmd2", "--sweep", "title=a cat, on a mat"], 2, "in quotes"),
         (["submit", "dmd2", "--label", "team"], 2, "is not KEY=VALUE"),
         (["submit", "dmd2", "--label", "sweep=x"], 2, "given to sweeps only"),
         (["bench-queue", "--rounds", "0"], 2, "rounds"),

@@ -13,7 +13,9 @@ from distill_core.config import check_name
 from distill_core.errors import (
     ArtifactError,
     ConfigError,
+    DataError,
     DistilleryError,
+    DivergedError,
     NotFound,
     Overloaded,
     Unavailable,
@@ -33,6 +35,8 @@ from distillery.v1 import models_pb2, models_pb2_grpc
 SERVICE = "distillery.v1.ModelsService"
 ERRORS = {
     "config": ConfigError("steps = -1 is not allowed", field="steps"),
+    "picture": DataError("picture a.png is damaged", field="data.path"),
+    "diverged": DivergedError("the loss is not finite"),
     "missing": NotFound("no model is called 'x'", field="model"),
     "damaged": ArtifactError("checksum differs"),
     "away": Unavailable("the database is not there"),

@@ -199,6 +199,9 @@ def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], b
         method, source, recipe.evaluate, where
     )  # a mistake in it is said before the training
     trainer = Trainer(method, source, recipe, run)
+    skipped = getattr(source.pixels, "skipped", 0)  # damaged pictures that the data was told to leave out
+    if skipped and trainer.layout.keeps:
+        run.metrics(0, {"skipped_pictures": skipped})
     outcome = trainer.train(should_stop)
     if outcome.stopped:
         return Result(run.folder, outcome.step, stopped=True)
@@ -208,6 +211,7 @@ def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], b
         with writing(f"the model to {run.model}", run.checkpoints):
             _save_model(method, recipe, run)
         figures = _figures(method, recipe.evaluate, evaluator)
+        figures |= {"skipped_pictures": float(skipped)} if skipped else {}
         said = {} if evaluator is None else evaluator.measured_with(figures)
         told = figures | {f"measured_with.{name}": words for name, words in said.items()}
         manifest = publish(method, recipe, run, where, told, job=job) if recipe.publish else None

@@ -14,6 +14,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from distill_core.errors import (
+    MEANINGS,
     ArtifactError,
     ConfigError,
     DistilleryError,
@@ -26,6 +27,12 @@ from distill_core.errors import (
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRPC clients with a retry policy wait exactly this long
 DEFAULT_RETRY_S = 1.0
+DOMAIN = "distillery"  # whose class names the reason of an ErrorInfo is
+CLASSES: dict[str, type[DistilleryError]] = {  # what a status means where no ErrorInfo says more
+    "INVALID_ARGUMENT": ConfigError,
+    "NOT_FOUND": NotFound,
+    "FAILED_PRECONDITION": ArtifactError,
+}
 MAX_MESSAGE_BYTES = (
     1000  # it travels thrice in headers, and gRPC refuses answers with more than 8 KiB of them
 )
@@ -68,12 +75,21 @@ def wire_status(error: DistilleryError) -> WireStatus:
     """The error as a status with machine-readable details; its sentence is also the plain message."""
     name, message = status_name(error), shortened(str(error))
     status = status_pb2.Status(code=code_pb2.Code.Value(name), message=message)
-    for detail in _details(error, name, message):
+    for detail in [*_details(error, name, message), *_class_details(error, name)]:
         status.details.add().Pack(detail)
     metadata: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString())]
     if isinstance(error, Overloaded):
         metadata.append((PUSHBACK_KEY, str(max(1, math.ceil(error.retry_after_s * 1000)))))
     return WireStatus(grpc.StatusCode[name], message, tuple(metadata))
+
+
+def _class_details(error: DistilleryError, name: str) -> list[Message]:
+    """The error's class, where its status means another one first."""
+    kind = next((cls for cls in type(error).__mro__ if cls in MEANINGS), DistilleryError)
+    row = MEANINGS[kind]
+    if row.grpc_status != name or row.retry or kind in (CLASSES.get(name), DistilleryError):
+        return []
+    return [error_details_pb2.ErrorInfo(reason=kind.__name__, domain=DOMAIN)]
 
 
 def _details(error: DistilleryError, name: str, message: str) -> list[Message]:
@@ -107,10 +123,18 @@ def error_from_call(call: grpc.RpcError, address: str = "") -> DistilleryError:
         )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Overloaded(message, retry_after_s=_retry_after(call))
-    classes = {"INVALID_ARGUMENT": ConfigError, "NOT_FOUND": NotFound, "FAILED_PRECONDITION": ArtifactError}
-    if code.name in classes:
-        return classes[code.name](message, field=_field(call))
-    return StatusError(code.name, message)
+    cls = _class(call) or CLASSES.get(code.name)
+    return StatusError(code.name, message) if cls is None else cls(message, field=_field(call))
+
+
+def _class(call: grpc.RpcError) -> type[DistilleryError] | None:
+    """The class that the server raised, if it said so and the status is that of this class."""
+    info = _unpacked(call, error_details_pb2.ErrorInfo)
+    if info is None or info.domain != DOMAIN:  # type: ignore[attr-defined]
+        return None
+    known = {cls.__name__: cls for cls, row in MEANINGS.items() if row.grpc_status == call.code().name}
+    found = known.get(info.reason)  # type: ignore[attr-defined]
+    return found if found is not None and issubclass(found, DistilleryError) else None
 
 
 @contextmanager

@@ -162,3 +162,81 @@ def test_a_size_out_of_range_names_its_field(classes):
     with pytest.raises(ConfigError) as caught:
         images(classes, size=-1)
     assert caught.value.field == "data.size"
+
+
+def damage(*files):
+    for file in files:
+        file.write_bytes(file.read_bytes()[:60])
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Eight noise pictures of two classes, three of them cut off, the first of all among them."""
+    draws = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            noise = draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / name / f"{number}.png")
+            (tmp_path / name / f"{number}.txt").write_text(f"{name} {number}")
+    damage(tmp_path / "cat/0.png", tmp_path / "cat/2.png", tmp_path / "dog/3.png")
+    return tmp_path
+
+
+def test_all_damaged_pictures_are_named_at_once(mixed):
+    with pytest.raises(DataError, match="3 of 8 pictures cannot be read") as caught:
+        images(mixed)
+    said = str(caught.value)
+    assert all(name in said for name in ("cat/0.png", "cat/2.png", "dog/3.png", "data.skip_damaged = true"))
+    assert caught.value.field == "data.path"
+
+
+def test_at_most_twenty_damaged_pictures_are_named(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number:02d}.png").write_text("no picture")
+    with pytest.raises(DataError, match="20 of the first 20 of 30 pictures cannot be read") as caught:
+        images(tmp_path)
+    assert str(caught.value).count("is not a picture") == 20
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_damaged_pictures_are_left_out_with_their_labels_and_captions(mixed, monkeypatch, caplog, in_memory):
+    if not in_memory:
+        monkeypatch.setattr(pictures, "IN_MEMORY_BYTES", 0)
+    source = images(mixed, skip_damaged=True)
+    assert (source.size, source.pixels.skipped, len(source.pixels)) == (5, 3, 5)
+    assert source.labels.tolist() == [0, 0, 1, 1, 1]
+    assert source.prompts == ["cat 1", "cat 3", "dog 0", "dog 1", "dog 2"]
+    for index, prompt in enumerate(source.prompts):
+        with Image.open(mixed / f"{prompt.replace(' ', '/')}.png") as file:
+            wanted = torch.from_numpy(np.array(file)).permute(2, 0, 1) / 127.5 - 1
+        assert torch.allclose(source.items(torch.tensor([index])).x0[0], wanted)
+    assert "left out 3 of 8 pictures" in caplog.text
+    assert "dog/3.png" in caplog.text
+
+
+def test_a_set_of_damaged_pictures_alone_is_an_error_even_if_they_are_to_be_left_out(tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"a\.png is not a picture"):
+        images(tmp_path, skip_damaged=True)
+
+
+def test_a_picture_of_another_size_is_not_left_out_in_silence(mixed):
+    save(mixed / "dog" / "9.png", size=(9, 8))
+    (mixed / "dog" / "9.txt").write_text("dog 9")
+    with pytest.raises(DataError, match="9x8 where the first is 8x8"):
+        images(mixed, skip_damaged=True)
+
+
+def test_pictures_of_other_formats_are_said_to_be_left_out(classes, caplog):
+    images(classes)
+    assert "left out" not in caplog.text
+    for name in ("cat/1.gif", "cat/2.GIF", "dog/1.jfif", "dog/notes.md", ".hidden/3.gif"):
+        (classes / name).parent.mkdir(exist_ok=True)
+        (classes / name).write_bytes(b"GIF89a")
+    assert images(classes).size == 6
+    assert "2 .gif, 1 .jfif left out" in caplog.text
+    (classes / "only").mkdir()
+    (classes / "only" / "1.gif").write_bytes(b"GIF89a")
+    with pytest.raises(DataError, match=r"holds no pictures.* and 1 \.gif are not read; convert"):
+        images(classes / "only")

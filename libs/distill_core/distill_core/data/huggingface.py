@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_core.data.classes import Renaming
+from distill_core.data.damaged import Skipping
 from distill_core.data.pictures import EncodedPixels
 from distill_core.data.prompts import checked_prompts
 from distill_core.data.source import (
@@ -45,7 +46,7 @@ SPLITS = {
 class HuggingFace(Source):
     """Pictures as `datasets.Image`, as encoded bytes or as nested numbers, and class labels and prompts if any."""
 
-    class Config(Renaming):
+    class Config(Renaming, Skipping):
         """Options of the recipe's `[data]` table."""
 
         name: Literal["huggingface"] = "huggingface"
@@ -73,8 +74,11 @@ class HuggingFace(Source):
         prompts = _prompts(rows, prompt_column, config.path, **remedy) if prompt_column else None
         labels, class_names = _labels(rows, label_column, config) if label_column else (None, ())
         pixels = _pixels(rows, image_column, config)
+        if isinstance(pixels, EncodedPixels) and pixels.skipped:
+            labels = None if labels is None else labels[pixels.readable]
+            prompts = None if prompts is None else [prompts[index] for index in pixels.readable.tolist()]
         super().__init__(
-            config, size=len(rows), pixels=pixels, labels=labels, class_names=class_names, prompts=prompts
+            config, size=len(pixels), pixels=pixels, labels=labels, class_names=class_names, prompts=prompts
         )
 
 
@@ -290,6 +294,7 @@ def _pixels(rows: Any, column: str, config: HuggingFace.Config) -> Pixels:
             len(rows),
             size=config.size,
             channels=config.channels,
+            skip_damaged=config.skip_damaged,
         )
     values = np.asarray(rows.with_format("numpy", columns=[column])[:][column])
     if values.dtype.kind not in "uif":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -10,16 +12,19 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_core.data.classes import Renaming
+from distill_core.data.damaged import Skipping
 from distill_core.data.pictures import SUFFIXES, EncodedPixels
 from distill_core.data.prompts import captions
 from distill_core.data.source import PICKLE_SUFFIXES, Source, existing
 from distill_core.errors import DataError
 
+log = logging.getLogger(__name__)
+
 
 class ImageFolder(Source):
     """Pictures in the order of their paths; classes in the order of their folders' names."""
 
-    class Config(Renaming):
+    class Config(Renaming, Skipping):
         """Options of the recipe's `[data]` table."""
 
         name: Literal["images"] = "images"
@@ -52,15 +57,43 @@ class ImageFolder(Source):
             len(files),
             size=config.size,
             channels=config.channels,
+            skip_damaged=config.skip_damaged,
         )
         super().__init__(
             config,
-            size=len(files),
+            size=len(pixels),
             pixels=pixels,
-            labels=labels,
+            labels=None if labels is None else labels[pixels.readable],
             class_names=config.renamed(classes),
-            prompts=prompts,
+            prompts=None if prompts is None else [prompts[index] for index in pixels.readable.tolist()],
         )
+
+
+OTHER_PICTURES = frozenset(
+    (
+        ".gif",
+        ".jfif",
+        ".jif",
+        ".jpe",
+        ".jp2",
+        ".jxl",
+        ".avif",
+        ".heic",
+        ".heif",
+        ".svg",
+        ".psd",
+        ".tga",
+        ".ico",
+    )
+    + (".ppm", ".pgm", ".pbm", ".exr", ".hdr", ".dng", ".nef", ".cr2", ".arw")
+)  # suffixes of pictures that are not read
+
+
+def _left_out(root: Path) -> str:
+    """The pictures under `root` that are not read, by suffix and number: "3 .gif, 1 .jfif", or nothing."""
+    visible = (file for file in root.rglob("*") if not _is_hidden(file, root))
+    suffixes = Counter(suffix for file in visible if (suffix := file.suffix.lower()) in OTHER_PICTURES)
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
 
 
 def _pictures(root: Path, labels: str) -> tuple[list[Path], list[str]]:
@@ -69,6 +102,8 @@ def _pictures(root: Path, labels: str) -> tuple[list[Path], list[str]]:
     loose = [file for file in files if file.parent == root]
     if not files:
         raise DataError(_nothing_found(root), field="data.path")
+    if left_out := _left_out(root):
+        log.warning("%s: %s left out; read are %s, so convert them", root, left_out, ", ".join(SUFFIXES))
     if labels == "none" or (labels == "auto" and len(loose) == len(files)):
         return files, []
     if loose:
@@ -92,8 +127,11 @@ def _labels(root: Path, files: list[Path], classes: list[str]) -> Tensor:
 
 
 def _is_picture(file: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return not hidden and file.suffix.lower() in SUFFIXES and file.is_file()
+    return not _is_hidden(file, root) and file.suffix.lower() in SUFFIXES and file.is_file()
+
+
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
 def _visible_folders(root: Path) -> set[str]:
@@ -105,6 +143,8 @@ def _nothing_found(root: Path) -> str:
     said = f"folder {root} holds no pictures ({', '.join(SUFFIXES)})"
     if pickles:
         return f"{said}; {pickles[0]} is refused because such files can execute code when read"
+    if left_out := _left_out(root):
+        return f"{said}, and {left_out} are not read; convert them to one of these"
     return f"{said}; give a folder with pictures, or with one sub-folder per class"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill_core.data.damaged import MAX_NAMED, say_skipped, together
 from distill_core.data.source import to_unit
 from distill_core.errors import DataError, missing_package
 
@@ -34,29 +35,74 @@ class EncodedPixels:
         size: every picture is scaled to a shorter side of `size`, then cropped to its centre; unset: all
             must have the first one's size already.
         channels: 1 (grey) or 3 (RGB); unset: as the first picture, and all must agree.
+        skip_damaged: leave out those that cannot be read; `readable` says which ones are left.
 
     Raises:
-        DataError: a picture that cannot be read, or that differs from the first one; the message names it.
+        DataError: pictures that cannot be read, or that differ from the first one; the message names them.
     """
 
-    def __init__(self, encoded: Encoded, count: int, *, size: int | None, channels: int | None) -> None:
-        self._encoded, self._count, self._size, self._channels = encoded, count, size, channels
+    shape: tuple[int, int, int]
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        count: int,
+        *,
+        size: int | None,
+        channels: int | None,
+        skip_damaged: bool = False,
+    ) -> None:
+        self._encoded, self._size, self._channels = encoded, size, channels
         self._kept: Tensor | None = None
-        first = self._decode(0)
-        self.shape: tuple[int, int, int] = tuple(first.shape)  # type: ignore[assignment]
-        if count * math.prod(self.shape) <= IN_MEMORY_BYTES:
-            kept = torch.empty(count, *self.shape, dtype=torch.uint8)
-            for index in range(count):
-                kept[index] = self._checked(index)
-            self._kept = kept
+        self.readable = torch.arange(count)
+        self._look(count, skip_damaged)
+        self.skipped = count - len(self.readable)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.readable)
 
     def take(self, indices: Tensor) -> Tensor:
         if self._kept is not None:
             return to_unit(self._kept[indices])
-        return to_unit(torch.stack([self._checked(index) for index in indices.tolist()]))
+        return to_unit(torch.stack([self._checked(index) for index in self.readable[indices].tolist()]))
+
+    def _look(self, count: int, skip_damaged: bool) -> None:
+        """Read the pictures once, to keep them if they fit, and to find all that cannot be used.
+
+        A set that does not fit is read no further than its first picture, unless damaged ones are to be left out.
+        """
+        kept: Tensor | None = None
+        good: list[int] = []
+        damaged: list[DataError] = []
+        for index in range(count):
+            picture = self._tried(index, damaged)
+            if picture is None:
+                if not skip_damaged and len(damaged) == MAX_NAMED:
+                    raise together(damaged, count, looked_at=index + 1)
+                continue
+            if not good:
+                self.shape = tuple(picture.shape)  # type: ignore[assignment]
+                fits = count * math.prod(self.shape) <= IN_MEMORY_BYTES
+                kept = torch.empty(count, *self.shape, dtype=torch.uint8) if fits else None
+            if kept is None and not skip_damaged and not damaged:
+                return
+            self._refuse_other(picture, index)
+            if kept is not None:
+                kept[len(good)] = picture
+            good.append(index)
+        if damaged and (not skip_damaged or not good):
+            raise together(damaged[:MAX_NAMED], count, looked_at=count)
+        if damaged:
+            say_skipped(damaged, count)
+        self.readable = torch.tensor(good)
+        self._kept = None if kept is None else kept[: len(good)]
+
+    def _tried(self, index: int, damaged: list[DataError]) -> Tensor | None:
+        try:
+            return self._decode(index)
+        except DataError as error:
+            damaged.append(error)
+            return None
 
     def _decode(self, index: int) -> Tensor:
         data, name = self._encoded(index)
@@ -64,11 +110,14 @@ class EncodedPixels:
 
     def _checked(self, index: int) -> Tensor:
         picture = self._decode(index)
-        if tuple(picture.shape) != self.shape:
-            self._refuse(picture, self._encoded(index)[1])
+        self._refuse_other(picture, index)
         return picture
 
-    def _refuse(self, picture: Tensor, name: str) -> None:
+    def _refuse_other(self, picture: Tensor, index: int) -> None:
+        """Raise if the picture's shape is not that of the first."""
+        if tuple(picture.shape) == self.shape:
+            return
+        name = self._encoded(index)[1]
         (channels, height, width), (c, h, w) = picture.shape, self.shape
         if channels != c:
             raise DataError(
