@@ -227,3 +227,32 @@ def test_an_order_that_is_right_already_changes_nothing():
     unlabelled = build_source({"name": "prompts", "prompts": ["a"]})
     with pytest.raises(ConfigError, match="the data has no labels"):
         use_classes_of(unlabelled, CondSpec(kind="class_label", num_classes=3))
+
+
+def test_more_or_fewer_classes_than_the_data_names_leave_the_other_names_alone(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["fox", "cat", "elk"])}
+    )
+    pictures = [Image.fromarray(np.full((8, 8), GREY[name], np.uint8)) for name in ("fox", "cat")]
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1]}, features=features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    for count, names in ((2, ("fox", "cat")), (4, ("fox", "cat", "elk", "3"))):
+        source = build_source({"name": "huggingface", "path": str(tmp_path), "num_classes": count})
+        assert source.class_names == names
+        fit(source, model("cat", "dog", "fox"))
+        assert taught(source) == {0: {"cat"}, 2: {"fox"}}
+
+
+def test_a_set_of_numbers_can_be_given_the_names_of_its_classes(tmp_path):
+    pixels = np.stack([np.full((8, 8), GREY[name], np.uint8) for name in ("fox", "cat")])
+    for name, values, magic in (
+        ("images", pixels, b"\0\0\x08\x03"),
+        ("labels", np.uint8([0, 1]), b"\0\0\x08\x01"),
+    ):
+        header = magic + b"".join(side.to_bytes(4, "big") for side in values.shape)
+        (tmp_path / f"train-{name}").write_bytes(header + values.tobytes())
+    renamed = {"0": "fox", "1": "cat"}
+    source = build_source({"name": "idx", "path": str(tmp_path), "rename_classes": renamed})
+    fit(source, model("cat", "dog", "fox"))
+    assert taught(source) == {0: {"cat"}, 2: {"fox"}}

@@ -7,6 +7,7 @@ wherever two lists meet, and a name that the other side does not have is an erro
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -23,6 +24,7 @@ from distill_core.networks.denoiser import Denoiser
 
 MOST_SHOWN = 12  # names in a sentence
 ABSENT = -1
+log = logging.getLogger(__name__)
 
 
 class Renaming(SourceConfig):
@@ -95,6 +97,8 @@ def use_classes_of(source: Source, cond: CondSpec) -> None:
             field="data",
         )
     numbers = _known_numbers(source, known, owner="the teacher", field="data")
+    if numbers and source.class_names == _counted(len(numbers)) != known[: len(numbers)]:
+        log.info("the data's classes have no names: its label 0 is the teacher's class %r", known[numbers[0]])
     if not _is_counting(numbers):
         source.labels = torch.tensor(numbers)[labels]
         source.class_names, source.num_classes = known, len(known)
@@ -186,6 +190,8 @@ def _unknown(name: str, known: Sequence[str], *, owner: str, whose: str, field: 
         shown = ", ".join(known[:MOST_SHOWN]) + (" …" if len(known) > MOST_SHOWN else "")
         said = f"{owner} has no such class, but {shown}"
         then = "leave it out, or say with data.rename_classes what it is called there"
+    if field in ("evaluate.judge", "extractor"):
+        then = f"set {field} to a classifier of these classes, e.g. one trained on the same data"
     return ConfigError(f"{whose} has a class {name!r}, and {said}; {then}", field=field)
 
 

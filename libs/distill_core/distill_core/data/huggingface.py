@@ -279,8 +279,8 @@ def _labels(rows: Any, column: str, config: HuggingFace.Config) -> tuple[Tensor,
         names, values = np.unique(values, return_inverse=True)
     classes = config.num_classes or (len(names) if names is not None else None)
     labels, classes = checked_labels(values, count=len(rows), num_classes=classes, what=what)
-    names = names if names is not None and len(names) == classes else range(classes)
-    return labels, config.renamed(map(str, names))
+    named = [] if names is None else [str(name) for name in names[:classes]]
+    return labels, config.renamed([*named, *map(str, range(len(named), classes))])
 
 
 def _pixels(rows: Any, column: str, config: HuggingFace.Config) -> Pixels:
