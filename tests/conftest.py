@@ -8,6 +8,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in every child process
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+pytest_plugins = ["tests.hangs"]
+
 
 @pytest.fixture(scope="session")
 def context(tmp_path_factory: pytest.TempPathFactory):
