@@ -40,7 +40,8 @@ class Bound:
     """The time that a test has, from now on."""
 
     def __init__(self, item: pytest.Item, seconds: float, test: str = "") -> None:
-        self.item, self.seconds, self.told = item, seconds, ""
+        self.item, self.seconds = item, seconds
+        self._told, self._all_told = "", threading.Event()
         self.test = os.environ[STARTED_BY] = test or uuid.uuid4().hex
         signal.signal(signal.SIGALRM, self._fail)
         self._timer = threading.Timer(seconds, self._expire)
@@ -49,17 +50,22 @@ class Bound:
         faulthandler.dump_traceback_later(seconds + GRACE, file=_STDERR, exit=True)
 
     def lift(self) -> None:
+        self._told = ""
         self._timer.cancel()
         faulthandler.cancel_dump_traceback_later()
 
     def _expire(self) -> None:
-        self.told = f"{stacks()}\n{children_ended(self.test)}"
+        self._told = stacks()
         signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+        try:
+            self._told += children_ended(self.test)  # a main thread that no signal woke may have waited for one
+        finally:
+            self._all_told.set()
 
     def _fail(self, *_: object) -> None:
-        if self.told:  # of an older bound otherwise
-            told, self.told = self.told, ""
-            pytest.fail(f"{self.item.nodeid} was not done within {self.seconds:g} s\n{told}")
+        if self._told:
+            self._all_told.wait()
+            pytest.fail(f"{self.item.nodeid} was not done within {self.seconds:g} s\n{self._told}")
 
 
 _bound = pytest.StashKey[Bound]()

@@ -59,9 +59,7 @@ def test_what_is_drawn_ahead_is_what_the_image_would_have_drawn():
     drawing.ask([small], (1, 2, 2))
     drawing.ask(items[:1], (3, 8, 8))
     drawing.close()
-    until = time.monotonic() + 30
     while 0 not in small.ahead:
-        assert time.monotonic() < until
         time.sleep(0.001)
     for item in items:
         np.testing.assert_array_equal(item.ahead[0], unit_normal(item.seed, item.index, 0, (3, 8, 8)))
@@ -74,7 +72,7 @@ def test_who_comes_and_goes_faster_than_it_draws_fills_no_memory(monkeypatch):
     drawing, busy = DrawAhead(), threading.Event()
 
     def slow(images, draw, shape):
-        busy.wait(30)
+        busy.wait()
         return unit_normals(images, draw, shape)
 
     monkeypatch.setattr("distillery_sampler.drawing.unit_normals", slow)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -127,17 +125,18 @@ pairs.SHARD = 10
 honest = pairs.generate_x0
 def slow(*given, **named):
     print("batch", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.readline() if sys.argv[2] == "asks" else time.sleep(0.1)
     return honest(*given, **named)
 pairs.generate_x0 = slow
 make(Path(sys.argv[1]), batch_size=10)
 """
 
 
-def maker(folder, pause: float) -> subprocess.Popen[str]:
+def maker(folder, pace: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", MAKER, str(folder), str(pause)],
+        [sys.executable, "-c", MAKER, str(folder), pace],
         cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -145,13 +144,16 @@ def maker(folder, pause: float) -> subprocess.Popen[str]:
 
 
 def test_a_killed_maker_leaves_whole_shards_that_the_next_one_goes_on_from(tmp_path, monkeypatch):
-    process = maker(tmp_path, 0.2)
-    while len(list(tmp_path.glob("*.safetensors"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process = maker(tmp_path, "asks")
+    for _ in range(2):
+        assert process.stdout.readline() == "batch\n"
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+    assert process.stdout.readline() == "batch\n"
+    process.kill()
     process.wait()
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
+    assert len(kept) == 2
     monkeypatch.setattr("distill_core.data.pairs.SHARD", 10)
     resumed = make(tmp_path, batch_size=10)
     assert all(file.stat().st_mtime_ns == made for file, made in kept.items())
@@ -159,7 +161,7 @@ def test_a_killed_maker_leaves_whole_shards_that_the_next_one_goes_on_from(tmp_p
 
 
 def test_two_makers_at_once_make_every_shard_once(tmp_path):
-    makers = [maker(tmp_path, 0.1) for _ in range(2)]
-    told = [process.communicate(timeout=60)[0] for process in makers]
+    makers = [maker(tmp_path, "pauses") for _ in range(2)]
+    told = [process.communicate()[0] for process in makers]
     assert [process.returncode for process in makers] == [0, 0]
     assert sum(text.count("batch") for text in told) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,13 +11,13 @@ from textwrap import dedent
 import pytest
 import torch
 
-from distill_core.config import Config, load_recipe
+from distill_core.config import Config, OptimConfig, load_recipe
 from distill_core.data import build_source
 from distill_core.errors import ArtifactError, ConfigError, DivergedError, Unavailable
 from distill_core.method import Method, Update
 from distill_core.training.checkpoint import complete_checkpoints, load_latest, save_checkpoint
 from distill_core.training.loop import Trainer
-from distill_core.training.optimizers import learning_rate
+from distill_core.training.optimizers import build_optimizer, learning_rate
 from distill_core.training.run import Run
 
 
@@ -39,6 +40,45 @@ class Mean(Method):
     def updates(self, batch, step):
         for _ in range(2):
             yield Update("model", (self.model(batch.x0.flatten(1)) - 1).square().mean())
+
+
+class Noisy(Mean):
+    """Of every step another loss, which depends on the weights and on the random numbers that it draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[float] = []
+
+    def updates(self, batch, step):
+        noise = torch.randn(64)
+        self.drawn.append(float(noise[0]))
+        yield Update("model", (self.model(batch.x0.flatten(1) + noise) - 1).square().mean())
+
+
+class TwoRoles(Method):
+    """A step of `first`, then two of `second`, whose gradients are known: 3 and 4, and what `first` is by then."""
+
+    Config = Config
+    roles = ("first", "second")
+    result = "first"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Weights(2), Weights(3)
+
+    def preview(self, seed):
+        return None
+
+    def updates(self, batch, step):
+        yield Update("first", (self.first.values * torch.tensor([3.0, 4.0])).sum())
+        for _ in range(2):
+            yield Update("second", self.second.values.sum() * self.first.values.sum())
+
+
+class Weights(torch.nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.values = torch.nn.Parameter(torch.ones(count))
 
 
 class Explodes(Mean):
@@ -79,14 +119,65 @@ def test_a_non_finite_loss_names_role_step_and_last_checkpoint(tmp_path):
         trainer(tmp_path, Explodes()).train()
 
 
-def test_ema_weights_are_put_in_place_and_taken_out_again(tmp_path):
-    run = trainer(tmp_path, ema={"model": 0.5})
-    run.train()
-    trained = weights(run)
+def test_an_average_keeps_its_decay_of_what_was_before_and_is_put_in_place_and_taken_out_again(tmp_path):
+    run = trainer(tmp_path, TwoRoles(), ema={"second": 0.8}, optim=sgd(first=0.01, second=0.02))
+    expected, value, first = 1.0, 1.0, 2.0
+    for _ in range(3):
+        first -= 0.01 * (3 + 4)
+        for _ in range(2):
+            value -= 0.02 * first
+            expected = 0.8 * expected + 0.2 * value
+        run.train_step()
+    assert run.method.second.values.tolist() == pytest.approx([value] * 3)
     with run.averaged():
-        averaged = weights(run)
-    assert torch.equal(weights(run), trained)
-    assert not torch.equal(averaged, trained)
+        assert run.method.second.values.tolist() == pytest.approx([expected] * 3)
+        assert run.method.first.values.sum().item() == pytest.approx(first)
+    assert run.method.second.values.tolist() == pytest.approx([value] * 3)
+
+
+def sgd(**rates: float) -> dict[str, object]:
+    return {role: {"name": "sgd", "lr": rate, "betas": [0.0, 0.9]} for role, rate in rates.items()}
+
+
+def test_every_update_moves_its_own_role_by_its_own_gradient(tmp_path):
+    run = trainer(tmp_path, TwoRoles(), optim=sgd(first=0.01, second=0.02))
+    for step in (1, 2):
+        run.train_step()
+        assert run.method.first.values.tolist() == pytest.approx([1 - 0.03 * step, 1 - 0.04 * step])
+    sums = [2 - 0.07 * step for step in (1, 2)]
+    assert run.method.second.values.tolist() == pytest.approx([1 - 0.02 * 2 * sum(sums)] * 3)
+
+
+@pytest.mark.parametrize(("clip", "length"), [(2.5, 2.5), (7.0, 5.0)])
+def test_a_gradient_longer_than_the_clip_is_shortened_to_it(clip, length, tmp_path):
+    optim = sgd(first=0.01, second=0.02)
+    optim["first"]["grad_clip"] = clip
+    run = trainer(tmp_path, TwoRoles(), optim=optim)
+    run.train_step()
+    moved = 1 - run.method.first.values.detach()
+    assert moved.tolist() == pytest.approx([0.01 * length * 0.6, 0.01 * length * 0.8], rel=1e-4)
+
+
+def test_the_logged_loss_is_the_mean_over_all_items(tmp_path):
+    whole, parts = (trainer(tmp_path, accumulate=count).train_step() for count in (1, 4))
+    assert float(parts["model_loss"]) == pytest.approx(float(whole["model_loss"]), rel=1e-5)
+
+
+def test_a_resumed_run_draws_what_an_undisturbed_one_draws_and_ends_with_its_weights_and_averages(tmp_path):
+    """With momentum, an average, and another noise in every step; bit for bit."""
+    changes = {"ema": {"model": 0.8}, "optim": {"model": {"name": "adam", "lr": 0.01, "betas": [0.7, 0.9]}}}
+    straight = trainer(tmp_path / "straight", Noisy(), **changes)
+    straight.train()
+    polls = iter([False] * 3 + [True])
+    stopped = trainer(tmp_path / "stopped", Noisy(), **changes)
+    assert stopped.train(lambda: next(polls)).step == 3
+    resumed = trainer(tmp_path / "stopped", Noisy(), **changes)
+    resumed.train()
+    assert stopped.method.drawn + resumed.method.drawn == straight.method.drawn
+    assert len(set(straight.method.drawn)) == 6
+    assert torch.equal(weights(resumed), weights(straight))
+    with resumed.averaged(), straight.averaged():
+        assert torch.equal(weights(resumed), weights(straight))
 
 
 def test_metrics_are_lines_of_json_and_a_resumed_run_writes_none_twice(tmp_path):
@@ -150,6 +241,32 @@ def test_learning_rates_are_functions_of_the_step():
     assert learning_rate(optim, 3000, 3000) == pytest.approx(optim.lr * optim.final_lr_ratio)
 
 
+@pytest.mark.parametrize(
+    ("decay", "rates"),
+    [
+        ("constant", [0.1, 0.3, 0.5, 0.5, 0.5]),
+        ("cosine", [0.1, 0.3, 0.5, 0.1 + 0.4 * 0.75, 0.1]),
+        ("exponential", [0.1, 0.3, 0.5, 0.5 * 0.2 ** (1 / 3), 0.1]),
+    ],
+)
+def test_a_rate_rises_over_the_warm_up_and_then_falls_as_its_decay_says(decay, rates):
+    optim = OptimConfig(lr=0.5, warmup_steps=5, decay=decay, final_lr_ratio=0.2)
+    found = [learning_rate(optim, step, 35) for step in (0, 2, 5, 15, 35)]
+    assert found == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_every_setting_of_an_optimiser_reaches_it(name):
+    config = OptimConfig(name=name, lr=0.03, betas=(0.7, 0.95), eps=1e-5, weight_decay=0.02)
+    (group,) = build_optimizer([torch.nn.Parameter(torch.ones(2))], config).param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.03, 0.02)
+    if name == "sgd":
+        assert group["momentum"] == 0.7
+    else:
+        assert (group["betas"], group["eps"]) == ((0.7, 0.95), 1e-5)
+
+
+@pytest.mark.timeout(240)  # starts two processes
 def test_two_processes_take_the_step_of_the_whole_batch(tmp_path):
     """Mean gradients over gloo processes equal one process on all items."""
     script = tmp_path / "rank.py"
@@ -158,12 +275,19 @@ def test_two_processes_take_the_step_of_the_whole_batch(tmp_path):
             f"""
             import json
             from pathlib import Path
-            from tests.unit.training.test_loop import trainer
+            from tests.unit.training.test_loop import Noisy, trainer
             folder = Path({str(tmp_path)!r})
             run = trainer(folder / "two")
             run.train()
-            total = run.method.model.weight.detach().double().sum().item()
-            found = {{"processes": run.accelerator.num_processes, "total": total}}
+            noisy = trainer(folder / "noisy", Noisy())
+            polls = iter([False] * 2 + [noisy.accelerator.process_index == 1] * 9)
+            stopped = noisy.train(lambda: next(polls))
+            found = {{
+                "processes": run.accelerator.num_processes,
+                "weights": run.method.model.weight[0].tolist(),
+                "drawn": noisy.method.drawn,
+                "stopped": stopped.step,
+            }}
             (folder / f"rank-{{run.accelerator.process_index}}.json").write_text(json.dumps(found))
             """
         )
@@ -174,15 +298,15 @@ def test_two_processes_take_the_step_of_the_whole_batch(tmp_path):
         capture_output=True,
         text=True,
         env=_environment(),
-        timeout=200,
     )
     ranks = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("rank-*.json"))]
     assert len(ranks) == 2, done.stderr[-2000:]
     one = trainer(tmp_path / "one")
     one.train()
     for rank in ranks:
-        assert rank["processes"] == 2
-        assert rank["total"] == pytest.approx(weights(one).double().sum().item(), abs=1e-5)
+        assert (rank["processes"], rank["stopped"]) == (2, 2)
+        assert rank["weights"] == pytest.approx(weights(one)[0].tolist(), abs=1e-6)
+    assert len({*ranks[0]["drawn"], *ranks[1]["drawn"]}) == 4
 
 
 def _environment() -> dict[str, str]:
@@ -190,7 +314,8 @@ def _environment() -> dict[str, str]:
 
     from tests.helpers import REPOSITORY
 
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def test_bfloat16_trains_and_keeps_its_weights_in_float32(tmp_path, context):
@@ -210,3 +335,22 @@ def test_progress_tells_the_rate_in_images_and_the_memory_of_the_gpu(tmp_path):
     last = [event for event in told if event["event"] == "progress"][-1]
     assert last["images_per_second"] == pytest.approx(16 * last["rate"], rel=0.01)
     assert (last["gpu_memory_bytes"] > 0) == torch.cuda.is_initialized()
+
+
+def test_a_resumed_run_tells_the_rate_of_its_own_steps_and_the_time_that_is_left(tmp_path, monkeypatch):
+    polls = iter([False] * 2 + [True])
+    assert trainer(tmp_path, steps=8).train(lambda: next(polls)).step == 2
+    told, run = [], trainer(tmp_path, steps=8)
+    run.run = Run(tmp_path, listener=told.append)
+    seconds = itertools.count(100.0, 0.5)  # half a second from look to look, so 2 steps a second
+    monkeypatch.setattr("distill_core.training.loop.time.monotonic", lambda: next(seconds))
+    run.train()
+    progress = [(e["step"], e["rate"], e["eta_s"]) for e in told if e["event"] == "progress"]
+    assert progress == [
+        (3, 2.0, 2.5),
+        (4, 2.0, 2.0),
+        (5, 2.0, 1.5),
+        (6, 2.0, 1.0),
+        (7, 2.0, 0.5),
+        (8, 2.0, 0.0),
+    ]
