@@ -65,6 +65,16 @@ def test_a_step_against_the_direction_moves_samples_towards_the_teacher():
     assert (direction > 0).all()
 
 
+def test_the_direction_is_the_scores_difference_over_each_samples_distance_from_the_teacher():
+    x0, teacher_x0, fake_x0 = (
+        torch.randn(3, 2, 4, 5) * torch.tensor([0.1, 1, 7]).reshape(3, 1, 1, 1) for _ in "123"
+    )
+    found = dm_direction(fake_x0, teacher_x0, x0)
+    for index in range(3):
+        scale = (x0[index] - teacher_x0[index]).abs().mean()
+        torch.testing.assert_close(found[index], (fake_x0[index] - teacher_x0[index]) / scale)
+
+
 def test_the_surrogate_has_the_direction_as_its_gradient():
     x0 = torch.randn(4, 1, 2, 2, requires_grad=True)
     direction = torch.randn(4, 1, 2, 2)

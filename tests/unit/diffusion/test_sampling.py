@@ -15,6 +15,7 @@ from distill_core.diffusion.sampling import SamplerSpec, karras_levels, sample
 from distill_core.errors import ConfigError
 
 MEAN, STD = 0.7, 0.4
+START = (1 + 20.0**2) ** 0.5  # as of a variance-preserving model: not the first level itself
 PINNED = [0.11655652, -0.68353242, 0.09819598, -0.29281077]
 
 
@@ -24,13 +25,13 @@ def gaussian_denoiser(x, sigma):
 
 
 def spec(kind: str, **values: object) -> SamplerSpec:
-    defaults = {"sigma_min": 0.002, "sigma_max": 20.0, "noise_scale": 20.0, "num_steps": 32, "max_steps": 64}
+    defaults = {"sigma_min": 0.002, "sigma_max": 20.0, "noise_scale": START, "num_steps": 32, "max_steps": 64}
     return SamplerSpec(kind=kind, **{**defaults, **values})
 
 
 def exact_end(noise):
     """The probability-flow ODE of a Gaussian scales deviations from the mean by STD / sqrt(STD^2 + sigma^2)."""
-    return MEAN + (20.0 * noise - MEAN) * STD / np.sqrt(STD**2 + 20.0**2)
+    return MEAN + (START * noise - MEAN) * STD / np.sqrt(STD**2 + 20.0**2)
 
 
 def error(kind: str, steps: int) -> float:
@@ -48,19 +49,20 @@ def test_the_ode_solvers_converge_to_the_exact_solution_with_their_order(kind, o
 
 
 def test_few_step_renoises_with_its_own_draw():
-    levels = (20.0, 1.0)
+    levels = (20.0, 1.5, 0.6)
     seen = []
 
     def denoise(x, sigma):
         seen.append(sigma)
         return gaussian_denoiser(x, sigma)
 
-    draws = {k: unit_normal(3, 0, k, (10,)) for k in (0, 1)}
-    few = spec("few_step", sigmas=levels, num_steps=2, max_steps=2)
-    found = sample(denoise, few, lambda k: draws[k], 2)
-    first = gaussian_denoiser(20.0 * draws[0], 20.0)
-    assert seen == [20.0, 1.0]
-    np.testing.assert_allclose(found, gaussian_denoiser(first + draws[1], 1.0), rtol=1e-6)
+    draws = {k: unit_normal(3, 0, k, (10,)) for k in (0, 1, 2)}
+    few = spec("few_step", sigmas=levels, num_steps=3, max_steps=3)
+    found = sample(denoise, few, lambda k: draws[k], 3)
+    first = gaussian_denoiser(START * draws[0], 20.0)
+    second = gaussian_denoiser(first + 1.5 * draws[1], 1.5)
+    assert seen == [20.0, 1.5, 0.6]
+    np.testing.assert_allclose(found, gaussian_denoiser(second + 0.6 * draws[2], 0.6), rtol=1e-6)
 
 
 def test_torch_and_numpy_give_the_same_sample():
@@ -75,6 +77,9 @@ def test_karras_levels_fall_from_the_highest_to_the_lowest():
     assert levels == sorted(levels, reverse=True)
     assert levels[0] == pytest.approx(5.0)
     assert levels[-1] == pytest.approx(0.01)
+    third = (5.0 ** (1 / 3) + (0.01 ** (1 / 3) - 5.0 ** (1 / 3)) * 2 / 9) ** 3
+    assert karras_levels(10, sigma_min=0.01, sigma_max=5.0, rho=3.0)[2] == pytest.approx(third)
+    assert spec("heun", rho=3.0).levels(10)[2] != pytest.approx(spec("heun").levels(10)[2], rel=0.1)
 
 
 @pytest.mark.parametrize("steps", [0, -3, 65, 10**9])

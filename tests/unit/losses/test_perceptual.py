@@ -31,6 +31,13 @@ def test_another_mean_costs_texture_and_another_place_costs_structure():
     assert structure_texture_distance([moved + 2], [base]).item() == pytest.approx(1.0, abs=1e-5)
 
 
+def test_another_contrast_costs_structure():
+    pattern = torch.tensor([1.0, -1.0, 2.0, -2.0, 3.0, -3.0]).reshape(1, 1, 2, 3)
+    for one, other in ((3 * pattern + 2, pattern + 2), (pattern + 2, 3 * pattern + 2)):
+        # l = 1, s = 2 * 3 / (1 + 9)
+        assert structure_texture_distance([one], [other]).item() == pytest.approx(1 - (1 + 0.6) / 2, abs=1e-5)
+
+
 def test_layers_count_equally_whatever_their_size():
     same = torch.ones(1, 1, 8, 8) + torch.randn(1, 1, 8, 8)
     pattern = torch.tensor([1.0, -1.0, 1.0, -1.0]).reshape(1, 1, 2, 2) + 2

@@ -31,6 +31,29 @@ def test_equal_logits_cost_the_logarithm_of_the_classes():
     )
 
 
+def test_the_likelihood_is_that_of_the_labels():
+    wanted = sum(
+        math.log(sum(map(math.exp, row))) - row[k] for row, k in zip(LOGITS.tolist(), LABELS.tolist())
+    )
+    assert negative_log_likelihood(LOGITS, LABELS) == pytest.approx(wanted / 4)
+
+
+def test_gaps_of_two_bins_do_not_cancel():
+    """Four answers of confidence 0.9, all wrong, and two of 0.6, both right."""
+    logits = torch.tensor([[0.9, 0.1]] * 4 + [[0.4, 0.6]] * 2).log()
+    assert calibration_error(logits, torch.ones(6, dtype=torch.int64)) == pytest.approx(
+        (4 * 0.9 + 2 * 0.4) / 6
+    )
+
+
+def test_sure_answers_share_the_last_bin_with_nearly_sure_ones_alone():
+    logits = torch.tensor([[1.0, 1e-9], [0.91, 0.09]]).log()
+    found = calibration_error(logits, torch.tensor([1, 0]), bins=10)
+    assert found == pytest.approx(abs(1 - 1.91) / 2, abs=1e-6)  # both in the bin from 0.9 on
+    apart = torch.tensor([[1.0, 1e-9], [0.89, 0.11]]).log()
+    assert calibration_error(apart, torch.tensor([1, 0]), bins=10) == pytest.approx((1 + 0.11) / 2, abs=1e-6)
+
+
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
     sure = torch.tensor([[100.0, 0.0]]).repeat(4, 1)
     assert calibration_error(sure, torch.tensor([0, 0, 0, 1])) == pytest.approx(0.25)
@@ -40,6 +63,11 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
 def test_total_variation_is_one_for_disjoint_classes():
     assert total_variation(torch.tensor([0, 0]), torch.tensor([1, 2]), 3) == 1
     assert total_variation(torch.tensor([0, 1]), torch.tensor([1, 0, 0, 1]), 3) == 0
+    more = torch.tensor([0, 0, 1, 2, 3])  # shares 0.4, 0.2, 0.2, 0.2 against a quarter each
+    assert total_variation(more, torch.tensor([3, 2, 1, 0]), 4) == pytest.approx(0.15)
+    two = torch.tensor([0, 0, 1, 1, 1])  # 0.4, 0.6 against 0.1, 0.1, 0.8: no class alone is as far
+    assert total_variation(two, torch.tensor([0, 1] + [2] * 8), 3) == pytest.approx(0.8)
+    assert total_variation(two, torch.tensor([2, 3]), 4) == 1
 
 
 def test_the_worst_class_accuracy_is_that_of_the_class_that_fails():
