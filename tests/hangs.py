@@ -1,9 +1,11 @@
-"""A test that hangs ends at its bound, in its own report: with the stacks of all threads and of its child processes.
+"""A test that hangs ends, in its own report: with the stacks of all threads and of its child processes.
 
-The bound is pyproject's `timeout`, or that of the test's marker, and holds for its teardown once more. The children
-that it started are ended, so that nothing waits for them and no port stays taken. Where even a signal does not reach
-the main thread (a library waits in C, or holds the interpreter), the process ends `GRACE` seconds later, with the
-stacks on its standard error; pytest-xdist then goes on with another one.
+It hangs when it and its children have done next to nothing for `IDLE` seconds; so a busy machine, on which all takes
+many times as long, makes no test fail. One that goes on working has as long as pyproject's `timeout`, or its marker,
+allows. The children that it started are ended, so that nothing waits for them and no port stays taken.
+
+Where not even a signal reaches the main thread (a library waits in C, or holds the interpreter), the process ends
+`GRACE` seconds later, with the stacks on its standard error; pytest-xdist then goes on with another one.
 """
 
 from __future__ import annotations
@@ -23,6 +25,11 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+IDLE, NEXT_TO_NOTHING = (
+    60.0,
+    0.1,
+)  # seconds; share of a core: a loop that polls takes less, a starved test more
+LOOK = 5.0  # seconds between looks at what is being done
 GRACE = 15  # seconds for the main thread to leave what it hangs in
 PATIENCE = 3  # seconds for a child to write its stacks and end
 LONGEST = 64 * 1024  # bytes of a child's last words
@@ -39,33 +46,57 @@ _STDERR = os.dup(sys.__stderr__.fileno())  # as it is before pytest captures it
 class Bound:
     """The time that a test has, from now on."""
 
-    def __init__(self, item: pytest.Item, seconds: float, test: str = "") -> None:
-        self.item, self.seconds = item, seconds
-        self._told, self._all_told = "", threading.Event()
+    def __init__(self, item: pytest.Item, limit: float, test: str = "") -> None:
+        self.item, self.limit = item, limit
         self.test = os.environ[STARTED_BY] = test or uuid.uuid4().hex
+        self._lifted, self._lock = threading.Event(), threading.Lock()
+        self._told, self._all_told = "", threading.Event()
         signal.signal(signal.SIGALRM, self._fail)
-        self._timer = threading.Timer(seconds, self._expire)
-        self._timer.daemon = True
-        self._timer.start()
-        faulthandler.dump_traceback_later(seconds + GRACE, file=_STDERR, exit=True)
+        self._exit_in(IDLE + GRACE)
+        threading.Thread(target=self._watch, name="hangs", daemon=True).start()
 
     def lift(self) -> None:
-        self._told = ""
-        self._timer.cancel()
-        faulthandler.cancel_dump_traceback_later()
+        with self._lock:
+            self._lifted.set()
+            faulthandler.cancel_dump_traceback_later()
 
-    def _expire(self) -> None:
-        self._told = stacks()
+    def _exit_in(self, seconds: float) -> None:
+        with self._lock:
+            if not self._lifted.is_set():
+                faulthandler.dump_traceback_later(seconds, file=_STDERR, exit=True)
+
+    def _watch(self) -> None:
+        began = active = seen = time.monotonic()
+        done = 0.0
+        how = ""
+        while not how and not self._lifted.wait(min(LOOK, IDLE, self.limit)):
+            self._exit_in(IDLE + GRACE)  # whoever holds the interpreter for so long holds this thread up too
+            now, before, done = time.monotonic(), done, work_done()
+            if done - before > NEXT_TO_NOTHING * (now - seen):
+                active = now
+            seen = now
+            if now - active >= IDLE:
+                how = f"did next to nothing for {now - active:.0f} s"
+            elif now - began >= self.limit:
+                how = f"was not done within {self.limit:g} s"
+        if how:
+            self._expire(how)
+
+    def _expire(self, how: str) -> None:
+        self._told = f"{self.item.nodeid} {how}\n{stacks()}"
         signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
         try:
-            self._told += children_ended(self.test)  # a main thread that no signal woke may have waited for one
+            self._told += children_ended(
+                self.test
+            )  # a main thread that no signal woke may have waited for one
         finally:
             self._all_told.set()
+            self._exit_in(GRACE)
 
     def _fail(self, *_: object) -> None:
-        if self._told:
+        if self._told and not self._lifted.is_set():
             self._all_told.wait()
-            pytest.fail(f"{self.item.nodeid} was not done within {self.seconds:g} s\n{self._told}")
+            pytest.fail(self._told)
 
 
 _bound = pytest.StashKey[Bound]()
@@ -89,7 +120,18 @@ def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
     """Pytest and pytest-timeout lift the bound of a test that failed, for a debugger; its teardown may hang as well."""
     if _bound in node.stash and not node.config.getoption("usepdb"):
         before = node.stash[_bound]
-        node.stash[_bound] = Bound(node, before.seconds, before.test)
+        before.lift()
+        node.stash[_bound] = Bound(node, before.limit, before.test)
+
+
+def work_done() -> float:
+    """Seconds of processor time that this process and all that it started have taken."""
+    total = 0.0
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            total += sum(process.cpu_times()[:4])  # its own, and those of its children that have ended
+    return total
 
 
 def stacks() -> str:

@@ -95,12 +95,14 @@ def test_no_gradient_of_the_student_loss_reaches_teacher_or_fake_score():
 def test_a_student_of_two_levels_is_trained_on_its_own_intermediate_samples():
     torch.manual_seed(0)
     method = build(levels=(5.0, 1.0))
-    seen = []
+    calls, paths = [], set()
     call = method.call_student
-    method.call_student = lambda x, level, cond: seen.append((level, x.requires_grad)) or call(x, level, cond)
+    method.call_student = lambda x, level, cond: calls.append(level) or call(x, level, cond)
     for _ in range(20):
+        calls.clear()
         method.generate(Batch(4))
-    assert {level for level, _ in seen} == {5.0, 1.0}
+        paths.add(tuple(calls))
+    assert paths == {(5.0,), (5.0, 1.0)}
     assert method.student.sampler.sigmas == (5.0, 1.0)
     assert method.student.sampler.num_steps == 2
 
@@ -163,15 +165,74 @@ def test_the_gan_pulls_the_student_through_the_trunk_by_its_weight():
     assert torch.allclose(gradients[1] - gradients[0], 0.25 * alone, atol=1e-7)
 
 
-@pytest.mark.parametrize(("rollout", "mean"), [("noised_data", 7.0), ("simulated", -0.5 - 0.5)])
-def test_later_levels_are_fed_the_students_own_samples_unless_told_otherwise(rollout, mean):
+@pytest.mark.parametrize(
+    ("rollout", "mean", "spread"), [("noised_data", 7.0, 0.5), ("simulated", -0.75, 1.25**0.5)]
+)
+def test_later_levels_are_fed_the_students_own_samples_unless_told_otherwise(rollout, mean, spread):
+    """Of z = 0: -1/2, then -1/2 + 2 n, of which the student makes -3/4 + n, and with the last noise 1/2 n' more."""
     torch.manual_seed(0)
-    method = build(levels=(5.0, 1.0, 0.5), rollout=rollout)
+    method = build(levels=(5.0, 2.0, 0.5), rollout=rollout)
     x = method.roll_out(
         torch.zeros(512, 1, 2, 2), method.levels[:3], Batch(512, torch.full((512, 1, 2, 2), 7.0))
     )
     assert x.mean().item() == pytest.approx(mean, abs=0.1)
+    assert x.std().item() == pytest.approx(spread, rel=0.05)
     assert not x.requires_grad
+
+
+def test_the_two_scores_are_compared_on_the_asked_part_of_the_teachers_grid():
+    torch.manual_seed(0)
+    method = build(min_level=0.3, max_level=0.7)
+    low, high = method.teacher.schedule.sigma_at(torch.tensor([0.3, 0.7]))
+    sigma = method.sample_sigma(torch.zeros(2000))
+    assert sigma.min().item() == pytest.approx(low.item(), rel=0.02)
+    assert sigma.max().item() == pytest.approx(high.item(), rel=0.02)
+
+
+def test_the_fake_score_learns_samples_and_its_head_tells_them_from_pictures_at_the_same_levels():
+    method, x0, real = (
+        build(gan_weight=0.5, discriminator_weight=0.3),
+        torch.zeros(3, 1, 2, 2),
+        torch.ones(3, 1, 2, 2),
+    )
+    torch.manual_seed(1)
+    loss = method.fake_score_loss(x0, Batch(3, real))
+    torch.manual_seed(1)
+    sigma = method.sample_sigma(x0)
+    noise = torch.randn(6, 1, 2, 2)
+    x_sigma = torch.cat([x0, real]) + sigma.repeat(2).reshape(-1, 1, 1, 1) * noise
+    predicted, logits = method.fake_score.with_logits(x_sigma, sigma.repeat(2), {})
+    weight = method.teacher.schedule.loss_weight(sigma)
+    denoising = (weight * (predicted[:3] - x0).square().mean((1, 2, 3))).mean()
+    told_apart = F.softplus(logits[:3]).mean() + F.softplus(-logits[3:]).mean()
+    torch.testing.assert_close(loss, denoising + 0.3 * told_apart)
+
+
+def test_real_pictures_have_the_conditions_of_the_samples_beside_them():
+    labels = torch.tensor([4, 7, 9])
+    batch = Batch(3, torch.ones(3, 1, 2, 2), {"class_label": labels})
+    _, sigma, cond = build().with_real(torch.zeros(3, 1, 2, 2), torch.tensor([1.0, 2.0, 3.0]), batch)
+    assert sigma.tolist() == [1.0, 2.0, 3.0] * 2
+    assert cond["class_label"].tolist() == [4, 7, 9] * 2
+
+
+def test_the_teacher_alone_is_guided_and_by_the_recipes_scale():
+    method, scales = build(guidance=3.0), []
+    guided = method.teacher.guided
+    method.teacher.guided = lambda x, s, c, guidance: scales.append(guidance) or guided(x, s, c, guidance)
+    list(method.updates(Batch(4), 0))
+    assert scales == [3.0]
+
+
+def test_pure_noise_is_scaled_as_the_students_sampler_says(tmp_path):
+    """Not by the level: a variance-preserving model's factor is another one."""
+    method, seen = build(teacher_pairs(tmp_path), levels=(2.0,)), []
+    assert method.student.sampler.noise_scale == 2.0
+    method.student.sampler = method.student.sampler.model_copy(update={"noise_scale": 7.0})
+    seen_by(method.student, seen)
+    method.generate(Batch(500))
+    method.regression_loss(500)
+    assert [x.std().item() for x in seen] == pytest.approx([7.0, 7.0], rel=0.1)
 
 
 def teacher_pairs(folder: Path) -> Pairs:

@@ -33,7 +33,12 @@ def test_a_number_of_steps_that_was_not_trained_is_refused_by_name():
 
 def test_a_student_without_counts_is_sampled_as_before():
     spec = SamplerSpec.few_step(LEVELS, noise_scale=5.0)
-    assert [spec.levels(count) for count in (1, 2, 4)] == [[5.0], [5.0, 0.2], list(LEVELS)]
+    assert [spec.levels(count) for count in (1, 2, 3, 4)] == [
+        [5.0],
+        [5.0, 0.2],
+        [5.0, 0.6, 0.2],
+        list(LEVELS),
+    ]
 
 
 def test_counts_beyond_the_levels_are_refused():
