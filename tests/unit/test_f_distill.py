@@ -83,6 +83,8 @@ def test_the_ratio_is_the_exponential_of_the_logit_within_bounds_and_carries_no_
     logits = torch.tensor([0.0, 1.0, -50.0, 50.0], requires_grad=True)
     ratio = density_ratio(logits, 0.1, 20.0)
     assert torch.allclose(ratio, torch.tensor([1.0, 2.718282, 0.1, 20.0]))
+    far = density_ratio(torch.tensor([-200.0, 200.0]), 0.0, float("inf"))  # no bound of ours: still a number
+    assert torch.allclose(far, torch.tensor([-10.0, 10.0]).exp())
     assert not ratio.requires_grad
 
 
@@ -100,7 +102,7 @@ def test_every_noise_level_has_its_own_running_mean():
 
 def test_the_weights_of_a_batch_have_mean_one():
     weight = batch_normalised(torch.tensor([1.0, 2.0, 5.0, 8.0]))
-    assert weight.mean().item() == pytest.approx(1.0)
+    assert weight.tolist() == pytest.approx([0.25, 0.5, 1.25, 2.0])
     assert (weight[3] / weight[0]).item() == pytest.approx(8.0)
 
 
@@ -195,6 +197,18 @@ def test_a_warm_up_trains_the_critics_and_leaves_the_student():
         "fake_score",
         "student",
     }
+
+
+def test_a_warm_up_begins_when_the_regression_is_done():
+    method = build(divergence="forward_kl", warmup_steps=2)
+    method.config = method.config.model_copy(update={"regression_steps": 3})
+    assert [method.student_rests(step) for step in range(7)] == [True] * 5 + [False] * 2
+
+
+def test_the_levels_between_the_bins_are_those_where_scores_are_compared_in_equal_shares():
+    method = build(divergence="forward_kl", min_level=0.2, max_level=0.8, ratio_bins=3)
+    shares = torch.tensor([0.2, 0.4, 0.6, 0.8])
+    torch.testing.assert_close(method.normalizer.edges, method.teacher.schedule.sigma_at(shares))
 
 
 def test_the_penalty_is_the_squared_slope_of_the_discriminator():

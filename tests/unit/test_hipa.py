@@ -147,6 +147,17 @@ def test_both_terms_look_at_decoded_pictures(tmp_path):
     torch.testing.assert_close(high, high_frequency_distance(3 * x0, 3 * pairs.x0))
 
 
+def test_the_noise_is_scaled_as_the_students_sampler_says_and_likeness_is_a_mean_over_pairs(tmp_path):
+    method = gaussian(tmp_path, sized(Pusher(0.1, 2.0)))
+    method.student.sampler = method.student.sampler.model_copy(update={"noise_scale": 4.0})
+    pairs = method.pairs.at(torch.arange(128, 160))
+    pictures, _ = method.pictures(pairs)
+    torch.testing.assert_close(pictures, 0.1 + 2.0 * 4.0 * pairs.z / LEVEL)
+    errors = ((pictures.clamp(-1, 1) - pairs.x0.clamp(-1, 1)) / 2).square().mean((1, 2, 3))
+    found = method.evaluate(EvaluateConfig(batch_size=7))["pair_psnr"]
+    assert found == pytest.approx((-10 * errors.log10()).mean().item(), rel=1e-4)
+
+
 def test_figures_of_a_perfect_student_and_of_one_that_blurs(tmp_path):
     exact = gaussian(tmp_path, sized(Pusher(MEAN - MEAN * SCALE, LEVEL * SCALE)))
     found = exact.evaluate(EvaluateConfig())

@@ -57,12 +57,13 @@ def test_the_loss_is_cross_entropy_with_smoothed_labels():
 
 def test_shifting_moves_each_picture_by_whole_pixels_and_nothing_else():
     torch.manual_seed(0)
-    x = torch.zeros(200, 2, 9, 9)
-    x[:, 0, 4, 4], x[:, 1, 4, 4] = 1, 2
+    x = torch.zeros(200, 2, 9, 12)
+    x[:, 0, 4, 6], x[:, 1, 4, 6] = 1, 2
     y = shifted(x, 2)
     places = {tuple(place.nonzero()[0].tolist()) for place in y[:, 0]}
     assert len(places) == 25
-    assert {row for row, _ in places} == {column for _, column in places} == {2, 3, 4, 5, 6}
+    assert {row for row, _ in places} == {2, 3, 4, 5, 6}
+    assert {column for _, column in places} == {4, 5, 6, 7, 8}
     assert torch.equal(y[:, 1], 2 * y[:, 0])
     assert torch.equal(shifted(x, 0), x)
 

@@ -1,5 +1,7 @@
 """PRD: its stages, its normals and exposure against closed forms, and that it finds what it should on a small scene."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,12 +9,13 @@ from distill_core.artifacts import SceneSpec
 from distill_core.config import EvaluateConfig, NetworkConfig, load_recipe
 from distill_core.data.analytic_scenes import InverseScene
 from distill_core.data.digits import Digits
+from distill_core.data.scenes import PosedImages
 from distill_core.errors import ConfigError
 from distill_core.method import Batch
 from distill_core.methods.radiance.prd import PRD, STAGES, Stage, density_normals, exposure
 from distill_core.networks.fields import build_field
 from distill_core.radiance.cameras import orbit_camera
-from distill_core.radiance.environment import EnvironmentLight
+from distill_core.radiance.environment import EnvironmentLight, texels
 from distill_core.radiance.inverse_scene import GLOWS, environment, glow, render_inverse_scene
 from distill_core.radiance.renderer import Scene
 from distill_core.radiance.shading import GBuffer
@@ -130,6 +133,46 @@ def test_patches_are_squares_of_the_pictures_with_the_rays_of_their_pixels(teach
         assert torch.equal(rays.directions[144 * index : 144 * (index + 1)], expected.directions)
 
 
+def test_patches_of_a_wide_picture_are_its_own_pixels(teacher, data):
+    """Each pixel of these pictures is told by its colour: (view, row, column)."""
+    method = build(teacher, data)
+    rows, columns = torch.meshgrid(torch.arange(14.0), torch.arange(20.0), indexing="ij")
+    numbered = torch.stack([torch.stack([rows * 0 + v, rows, columns, rows * 0 + 1], -1) for v in range(3)])
+    views = PosedImages(numbered, data.train.c2w[:3], data.train.intrinsics[:3])
+    method.data = SimpleNamespace(train=views)
+    method.foreground = torch.arange(3 * 14 * 20)
+    torch.manual_seed(0)
+    corners = set()
+    for patch in method.as_patches(method.draw_patches(60)[1][:, :3]).permute(0, 2, 3, 1):
+        view, top, left = patch[0, 0].tolist()
+        corners.add((top, left))
+        assert (patch[..., 0] == view).all()
+        assert torch.equal(patch[..., 1], top + torch.arange(12.0)[:, None].expand(12, 12))
+        assert torch.equal(patch[..., 2], left + torch.arange(12.0).expand(12, 12))
+    assert {top for top, _ in corners} == {0, 1, 2}
+    assert {left for _, left in corners} == set(range(9))
+
+
+def test_alpha_is_pulled_to_the_mask_by_the_square_of_what_the_ray_shows(teacher, data):
+    method, buffer = build(teacher, data), buffer_of(144)
+    buffer = buffer._replace(opacity=torch.rand(144), alpha=buffer.alpha.detach())
+    rays, rgba = method.draw_patches(1)
+    plain, pushed = (method.loss(buffer, rays, rgba, Stage(until=9, alpha_weight=w))[0] for w in (0.0, 0.7))
+    expected = 0.7 * (rgba[:, 3] - buffer.alpha * buffer.opacity).square().mean()
+    torch.testing.assert_close(pushed - plain, expected)
+
+
+def test_the_normals_loss_is_weighed(teacher, data):
+    losses = []
+    for weight in (0.0, 0.3):
+        method = build(teacher, data, stages=[{"until": 9}], normal_weight=weight)
+        torch.manual_seed(3)
+        losses.append(list(method.updates(Batch(144), 0))[1])
+    normal = losses[1].metrics["normal_loss"]
+    assert normal > 0.01
+    torch.testing.assert_close(losses[1].loss - losses[0].loss, 0.3 * normal)
+
+
 class Ball(torch.nn.Module):
     """A solid sphere with noise inside, where no ray comes."""
 
@@ -149,6 +192,11 @@ def test_the_exposure_is_the_factor_between_two_lights():
     torch.testing.assert_close(
         exposure(true * torch.tensor([2.0, 0.5, 1.5]), true), torch.tensor([2.0, 0.5, 1.5])
     )
+    bright = true.clone()
+    bright[0] *= 3  # around a pole, where a texel is a small part of the sphere
+    weight = texels(8)[1].reshape(8, -1, 1)
+    expected = (weight * bright * true).sum((0, 1)) / (weight * true.square()).sum((0, 1))
+    torch.testing.assert_close(exposure(bright, true), expected)
 
 
 def test_the_data_s_glow_is_there_without_light_and_turns_with_the_view():

@@ -55,6 +55,20 @@ def test_the_student_becomes_what_the_teacher_is_whatever_the_pictures():
     assert method.evaluate(EvaluateConfig())["own_level_error"] < 1e-3 * before
 
 
+def test_the_error_is_relative_to_the_teachers_own_answers():
+    """The teacher says about 0.6 everywhere and the student -0.5 + x kept by 1 / 26: in closed form."""
+    method = build()
+    batch = method.data.all(300)
+    torch.manual_seed(0)
+    x_sigma = batch.x0 + 5.0 * torch.randn_like(batch.x0)
+    sigma = torch.full((300,), 5.0)
+    student, teacher = method.student(x_sigma, sigma), method.teacher(x_sigma, sigma)
+    expected = ((student - teacher).square().mean() / teacher.square().mean()).item()
+    found = method.evaluate(EvaluateConfig(num_samples=300))["own_level_error"]
+    assert found == pytest.approx(expected, rel=0.05)
+    assert abs(found - ((student - teacher).square().mean() / student.square().mean()).item()) > 0.2 * found
+
+
 def test_guidance_is_taken_over_too():
     torch.manual_seed(0)
     method = build(Guided(0.25, STD), guidance=3.0, own_share=1.0)
