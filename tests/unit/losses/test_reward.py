@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill_core.errors import ArtifactError, ConfigError
-from distill_core.losses.reward import RewardConfig, build_reward, hinge_loss
+from distill_core.losses.reward import RewardConfig, build_reward, hinge_loss, mean_reward
 from distill_core.networks.classifier import Classifier, ClassifierConfig
 from distill_core.networks.clip_io import load_clip
 from tests.helpers import tiny_clip
@@ -37,6 +37,15 @@ def test_a_class_probability_is_that_of_the_class_asked_for_and_a_step_up_its_gr
     (gradient,) = torch.autograd.grad(score.sum(), pictures)
     better = pictures + 0.1 * gradient / gradient.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
     assert (reward.score(better, {"class_label": labels}) > score).all()
+
+
+def test_a_mean_reward_counts_every_picture_once_with_its_own_condition():
+    network = classifier()
+    reward = build_reward(RewardConfig(name="class_probability"), network, num_classes=3)
+    pictures, labels = torch.randn(7, 1, 8, 8), torch.tensor([0, 1, 2, 2, 1, 0, 2])
+    expected = network(pictures).softmax(1)[torch.arange(7), labels].mean().item()
+    found = mean_reward(reward, pictures, {"class_label": labels}, device=torch.device("cpu"), batch_size=3)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_text_similarity_is_the_cosine_that_transformers_gives(clip):

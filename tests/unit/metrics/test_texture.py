@@ -25,6 +25,20 @@ def test_the_seam_of_a_ramp_is_as_steep_as_the_ramp_is_long():
     assert seam_ratio(ramp.transpose(2, 3)) == pytest.approx(15)
 
 
+def test_a_seam_is_measured_along_both_sides_of_a_wide_picture():
+    """Slopes 1 along x (9 long) and 3 along y (5 long): seams of 8 and 12 over steps of 1 and 3."""
+    picture = torch.arange(9.0) + 3 * torch.arange(5.0)[:, None]
+    assert seam_ratio(picture.expand(2, 3, 5, 9)) == pytest.approx((8 + 12) / (1 + 3))
+
+
+def test_features_of_a_wide_ramp_are_its_slopes():
+    ramp = (0.5 * torch.arange(11.0) + 2 * torch.arange(7.0)[:, None]).expand(2, 1, 7, 11)
+    variogram = texture_features(ramp)[1, 2:].unflatten(0, (3, 4))
+    slopes = [0.5, 2.0, 2.5, 1.5]  # along x, along y, down and right, down and left
+    for row, distance in zip(variogram, (1, 2, 4)):
+        assert row.tolist() == pytest.approx([distance * slope for slope in slopes])
+
+
 def test_a_texture_that_repeats_has_the_ratio_one_and_a_window_of_it_does_not():
     def of(window):
         return seam_ratio(build_source({"name": "textures", "count": 600, "window": window}).all().x0)
