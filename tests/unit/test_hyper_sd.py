@@ -198,6 +198,21 @@ def test_the_perception_term_teaches_to_recover_what_the_classifier_knows():
     assert method.pictures_for(feedback().config) is None
 
 
+def test_the_perception_term_is_the_weighed_error_on_a_picture_noised_to_the_level_that_is_told():
+    torch.manual_seed(0)
+    reader = Classifier(ClassifierConfig(shape=(1, 8, 8), num_classes=10, width=8)).requires_grad_(False)
+    method = feedback((0.6,), reader, counts=(), threshold=0.0, perception_weight=0.4)
+    pictures, seen = batch(6, torch.randn(6, 1, 8, 8)), []
+    method.student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:2]))
+    (update,) = method.updates(pictures, 0)
+    x_sigma, sigma = seen[-1]
+    assert (sigma == 0.6).all()
+    assert (x_sigma - pictures.x0).std().item() == pytest.approx(0.6, rel=0.15)
+    recovered = method.student(x_sigma, sigma, pictures.cond)
+    error = torch.nn.functional.cross_entropy(reader(recovered), pictures.cond["class_label"])
+    torch.testing.assert_close(update.loss, 0.4 * error)
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [

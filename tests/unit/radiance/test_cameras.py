@@ -35,9 +35,9 @@ def test_a_pose_turns_and_moves_the_rays():
 @pytest.mark.parametrize(("azimuth", "elevation"), [(0, 0), (90, 30), (211, -45), (10, 90), (33, -90)])
 def test_an_orbit_camera_looks_at_its_target_from_its_radius(azimuth, elevation):
     target = (0.5, -1.0, 2.0)
-    camera = orbit_camera(azimuth, elevation, 3.0, fov_degrees=40, width=5, height=5, target=target)
+    camera = orbit_camera(azimuth, elevation, 3.0, fov_degrees=40, width=7, height=5, target=target)
     origins, directions = camera.rays()
-    reached = origins[12] + 3.0 * directions[12]  # the middle pixel's ray, `radius` further on
+    reached = origins[17] + 3.0 * directions[17]  # the middle pixel's ray, `radius` further on
     torch.testing.assert_close(reached, torch.tensor(target), atol=1e-5, rtol=0)
     torch.testing.assert_close(camera.c2w[:3, :3] @ camera.c2w[:3, :3].T, torch.eye(3), atol=1e-6, rtol=0)
     assert torch.linalg.det(camera.c2w[:3, :3]) == pytest.approx(1, abs=1e-5)

@@ -48,10 +48,12 @@ def test_a_pool_fills_then_gives_different_items_and_takes_others_in_their_place
     items, slots = pool.draw(3)
     assert len(set(slots.tolist())) == 3
     assert torch.equal(pool.items[slots], items)
-    pool.replace(slots, torch.full((2, 2), 9.0))
-    assert pool.items[slots[:2]].tolist() == [[9, 9], [9, 9]]
+    pool.replace(slots, torch.tensor([[8.0, 8], [9, 9]]))
+    assert pool.items[slots[:2]].tolist() == [[8, 8], [9, 9]]
     assert torch.equal(pool.items[slots[2]], items[2])
-    assert int((pool.items == 9).all(-1).sum()) == 2
+    assert int((pool.items > 7).all(-1).sum()) == 2
+    pool.replace(slots[1:2], torch.tensor([[6.0, 6], [7, 7]]))  # the hardest comes first, and is kept
+    assert pool.items[slots].tolist() == [[8, 8], [6, 6], items[2].tolist()]
 
 
 def test_a_pool_gives_no_more_than_it_holds():
@@ -219,11 +221,15 @@ def test_an_interrupted_run_with_full_pools_ends_bit_for_bit_where_an_undisturbe
 
 
 def test_the_error_at_critical_points_is_zero_for_the_teacher_itself():
-    al = build(scene("vm"), "vm", name="pvd_al", **SMALL, **PIXELS)
+    al = build(scene("vm"), "vm", name="pvd_al", **SMALL, **PIXELS, min_opacity=0.0, min_log_density=-30.0)
     assert al.evaluate(EvaluateConfig())["critical_error"] == 0
+    shift = al.student.config.log_density_shift
+    al.student.config = al.student.config.model_copy(update={"log_density_shift": shift + 0.25})
+    assert al.critical_error(0) == pytest.approx(0.25, rel=1e-3)  # a mean over the critical points alone
+    al.student.config = al.student.config.model_copy(update={"log_density_shift": shift})
     with torch.no_grad():
         for name, value in al.student.factors.items():
             if name.startswith("density"):
                 value.zero_()
-    al.config = al.config.model_copy(update={"min_opacity": 0.0, "point_share": 1.0})
+    al.config = al.config.model_copy(update={"point_share": 1.0})
     assert al.critical_error(0) > 0
