@@ -1,4 +1,4 @@
-"""Pictures depend on their own number and condition alone, however they are batched; conditions dropped for guidance."""
+"""Pictures depend on their own number and condition alone, in batches of any size; conditions dropped for guidance."""
 
 from __future__ import annotations
 
