@@ -86,6 +86,28 @@ def test_too_many_nodes_are_thinned_and_their_distance_doubled():
     assert method.distance > 0.02
 
 
+def at(mean: float) -> dict[str, torch.Tensor]:
+    return AffineDenoiser(mean, 0.3).state_dict()
+
+
+def test_of_too_many_nodes_every_second_stays_and_the_farthest_of_all():
+    method = Run(num_nodes=3, node_distance=0.01).method
+    method.nodes = [at(0.4), at(0.2), at(0.0)]
+    method.fake_score.denoiser.load_state_dict(at(-0.9))
+    method.record(Batch(64), last=False)
+    assert [round(float(node["mean"]), 3) for node in method.nodes] == [0.2, -0.9]
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.7, 2), (0.4, 1)])
+def test_a_last_node_nearer_than_half_the_distance_is_dropped(share, kept):
+    method = Run(num_nodes=6).method
+    method.nodes = [at(0.2), at(-0.5)]
+    method.fake_score.denoiser.load_state_dict(at(-0.7))
+    method.distance = probe(method, method.node(1)).abs().mean().item() / share
+    method.record(Batch(512), last=True)
+    assert len(method.nodes) == kept
+
+
 def test_every_switch_changes_the_direction_and_leaves_it_a_length():
     method = recorded().method
     switches = [RECORD + NODE * turn for turn in range(len(method.nodes) + 1)]

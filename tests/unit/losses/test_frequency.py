@@ -42,11 +42,14 @@ def test_the_high_pass_keeps_waves_above_its_cutoff_alone(cycles, kept):
     torch.testing.assert_close(high_pass(wave(cycles)), kept * wave(cycles), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (15, 18)])
+@pytest.mark.parametrize("size", [(16, 16), (15, 18), (16, 13)])
 def test_what_passes_has_the_energy_that_the_metric_measures(size):
     pictures = torch.randn(4, 2, *size)
     passed = high_pass(pictures).square().mean(dim=(2, 3)).mean()
     assert passed.item() == pytest.approx(high_frequency_energy(pictures), rel=1e-4)
+    radius = torch.hypot(*torch.meshgrid(*(torch.fft.fftfreq(side) for side in size), indexing="ij"))
+    expected = torch.fft.ifft2(torch.fft.fft2(pictures) * (radius > 0.25)).real
+    torch.testing.assert_close(high_pass(pictures), expected, atol=1e-5, rtol=0)
 
 
 def test_the_distance_is_zero_for_equal_pictures_and_sees_both_edges_and_frequencies():
@@ -73,6 +76,16 @@ def test_noise_has_amplitudes_of_mean_square_one():
     found = spectrum(torch.randn(256, 1, 16, 16)).square().mean(0)
     assert found.shape == (1, 8)  # 4 to 11 cycles per picture
     torch.testing.assert_close(found, torch.ones(1, 8), atol=0.15, rtol=0)
+
+
+def test_a_wide_pictures_rings_are_one_cycle_of_its_longer_side_wide():
+    x, y = torch.arange(24) / 24, torch.arange(16)[:, None] / 16
+    along = torch.cos(2 * math.pi * 9 * x).expand(1, 1, 16, 24)  # 9 / 24 cycles per pixel
+    down = torch.cos(2 * math.pi * 7 * y).expand(1, 1, 16, 24)  # 7 / 16, which is 10.5 / 24: ring 10 or 11
+    first = 6  # the shortest above 1/4: hypot(6 / 24, 1 / 16) is 6.2 / 24
+    assert int(spectrum(along)[0, 0].argmax()) == 9 - first
+    assert int(spectrum(down)[0, 0].argmax()) in (10 - first, 11 - first)
+    assert spectrum(along).shape[-1] == round(24 * math.hypot(0.5, 0.5)) - first + 1
 
 
 def test_the_amplitude_of_a_ring_is_that_of_its_waves():
