@@ -40,7 +40,13 @@ STARTED_BY = (
 HARNESS = ("/_pytest/", "/pluggy/", "/xdist/", "/execnet/", "<frozen runpy>")
 os.environ["PYTHONFAULTHANDLER"] = "1"  # a child that is aborted says where all its threads are
 
-_STDERR = os.dup(sys.__stderr__.fileno())  # as it is before pytest captures it
+_stderr = 2
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the standard error as it is when nothing is captured."""
+    global _stderr
+    _stderr = os.dup(2)
 
 
 class Bound:
@@ -63,7 +69,7 @@ class Bound:
     def _exit_in(self, seconds: float) -> None:
         with self._lock:
             if not self._lifted.is_set():
-                faulthandler.dump_traceback_later(seconds, file=_STDERR, exit=True)
+                faulthandler.dump_traceback_later(seconds, file=_stderr, exit=True)
 
     def _watch(self) -> None:
         began = active = seen = time.monotonic()

@@ -19,6 +19,12 @@ def the_child_waits():
     time.sleep(300)
 threading.Thread(target=the_child_waits).start()
 """
+CONFTEST = """
+import tests.hangs as hangs
+
+pytest_plugins = ["tests.hangs"]
+hangs.IDLE, hangs.NEXT_TO_NOTHING, hangs.LOOK, hangs.GRACE = 2.0, 0.02, 0.5, 1.0
+"""
 HANGING = """
 import subprocess, sys, threading, time
 import pytest
@@ -49,7 +55,7 @@ def test_that_works_for_ever():
         pass
 
 def test_that_works_for_longer_than_one_may_do_nothing():
-    until = time.monotonic() + 3 * 1.5
+    until = time.monotonic() + 3 * 2
     while time.monotonic() < until:
         pass
 """
@@ -64,16 +70,12 @@ def test_that_no_signal_reaches():
 def outcome(folder: Path, tests: str) -> str:
     (folder / "test_it.py").write_text(tests)
     (folder / "child.py").write_text(CHILD)
-    (folder / "conftest.py").write_text(
-        "import tests.hangs as hangs\nhangs.IDLE, hangs.LOOK, hangs.GRACE = 1.5, 0.5, 1\n"
-    )
+    (folder / "conftest.py").write_text(CONFTEST)
     command = [
         sys.executable,
         "-m",
         "pytest",
         "-q",
-        "-p",
-        "tests.hangs",
         "-p",
         "no:cacheprovider",
         "--timeout",
@@ -96,7 +98,8 @@ def runs(pid: int) -> bool:
 
 def test_a_hang_fails_with_all_stacks_and_none_of_its_children_is_left(tmp_path):
     said = outcome(tmp_path, HANGING)
-    assert "3 failed, 1 passed, 1 error" in said
+    assert "3 failed, 1 passed" in said
+    assert ", 1 error" in said
     assert "test_threads_and_a_child_that_wait did next to nothing for" in said
     assert "test_that_works_for_ever was not done within 2 s" in said
     assert "in another_thread_waits" in said
@@ -108,5 +111,5 @@ def test_a_hang_fails_with_all_stacks_and_none_of_its_children_is_left(tmp_path)
 @pytest.mark.skipif(sys.platform != "linux", reason="PyDLL(None) has no sleep elsewhere")
 def test_a_hang_that_no_signal_reaches_ends_the_process_with_its_stacks(tmp_path):
     said = outcome(tmp_path, HOLDS_THE_INTERPRETER)
-    assert "Timeout (0:00:02.500000)!" in said
+    assert "Timeout (0:00:03)!" in said
     assert "in test_that_no_signal_reaches" in said
