@@ -266,7 +266,6 @@ def test_every_setting_of_an_optimiser_reaches_it(name):
         assert (group["betas"], group["eps"]) == ((0.7, 0.95), 1e-5)
 
 
-@pytest.mark.timeout(240)  # starts two processes
 def test_two_processes_take_the_step_of_the_whole_batch(tmp_path):
     """Mean gradients over gloo processes equal one process on all items."""
     script = tmp_path / "rank.py"
