@@ -66,6 +66,12 @@ def test_rays_that_miss_the_box_have_no_samples_and_show_the_background():
     assert over(colour, opacity, torch.ones(3))[0].tolist() == [1.0, 1.0, 1.0]
 
 
+def test_a_colour_that_is_multiplied_already_is_laid_over_the_background():
+    colour, opacity = torch.tensor([[0.12, 0.3, 0.0]]), torch.tensor([[0.4]])
+    found = over(colour, opacity, torch.tensor([1.0, 0.5, 0.25]))
+    torch.testing.assert_close(found, torch.tensor([[0.12 + 0.6, 0.3 + 0.3, 0.15]]))
+
+
 def test_packed_marching_equals_dense_marching_on_a_full_grid():
     rays, bound, steps = view(), 1.0, 48
     full = torch.ones(8, 8, 8, dtype=torch.bool)
@@ -117,6 +123,14 @@ def test_the_budget_keeps_whole_rays_and_at_least_one():
     assert 400 < len(kept.ray) <= 500
     for ray in range(kept.num_rays):
         assert int((kept.ray == ray).sum()) == int((samples.ray == ray).sum())
+    counts = torch.bincount(samples.ray, minlength=samples.num_rays)
+    two = counts[counts > 0][:2]
+    packed = samples._replace(ray=torch.arange(2).repeat_interleave(two), num_rays=2)
+    packed = packed._replace(
+        **{n: getattr(samples, n)[: len(packed.ray)] for n in ("positions", "distance", "rank")}
+    )
+    total = int(two.sum())
+    assert [fit_budget(packed, total - less).num_rays for less in (0, 1)] == [2, 1]
     assert fit_budget(samples, 1).num_rays >= 1
     assert fit_budget(samples, 10**9).num_rays == samples.num_rays
 

@@ -19,6 +19,7 @@ from distill_core.training.checkpoint import complete_checkpoints, load_latest, 
 from distill_core.training.loop import Trainer
 from distill_core.training.optimizers import build_optimizer, learning_rate
 from distill_core.training.run import Run
+from distill_core.training.seeding import derive
 
 
 class Mean(Method):
@@ -209,6 +210,22 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     (newest / "model.safetensors").write_bytes(b"cut")
     step, _ = load_latest(tmp_path / "checkpoints", method="mean")
     assert step == 4
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_checkpoints_are_kept_and_the_newest_of_all_is_read(keep, tmp_path):
+    trainer(tmp_path, checkpoint_every=1, keep_checkpoints=keep).train()
+    kept = [int(folder.name) for folder in complete_checkpoints(tmp_path / "checkpoints")]
+    assert kept == [4, 5, 6][-keep:]
+    assert load_latest(tmp_path / "checkpoints", method="mean")[0] == 6
+
+
+def test_a_derived_seed_has_63_bits_and_is_always_the_same():
+    """Published models were trained with these very numbers."""
+    assert derive(7, 3, "eval") == 6202763160411957947
+    many = [derive(7, step, rank) for step in range(500) for rank in range(4)]
+    assert len(set(many)) == 2000
+    assert 2**62 < max(many) < 2**63
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing_half_written(tmp_path):
