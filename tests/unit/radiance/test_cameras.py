@@ -44,6 +44,12 @@ def test_an_orbit_camera_looks_at_its_target_from_its_radius(azimuth, elevation)
     assert camera.c2w[2, 3] - target[2] == pytest.approx(3 * math.sin(math.radians(elevation)), abs=1e-5)
 
 
+def test_a_reduced_camera_sees_the_same_view_in_larger_pixels():
+    small = Camera(EYE, fx=20.0, fy=30.0, cx=9.0, cy=4.5, width=17, height=8).reduced(3)
+    assert (small.width, small.height) == (6, 3)
+    assert small.intrinsics().tolist() == pytest.approx([20 / 3, 10.0, 3.0, 1.5])
+
+
 def test_world_up_is_up_in_the_picture():
     camera = orbit_camera(25, 20, 3.0, fov_degrees=40, width=3, height=3)
     directions = camera.rays().directions

@@ -99,6 +99,14 @@ def test_a_turned_flat_gaussian_off_the_axis_is_projected_as_by_finite_differenc
     np.testing.assert_allclose(rasterize(model, seen).opacity.numpy(), alpha, atol=1e-6)
 
 
+def test_far_outside_of_the_picture_the_slopes_are_those_of_a_margin_around_it():
+    """0.3 of half a picture beyond each side, which differ: 20 x 22 pixels around the centre (11, 9)."""
+    seen = torch.tensor([[9.0, 9.0, 2.0], [-9.0, -9.0, 2.0]], dtype=torch.float64)
+    slopes = module._jacobian(seen, camera())[:, :, 2] * -2.0  # -focal tangent / z at z = 2
+    expected = [[(20 - 11) + 3.0, (22 - 9) + 3.3], [-11 - 3.0, -9 - 3.3]]
+    torch.testing.assert_close(slopes, torch.tensor(expected, dtype=torch.float64))
+
+
 def test_two_gaussians_blend_front_to_back():
     model = blank(2)
     model.means[1] = torch.tensor([0.3, -2.0, 0.8]) * 0.4  # nearer, on the same axis
