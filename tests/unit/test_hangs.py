@@ -23,7 +23,7 @@ CONFTEST = """
 import tests.hangs as hangs
 
 pytest_plugins = ["tests.hangs"]
-hangs.IDLE, hangs.NEXT_TO_NOTHING, hangs.LOOK, hangs.GRACE = 2.0, 0.02, 0.5, 1.0
+hangs.IDLE, hangs.NEXT_TO_NOTHING, hangs.LOOK, hangs.GRACE = 2.0, 0.02, 0.5, {grace}
 """
 HANGING = """
 import subprocess, sys, threading, time
@@ -67,10 +67,10 @@ def test_that_no_signal_reaches():
 """
 
 
-def outcome(folder: Path, tests: str) -> str:
+def outcome(folder: Path, tests: str, *, grace: float) -> str:
     (folder / "test_it.py").write_text(tests)
     (folder / "child.py").write_text(CHILD)
-    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "conftest.py").write_text(CONFTEST.format(grace=grace))
     command = [
         sys.executable,
         "-m",
@@ -97,7 +97,7 @@ def runs(pid: int) -> bool:
 
 
 def test_a_hang_fails_with_all_stacks_and_none_of_its_children_is_left(tmp_path):
-    said = outcome(tmp_path, HANGING)
+    said = outcome(tmp_path, HANGING, grace=40)
     assert "3 failed, 1 passed" in said
     assert ", 1 error" in said
     assert "test_threads_and_a_child_that_wait did next to nothing for" in said
@@ -110,6 +110,6 @@ def test_a_hang_fails_with_all_stacks_and_none_of_its_children_is_left(tmp_path)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyDLL(None) has no sleep elsewhere")
 def test_a_hang_that_no_signal_reaches_ends_the_process_with_its_stacks(tmp_path):
-    said = outcome(tmp_path, HOLDS_THE_INTERPRETER)
+    said = outcome(tmp_path, HOLDS_THE_INTERPRETER, grace=1)
     assert "Timeout (0:00:03)!" in said
     assert "in test_that_no_signal_reaches" in said
