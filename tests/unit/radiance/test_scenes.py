@@ -152,7 +152,7 @@ def escaping_path(folder):
         (missing_picture, r"r_1\.png does not exist"),
         (broken_picture, r"r_1\.png is not a readable picture"),
         (other_size, r"r_1\.png has 6 x 4 pixels, the views before it 8 x 4"),
-        (sixteen_bit, r"r_1\.png is a picture of mode I;16"),
+        (sixteen_bit, r"r_1\.png has I;16 pixels"),
         (no_transforms, r"transforms_train\.json does not exist"),
         (not_json, "is not valid JSON"),
         (a_list, "holds list"),

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from distill_core.data.damaged import MAX_NAMED, say_skipped, together
 from distill_core.data.source import to_unit
-from distill_core.errors import DataError, missing_package
+from distill_core.errors import DataError
+from distill_core.pictures import on_white, read_image
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 64_000_000  # of one encoded picture; beyond it a small file could fill the memory
-MAX_SIDE = 32_768
 IN_MEMORY_BYTES = 2**30
 Encoded = Callable[
     [int], tuple[Path | bytes, str]
@@ -133,57 +130,9 @@ class EncodedPixels:
 
 def decode(data: Path | bytes, name: str, *, size: int | None = None, channels: int | None = None) -> Tensor:
     """One picture as (C, H, W) uint8, transparency put on white and the camera's rotation mark applied."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise missing_package("pillow", "train") from None
-    try:
-        with Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as picture:
-            _check_header(picture, name)
-            return _to_tensor(_fitted(picture, size), channels)
-    except UnidentifiedImageError:
-        kinds = ", ".join(FORMATS)
-        raise DataError(
-            f"{name} is not a picture that can be read; allowed are {kinds}", field="data.path"
-        ) from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"picture {name} is damaged: {error}; replace or remove it", field="data.path"
-        ) from None
-
-
-def _check_header(picture: Any, name: str) -> None:
-    width, height = picture.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise DataError(
-            f"picture {name} is {width}x{height}; at most {MAX_SIDE} a side and {MAX_PIXELS} pixels are read",
-            field="data.path",
-        )
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        raise DataError(
-            f"picture {name} has {picture.mode} pixels; pictures of 8 bits per channel are read, convert it",
-            field="data.path",
-        )
-
-
-def _fitted(picture: Any, size: int | None) -> Any:
-    from PIL import Image, ImageOps
-
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode not in ("1", "L", "RGB"):
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            with_alpha = picture.convert("RGBA")
-            picture = Image.new("RGBA", picture.size, "white")
-            picture.alpha_composite(with_alpha)
-        picture = picture.convert("RGB")
-    if size is None or picture.size == (size, size):
-        return picture
-    return ImageOps.fit(
-        picture.convert("L" if picture.mode == "1" else picture.mode), (size, size), Image.Resampling.LANCZOS
-    )
-
-
-def _to_tensor(picture: Any, channels: int | None) -> Tensor:
-    grey = picture.mode in ("1", "L") if channels is None else channels == 1
+    picture = on_white(read_image(data, f"picture {name}"))
+    if size is not None and picture.size != (size, size):
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    grey = picture.mode == "L" if channels is None else channels == 1
     values = np.array(picture.convert("L" if grey else "RGB"))
     return torch.from_numpy(values[None] if grey else values.transpose(2, 0, 1).copy())

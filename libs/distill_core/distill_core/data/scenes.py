@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
+from distill_core import pictures
 from distill_core.artifacts import SceneSpec
 from distill_core.config import Config as SourceConfig
 from distill_core.data.source import Source, existing
@@ -273,22 +273,8 @@ def _read_images(paths: list[Path], factor: int) -> Tensor:
 
 def read_image(path: Path, *, turn: bool = True) -> Tensor:
     """(H, W, 4), colour multiplied by opacity; `turn`ed as its EXIF orientation says."""
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise DataError(
-                    f"{path} has {file.width} x {file.height} pixels; at most {MAX_PIXELS} are read"
-                )
-            if file.mode not in ("RGBA", "RGB", "LA", "L", "P"):
-                raise DataError(f"{path} is a picture of mode {file.mode}; give 8-bit RGB or RGBA")
-            upright = ImageOps.exif_transpose(file) if turn else file
-            rgba = np.asarray(upright.convert("RGBA"), dtype=np.float32) / 255
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} does not exist, but the scene lists it; restore the picture or remove its frame"
-        ) from None
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a readable picture: {error}") from None
+    picture = pictures.read_image(path, turn=turn, max_pixels=MAX_PIXELS)
+    rgba = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]
     return torch.from_numpy(rgba)
 
