@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from distill_core.data.pictures import decode
-from distill_core.data.scenes import read_image as read_rgba
+from distill_core.data.posed import read_image as read_rgba
 from distill_core.errors import DataError
 from distill_core.pictures import on_white, read_all, read_image, upright_size
 

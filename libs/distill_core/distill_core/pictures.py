@@ -67,8 +67,9 @@ def read_image(
     Raises:
         DataError: no such file, no picture of these `formats`, damaged, too large, 16-bit grey, or more than one frame.
     """
-    with _opened(given, name or str(given), formats, max_pixels) as picture:
-        _check_key(picture, name or str(given))
+    name = _called(given, name)
+    with _opened(given, name, formats, max_pixels) as picture:
+        _check_key(picture, name)
         # a TIFF is turned when it is decoded
         upright = ImageOps.exif_transpose(picture) if turn else picture
         return _plain(upright)
@@ -76,13 +77,13 @@ def read_image(
 
 def upright_size(given: Path | bytes, name: str = "", *, formats: Sequence[str] = FORMATS) -> tuple[int, int]:
     """Width and height of what `read_image` gives, from the file's header alone; it raises the same."""
-    with _opened(given, name or str(given), formats, None) as picture:
+    with _opened(given, _called(given, name), formats, None) as picture:
         return picture.size[::-1] if _lies(picture) else picture.size
 
 
 def stored_size(given: Path | bytes, name: str = "", *, formats: Sequence[str] = FORMATS) -> tuple[int, int]:
     """Width and height without the turn, as `read_image(turn=False)` gives them."""
-    with _opened(given, name or str(given), formats, None) as picture:
+    with _opened(given, _called(given, name), formats, None) as picture:
         return picture.size
 
 
@@ -124,6 +125,10 @@ def together(problems: Sequence[DataError], total: int) -> DataError:
     )
 
 
+def _called(given: Path | bytes, name: str) -> str:
+    return name or ("the picture" if isinstance(given, bytes) else str(given))
+
+
 @contextmanager
 def _opened(
     given: Path | bytes, name: str, formats: Sequence[str], max_pixels: int | None
@@ -135,6 +140,11 @@ def _opened(
             yield picture
     except FileNotFoundError:
         raise DataError(f"{name} does not exist; restore the picture", field="data.path") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise DataError(
+            f"{name} cannot be read: {error.strerror}; give a file that this process can read",
+            field="data.path",
+        ) from None
     except UnidentifiedImageError:
         if _begins_as(given, formats):
             raise _damaged(name, "its header is incomplete") from None

@@ -15,6 +15,7 @@ from PIL import Image
 from distill_core.data import build_source
 from distill_core.data.captures import BOUND, CapturedScene, read_capture
 from distill_core.errors import DataError
+from distill_core.metrics.image import psnr, ssim
 from distill_core.radiance.distortion import look_through
 
 WIDTH, HEIGHT = 16, 12
@@ -122,20 +123,71 @@ def test_pictures_that_are_missing_are_left_out_with_one_warning(tmp_path, caplo
     ]
 
 
-def test_masks_and_named_splits(tmp_path):
+def test_named_splits_are_kept_and_frames_in_no_list_are_left_out(tmp_path):
     def edit(values):
-        values["train_filenames"] = ["images/000.png", "images/003.png"]
-        values["val_filenames"] = ["images/001.png", "images/002.png"]
-        values["frames"][0]["mask_path"] = "mask.png"
+        values["train_filenames"] = ["./images/000.png", "images/003.png"]
+        values["val_filenames"] = ["images/001.png"]
 
-    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-    mask[:5] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png")
     found = scene(write_nerfstudio(tmp_path, edit=edit))
-    assert (len(found.train), len(found.test)) == (2, 2)
-    assert found.train.images[0, :5, :, 3].eq(1).all()
-    assert found.train.images[0, 5:].eq(0).all()
-    assert found.train.images[1, ..., 3].eq(1).all()
+    assert (len(found.train), len(found.test)) == (2, 1)
+    torch.testing.assert_close(found.train.images[:, 0, 0, 0], torch.tensor([10, 13]) / 255)
+
+
+def masked(folder, *, rows=5, **options):
+    """A capture whose second frame, a training view, ignores all below some rows."""
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[:rows] = 1
+
+    def edit(values):
+        values["frames"][1]["mask_path"] = "mask.png"
+
+    write_nerfstudio(folder, edit=edit)
+    Image.fromarray(mask).save(folder / "mask.png")
+    return scene(folder, **options)
+
+
+def test_what_a_mask_ignores_is_never_drawn_and_stays_opaque(tmp_path):
+    views = masked(tmp_path).train
+    assert views.images[..., 3].eq(1).all()
+    assert not views.transparent
+    assert views.known[0, :5].all()
+    assert not views.known[0, 5:].any()
+    assert views.known[1:].all()
+    drawn = views.draw(4000)
+    assert set(drawn.tolist()) == set(views.known.reshape(-1).nonzero().squeeze(-1).tolist())
+    assert set(views.foreground().tolist()) == set(drawn.tolist())
+    assert views.counts(torch.tensor([4 * WIDTH, 5 * WIDTH])).tolist() == [True, False]
+
+
+def test_a_coarse_pixel_counts_if_none_of_its_pixels_is_ignored(tmp_path):
+    views = masked(tmp_path, rows=5, factor=2).train
+    assert views.known[0, :, 0].tolist() == [True, True, False, False, False, False]
+
+
+def test_a_mask_that_ignores_nothing_changes_nothing(tmp_path):
+    assert masked(tmp_path, rows=HEIGHT).train.known is None
+
+
+def test_instant_ngp_s_dynamic_masks_ignore_what_they_mark(tmp_path):
+    write_nerfstudio(tmp_path)
+    mask = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    mask[2:4, 5, 1] = 200
+    Image.fromarray(mask).save(tmp_path / "images" / "dynamic_mask_002.png")
+    known = scene(tmp_path).train.known
+    assert (~known).nonzero().tolist() == [[1, 2, 5], [1, 3, 5]]
+
+
+def test_ignored_pixels_are_not_counted_in_figures(tmp_path):
+    views = masked(tmp_path, rows=5).train
+    right = views.truth((0, 0, 0))
+    wrong = right.clone()
+    wrong[0, 5:] = 0.9
+    assert psnr(*views.judged(wrong, (0, 0, 0))[0]) == math.inf
+    assert ssim(*views.judged(wrong, (0, 0, 0))[0]) == 1
+    wrong[0, 1, 2] += 0.1
+    expected = -10 * math.log10(3 * 0.01 / (5 * WIDTH * 3))
+    assert psnr(*views.judged(wrong, (0, 0, 0))[0]) == pytest.approx(expected, abs=1e-4)
+    assert ssim(*views.judged(wrong, (0, 0, 0))[0]) < 1
 
 
 def test_without_a_box_it_lies_around_what_the_cameras_look_at(tmp_path):

@@ -1,5 +1,6 @@
 """PRD: its stages, its normals and exposure against closed forms, and that it finds what it should on a small scene."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -171,6 +172,27 @@ def test_the_normals_loss_is_weighed(teacher, data):
     normal = losses[1].metrics["normal_loss"]
     assert normal > 0.01
     torch.testing.assert_close(losses[1].loss - losses[0].loss, 0.3 * normal)
+
+
+def test_what_a_mask_ignores_teaches_nothing(teacher, data):
+    known = torch.ones(data.train.images.shape[:3], dtype=torch.bool)
+    known[:, 4:20, 7:15] = False
+    losses, learned = [], []
+    for shade in (0.1, 0.8):
+        grey = torch.tensor([shade, shade, shade, 2 * shade / (1 + shade)])
+        images = torch.where(known[..., None], data.train.images, grey)
+        method = build(teacher, data, stages=[{"until": 9, "alpha_weight": 0.3}])
+        method.data = SimpleNamespace(train=replace(data.train, images=images, known=known))
+        torch.manual_seed(3)
+        update = next(method.updates(Batch(288), 0))
+        losses.append(update.loss.detach())
+        learned.append(
+            torch.cat([part.reshape(-1) for part in gradients(method, update) if part is not None])
+        )
+    assert torch.equal(*losses)
+    assert torch.equal(*learned)
+    assert learned[0].isfinite().all()
+    assert learned[0].abs().sum() > 0
 
 
 class Ball(torch.nn.Module):

@@ -1,7 +1,7 @@
 """Captures of real scenes, as people have them: nerfstudio and instant-ngp, COLMAP, LLFF, NSVF and Tanks-and-Temples.
 
-Readers (`capture_formats.py`) give frames in the file's own world. This module reads the pictures, sets test views
-aside, and moves the world into the box that fields live in; the matrix that does it is `SceneSpec.transform`.
+Readers (`capture_formats.py`) give frames in the file's own world. This module sets test views aside, and moves the
+world into the box that fields live in; the matrix that does it is `SceneSpec.transform`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from distill_core.artifacts import SceneSpec
 from distill_core.config import Config as SourceConfig
-from distill_core.data.capture_formats import FORMATS, Box, Capture, Frame
-from distill_core.data.scenes import PosedImages, SceneSource, check_total, read_image, shrink
+from distill_core.data.capture_formats import FORMATS
+from distill_core.data.frames import Box, Capture, Frame
+from distill_core.data.posed import SceneSource
 from distill_core.data.source import existing
+from distill_core.data.views import load_views
 from distill_core.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class CapturedScene(SceneSource):
         if len(frames) > config.max_views:
             frames = [frames[i * len(frames) // config.max_views] for i in range(config.max_views)]
         transform = into_box(capture, frames, bound=config.bound)
-        views = load_views(frames, transform, factor=config.factor, fisheye=capture.fisheye)
+        views = load_views(frames, transform, factor=config.factor)
         held = [index for index, frame in enumerate(frames) if frame.split == "test"]
         held = held or list(range(0, len(frames), config.test_every))
         rest = [index for index in range(len(frames)) if index not in set(held)]
@@ -83,9 +84,11 @@ def read_capture(folder: Path, name: str = "auto", *, images: str | None = None)
     if name == "auto":
         found = [known for known, reader in FORMATS.items() if reader.fits(folder)]
         if not found:
+            blender = (folder / "transforms_train.json").is_file()
             raise DataError(
                 f"{folder} is no capture that is known: it has neither transforms.json (nerfstudio, instant-ngp), "
-                "sparse/ (COLMAP), poses_bounds.npy (LLFF) nor pose/ with intrinsics.txt (NSVF)",
+                "sparse/ (COLMAP), poses_bounds.npy (LLFF) nor pose/ with intrinsics.txt (NSVF)"
+                + ("; transforms_train.json is read by data.name = 'blender'" if blender else ""),
                 field="data.path",
             )
         name = found[0]
@@ -152,76 +155,6 @@ def _upright(poses: Tensor) -> Tensor:
         [[0.0, -axis[2], axis[1]], [axis[2], 0.0, -axis[0]], [-axis[1], axis[0], 0.0]], dtype=torch.float64
     )
     return torch.eye(3, dtype=torch.float64) + skew + skew @ skew / (1 + float(up[2]))  # Rodrigues
-
-
-def load_views(frames: list[Frame], transform: Tensor, *, factor: int, fisheye: bool) -> PosedImages:
-    """The pictures of `frames`, their cameras moved by `transform` and scaled to the pixels that are read.
-
-    Raises:
-        DataError: a damaged picture, differing sizes, or sizes that do not go with the file's intrinsics.
-    """
-    first = _size(frames[0].path)
-    check_total(len(frames), first[1] // factor, first[0] // factor)
-    pictures = [_picture(frame, factor) for frame in frames]
-    height, width = pictures[0].shape[:2]
-    for frame, picture in zip(frames, pictures, strict=True):
-        if picture.shape != pictures[0].shape:
-            raise DataError(
-                f"{frame.path} has {picture.shape[1] * factor} x {picture.shape[0] * factor} pixels, "
-                f"{frames[0].path} {width * factor} x {height * factor}; all views must have one size"
-            )
-    pinholes = []
-    for frame in frames:
-        declared = frame.size or (width * factor, height * factor)
-        across, down = width / declared[0], height / declared[1]
-        if abs(across / down - 1) > 0.02:
-            raise DataError(
-                f"{frame.path} has {width * factor} x {height * factor} pixels, and its camera was measured on "
-                f"{declared[0]} x {declared[1]}; the two must have one shape"
-            )
-        fx, fy, cx, cy = frame.pinhole
-        pinholes.append([fx * across, fy * down, cx * across, cy * down])
-    lenses = [frame.lens for frame in frames]
-    return PosedImages(
-        torch.stack(pictures),
-        torch.stack([_moved(frame.c2w, transform) for frame in frames]).float(),
-        torch.tensor(pinholes),
-        torch.tensor(lenses) if fisheye or any(any(lens) for lens in lenses) else None,
-        fisheye,
-    )
-
-
-def _moved(c2w: Tensor, transform: Tensor) -> Tensor:
-    """A pose (4, 4) after a similarity: axes are turned, only the centre is scaled."""
-    scale = torch.linalg.det(transform[:3, :3]) ** (1 / 3)
-    moved = transform @ c2w
-    moved[:3, :3] /= scale
-    return moved
-
-
-def _size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as file:
-            return file.size
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a readable picture: {error}") from None
-
-
-def _picture(frame: Frame, factor: int) -> Tensor:
-    image = read_image(frame.path, turn=frame.size is None or not _same_shape(_size(frame.path), frame.size))
-    if frame.mask is not None:
-        mask = read_image(frame.mask, turn=False)
-        if mask.shape != image.shape:
-            raise DataError(
-                f"{frame.mask} is {mask.shape[1]} x {mask.shape[0]}, its picture {image.shape[1]} x "
-                f"{image.shape[0]}; a mask covers its picture"
-            )
-        image = image * (mask[..., :1] > 0)
-    return shrink(image, factor, frame.path)
-
-
-def _same_shape(found: tuple[int, int], declared: tuple[int, int]) -> bool:
-    return abs(found[0] * declared[1] / (found[1] * declared[0]) - 1) < 0.02
 
 
 SOURCES = {"capture": CapturedScene}

@@ -18,16 +18,21 @@ def _checked(prediction: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np
     return np.clip(prediction, 0, 1).astype(np.float64), np.clip(target, 0, 1).astype(np.float64)
 
 
-def psnr(prediction: np.ndarray, target: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of pictures (H, W, C) in [0, 1], after clamping; infinite if equal."""
+def psnr(prediction: np.ndarray, target: np.ndarray, known: np.ndarray | None = None) -> float:
+    """Peak signal-to-noise ratio in dB of pictures (H, W, C) in [0, 1], after clamping; infinite if equal.
+
+    `known` (H, W) are the pixels that count; None: all.
+    """
     prediction, target = _checked(prediction, target)
+    if known is not None:
+        prediction, target = prediction[known], target[known]
     if np.array_equal(prediction, target):
         return float("inf")
     return float(peak_signal_noise_ratio(target, prediction, data_range=1.0))
 
 
-def ssim(prediction: np.ndarray, target: np.ndarray) -> float:
-    """Structural similarity of pictures (H, W, C) in [0, 1], mean over channels.
+def ssim(prediction: np.ndarray, target: np.ndarray, known: np.ndarray | None = None) -> float:
+    """Structural similarity of pictures (H, W, C) in [0, 1], mean over channels and the `known` pixels (H, W).
 
     Gaussian window 11x11, sigma 1.5, K 0.01 and 0.03, data range 1.
 
@@ -39,17 +44,11 @@ def ssim(prediction: np.ndarray, target: np.ndarray) -> float:
         raise DataError(
             f"SSIM needs pictures of at least {SSIM_WINDOW} pixels per side, not {target.shape[:2]}"
         )
-    return float(
-        structural_similarity(
-            target,
-            prediction,
-            channel_axis=-1,
-            data_range=1.0,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
+    options = {"channel_axis": -1, "data_range": 1.0, "gaussian_weights": True, "sigma": 1.5}
+    mean, places = structural_similarity(
+        target, prediction, use_sample_covariance=False, full=True, **options
     )
+    return float(mean if known is None else places[known].mean())
 
 
 def depth_error(prediction: np.ndarray, target: np.ndarray, covered: np.ndarray) -> float:

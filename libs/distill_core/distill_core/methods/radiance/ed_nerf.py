@@ -272,6 +272,12 @@ def _check(teacher: Denoiser, data: SceneSource) -> None:
             "scale the capture to that",
             field="data",
         )
+    if data.train.known is not None or data.test.known is not None:
+        raise ConfigError(
+            "ed_nerf encodes whole views, and masks of this capture ignore pixels; give views without masks, such as "
+            "renders of a field that was trained with them",
+            field="data",
+        )
     if teacher.cond.kind == "none":
         raise ConfigError(
             "ed_nerf needs a teacher told by words or classes; this one takes none", field="teacher"

@@ -132,14 +132,18 @@ class PRD(Method):
     def loss(
         self, buffer: GBuffer, rays: Rays, rgba: Tensor, stage: Stage
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_rgb and L_alpha of what the rays see against their pixels (R, 4), and figures of it."""
+        """L_rgb and L_alpha of what the rays see against their pixels (R, 4), and figures of it.
+
+        A pixel that is NaN, since a mask ignores it, is taken to be what is rendered there: nothing is learned from it.
+        """
+        known = rgba[:, 3].isfinite()
         buffer, background = self.staged(buffer, stage), rgba.new_tensor(self.spec.background)
         picture = self.scene().compose(buffer, rays.directions, background)
-        target = over(rgba[:, :3], rgba[:, 3:], background)
+        target = torch.where(known[:, None], over(rgba[:, :3], rgba[:, 3:], background), picture.detach())
         rgb = photometric_loss(self.as_patches(picture), self.as_patches(target), self.config.ssim_weight)
         alpha = buffer.alpha * buffer.opacity
         mask = rgba[:, 3] if self.config.mask == "opacity" else torch.ones_like(alpha)
-        loss = rgb + stage.alpha_weight * (mask - alpha).square().mean()
+        loss = rgb + stage.alpha_weight * (torch.where(known, mask, alpha.detach()) - alpha).square().mean()
         shown = alpha.detach().sum() / buffer.opacity.detach().sum().clamp_min(1)
         return loss, {"rgb_loss": rgb.detach(), "alpha": shown}
 
@@ -177,7 +181,10 @@ class PRD(Method):
         )
 
     def draw_patches(self, count: int) -> tuple[Rays, Tensor]:
-        """Rays and pixels (count * side^2, 4) of squares that contain a random pixel of the foreground."""
+        """Rays and pixels (count * side^2, 4) of squares that contain a random pixel of the foreground.
+
+        Pixels that a mask ignores are NaN.
+        """
         views, side = self.data.train, self.side()
         height, width = views.images.shape[1:3]
         chosen = self.foreground[torch.randint(len(self.foreground), (count,))]
@@ -187,7 +194,9 @@ class PRD(Method):
         left = (inside % width - shift[1]).clamp(0, width - side)
         square = torch.arange(side)
         rows, columns = top[:, None, None] + square[:, None], left[:, None, None] + square
-        rays, rgba = views.take((view[:, None, None] * height * width + rows * width + columns).reshape(-1))
+        places = (view[:, None, None] * height * width + rows * width + columns).reshape(-1)
+        rays, rgba = views.take(places)
+        rgba = torch.where(views.counts(places)[:, None], rgba, torch.nan)
         return Rays(*(part.to(self.device) for part in rays)), rgba.to(self.device)
 
     def side(self) -> int:
@@ -274,9 +283,8 @@ def exposure(found: Tensor, true: Tensor) -> Tensor:
 
 def mean_psnr(pictures: list[Tensor], views: PosedImages, background: tuple[float, float, float]) -> float:
     """Mean over views of the PSNR of `pictures` (H, W, 3) against them, laid over `background`."""
-    targets = over(views.images[..., :3], views.images[..., 3:], torch.tensor(background))
-    pairs = [(picture.cpu().numpy(), target.numpy()) for picture, target in zip(pictures, targets)]
-    return sum(psnr(*pair) for pair in pairs) / len(pairs)
+    judged = views.judged(pictures, background)
+    return sum(psnr(*view) for view in judged) / len(judged)
 
 
 def _check(teacher: Scene, data: SceneSource) -> None:

@@ -200,10 +200,15 @@ class PVD(Method):
         return own.cpu(), taught.cpu()
 
     def _against_pictures(self, data: SceneSource) -> dict[str, float]:
-        background = torch.tensor(self.scene.spec.background)
-        truth = over(data.test.images[..., :3], data.test.images[..., 3:], background)
-        pairs = [self.compare(data.test.camera(index)) for index in range(len(truth))]
-        errors = [[(view - true).square().mean() for view in pair] for pair, true in zip(pairs, truth)]
+        truth = data.test.truth(self.scene.spec.background)
+        known = data.test.known
+        errors = []
+        for index, true in enumerate(truth):
+            pair, counted = (
+                self.compare(data.test.camera(index)),
+                slice(None) if known is None else known[index],
+            )
+            errors.append([(view - true)[counted].square().mean() for view in pair])
         own, taught = _psnr_of(torch.tensor(errors)).mean(0).tolist()
         return {"psnr": own, "teacher_psnr": taught, "psnr_lost": taught - own}
 

@@ -111,7 +111,7 @@ class RadianceFieldFromImages(Method):
     def draw_rays(self, count: int) -> tuple[Rays, Tensor]:
         """Rays and their pixels (R, 4), a share of them from the foreground, in random order."""
         views = self.data.train
-        pixels = torch.randint(views.images.shape[:3].numel(), (count,))
+        pixels = views.draw(count)
         chosen = self.foreground[torch.randint(len(self.foreground), (count,))]
         pixels = torch.where(torch.rand(count) < self.config.foreground_share, chosen, pixels)
         rays, rgba = views.take(pixels)
@@ -149,14 +149,12 @@ class RadianceFieldFromImages(Method):
         `depth_error` (scene units) where the data knows the truth, LPIPS where `config.lpips` names its weights.
         """
         test = self.data.test
-        background = torch.tensor(self.spec.background)
-        targets = over(test.images[..., :3], test.images[..., 3:], background)
         renderings = [self.render_test(index) for index in range(len(test))]
-        pairs = [(one.rgb.cpu(), target) for one, target in zip(renderings, targets)]
+        judged = test.judged([one.rgb for one in renderings], self.spec.background)
         figures = {
-            "psnr": mean(psnr(one.numpy(), target.numpy()) for one, target in pairs),
-            "ssim": mean(ssim(one.numpy(), target.numpy()) for one, target in pairs),
-            "test_views": float(len(pairs)),
+            "psnr": mean(psnr(*view) for view in judged),
+            "ssim": mean(ssim(*view) for view in judged),
+            "test_views": float(len(judged)),
         }
         if test.distance is not None:
             covered = test.images[..., 3] == 1
@@ -169,7 +167,11 @@ class RadianceFieldFromImages(Method):
             log.info("LPIPS is not available: evaluate.lpips names no folder with its weights")
             return figures
         lpips = LPIPS(user_path(config.lpips))
-        return figures | {lpips.name: mean(lpips(one, target) for one, target in pairs)}
+        return figures | {
+            lpips.name: mean(
+                lpips(torch.from_numpy(view.picture), torch.from_numpy(view.truth)) for view in judged
+            )
+        }
 
     def save_result(self, folder: Path) -> None:
         save_scene(self.scene(), folder)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill_core.artifacts import SceneSpec
-from distill_core.data.capture_formats import read_nerfstudio
+from distill_core.data.transforms_json import read_transforms
 from distill_core.errors import DataError
 from distill_core.radiance.cameras import Camera, orbit_camera
 from distill_core.radiance.distortion import COEFFICIENTS
@@ -77,7 +77,7 @@ def read_cameras(path: Path, spec: SceneSpec) -> list[Camera]:
     Raises:
         DataError: no such file, an unusable pose, or a frame whose size the file does not say.
     """
-    capture, into = read_nerfstudio(path), from_input(spec)
+    capture, into = read_transforms(path), from_input(spec)
     cameras = []
     for frame in capture.frames:
         if frame.size is None:
