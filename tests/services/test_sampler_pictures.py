@@ -70,20 +70,51 @@ def test_a_picture_s_result_depends_on_its_own_request_alone(sampler):
             assert all(map(np.array_equal, pool.map(ask, range(8)), alone))
 
 
+def as_bytes(pixels, image_format="PNG", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def kept(sampler, picture):
+    """What of a picture a model begins from: with a mask that makes nothing anew, the answer is the picture."""
+    (made,) = sampler.generate("digits", class_labels=[3], image=picture, mask=np.zeros((8, 8), bool))
+    return made[..., 0]
+
+
+def test_a_picture_is_read_as_data_of_training_are(sampler):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = PICTURE[..., 0]
+    assert np.array_equal(kept(sampler, as_bytes(grey, exif=exif)), grey[::-1].T)
+    key = as_bytes(grey, transparency=int(grey[2, 5]))
+    assert np.array_equal(kept(sampler, key), np.where(grey == grey[2, 5], 255, grey))
+    clear = np.stack([grey, np.where(np.arange(8) < 3, 0, 255).astype(np.uint8).repeat(8).reshape(8, 8)], -1)
+    assert np.array_equal(kept(sampler, as_bytes(clear)), np.where(np.arange(8)[:, None] < 3, 255, grey))
+    wide = np.zeros((8, 4), np.uint8)
+    with pytest.raises(ConfigError, match="is 8 x 4 pixels, and digits@1 makes 8 x 8"):
+        sampler.generate("digits", class_labels=[3], image=as_bytes(wide, exif=exif))
+
+
 def encoded(size, image_format="PNG"):
     buffer = io.BytesIO()
     Image.new("L", size, 100).save(buffer, image_format)
     return buffer.getvalue()
 
 
+FRAMES = as_bytes(PICTURE[..., 0], save_all=True, append_images=[Image.fromarray(255 - PICTURE[..., 0])])
+
+
 @pytest.mark.parametrize(
     ("options", "field", "said"),
     [
-        ({"image": b"not a picture"}, "image.image", "is no picture that can be read"),
+        ({"image": b"not a picture"}, "image.image", "is not a picture that can be read"),
         ({"image": encoded((8, 8))[:-30]}, "image.image", "breaks off"),
         ({"image": encoded((8, 8), "GIF")}, "image.image", "PNG, JPEG, WEBP"),
+        ({"image": FRAMES}, "image.image", "holds 2 frames"),
+        ({"image": as_bytes(np.full((8, 8), 9, np.uint16))}, "image.image", "has I;16 pixels"),
         ({"image": encoded((16, 8))}, "image.image", "is 16 x 8 pixels, and digits@1 makes 8 x 8"),
-        ({"image": encoded((20_000, 20_000))}, "image.image", "no picture|20000 x 20000"),
+        ({"image": encoded((20_000, 20_000))}, "image.image", "not a readable picture|20000 x 20000"),
         ({"image": PICTURE, "mask": encoded((4, 4))}, "image.mask", "is 4 x 4 pixels"),
         ({"image": PICTURE, "mask": encoded((8, 8))[:-30]}, "image.mask", "breaks off"),
         ({"image": PICTURE, "strength": 0.0}, "image.strength", "above 0, up to 1"),

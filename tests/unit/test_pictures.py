@@ -11,12 +11,14 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from distill_core.data.pictures import decode
 from distill_core.data.posed import read_image as read_rgba
 from distill_core.errors import DataError
 from distill_core.pictures import on_white, read_all, read_image, upright_size
+from distillery_cli import sampling
 
 RGB = np.random.default_rng(3).integers(0, 255, (5, 7, 3), dtype=np.uint8)
 
@@ -157,6 +159,20 @@ def test_a_field_s_reader_and_the_pictures_reader_agree(tmp_path):
     rgba = read_rgba(path)
     over_white = (rgba[..., :3] + 1 - rgba[..., 3:]) * 255
     assert np.abs(over_white.numpy() - np.asarray(on_white(read_image(path)))).max() <= 1
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "BMP"])
+def test_the_command_line_sends_what_training_would_read(tmp_path, image_format):
+    path = tmp_path / "photograph"
+    mark = {} if image_format == "BMP" else {"exif": turned(8)}
+    Image.fromarray(RGB).save(path, image_format, **mark)
+    sent = sampling._read(path, "image")
+    assert sent.startswith(b"\x89PNG")
+    assert torch.equal(decode(sent, "sent"), decode(path, "file"))
+    path.write_bytes(path.read_bytes()[:30])
+    with pytest.raises(DataError, match="--image .*photograph is not a") as caught:
+        sampling._read(path, "image")
+    assert caught.value.field == "image"
 
 
 def test_all_damaged_pictures_are_named_at_once():

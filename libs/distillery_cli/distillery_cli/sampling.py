@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill_core.errors import ConfigError
+from distill_core.errors import ConfigError, DataError
 from distillery_cli.output import AsJson, bar, emit_json, results
 
 if TYPE_CHECKING:
@@ -100,12 +101,22 @@ def generate(
 
 
 def _read(path: Path, option: str) -> bytes:
+    """The picture as PNG bytes, upright and with its transparency, as data of training are read."""
+    from distill_core.pictures import read_image
+
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise ConfigError(
             f"--{option} {path} cannot be read: {error.strerror}; name a picture", field=option
         ) from None
+    try:
+        picture = read_image(data, f"--{option} {path}")
+    except DataError as error:
+        raise DataError(str(error), field=option) from None
+    encoded = BytesIO()
+    picture.save(encoded, "PNG", compress_level=1)
+    return encoded.getvalue()
 
 
 def _conditions(labels: list[int], prompts: list[str], count: int | None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +9,8 @@ from PIL import Image
 
 from distill_core.artifacts import Manifest
 from distill_core.diffusion.image_to_image import Beginning
-from distill_core.errors import ConfigError
+from distill_core.errors import ConfigError, DataError
+from distill_core.pictures import on_white, read_image, upright_size
 from distillery_sampler.requests import BeginKey, Given, ImageInput, ImageItem
 
 KINDS = ("PNG", "JPEG", "WEBP")
@@ -43,16 +43,15 @@ def given(wish: ImageInput, manifest: Manifest) -> tuple[Given, BeginKey]:
             "leave image out",
             field="image.image",
         )
-    picture = _opened(wish.image, "image.image")
-    block = _enlargement(picture.size, (width, height), manifest.ref) if wish.upscale else 1
+    size = _size(wish.image, "image.image")
+    block = _enlargement(size, (width, height), manifest.ref) if wish.upscale else 1
     if not wish.upscale:
-        _check_size(picture.size, (width, height), manifest.ref, "image.image")
+        _check_size(size, (width, height), manifest.ref, "image.image")
     known = None
     if wish.mask:
-        mask = _opened(wish.mask, "image.mask")
-        _check_size(mask.size, (width, height), manifest.ref, "image.mask")
-        known = (_pixels(mask, "L", "image.mask") < 128).astype(np.float32)
-    pixels = _pixels(picture, MODES[channels], "image.image").astype(np.float32) / 127.5 - 1
+        _check_size(_size(wish.mask, "image.mask"), (width, height), manifest.ref, "image.mask")
+        known = (_pixels(wish.mask, "L", "image.mask") < 128).astype(np.float32)
+    pixels = _pixels(wish.image, MODES[channels], "image.image").astype(np.float32) / 127.5 - 1
     return Given(_enlarged(pixels, block), known), BeginKey(
         strength, known is not None, 1 if latent else block
     )
@@ -85,14 +84,12 @@ def with_known_pixels(pictures: np.ndarray, items: Sequence[ImageItem]) -> np.nd
     return pictures if known is None else np.where(known > 0, given_pictures(items), pictures)
 
 
-def _opened(data: bytes, field: str) -> Image.Image:
-    """The picture's header; its pixels are read only after its size was checked."""
+def _size(data: bytes, field: str) -> tuple[int, int]:
+    """Of the upright picture, by its header; its pixels are read only after its size was checked."""
     try:
-        return Image.open(io.BytesIO(data), formats=KINDS)
-    except (OSError, ValueError, Image.DecompressionBombError):
-        raise ConfigError(
-            f"{field} is no picture that can be read; send {', '.join(KINDS)} bytes", field=field
-        ) from None
+        return upright_size(data, field, formats=KINDS)
+    except DataError as error:
+        raise ConfigError(str(error), field=field) from None
 
 
 def _check_size(found: tuple[int, int], wanted: tuple[int, int], ref: str, field: str) -> None:
@@ -115,12 +112,13 @@ def _enlargement(found: tuple[int, int], wanted: tuple[int, int], ref: str) -> i
     return factor
 
 
-def _pixels(picture: Image.Image, mode: str, field: str) -> np.ndarray:
-    """uint8 (C, H, W)."""
+def _pixels(data: bytes, mode: str, field: str) -> np.ndarray:
+    """uint8 (C, H, W), as data of training are read: upright, transparency on white unless `mode` has alpha."""
     try:
-        pixels = np.asarray(picture.convert(mode))
-    except (OSError, ValueError, SyntaxError):  # what Pillow raises on damaged files
-        raise ConfigError(f"{field} is damaged or breaks off; send the whole file", field=field) from None
+        picture = read_image(data, field, formats=KINDS)
+    except DataError as error:
+        raise ConfigError(str(error), field=field) from None
+    pixels = np.asarray((picture if mode == "RGBA" else on_white(picture)).convert(mode))
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from distill_core.errors import ConfigError
+from distill_core.pictures import read_image
 
 Format = Literal["RAW_U8", "PNG", "JPEG", "WEBP"]
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -53,5 +54,5 @@ def decode(data: bytes, image_format: Format, shape: tuple[int, int, int]) -> np
     """The uint8 picture (H, W, C) of `encode`'s bytes; the inverse except for JPEG, which loses a little."""
     if image_format == "RAW_U8":
         return np.frombuffer(data, dtype=np.uint8).reshape(shape)
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.asarray(picture.convert(_MODES[shape[2]])).reshape(shape)
+    picture = read_image(data, "the answer's picture", formats=[image_format])
+    return np.asarray(picture.convert(_MODES[shape[2]])).reshape(shape)

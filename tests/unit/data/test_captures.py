@@ -14,7 +14,7 @@ from PIL import Image
 
 from distill_core.data import build_source
 from distill_core.data.captures import BOUND, CapturedScene, read_capture
-from distill_core.errors import DataError
+from distill_core.errors import ConfigError, DataError
 from distill_core.metrics.image import psnr, ssim
 from distill_core.radiance.distortion import look_through
 
@@ -216,6 +216,107 @@ def test_a_fisheye_sees_through_its_own_model(tmp_path):
     torch.testing.assert_close(rays.directions[0], found.train.c2w[0, :3, :3] @ seen)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"rolling_shutter": [0, 0, 1, 0]}, "rolling_shutter is not supported"),
+        ({"ftheta_p0": 0.1}, "ftheta_p0 is not supported"),
+        ({"camera_model": "FULL_OPENCV", "k4": 0.1}, "k4 is not supported"),
+        ({"camera_model": "OPENCV_FISHEYE", "p1": 0.1}, "p1 is not supported"),
+        ({"k5": 0.1}, "k5 is not supported"),
+        ({"white_transparent": True}, "white_transparent is not supported; save the pictures with an alpha"),
+        ({"sharpness_discard_threshold": 0.5}, "sharpness_discard_threshold is not supported"),
+        ({"n_frames": 3}, "n_frames is 3 where 4 are listed"),
+        ({"is_fisheye": "yes"}, "is_fisheye is 'yes'"),
+        ({"w": None}, "w and h are None and 12"),
+        ({"w": 16.5}, "w and h are 16.5 and 12"),
+        ({"w": 12, "h": 16}, "16 x 12 pixels, and its camera was measured on 12 x 16"),
+        ({"fl_x": -3}, "fl_x is -3"),
+        ({"fl_x": 10**400}, "must be a finite number"),
+        ({"fl_x": None, "camera_angle_x": 3.2}, "camera_angle_x is 3.2"),
+        ({"aabb_scale": 0}, "aabb_scale and scale must be positive"),
+        ({"offset": [1, 2]}, "offset one or 3 numbers"),
+        ({"train_filenames": ["images/009.png"]}, "train_filenames names 'images/009.png'"),
+        ({"mask_path": "images/none.png"}, "none.png does not exist"),
+    ],
+)
+def test_a_key_that_changes_the_result_is_honoured_or_refused_by_name(tmp_path, values, said):
+    with pytest.raises(DataError, match=said):
+        scene(write_nerfstudio(tmp_path, edit=lambda found: found.update(values)))
+
+
+def test_keys_of_lenses_that_say_nothing_are_no_hindrance_and_others_are_told(tmp_path, caplog):
+    neutral = {
+        "k4": 0.0,
+        "k5": 0,
+        "rolling_shutter": [0.0, 0.0, 0.0, 0.0],
+        "is_fisheye": False,
+        "n_frames": 4,
+    }
+    with caplog.at_level(logging.WARNING):
+        scene(write_nerfstudio(tmp_path, **neutral, applied_scale=0.5, exposure=3))
+    assert [record.message.split(": ", 1)[1] for record in caplog.records] == [
+        "keys that are not read: exposure"
+    ]
+
+
+def test_names_of_pictures_may_lack_a_suffix_hold_dots_or_backslashes(tmp_path):
+    def edit(values):
+        names = ["images/000", "images\\001.png", "images/f_0.5", "images/003.png"]
+        for frame, name in zip(values["frames"], names, strict=True):
+            frame["file_path"] = name
+
+    write_nerfstudio(tmp_path, edit=edit)
+    (tmp_path / "images" / "000.png").rename(tmp_path / "images" / "000.jpg")
+    (tmp_path / "images" / "002.png").rename(tmp_path / "images" / "f_0.5.png")
+    assert [frame.path.name for frame in read_capture(tmp_path).frames] == [
+        "000.jpg",
+        "001.png",
+        "f_0.5.png",
+        "003.png",
+    ]
+
+
+def test_a_mask_that_ignores_all_of_its_picture_or_does_not_cover_it_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"mask\.png ignores every pixel of its picture"):
+        masked(tmp_path / "all", rows=0)
+    write_nerfstudio(tmp_path, mask_path="mask.png")
+    Image.new("L", (WIDTH, HEIGHT + 1), 255).save(tmp_path / "mask.png")
+    with pytest.raises(DataError, match=r"mask\.png is 16 x 13, its picture 000\.png 16 x 12"):
+        scene(tmp_path)
+
+
+def test_all_damaged_pictures_of_a_capture_are_named_at_once(tmp_path):
+    write_nerfstudio(tmp_path, frames=30)
+    for number in range(2, 27):
+        (tmp_path / "images" / f"{number:03d}.png").write_text("no picture")
+    with pytest.raises(DataError) as caught:
+        scene(tmp_path)
+    said = str(caught.value)
+    assert said.startswith("25 of 30 pictures cannot be used")
+    assert said.count("is not a picture that can be read") == 20
+    assert "and 5 more" in said
+
+
+def test_a_picture_that_lies_is_read_as_its_camera_saw_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(2).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    write_nerfstudio(tmp_path)
+    for path in (tmp_path / "images").iterdir():
+        Image.fromarray(pixels).save(path, exif=exif)
+    assert scene(tmp_path).train.images.shape[1:3] == (HEIGHT, WIDTH)  # measured on the stored pixels
+    edit = {"w": HEIGHT, "h": WIDTH}
+    upright = scene(write_turned(tmp_path, edit)).train.images
+    torch.testing.assert_close(upright[0, ..., :3], torch.from_numpy(np.rot90(pixels, -1) / 255).float())
+
+
+def write_turned(folder, edit):
+    path = folder / "transforms.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **edit}))
+    return folder
+
+
 # -- COLMAP -----------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +371,13 @@ def test_colmap_text_and_binary(tmp_path, binary):
         ("RADIAL", (20.0, 7.0, 6.5, 0.07, -0.02)),
         ("OPENCV_FISHEYE", (20.0, 21.0, 7.0, 6.5, 0.05, -0.02, 0.003, 0.001)),
         ("PINHOLE", (20.0, 21.0, 7.0, 6.5)),
+        ("SIMPLE_PINHOLE", (20.0, 7.0, 6.5)),
+        ("FULL_OPENCV", (20.0, 21.0, 7.0, 6.5, 0.05, -0.02, 0.001, 0.002, 0.03, 0, 0, 0)),
+        ("SIMPLE_RADIAL_FISHEYE", (20.0, 7.0, 6.5, 0.07)),
+        ("RADIAL_FISHEYE", (20.0, 7.0, 6.5, 0.07, -0.02)),
+        ("SIMPLE_FISHEYE", (20.0, 7.0, 6.5)),
+        ("FISHEYE", (20.0, 21.0, 7.0, 6.5)),
+        ("THIN_PRISM_FISHEYE", (20.0, 21.0, 7.0, 6.5, 0.05, -0.02, 0, 0, 0.003, 0.001, 0, 0)),
     ],
 )
 def test_every_lens_looks_where_colmap_says_it_does(tmp_path, model, params):
@@ -280,9 +388,98 @@ def test_every_lens_looks_where_colmap_says_it_does(tmp_path, model, params):
     pixels = np.array([[0.5, 0.5], [15.5, 2.5], [8.5, 11.5]])
     plane = torch.from_numpy((pixels - [cx, cy]) / [fx, fy])
     lens = torch.tensor(frame.lens, dtype=torch.double).expand(3, 6)
-    seen = look_through(plane, lens, fisheye=model == "OPENCV_FISHEYE")
+    seen = look_through(plane, lens, fisheye="FISHEYE" in model)
     wanted = np.array([camera.cam_from_img(pixel) for pixel in pixels])
     np.testing.assert_allclose(seen[:, :2] / seen[:, 2:], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "params", "said"),
+    [
+        (
+            "FULL_OPENCV",
+            (20.0, 21.0, 7.0, 6.5, 0.05, -0.02, 0.001, 0.002, 0.03, 0, 0.01, 0),
+            "k5 of a FULL_OPENCV",
+        ),
+        ("FOV", (20.0, 21.0, 7.0, 6.5, 0.1), "FOV are not supported"),
+    ],
+)
+def test_a_lens_of_colmap_that_is_not_supported_is_named(tmp_path, model, params, said):
+    with pytest.raises(DataError, match=said):
+        read_capture(write_colmap(tmp_path, model=model, params=params))
+
+
+def cut_model(folder, place, count):
+    """A copy of sparse/0 with its first views only."""
+    (folder / place).mkdir(parents=True)
+    for name in ("cameras.txt", "points3D.txt"):
+        (folder / place / name).write_bytes((folder / "sparse" / "0" / name).read_bytes())
+    lines = (folder / "sparse" / "0" / "images.txt").read_text().splitlines()[: 2 * count]
+    (folder / place / "images.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_of_several_reconstructions_the_largest_is_read_and_said(tmp_path, caplog):
+    write_colmap(tmp_path)
+    cut_model(tmp_path, "aside", 2)
+    (tmp_path / "sparse" / "0").rename(tmp_path / "sparse" / "1")
+    (tmp_path / "aside").rename(tmp_path / "sparse" / "0")
+    with caplog.at_level(logging.WARNING):
+        assert len(read_capture(tmp_path).frames) == 4
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path} holds 2 reconstructions, which have no common axes: sparse/0 with 2 views, sparse/1 with 4 views; "
+        "sparse/1 is read, the largest"
+    ]
+
+
+@pytest.mark.parametrize("folder", ["images_4", "images_2", "images_8", "input"])
+def test_smaller_copies_alone_are_read_with_cameras_of_their_size(tmp_path, folder):
+    write_colmap(tmp_path)
+    factor = {"images_4": 4, "images_2": 2, "images_8": 8, "input": 1}[folder]
+    size = -(-WIDTH // factor), -(-HEIGHT // factor)
+    for number in range(4):
+        (tmp_path / "images" / f"{number}.jpg").unlink()
+        picture(tmp_path / folder / f"{number}.png", number, size)
+    (tmp_path / "images").rmdir()
+    found = scene(tmp_path, test_every=4).test
+    assert found.images.shape[1:3] == size[::-1]
+    across, down = size[0] / WIDTH, size[1] / HEIGHT
+    np.testing.assert_allclose(found.intrinsics[0], [20 * across, 21 * down, 7 * across, 6.5 * down])
+    np.testing.assert_allclose(found.distortion[0], [0.05, -0.02, 0, 0, 0.001, 0.002], atol=1e-7)
+
+
+def test_smaller_copies_are_taken_over_the_pictures_where_the_option_says_so(tmp_path):
+    write_colmap(tmp_path)
+    for number in range(4):
+        picture(tmp_path / "images_4" / f"{number}.JPG", number, (WIDTH // 4, HEIGHT // 4))
+    assert scene(tmp_path).train.images.shape[1:3] == (HEIGHT, WIDTH)
+    assert scene(tmp_path, images="images_4").train.images.shape[1:3] == (HEIGHT // 4, WIDTH // 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "pictures"),
+    [
+        ("sparse", "images"),
+        ("colmap/sparse/0", "images"),
+        ("dense/0/sparse", "dense/0/images"),
+        ("distorted/sparse/0", "input"),
+        (".", "images"),
+        (".", "."),
+    ],
+)
+def test_other_layouts_of_colmap(tmp_path, model, pictures):
+    source = write_colmap(tmp_path / "source")
+    target = tmp_path / "target"
+    for place, wanted in (("sparse/0", model), ("images", pictures)):
+        (target / wanted).mkdir(parents=True, exist_ok=True)
+        for path in (source / place).iterdir():
+            path.rename(target / wanted / path.name)
+    assert len(scene(target).train) == 3
+
+
+def test_the_pictures_folder_is_refused_where_the_file_names_its_pictures(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.images is for COLMAP and LLFF") as caught:
+        scene(write_nerfstudio(tmp_path), images="images_4")
+    assert caught.value.field == "data.images"
 
 
 # -- LLFF, NSVF -------------------------------------------------------------------------------------------------

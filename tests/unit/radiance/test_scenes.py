@@ -60,6 +60,70 @@ def test_a_picked_pixel_has_the_ray_of_its_camera(tmp_path):
     torch.testing.assert_close(rays.origins, expected.origins)
 
 
+def test_a_blender_file_s_whole_camera_is_honoured(tmp_path):
+    write_scene(tmp_path)
+    change(tmp_path, lambda values: values.update(fl_x=30, cx=4.5, cy=1.25, k1=0.3, p2=-0.01))
+    views = read_blender(tmp_path, "train", factor=2)
+    torch.testing.assert_close(views.intrinsics, torch.tensor([[15.0, 15.0, 2.25, 0.625]]).expand(3, 4))
+    torch.testing.assert_close(views.distortion, torch.tensor([[0.3, 0, 0, 0, 0, -0.01]]).expand(3, 6))
+    change(tmp_path, lambda values: values.update(camera_model="OPENCV_FISHEYE", p2=0, w=16, h=8))
+    fisheye = read_blender(tmp_path, "train")
+    assert fisheye.fisheye
+    torch.testing.assert_close(fisheye.intrinsics[1], torch.tensor([15.0, 15.0, 2.25, 0.625]))
+
+
+def test_a_frame_s_own_angle_wins_over_the_file_s_focal_length(tmp_path):
+    write_scene(tmp_path)
+
+    def edit(values):
+        values |= {"fl_x": 30.0, "fl_y": 33.0}
+        values["frames"][1]["camera_angle_x"] = ANGLE
+        values["frames"][2]["fl_y"] = 44.0
+
+    change(tmp_path, edit)
+    found = read_blender(tmp_path, "train").intrinsics[:, :2]
+    torch.testing.assert_close(found, torch.tensor([[30.0, 33.0], [8.0, 33.0], [30.0, 44.0]]))
+
+
+@pytest.mark.parametrize(
+    ("values", "bound"),
+    [
+        ({}, 1.5),
+        ({"aabb_scale": 4}, 2 / 0.33),
+        ({"aabb_scale": 2, "scale": 0.25, "offset": 0.5}, 4.0),
+        ({"aabb": [[-3, -2, -1], [3, 2, 1]]}, 3.0),
+    ],
+)
+def test_a_blender_scene_s_box_is_the_file_s(tmp_path, values, bound):
+    folder = write_scene(tmp_path)
+    change(folder, lambda found: found.update(values))
+    assert build_source({"name": "blender", "path": str(folder)}).spec.bound == pytest.approx(bound)
+    assert build_source({"name": "blender", "path": str(folder), "bound": 0.75}).spec.bound == 0.75
+
+
+def test_masks_of_a_blender_scene_ignore_pixels(tmp_path):
+    write_scene(tmp_path)
+    Image.fromarray(np.tile(np.array([0, 0, 255, 1], np.uint8), (4, 2))).save(tmp_path / "mask.png")
+    change(tmp_path, lambda values: values["frames"][1].update(mask_path="mask.png"))
+    known = read_blender(tmp_path, "train").known
+    assert known[1, 3].tolist() == [False, False, True, True] * 2
+    assert known[[0, 2]].all()
+
+
+def test_all_damaged_pictures_of_a_scene_are_named_at_once(tmp_path):
+    write_scene(tmp_path, frames=5)
+    missing_picture(tmp_path)
+    other = tmp_path / "train" / "r_3.png"
+    other.write_bytes(other.read_bytes()[:-40])
+    Image.new("RGB", (6, 4)).save(tmp_path / "train" / "r_4.png")
+    with pytest.raises(DataError) as caught:
+        read_blender(tmp_path, "train")
+    said = str(caught.value)
+    assert said.startswith("3 of 5 pictures cannot be used: ")
+    for part in ("r_1.png does not exist", "r_3.png is not a readable picture", "r_4.png has 6 x 4 pixels"):
+        assert part in said
+
+
 def test_colour_is_stored_times_opacity(tmp_path):
     views = read_blender(write_scene(tmp_path, alpha=51), "train")
     torch.testing.assert_close(
