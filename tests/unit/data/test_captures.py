@@ -188,6 +188,9 @@ def test_ignored_pixels_are_not_counted_in_figures(tmp_path):
     expected = -10 * math.log10(3 * 0.01 / (5 * WIDTH * 3))
     assert psnr(*views.judged(wrong, (0, 0, 0))[0]) == pytest.approx(expected, abs=1e-4)
     assert ssim(*views.judged(wrong, (0, 0, 0))[0]) < 1
+    seen, truth, _ = (part for part in views.judged(wrong, (0, 0, 0))[0])
+    other = np.random.default_rng(1).random(truth.shape)
+    assert ssim(other, truth, np.ones(truth.shape[:2], bool)) == pytest.approx(ssim(other, truth), rel=1e-9)
 
 
 def test_without_a_box_it_lies_around_what_the_cameras_look_at(tmp_path):

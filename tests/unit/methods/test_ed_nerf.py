@@ -1,5 +1,7 @@
 """ED-NeRF: its two phases, what an edit may touch, and that equal words change nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -242,6 +244,12 @@ def test_data_that_do_not_fit_are_refused(teacher):
     large = ColouredObjectScene(ColouredObjectScene.Config(num_views=2, num_test_views=1, size=24))
     with pytest.raises(ConfigError, match="24 x 24 pixels, the teacher makes 16 x 16"):
         build(teacher, large)
+    masked = ColouredObjectScene(ColouredObjectScene.Config(num_views=2, num_test_views=1, size=16))
+    known = torch.ones(masked.train.images.shape[:3], dtype=torch.bool)
+    known[1, 3, 4] = False
+    masked.train = replace(masked.train, known=known)
+    with pytest.raises(ConfigError, match="masks of this capture ignore pixels"):
+        build(teacher, masked)
 
 
 def test_pictures_of_objects_depend_on_their_seed_and_show_their_colour():

@@ -278,6 +278,16 @@ def test_true_pictures_measure_the_teacher_the_student_and_what_was_lost():
     assert figures["psnr_lost"] == pytest.approx(figures["teacher_psnr"] - figures["psnr"])
     without = build(teacher, "vm").evaluate(EvaluateConfig())
     assert "psnr" not in without
+    known = torch.ones(data.test.images.shape[:3], dtype=torch.bool)
+    known[:, 6:15, 7:18] = False
+    judged = []
+    for shade in (0.125, 0.875):  # of what a mask ignores
+        grey = torch.tensor([shade, shade, shade, 1.0])
+        images = torch.where(known[..., None], data.test.images, grey)
+        data.test = dataclasses.replace(data.test, images=images, known=known)
+        judged.append(build(teacher, "vm", data=data).evaluate(EvaluateConfig()))
+    assert judged[0] == judged[1]
+    assert judged[0]["psnr"] != figures["psnr"]
 
 
 def test_held_out_poses_are_the_same_whatever_was_drawn_before():

@@ -1,5 +1,7 @@
 """The method: it learns held-out views, resumes bit for bit, and saves what it renders."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,32 @@ def trained(scene, settings, folder, **arguments):
     method = build(scene, settings)
     Trainer(method, scene, settings, Run(folder)).train(**arguments)
     return method
+
+
+def test_ignored_pixels_are_neither_drawn_nor_judged(scene):
+    figures, settings = [], recipe()
+    for shade in (0.125, 0.875):
+        masked = copy.copy(scene)
+        for split in ("train", "test"):
+            views = getattr(scene, split)
+            known = torch.ones(views.images.shape[:3], dtype=torch.bool)
+            known[:, 5:28, 9:25] = False
+            images = torch.where(known[..., None], views.images, torch.tensor([shade, shade, shade, 1.0]))
+            setattr(masked, split, replace(views, images=images, known=known))
+        method = build(masked, settings)
+        _, rgba = method.draw_rays(5000)
+        assert not (rgba[:, :3] == shade).all(-1).any()
+        assert (rgba[:, 3] > 0).any()
+        figures.append(method.evaluate(EvaluateConfig()))
+    truth, counts = masked.test.truth(masked.spec.background), masked.test.known
+    errors = [
+        float((method.render_test(index).rgb - truth[index])[counts[index]].square().mean())
+        for index in (0, 1)
+    ]
+    assert figures[1]["psnr"] == pytest.approx(float(np.mean(-10 * np.log10(errors))), abs=1e-3)
+    del figures[0]["depth_error"], figures[1]["depth_error"]
+    assert figures[0] == figures[1]
+    assert figures[0] != build(scene, settings).evaluate(EvaluateConfig())
 
 
 KINDS = {

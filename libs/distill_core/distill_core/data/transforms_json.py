@@ -25,6 +25,7 @@ NOT_HONOURED = {  # keys that change pixels or poses, and what to do instead
     "normal_mts_args": "write the poses in OpenGL axes",
     "sharpen": "sharpen the pictures themselves",
     "sharpness_discard_threshold": "remove the frames that are not sharp",
+    "fisheye_crop_radius": "give the frames a mask_path that is 0 beyond it",
     "envmap": "leave the environment out",
     "driver_parameters": "use pictures under one light",
     "transform_matrix_start": "give one transform_matrix",

@@ -81,13 +81,13 @@ def _picture(frame: Frame, factor: int) -> tuple[Tensor, Tensor]:
     counts = torch.ones(height, width, dtype=torch.bool)
     for mask in frame.masks:
         counts &= _read_mask(mask, frame, (width, height))
-    if frame.masks and not bool(counts.any()):
+    # a coarse pixel counts if all of its pixels do: else its colour is in part what is to be ignored
+    whole = shrink(counts[..., None].float(), factor, frame.path)[..., 0] == 1
+    if frame.masks and not bool(whole.any()):
         said = "0 is ignored" if frame.masks[0].ignored == "black" else "all but 0 is ignored"
         raise DataError(
             f"{frame.masks[0].path} ignores every pixel of its picture ({said}); remove the frame, or invert the mask"
         )
-    # a coarse pixel counts if all of its pixels do: else its colour is in part what is to be ignored
-    whole = shrink(counts[..., None].float(), factor, frame.path)[..., 0] == 1
     return shrink(image, factor, frame.path), whole
 
 

@@ -48,7 +48,12 @@ def ssim(prediction: np.ndarray, target: np.ndarray, known: np.ndarray | None = 
     mean, places = structural_similarity(
         target, prediction, use_sample_covariance=False, full=True, **options
     )
-    return float(mean if known is None else places[known].mean())
+    if known is None:
+        return float(mean)
+    margin = SSIM_WINDOW // 2  # windows that reach over the edge are left out, as they are of the mean
+    inside = np.zeros_like(known)
+    inside[margin:-margin, margin:-margin] = True
+    return float(places[known & inside if (known & inside).any() else known].mean())
 
 
 def depth_error(prediction: np.ndarray, target: np.ndarray, covered: np.ndarray) -> float:
