@@ -161,6 +161,7 @@ def test_a_field_s_reader_and_the_pictures_reader_agree(tmp_path):
     assert np.abs(over_white.numpy() - np.asarray(on_white(read_image(path)))).max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF", "BMP"])
 def test_the_command_line_sends_what_training_would_read(tmp_path, image_format):
     path = tmp_path / "photograph"
