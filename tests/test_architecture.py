@@ -162,3 +162,19 @@ def test_diffusers_and_peft_have_one_door_each():
         tops = {imported.split(".")[0] for imported in imports(path)}
         for library in tops & doors.keys():
             assert name.startswith(doors[library]), f"{name} imports {library}"
+
+
+def test_the_command_line_prints_in_one_way():
+    """Markup is read from no string, so only the two files of the consoles know rich; the rest give data."""
+    printers = ("print", "typer.echo", "typer.secho", "typer.prompt", "typer.confirm", "sys.stdout.write")
+    for module, path in modules("distillery_cli"):
+        name = module.rpartition(".")[2]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if name not in ("terminal", "tables", "output"):
+            assert not {found for found in imports(path) if found.split(".")[0] == "rich"}, module
+        if name in ("bench_bare", "bench_load"):  # children that answer a parent in JSON
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in printers, (module, node.lineno)
+                assert not ast.unparse(node.func).endswith("from_markup"), (module, node.lineno)

@@ -12,6 +12,7 @@ import typer
 from distill_core.errors import (
     DISTRIBUTION,
     EXIT_OUT_OF_MEMORY,
+    ConfigError,
     DistilleryError,
     meaning,
     out_of_memory,
@@ -39,7 +40,8 @@ from distillery_cli import (
     training,
     viewing,
 )
-from distillery_cli.output import notes
+from distillery_cli.output import notes, results, styled
+from distillery_cli.terminal import speak_any_encoding
 
 EXIT_INTERRUPTED = 130
 USAGE_ERROR = typer.BadParameter.__bases__[0]  # base of the parser's errors; typer does not export it
@@ -58,9 +60,9 @@ app = typer.Typer(
 def _version(wanted: bool) -> None:
     if wanted:
         try:
-            typer.echo(f"distillery {version(DISTRIBUTION)}")
+            results.print(f"distillery {version(DISTRIBUTION)}")
         except PackageNotFoundError:  # run from a checkout that is not installed
-            typer.echo("distillery (not installed)")
+            results.print("distillery (not installed)")
         raise typer.Exit
 
 
@@ -102,6 +104,7 @@ for _module in (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
+    speak_any_encoding()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # allowed anywhere, not only before the command
     given = [argument for argument in given if argument != "--debug"]
@@ -144,6 +147,10 @@ def _known(error: Exception) -> DistilleryError | None:
         return error_from_call(error)
     if isinstance(error, ModuleNotFoundError):
         return _missing(error)
+    if isinstance(
+        error, UnicodeEncodeError
+    ):  # bytes of the command line that are no text, on their way to a server
+        return ConfigError(f"{error.object[:80]!r} is not text in UTF-8; give it as such")
     return None
 
 
@@ -175,6 +182,5 @@ def _usage(error: Exception) -> int:
 
 
 def _failed(sentence: str, code: int) -> int:
-    notes.print("error:", style="bold red", end=" ")
-    notes.print(sentence, markup=False, soft_wrap=True)
+    notes.print(styled(("error:", "bold red"), f" {sentence}"))
     return code

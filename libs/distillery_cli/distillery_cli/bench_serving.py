@@ -224,7 +224,7 @@ def bench_serving(
         out.absolute() / "serving",
         parts,
         seconds,
-        lambda text: notes.print(text, markup=False, soft_wrap=True),
+        lambda text: notes.print(text),
     )
     report["seconds"] = round(time.monotonic() - began, 1)
     (out / "serving.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ import typer
 from distill_core.config import CheckConfig, Claim, Recipe, load_recipe, recipe_names
 from distill_core.errors import ConfigError, DataError, DistilleryError, NotFound, nearest
 from distillery_cli import scene_evidence
-from distillery_cli.output import AsJson, bar, emit_json, figure, markdown_table, notes, results
+from distillery_cli.output import AsJson, bar, emit_json, figure, markdown_table, notes, results, styled
 
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
 EVIDENCE, KEPT, README = Path("docs/evidence.md"), Path("docs/evidence.json"), Path("README.md")
@@ -96,8 +96,8 @@ def measured(name: str, repository: Path) -> dict[str, Any]:
             verdict = api.check(name, here(), listener=line.tell)
         except DistilleryError as error:
             verdict = {"name": name, "passed": False, "error": str(error)}
-    word = "[green]holds[/]" if verdict["passed"] else "[red]does not hold[/]"
-    notes.print(f"{name}: the claim {word}")
+    word = ("holds", "green") if verdict["passed"] else ("does not hold", "red")
+    notes.print(styled(f"{name}: the claim ", word))
     return {**verdict, **made}
 
 

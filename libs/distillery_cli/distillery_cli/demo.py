@@ -15,7 +15,7 @@ import typer
 from distill_core.errors import ConfigError, DistilleryError
 from distillery_cli import report as reports
 from distillery_cli.jobs import shown_until_end, state_name
-from distillery_cli.output import AsJson, Bars, emit_json, notes, results
+from distillery_cli.output import AsJson, Bars, emit_json, notes, results, styled
 from distillery_cli.rendering import save_gif
 from distillery_cli.sampling import save_pictures
 from distillery_cli.stack import Stack, free_port
@@ -91,7 +91,8 @@ def _conclude(report: reports.Report, out: Path, as_json: bool) -> int:
         results.print(f"radiance field: PSNR {report.field['psnr']:.1f} dB on views it was not trained on")
         results.print(f"took {report.seconds['total']:.0f} s; pictures and report.json are in {out}")
         for demand in found:
-            results.print(f"{'[green]holds[/]' if demand.holds else '[red]FAILS[/]'}: {demand.said}")
+            word = ("holds", "green") if demand.holds else ("FAILS", "red")
+            results.print(styled(word, f": {demand.said}"))
     return 0 if all(demand.holds for demand in found) else 1
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from distill_core.errors import DistilleryError, install_command
-from distillery_cli.output import AsJson, emit_json, results, table, waiting
+from distillery_cli.output import AsJson, emit_json, results, styled, table, waiting
 
 if TYPE_CHECKING:
     from distill_service.settings import Settings
@@ -72,11 +72,12 @@ def doctor(as_json: AsJson = False) -> int:
 
 
 def _show(found: list[Finding]) -> None:
-    marks = {"ok": "[green]ok[/]", "absent": "[dim]absent[/]", "problem": "[red]problem[/]"}
-    results.print(table(["what", "", "found"], [[f.what, marks[f.state], f.said] for f in found]))
+    styles = {"ok": "green", "absent": "dim", "problem": "red"}
+    rows = [[f.what, styled((f.state, styles[f.state])), f.said] for f in found]
+    results.print(table(["what", "", "found"], rows, prose=["found"]))
     for finding in found:
         if finding.advice:
-            results.print(f"{finding.what}: {finding.advice}", markup=False)
+            results.print(f"{finding.what}: {finding.advice}")
 
 
 def examine() -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from distillery_cli.output import (
     figure,
     notes,
     results,
+    styled,
     table,
 )
 from distillery_cli.parsing import parse_labels, parse_moment
@@ -96,7 +97,7 @@ def jobs(
     if not found:
         return results.print("no jobs; `distillery submit edm_digits` queues one")
     columns = ["id", "name", "kind", "state", "progress", "artifact", "error"]
-    return results.print(table(columns, [_row(job) for job in found]))
+    return results.print(table(columns, [_row(job) for job in found], prose=["error"], spare=["kind"]))
 
 
 def _enum(kind: Any, prefix: str, value: str, field: str) -> int:
@@ -118,15 +119,14 @@ def _row(job: Job) -> list[str]:
 
 def _show(job: Job) -> None:
     shown = [job, *job.stages]
-    results.print(
-        table(["id", "name", "kind", "state", "progress", "artifact", "error"], [_row(one) for one in shown])
-    )
+    columns = ["id", "name", "kind", "state", "progress", "artifact", "error"]
+    results.print(table(columns, [_row(one) for one in shown], prose=["error"], spare=["kind"]))
     if job.metrics:
         results.print(
             table(["metric", "value"], [[name, figure(value)] for name, value in sorted(job.metrics.items())])
         )
     if job.error.log_tail:
-        results.print(job.error.log_tail, markup=False)
+        results.print(job.error.log_tail)
 
 
 def watch(
@@ -268,7 +268,7 @@ class _View:
         elif kind == "metrics":
             self._line(response.job_id).tell({"event": "metrics", "values": dict(response.metrics.values)})
         elif kind == "log":
-            notes.print(response.log.rstrip("\n"), markup=False, style="dim")
+            notes.print(response.log.rstrip("\n"), style="dim")
 
     def _line(self, job_id: str) -> Bar:
         if job_id not in self._lines:
@@ -283,7 +283,7 @@ class _View:
         elif what in ("succeeded", "failed", "cancelled") and job_id in self._lines:
             self._lines[job_id].done(f"{what} after {duration(time.monotonic() - self._began[job_id])}")
         elif what in ("crashed", "lease_expired", "preempted"):
-            notes.print(f"{self._names.get(job_id, job_id)}: {what}: {response.change.message}", markup=False)
+            notes.print(f"{self._names.get(job_id, job_id)}: {what}: {response.change.message}")
 
 
 def _show_outcome(job: Job) -> None:
@@ -306,9 +306,9 @@ def exit_code(job: Job) -> int:
     name = state_name(job)
     if name == "SUCCEEDED":
         return 0
-    notes.print(f"[bold red]error:[/] job {job.id} is {name}")
+    notes.print(styled(("error:", "bold red"), f" job {job.id} is {name}"))
     if job.error.message:
-        notes.print(job.error.message, markup=False, soft_wrap=True)
+        notes.print(job.error.message)
         if _may_succeed(job):
             notes.print(f"when that is mended: distillery retry {job.id}")
     if name == "CANCELLED":

@@ -37,7 +37,7 @@ def show_plan(plan: MemoryPlan, *, as_json: bool) -> int:
     if problem and device.is_gpu:
         raise ConfigError(problem, field="batch_size")
     if problem:
-        notes.print(f"warning: {problem}", markup=False)
+        notes.print(f"warning: {problem}")
     return 0
 
 

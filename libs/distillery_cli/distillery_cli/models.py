@@ -50,7 +50,8 @@ def models(
         return results.print(f"no models in {opened.url} yet; `distillery train edm_digits` publishes one")
     columns = ["model", "aliases", "kind", "form", "base", "method", "exports", "frechet_distance", "created"]
     rows = [[_cell(entry[column]) for column in columns] for entry in listed]
-    return results.print(table(columns, rows))
+    spare = ["base", "form", "created", "method"]
+    return results.print(table(columns, rows, prose=["aliases", "exports"], spare=spare))
 
 
 def _summary(opened: ArtifactStore, name: str, version: int) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def _summary(opened: ArtifactStore, name: str, version: int) -> dict[str, Any]:
     try:
         manifest = opened.manifest(f"{name}@{version}")
     except ArtifactError as error:  # the others can still be listed
-        notes.print(f"warning: {error}", markup=False, soft_wrap=True)
+        notes.print(f"warning: {error}")
         empty = dict.fromkeys(("form", "base", "method", "exports", "frechet_distance", "created"))
         return {"model": f"{name}@{version}", "aliases": aliases, "kind": "damaged", **empty}
     return {
@@ -94,7 +95,7 @@ def _show(manifest: Manifest) -> None:
         rows += [[f"exports.{name}{part}", said] for part, said in _export(report)]
     size = sum(entry.size for entry in manifest.files.values())
     rows.append(["files", f"{len(manifest.files)}, {size / 1e6:.1f} MB"])
-    results.print(table(["key", "value"], rows))
+    results.print(table(["key", "value"], rows, prose=["value"]))
 
 
 def _export(report: ExportReport) -> list[tuple[str, str]]:

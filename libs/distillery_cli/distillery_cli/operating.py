@@ -55,7 +55,9 @@ def _show(found: list[Queue], as_json: bool) -> None:
     if as_json:
         return emit_json([_queue_values(queue) for queue in found])
     rows = [[q.name, q.queued, q.running, "paused" if q.paused else "", q.reason, q.who] for q in found]
-    return results.print(table(["queue", "queued", "running", "state", "reason", "by"], rows))
+    return results.print(
+        table(["queue", "queued", "running", "state", "reason", "by"], rows, prose=["reason"])
+    )
 
 
 def _queue_values(queue: Queue) -> dict[str, Any]:
@@ -104,6 +106,6 @@ def _show_garbage(found: CollectGarbageResponse, dry_run: bool) -> None:
     if rows:
         results.print(table(["kind", "name", "size", "age"], rows))
     for model in found.kept:
-        notes.print(f"kept: {model.name}, {model.reason}", markup=False)
+        notes.print(f"kept: {model.name}, {model.reason}")
     said = "would be removed" if dry_run else "removed"
     results.print(f"{len(rows)} {said}, {size(found.bytes)}")

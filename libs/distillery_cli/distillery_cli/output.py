@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+
+from distillery_cli.tables import FittedTable, figure, table
+from distillery_cli.terminal import json_text, notes, results, shown, styled
+
+__all__ = ["FittedTable", "figure", "notes", "results", "shown", "styled", "table"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Overrides = Annotated[
@@ -23,14 +25,11 @@ Overrides = Annotated[
 ]
 LINE_EVERY_S = 10.0  # without a terminal: a line this often instead of a bar
 
-notes = Console(stderr=True, highlight=False)
-results = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 180)
-
 
 def emit_json(value: Any) -> None:
     """One JSON value on one line of stdout; figures that JSON cannot say become null."""
-    sys.stdout.write(json.dumps(_finite(value), ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    results.file.write(json_text(json.dumps(_finite(value), ensure_ascii=False)) + "\n")
+    results.file.flush()
 
 
 def _finite(value: Any) -> Any:
@@ -43,28 +42,12 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> Table:
-    """A plain table; numbers are right-aligned."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(figure(cell) for cell in row))
-    return made
-
-
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """The same as Markdown; a bar inside a cell is escaped."""
     lines = [columns, ["---"] * len(columns), *([figure(cell) for cell in row] for row in rows)]
     return "".join(
         "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in line) + " |\n" for line in lines
     )
-
-
-def figure(value: Any) -> str:
-    """A value as people read it: four significant digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def figures_line(values: Mapping[str, Any], *, at_most: int = 4) -> str:
@@ -96,7 +79,9 @@ class Bar:
         if event.get("event") == "progress":
             self.update(event["step"], event["steps"], rate=event.get("rate", 0), eta_s=event.get("eta_s"))
         elif event.get("event") == "metrics":
-            self._progress.update(self._task, figures=figures_line(event["values"], at_most=3))
+            self._progress.update(
+                self._task, figures=shown(figures_line(event["values"], at_most=3), lines=False)
+            )
         elif event.get("event") == "preparing":
             left = f"{duration(event['eta_s'])} left"
             self.say(f"first {event['model']}: {event['step']}/{event['steps']}, {left}")
@@ -112,7 +97,7 @@ class Bar:
 
     def say(self, text: str) -> None:
         """Show a remark in place of the figures."""
-        self._progress.update(self._task, figures=text)
+        self._progress.update(self._task, figures=shown(text, lines=False))
         self._line(text)
 
     def _line(self, text: str) -> None:
@@ -120,11 +105,11 @@ class Bar:
         now = time.monotonic()
         if not self._live and now - self._printed >= LINE_EVERY_S:
             self._printed = now
-            notes.print(f"{self.title}: {text}", markup=False)
+            notes.print(f"{self.title}: {text}")
 
     def done(self, text: str = "done") -> None:
         """Show that this line has ended."""
-        self._progress.update(self._task, speed=text)
+        self._progress.update(self._task, speed=shown(text, lines=False))
         self._progress.stop_task(self._task)
 
 
@@ -134,17 +119,18 @@ class Bars:
     def __init__(self) -> None:
         self._live = notes.is_terminal
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TextColumn("[dim]{task.fields[figures]}"),
+            TextColumn("{task.fields[speed]}", markup=False),
+            TextColumn("{task.fields[figures]}", style="dim", markup=False),
             console=notes,
             disable=not self._live,
         )
 
     def add(self, title: str, total: int | None = None) -> Bar:
         """A new line."""
+        title = shown(title, lines=False)
         if not self._live:
             notes.print(f"{title} …")
         task = self._progress.add_task(title, total=total, speed="", figures="")
@@ -172,5 +158,5 @@ def waiting(text: str) -> Iterator[None]:
         notes.print(f"{text} …")
         yield
         return
-    with notes.status(text):
+    with notes.status(styled(text), spinner="dots" if notes.encoding.startswith("utf") else "line"):
         yield

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.table import Table
+from distillery_cli import output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,27 +88,21 @@ def demands(report: Report) -> list[Demand]:
     ]
 
 
-def table(report: Report) -> Table:
+def table(report: Report) -> output.FittedTable:
     """The four rows."""
-    made = Table(title=f"{report.num_samples} digits of each, asked for over gRPC", title_justify="left")
-    made.add_column("model")
-    for name in ("network evaluations", "Fréchet distance", "class accuracy", "ms per image"):
-        made.add_column(name, justify="right")
+    columns = ["model", "network evaluations", "Fréchet distance", "class accuracy", "ms per image"]
     rows = (
-        ("teacher, 32 steps", "63", report.teacher),
-        ("teacher, 1 step", "1", report.teacher_one_step),
-        ("student, 1 step", "1", report.student),
-        ("student, 1 step, ONNX", "1", report.onnx),
+        ("teacher, 32 steps", 63, report.teacher),
+        ("teacher, 1 step", 1, report.teacher_one_step),
+        ("student, 1 step", 1, report.student),
+        ("student, 1 step, ONNX", 1, report.onnx),
     )
-    for title, evaluations, row in rows:
-        made.add_row(
-            title,
-            evaluations,
-            f"{row.frechet_distance:.3f}",
-            f"{row.accuracy:.1%}",
-            f"{row.ms_per_image:.2f}",
-        )
-    return made
+    cells = [
+        [title, calls, f"{row.frechet_distance:.3f}", f"{row.accuracy:.1%}", f"{row.ms_per_image:.2f}"]
+        for title, calls, row in rows
+    ]
+    title = f"{report.num_samples} digits of each, asked for over gRPC"
+    return output.table(columns, cells, title=title, spare=["network evaluations", "ms per image"])
 
 
 def save_contact_sheet(panels: Mapping[str, np.ndarray], path: Path) -> None:

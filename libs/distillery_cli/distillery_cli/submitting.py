@@ -132,7 +132,7 @@ def _show_plans(plans: list[Plan], as_json: bool) -> None:
     results.print(table(columns, rows))
     for plan in plans:
         if plan.note:
-            notes.print(f"{plan.name}: {plan.note}", markup=False, soft_wrap=True)
+            notes.print(f"{plan.name}: {plan.note}")
     return results.print(f"{len(plans)} would be queued; nothing was")
 
 

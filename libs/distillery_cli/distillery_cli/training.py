@@ -17,7 +17,18 @@ import typer
 
 from distill_core.config import Recipe, load_recipe, parse_overrides
 from distill_core.errors import EXIT_STOPPED, DistilleryError, Unavailable
-from distillery_cli.output import AsJson, Overrides, bar, emit_json, figure, notes, results, table, waiting
+from distillery_cli.output import (
+    AsJson,
+    Overrides,
+    bar,
+    emit_json,
+    figure,
+    notes,
+    results,
+    styled,
+    table,
+    waiting,
+)
 
 if TYPE_CHECKING:
     from distill_core.building import Context
@@ -68,7 +79,8 @@ def _show_methods(described: list[dict[str, Any]]) -> None:
         [e["name"], e["family"], ", ".join(e["needs"]), ", ".join(e["recipes"]), e["paper"]]
         for e in described
     ]
-    results.print(table(["method", "family", "needs", "recipes", "paper"], rows))
+    columns = ["method", "family", "needs", "recipes", "paper"]
+    results.print(table(columns, rows, prose=["needs", "recipes", "paper"], spare=["paper", "needs"]))
 
 
 def _show_method(entry: dict[str, Any]) -> None:
@@ -77,12 +89,10 @@ def _show_method(entry: dict[str, Any]) -> None:
 
     from distill_core.methods import find_method
 
-    results.print(
-        inspect.cleandoc(sys.modules[find_method(entry["name"]).__module__].__doc__ or ""), markup=False
-    )
+    results.print(inspect.cleandoc(sys.modules[find_method(entry["name"]).__module__].__doc__ or ""))
     for key in ("family", "paper", "needs", "recipes"):
         value = entry[key]
-        results.print(f"{key}: {', '.join(value) if isinstance(value, list) else value}", markup=False)
+        results.print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
 
 
 def recipe_schema(name: str) -> dict[str, Any]:
@@ -133,7 +143,7 @@ def train(
     if result.stopped:
         again = [recipe, *(part for given in overrides or [] for part in ("-s", given)), "--out", str(folder)]
         said = f"stopped at step {result.step}; continue with: distillery train {shlex.join(again)}"
-        notes.print(said, markup=False, soft_wrap=True)
+        notes.print(said)
         return EXIT_STOPPED
     published = result.manifest.ref if result.manifest else None
     model = folder / "model"
@@ -145,7 +155,7 @@ def train(
     for name, value in result.figures.items():
         results.print(f"  {name} = {figure(value)}")
     for name, words in result.measured_with.items():
-        results.print(f"{name}: {words}", markup=False)
+        results.print(f"{name}: {words}")
     return 0
 
 
@@ -171,7 +181,7 @@ def _say_changes(folder: Path, recipe: Recipe) -> None:
     changed = [f"{key} = {old}, now {new}" for key, (old, new) in recipe.differences(before).items()]
     if changed:
         said = f"goes on in {folder}, which was begun with {'; '.join(changed)}; give another --out to begin anew"
-        notes.print(said, markup=False, soft_wrap=True)
+        notes.print(said)
 
 
 @contextlib.contextmanager
@@ -241,8 +251,8 @@ def _show_verdict(verdict: dict[str, Any]) -> None:
             if claim[key] is not None
         ]
         notes.print(f"{claim['metric']}: {', '.join(shown)}")
-    word = "[green]holds[/]" if verdict["passed"] else "[red]does not hold[/]"
-    notes.print(f"{verdict['name']}: the claim {word}")
+    word = ("holds", "green") if verdict["passed"] else ("does not hold", "red")
+    notes.print(styled(f"{verdict['name']}: the claim ", word))
 
 
 @contextlib.contextmanager

@@ -89,6 +89,8 @@ def generate_request(model: str, **options: Unpack[GenerateOptions]) -> sampler_
             **lists,
             **values,
         )
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{error.object[:80]!r} is not text in UTF-8; give it as such") from None
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"the request holds a value that is not allowed: {error}; seeds are 0 to 2**63 - 1, "
