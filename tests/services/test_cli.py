@@ -20,6 +20,7 @@ from distill_service.settings import load_settings, settings
 from distillery.v1 import jobs_pb2
 from distillery_cli import report as reports
 from distillery_cli.app import app, main
+from distillery_cli.demo import serving_command, stack_settings, users_store
 from distillery_cli.jobs import exit_code, job_values
 from distillery_cli.output import duration, emit_json
 from distillery_cli.pipelines import flattened, pipeline_message, read_pipeline
@@ -410,3 +411,49 @@ def test_curves_and_contact_sheet_are_drawn(tmp_path):
     )
     assert (tmp_path / "sheet.png").stat().st_size > 1000
     assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_what_the_demo_makes_is_where_the_next_command_looks(home, monkeypatch, capsys):
+    settings = stack_settings(home / "demo", users_store())
+    store = ArtifactStore(settings.store_url)
+    (home / "model").mkdir()
+    store.publish(home / "model", Manifest(name="digits", kind="denoiser"))
+    assert "digits@1" in run(capsys, "models")[1]
+    assert serving_command(settings.store_url).endswith("distillery up")
+    assert settings.state_dir == home / "demo"
+
+
+@pytest.mark.parametrize("url", ["memory://shared", "{home}/locked/store"])
+def test_a_demo_keeps_its_models_where_the_user_s_store_is_not_theirs_to_write(
+    url, home, monkeypatch, capsys
+):
+    (home / "locked").mkdir()
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: "locked" not in str(path)
+    )  # the tests may run as root
+    monkeypatch.setenv("DISTILLERY_STORE_URL", url.format(home=home))
+    settings.cache_clear()
+    own = stack_settings(home / "a demo", users_store()).store_url
+    assert own == str(home / "a demo" / "store")
+    assert serving_command(own).endswith(f"distillery up --store '{own}'")
+
+
+def test_another_store_is_read_and_written_where_it_is_named(home, capsys):
+    (home / "model").mkdir()
+    ArtifactStore(home / "other").publish(home / "model", Manifest(name="digits", kind="denoiser"))
+    other = ["--store", str(home / "other")]
+    assert run(capsys, "models", "digits")[0] == 67
+    assert run(capsys, "models", "digits", *other)[0] == 0
+    assert run(capsys, "alias", "digits@1", "prod", *other)[0] == 0
+    assert ArtifactStore(home / "other").aliases("digits")["prod"] == 1
+    code, out, _ = run(capsys, "train", "judge_digits", *TINY, "--out", str(home / "run"), *other, "--json")
+    assert (code, json.loads(out)["artifact"]) == (0, "judge-digits@1")
+    assert "judge-digits" in ArtifactStore(home / "other").names()
+
+
+def test_every_command_that_reads_a_store_takes_another():
+    takes = {
+        " ".join(path) for path, command in COMMANDS.items() if "store" in {p.name for p in command.params}
+    }
+    reads = "adapter merge,alias,check,convert-field,demo,doctor,export-scene,models,render,train,up,view"
+    assert takes == set(reads.split(","))

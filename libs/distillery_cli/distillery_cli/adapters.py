@@ -11,7 +11,7 @@ import typer
 
 from distill_core.config import check_name
 from distill_core.errors import ConfigError
-from distillery_cli.output import AsJson, emit_json, results, waiting
+from distillery_cli.output import AsJson, StoreUrl, emit_json, results, waiting
 
 if TYPE_CHECKING:
     from distill_core.artifacts import Manifest
@@ -47,6 +47,7 @@ def merge(
     form: Annotated[
         str, typer.Option(help="merged: with all weights, and the adapter beside; adapter: that alone.")
     ] = "merged",
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Add adapters of one base, W0 + a D1 + b D2 + …; the sum is sampled as the first of them is."""
@@ -61,7 +62,7 @@ def merge(
         from distill_core import api
         from distillery_cli.training import here
 
-        where = here()
+        where = here(store)
         total = api.merge_adapters(wanted, where, base=base)
         total.form = _form(form, total)
         if publish is not None:

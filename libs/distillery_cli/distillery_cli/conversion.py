@@ -12,7 +12,7 @@ import typer
 from distill_core.config import NAME_PATTERN, load_recipe, parse_overrides, recipe_names
 from distill_core.errors import ConfigError, nearest
 from distillery_cli import training
-from distillery_cli.output import AsJson, Overrides
+from distillery_cli.output import AsJson, Overrides, StoreUrl
 
 RECIPE = "pvd"
 CLOSED_FORM = ("procedural", "alcove")
@@ -45,6 +45,7 @@ def convert_field(
     overrides: Overrides = None,
     publish: Annotated[str | None, typer.Option("--publish", metavar="NAME", help="Publish it so.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder; one that exists is resumed.")] = None,
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> int:
     """Distil the field of SCENE into one of KIND, without images (PVD). Published as SCENE-KIND by default."""
@@ -57,7 +58,7 @@ def convert_field(
     steps = parse_overrides(overrides or []).get("steps")
     known = steps if isinstance(steps, int) else STEPS[kind]  # what else it is, the recipe refuses
     filled = settings(scene, kind, steps=known, publish=publish)
-    return training.train(RECIPE, [*filled, *(overrides or [])], out, as_json=as_json)
+    return training.train(RECIPE, [*filled, *(overrides or [])], out, store=store, as_json=as_json)
 
 
 def settings(scene: str, kind: str, *, steps: int, publish: str | None = None) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +18,7 @@ import typer
 from distill_core.errors import ConfigError, DistilleryError
 from distillery_cli import report as reports
 from distillery_cli.jobs import shown_until_end, state_name
-from distillery_cli.output import AsJson, Bars, emit_json, notes, results, styled
+from distillery_cli.output import AsJson, Bars, StoreUrl, emit_json, notes, results, styled
 from distillery_cli.rendering import save_gif
 from distillery_cli.sampling import save_pictures
 from distillery_cli.stack import Stack, free_port
@@ -56,13 +59,14 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Where the table and the pictures go.")] = Path(
         "out/demo"
     ),
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the models and jobs of the run before.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the jobs of the run before.")] = False,
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> int:
     """Train, distil, convert, publish, serve and measure on real digits, and a radiance field: 5 minutes."""
     began = time.monotonic()
     out = out.absolute()
-    settings = stack_settings(_state_folder(out / "state", keep))
+    settings = stack_settings(_state_folder(out / "state", keep), store or users_store())
     with Stack(settings) as stack:
         stack.start(lambda name, state: notes.print(f"{name} {state}"))
         trained = _run_jobs(settings.jobs_address)
@@ -79,10 +83,31 @@ def demo(
     (out / "report.json").write_text(
         json.dumps(report.values(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    return _conclude(report, out, as_json)
+    return _conclude(report, out, settings.store_url, as_json)
 
 
-def _conclude(report: reports.Report, out: Path, as_json: bool) -> int:
+def users_store() -> str | None:
+    """The user's own store, where the next command looks; None if it is shared with others or cannot be written."""
+    from distill_core.artifacts import ArtifactStore
+    from distill_service.settings import settings
+
+    store = ArtifactStore(settings().store_url)
+    present = Path(store.root)
+    while not present.exists():
+        present = present.parent
+    return store.url if store.local and os.access(present, os.W_OK) else None
+
+
+def serving_command(store: str) -> str:
+    """What to type to serve the models of `store`."""
+    from distill_service.settings import settings
+
+    typed = [sys.executable, "-m", "distillery_cli"] if Path(sys.argv[0]).suffix == ".py" else [sys.argv[0]]
+    program = ["distillery"] if shutil.which("distillery") else typed
+    return shlex.join([*program, "up", *([] if store == settings().store_url else ["--store", store])])
+
+
+def _conclude(report: reports.Report, out: Path, store: str, as_json: bool) -> int:
     found = reports.demands(report)
     if as_json:
         emit_json(report.values())
@@ -93,6 +118,8 @@ def _conclude(report: reports.Report, out: Path, as_json: bool) -> int:
         for demand in found:
             word = ("holds", "green") if demand.holds else ("FAILS", "red")
             results.print(styled(word, f": {demand.said}"))
+        results.print(f"published in {store}: {', '.join(dict.fromkeys(report.models.values()))}")
+        results.print(f"to serve them: {serving_command(store)}")
     return 0 if all(demand.holds for demand in found) else 1
 
 
@@ -108,13 +135,13 @@ def _state_folder(state: Path, keep: bool) -> Path:
     return state
 
 
-def stack_settings(state: Path) -> Settings:
+def stack_settings(state: Path, store: str | None = None) -> Settings:
     """A stack of its own beside any other on this machine: own folders, own broker, free ports, no TLS."""
     from distill_service.settings import load_settings
 
     return load_settings(
         state_dir=state,
-        store_url=str(state / "store"),
+        store_url=store or str(state / "store"),
         runs_dir=state / "runs",
         cache_dir=state / "cache",
         database_url="",

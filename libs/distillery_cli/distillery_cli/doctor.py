@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from distill_core.errors import DistilleryError, install_command
-from distillery_cli.output import AsJson, emit_json, results, styled, table, waiting
+from distillery_cli.output import AsJson, StoreUrl, emit_json, results, styled, table, waiting
 
 if TYPE_CHECKING:
     from distill_service.settings import Settings
@@ -59,10 +59,10 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Examples: distillery doctor  ·  distillery doctor --json")(doctor)
 
 
-def doctor(as_json: AsJson = False) -> int:
+def doctor(store: StoreUrl = None, as_json: AsJson = False) -> int:
     """Say what is installed, what works and what to do. Exits with 1 if something needed does not work."""
     with waiting("looking around"):
-        found = list(examine())
+        found = list(examine(store))
     broken = [finding for finding in found if finding.state == "problem"]
     if as_json:
         emit_json({"ok": not broken, "findings": [asdict(finding) for finding in found]})
@@ -80,7 +80,7 @@ def _show(found: list[Finding]) -> None:
             results.print(f"{finding.what}: {finding.advice}")
 
 
-def examine() -> Iterator[Finding]:
+def examine(store: str | None = None) -> Iterator[Finding]:
     """Look at everything, in the order in which a newcomer would trip over it."""
     yield _python()
     for extra in EXTRAS:
@@ -88,9 +88,9 @@ def examine() -> Iterator[Finding]:
     for name, look in _LOOKS:
         yield _guarded(name, look)
     try:
-        from distill_service.settings import settings
+        from distill_service.settings import load_settings
 
-        known = settings()
+        known = load_settings(**{"store_url": store} if store else {})
     except DistilleryError as error:
         yield Finding("settings", "problem", str(error), "correct the variable, or unset it")
         return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.errors import ArtifactError, ConfigError
-from distillery_cli.output import AsJson, emit_json, figure, notes, results, table
+from distillery_cli.output import AsJson, StoreUrl, emit_json, figure, notes, results, table
 
 if TYPE_CHECKING:
     from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
@@ -24,22 +24,23 @@ def register(app: typer.Typer) -> None:
     )(convert)
 
 
-def store() -> ArtifactStore:
-    """The store that the settings name."""
+def open_store(url: str | None) -> ArtifactStore:
+    """The store at `url`, or else the one that the settings name."""
     from distill_core.artifacts import ArtifactStore
     from distill_service.settings import settings
 
-    return ArtifactStore(settings().store_url)
+    return ArtifactStore(url or settings().store_url)
 
 
 def models(
     ref: Annotated[
         str | None, typer.Argument(help="name, name@version or name@alias; without it, all.")
     ] = None,
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """List the published models, or show one of them."""
-    opened = store()
+    opened = open_store(store)
     if ref is not None:
         manifest = opened.manifest(ref)
         return emit_json(manifest.model_dump(mode="json")) if as_json else _show(manifest)
@@ -125,10 +126,11 @@ def alias(
     history: Annotated[
         bool, typer.Option("--history", help="Show every move of the model's aliases.")
     ] = False,
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Move an alias to a version, atomically; servers that serve NAME@ALIAS follow."""
-    opened = store()
+    opened = open_store(store)
     if history:
         moves = [move.model_dump() for move in opened.history(ref.partition("@")[0])]
         if as_json:

@@ -23,6 +23,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated."),
 ]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--store", metavar="URL", help="The artifact store, a folder or a URL; unset: the settings'."
+    ),
+]
 LINE_EVERY_S = 10.0  # without a terminal: a line this often instead of a bar
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill_core.errors import ConfigError, missing_package
-from distillery_cli.output import AsJson, bar
+from distillery_cli.output import AsJson, StoreUrl, bar
 from distillery_cli.sampling import Out, check_out, save_pictures, say_files
 from distillery_cli.viewed import OUTPUTS, ViewedScene, needed_outputs, open_scene, picture_of
 
@@ -45,11 +45,12 @@ def render(
         typer.Option(help="A transforms.json or a nerfstudio camera path: the views of its cameras."),
     ] = None,
     output: Annotated[str, typer.Option(help=f"{', '.join(OUTPUTS[:-1])} or {OUTPUTS[-1]}.")] = "rgb",
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Render a view of a scene, an orbit around it, or the views of a file's cameras."""
     _check(out, orbit, cameras, output)
-    opened = open_scene(scene)
+    opened = open_scene(scene, store)
     if cameras is not None:
         from distill_core.radiance.camera_paths import read_camera_file
 

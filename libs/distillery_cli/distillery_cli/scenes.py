@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distillery_cli.output import AsJson, emit_json, results, waiting
+from distillery_cli.output import AsJson, StoreUrl, emit_json, results, waiting
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +33,7 @@ def export_scene(
     size: Annotated[int, typer.Option(help="Pictures: pixels per side.")] = 256,
     resolution: Annotated[int, typer.Option(help="Mesh: cells along a side of the scene's box.")] = 192,
     threshold: Annotated[float, typer.Option(help="Mesh: density of the surface, 1/scene unit.")] = 10.0,
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a scene as a mesh, as splats, or as pictures with cameras, in the frame of its input."""
@@ -43,7 +44,7 @@ def export_scene(
         from distillery_cli.training import here
 
         splats = Path(scene).suffix.lower() == ".ply"
-        loaded = import_splats(Path(scene)) if splats else api.load(scene, here())
+        loaded = import_splats(Path(scene)) if splats else api.load(scene, here(store))
         sizes = {"views": views, "size": size, "resolution": resolution, "threshold": threshold}
         files = export(loaded, to, cameras=cameras, **sizes)  # type: ignore[arg-type]
     if as_json:

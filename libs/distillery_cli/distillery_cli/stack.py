@@ -20,7 +20,7 @@ import structlog
 import typer
 
 from distill_core.errors import DistilleryError, Unavailable
-from distillery_cli.output import AsJson, emit_json, notes, results, table
+from distillery_cli.output import AsJson, StoreUrl, emit_json, notes, results, table
 
 if TYPE_CHECKING:
     from distill_service.settings import Settings
@@ -296,11 +296,12 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Examples: distillery up  ·  DISTILLERY_SAMPLER_PORT=6000 distillery up")(up)
 
 
-def up(as_json: AsJson = False) -> int:
+def up(store: StoreUrl = None, as_json: AsJson = False) -> int:
     """Run the whole stack on this machine until Ctrl-C: broker, Jobs API, workers and sampler."""
-    from distill_service.settings import settings
+    from distill_service.settings import load_settings
 
-    with _until_stopped() as stopped, Stack(settings(), stopped) as stack:
+    known = load_settings(**{"store_url": store} if store else {})
+    with _until_stopped() as stopped, Stack(known, stopped) as stack:
         stack.start(lambda name, state: notes.print(f"{name} {state}"))
         if not stopped.is_set():
             _announce(stack, as_json)

@@ -20,6 +20,7 @@ from distill_core.errors import EXIT_STOPPED, DistilleryError, Unavailable
 from distillery_cli.output import (
     AsJson,
     Overrides,
+    StoreUrl,
     bar,
     emit_json,
     figure,
@@ -107,12 +108,12 @@ def recipe_schema(name: str) -> dict[str, Any]:
     return schema
 
 
-def here() -> Context:
-    """The store and cache that the settings name."""
+def here(store: str | None = None) -> Context:
+    """The store at this URL, or the one that the settings name, and their cache."""
     from distill_core import api
     from distill_service.settings import settings
 
-    return api.context(settings().store_url, settings().cache_dir)
+    return api.context(store or settings().store_url, settings().cache_dir)
 
 
 def train(
@@ -120,6 +121,7 @@ def train(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder; one that exists is resumed.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what memory it needs.")] = False,
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> int:
     """Train as RECIPE says, in this process, and say where the result is. Ctrl-C stops with a checkpoint."""
@@ -130,18 +132,19 @@ def train(
         with _quiet(as_json, "planning"):
             from distill_core import api
 
-            plan = api.plan(loaded, here())
+            plan = api.plan(loaded, here(store))
         return show_plan(plan, as_json=as_json)
     folder = (out or _new_folder(recipe)).absolute()
     with _quiet(False, "loading"):
         from distill_core import api
 
-        where = here()
+        where = here(store)
     with _alone_in(folder), _stop_on_signals() as stopped, bar(Path(recipe).stem, loaded.steps) as line:
         _say_changes(folder, loaded)
         result = api.train(loaded, folder, where, listener=line.tell, should_stop=stopped)
     if result.stopped:
         again = [recipe, *(part for given in overrides or [] for part in ("-s", given)), "--out", str(folder)]
+        again += ["--store", store] if store else []
         said = f"stopped at step {result.step}; continue with: distillery train {shlex.join(again)}"
         notes.print(said)
         return EXIT_STOPPED
@@ -223,6 +226,7 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
 
 def check(
     name: Annotated[str, typer.Argument(help="A recipe's name.")],
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> int:
     """Test a recipe's claim against the same recipe with its key part off. Exits with 0 only if it holds.
@@ -234,7 +238,7 @@ def check(
     with _quiet(False, "loading, and training the teacher if no run has yet"):
         from distill_core import api
 
-        where = here()
+        where = here(store)
     with bar(f"check {name}") as line:
         verdict = api.check(name, where, listener=line.tell)
     if not as_json:

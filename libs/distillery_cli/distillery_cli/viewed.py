@@ -140,14 +140,16 @@ class LocalScene(ViewedScene):
         return Seen(rgb, *rest)
 
 
-def open_scene(ref: str) -> ViewedScene:
+def open_scene(ref: str, store: str | None = None) -> ViewedScene:
     """The scene of a folder, of a running sampler's model, or, without a sampler, of a reference of the store.
+
+    Where `store` names one, no sampler is asked: it may serve another.
 
     Raises:
         NotFound, ArtifactError: no such scene, a damaged one, or a model that is none.
     """
-    if Path(ref).is_dir():
-        return LocalScene(_load(ref))
+    if store is not None or Path(ref).is_dir():
+        return LocalScene(_load(ref, store))
     from distillery_cli.sampling import client
 
     sampler = client()
@@ -164,11 +166,11 @@ def open_scene(ref: str) -> ViewedScene:
     return ServedScene(sampler, ref, _spec(model.scene)) if model.kind == "field" else LocalScene(_load(ref))
 
 
-def _load(ref: str) -> Any:
+def _load(ref: str, store: str | None = None) -> Any:
     from distill_core import api
     from distillery_cli.training import here
 
-    return api.load(ref, here())
+    return api.load(ref, here(store))
 
 
 def _spec(scene: models_pb2.SceneInfo) -> SceneSpec:

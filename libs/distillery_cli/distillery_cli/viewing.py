@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.errors import Unavailable, missing_package
-from distillery_cli.output import AsJson, emit_json, results, waiting
+from distillery_cli.output import AsJson, StoreUrl, emit_json, results, waiting
 from distillery_cli.viewed import (
     OUTPUTS,
     Colour,
@@ -47,11 +47,12 @@ def view(
     cameras: Annotated[
         Path | None, typer.Option(help="transforms.json or a camera path: shows its cameras.")
     ] = None,
+    store: StoreUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Look at a scene in the browser: a served one, one of the store, or a folder's."""
     with waiting(f"opening {scene}"):
-        opened = open_scene(scene)
+        opened = open_scene(scene, store)
         viewer = Viewer(opened, host=host, port=port, size=size)
         if cameras is not None:
             from distill_core.radiance.camera_paths import read_camera_file
