@@ -32,7 +32,7 @@ CLIENTS = (
 
 # A module may import from its own layer and lower ones.
 LAYERS = [
-    ("errors", "config", "checking", "reached", "plain_text", "paths"),
+    ("errors", "meant", "config", "checking", "reached", "plain_text", "paths"),
     ("diffusion", "losses", "metrics.image", "metrics.frechet", "metrics.classification"),
     (
         "artifacts",

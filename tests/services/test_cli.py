@@ -26,7 +26,10 @@ from distillery_cli.output import duration, emit_json
 from distillery_cli.pipelines import flattened, pipeline_message, read_pipeline
 from distillery_cli.sampling import parse_labels, save_pictures, sheet
 from distillery_cli.stack import environment
+from tests.helpers import REPOSITORY
 
+DEMO = REPOSITORY / "libs/distillery_cli/distillery_cli/demo_pipeline.toml"
+DMD2 = REPOSITORY / "libs/distill_core/distill_core/recipes/dmd2.toml"
 TINY = ["-s", "steps=2", "-s", "network.args.width=8"]
 
 
@@ -92,6 +95,33 @@ def test_every_command_has_json_and_an_example(path, capsys):
         (["train", "edm_digits", "-s", "steps"], 2, "is not KEY=VALUE"),
         (["train", "edm_digits", "-s", "steps=-1"], 2, "steps = -1 is not allowed"),
         (["train", "nowhere.toml"], 67, "recipe file nowhere.toml does not exist"),
+        (["train", "dmd2.toml"], 67, "recipe file dmd2.toml does not exist; did you mean the recipe 'dmd2'?"),
+        (["submit", "nowhere.yaml"], 67, "recipe file nowhere.yaml does not exist; a recipe is a .toml file"),
+        (["train", "/"], 2, "/ is a folder, and a recipe is a .toml file"),
+        (["train", __file__], 2, "is a file, but no recipe: a recipe is a .toml file"),
+        (["submit", __file__], 2, "is a file, but no recipe: a recipe is a .toml file"),
+        (["check", __file__], 2, "is a file, but no recipe: a recipe is a .toml file"),
+        (
+            ["train", str(DEMO)],
+            2,
+            "this is a pipeline, not a recipe; queue it with: distillery submit --pipeline",
+        ),
+        (["submit", "--pipeline", str(DMD2)], 2, f"{DMD2} is a recipe, not a pipeline; queue it with"),
+        (["train", "edm_digits", "-s", "lr=1e-4"], 2, "unknown key lr; did you mean 'optim.teacher.lr'?"),
+        (["train", "dmd2", "-s", "lr=1"], 2, "did you mean 'optim.student.lr' or 'optim.fake_score.lr'?"),
+        (
+            ["train", "edm_digits", "-s", "optim.lr=1e-4"],
+            2,
+            "unknown key optim.lr; did you mean 'optim.teacher.lr'?",
+        ),
+        (["train", "edm_digits", "-s", "weight_decay=1"], 2, "did you mean 'optim.teacher.weight_decay'?"),
+        (
+            ["train", "dmd2", "-s", "critic_steps=3"],
+            2,
+            "unknown key critic_steps; did you mean 'config.critic_steps'?",
+        ),
+        (["train", "edm_digits", "-s", "rank=4"], 2, "unknown key rank; did you mean 'student.lora.rank'?"),
+        (["train", "edm_digits", "-s", "optim.teacher.lr=x"], 2, "optim.teacher.lr = 'x' is not allowed"),
         (["check", "edm_digits_"], 67, "did you mean"),
         (["methods", "dmd"], 67, "did you mean 'dmd2'?"),
         (["methods", "--schema"], 2, "needs a method's name"),

@@ -22,7 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-from distill_core.errors import ConfigError, NotFound, nearest
+from distill_core.errors import ConfigError, nearest
+from distill_core.meant import check_no_pipeline, meant, no_such_recipe
 from distill_core.plain_text import read_text
 
 NAME_PATTERN = r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$"
@@ -432,9 +433,13 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         ConfigError: not TOML, an unknown key, a value of the wrong type or out of range.
     """
     values = dict(source) if isinstance(source, Mapping) else _read_toml(str(source))
+    check_no_pipeline(values)
     for key, value in (overrides or {}).items():
         _set_dotted(values, key, value)
-    return Recipe.parse(values)
+    try:
+        return Recipe.parse(values)
+    except ConfigError as error:
+        raise meant(error, overrides or {}, values, Recipe) from None
 
 
 def _read_text(path: Path) -> str:
@@ -450,13 +455,11 @@ def _read_toml(source: str) -> dict[str, Any]:
     path = Path(source)
     if path.suffix == ".toml":
         if not path.is_file():
-            raise NotFound(
-                f"recipe file {source} does not exist; `distillery methods` lists the recipes by name"
-            )
+            raise no_such_recipe(source, recipe_names())
         text = _read_text(path)
     else:
         if source not in recipe_names():
-            raise NotFound(f"no recipe is called {source!r}{nearest(source, recipe_names())}", field="recipe")
+            raise no_such_recipe(source, recipe_names())
         text = (resources.files("distill_core.recipes") / f"{source}.toml").read_text(encoding="utf-8")
     try:
         return tomllib.loads(text)

@@ -70,6 +70,10 @@ def read_pipeline(path: Path) -> PipelineFile:
         raise NotFound(f"pipeline file {path} cannot be read: {error.strerror}", field="pipeline") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"pipeline {path} is not valid TOML: {error}", field="pipeline") from None
+    if "method" in values and "stages" not in values:
+        raise ConfigError(
+            f"{path} is a recipe, not a pipeline; queue it with: distillery submit {path}", field="pipeline"
+        )
     return PipelineFile.parse(values)
 
 

@@ -21,8 +21,9 @@ import tomli_w
 from google.protobuf.json_format import ParseDict
 from google.protobuf.struct_pb2 import Struct
 
-from distill_core.config import load_recipe, parse_overrides
-from distill_core.errors import DistilleryError, NotFound, Unavailable
+from distill_core.config import load_recipe, parse_overrides, recipe_names
+from distill_core.errors import ConfigError, DistilleryError, NotFound, Unavailable
+from distill_core.meant import no_such_recipe
 from distill_service.channels import channel
 from distill_service.jobs.paths import absolute, absolute_value
 from distill_service.settings import settings
@@ -69,11 +70,20 @@ def train_spec(
     if isinstance(recipe, Mapping):
         return TrainSpec(recipe_toml=tomli_w.dumps(recipe), overrides=changes)
     if Path(recipe).suffix != ".toml":
+        is_file = Path(recipe).suffix or Path(recipe).exists()
+        if is_file and str(recipe) not in recipe_names():
+            raise no_such_recipe(str(recipe), recipe_names())
         return TrainSpec(recipe_name=str(recipe), overrides=changes)
+    if not Path(recipe).exists():
+        raise no_such_recipe(str(recipe), recipe_names())
     try:
         text = Path(recipe).read_text(encoding="utf-8")
     except OSError as error:
         raise NotFound(f"recipe file {recipe} cannot be read: {error.strerror}", field="recipe") from None
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"recipe {recipe} is not a text file; a recipe is TOML in UTF-8", field="recipe"
+        ) from None
     return TrainSpec(recipe_toml=text, overrides=changes)
 
 

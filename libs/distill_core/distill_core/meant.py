@@ -1,0 +1,100 @@
+"""What was meant: recipes and keys that do not exist under the name given, answered with the one that does."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from distill_core.errors import ConfigError, DistilleryError, NotFound, nearest
+
+SHOWN = 3  # keys that could be meant
+
+
+def no_such_recipe(source: str, names: Collection[str]) -> DistilleryError:
+    """The error for what is neither a recipe's name nor the path of a .toml file."""
+    path = Path(source)
+    wanted = "a recipe is a .toml file, or a name that `distillery methods` lists"
+    if path.is_dir():
+        said = f"{source} is a folder, and {wanted}; a run in it goes on by --out {source}"
+        return ConfigError(said, field="recipe")
+    if path.exists():
+        return ConfigError(f"{source} is a file, but no recipe: {wanted}", field="recipe")
+    if path.stem in names and path.suffix == ".toml":
+        return NotFound(
+            f"recipe file {source} does not exist; did you mean the recipe {path.stem!r}?", field="recipe"
+        )
+    if path.suffix or "/" in source:
+        return NotFound(f"recipe file {source} does not exist; {wanted}", field="recipe")
+    return NotFound(f"no recipe is called {source!r}{nearest(source, names)}", field="recipe")
+
+
+def check_no_pipeline(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a pipeline's file, which holds several recipes."""
+    if "stages" in values and "method" not in values:
+        raise ConfigError(
+            "this is a pipeline, not a recipe; queue it with: distillery submit --pipeline FILE",
+            field="recipe",
+        )
+
+
+def meant(
+    error: ConfigError, overrides: Mapping[str, Any], values: Mapping[str, Any], recipe: type[BaseModel]
+) -> ConfigError:
+    """`error`, or a better one if an override names a key that lies elsewhere, as `lr` does in optim.teacher.lr."""
+    field = error.field or ""
+    given = next((key for key in overrides if key == field or key.startswith(f"{field}.")), None)
+    if given is None or given in set(_known(recipe, values)):
+        return error
+    last = given.rpartition(".")[2]
+    found: list[str] = []
+    for keys in (
+        _dotted(values),
+        _known(recipe, values),
+    ):  # what the recipe sets comes before what it could set
+        named = (key for key in keys if key.rpartition(".")[2] == last and key != given)
+        found = found or [key for key in named if not key.startswith("check.")]
+    if not found:
+        return error
+    more = " …" if len(found) > SHOWN else ""
+    shown = " or ".join(map(repr, found[:SHOWN]))
+    return ConfigError(f"unknown key {given}; did you mean {shown}{more}?", field=given)
+
+
+def _dotted(table: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}"
+
+
+def _known(model: type[BaseModel], values: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """Every key that `model` allows; in a table of tables, for each name that `values` has."""
+    for name, field in model.model_fields.items():
+        yield f"{before}{name}"
+        nested = values.get(name)
+        inner = next((kind for kind in _kinds(field.annotation) if _is_model(kind)), None)
+        if inner is None:
+            continue
+        at = nested if isinstance(nested, Mapping) else {}
+        if dict in {
+            getattr(kind, "__origin__", None) for kind in (field.annotation, *get_args(field.annotation))
+        }:
+            for key, table in at.items():
+                if isinstance(table, Mapping):
+                    yield from _known(inner, table, f"{before}{name}.{key}.")
+        else:
+            yield from _known(inner, at, f"{before}{name}.")
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds(inner)
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
