@@ -273,6 +273,12 @@ def test_negative_terms_shared_memory_and_overrides_are_refused_and_tritons_own_
     outside.set_shared_memory("region", 8)
     with pytest.raises(InferenceServerException, match="no shared memory here"):
         triton.infer("digits", [outside])
+    with pytest.raises(
+        InferenceServerException, match="'seed' has the parameters shared_memory.*no shared memory"
+    ):
+        triton.infer(
+            "digits", [outside, *digits([1], [1])[1:]]
+        )  # one of two: the other's content is in the message
     with pytest.raises(InferenceServerException, match="no classification here"):
         triton.infer("digits", digits([1], [1]), outputs=[InferRequestedOutput("images", class_count=2)])
     with pytest.raises(InferenceServerException, match="leave config and files out"):

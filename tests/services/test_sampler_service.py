@@ -418,8 +418,10 @@ def test_a_token_and_tls_are_asked_for_when_configured(store_url, tmp_path):
                 client.unload("digits")
         triton = InferenceServerClient(sampler.address, ssl=True, root_certificates=str(ca))
         assert triton.get_server_metadata({"authorization": "Bearer open sesame"}).name == "distillery"
-        with pytest.raises(InferenceServerException, match="bearer token is needed"):
+        with pytest.raises(InferenceServerException, match="header 'authorization: Bearer TOKEN'"):
             triton.get_server_metadata()
+        with pytest.raises(InferenceServerException, match="bearer token is needed"):
+            triton.get_server_metadata({"authorization": "open sesame"})
         with sampler.client(ca=ca, token="guess") as client, pytest.raises(StatusError, match="not known"):
             client.generate("digits", class_labels=[1])
 

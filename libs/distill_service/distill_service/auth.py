@@ -57,9 +57,12 @@ class Tokens:
         given = _authorization(metadata)
         found = self._holder(given)
         if found is None:
-            what = "the bearer token is not known" if given else "a bearer token is needed"
+            bearer = given.lower().startswith("bearer ")
+            what = "the bearer token is not known" if bearer else "a bearer token is needed"
             raise StatusError(
-                "UNAUTHENTICATED", f"{what}; set DISTILLERY_TOKEN to one that the operator gave you"
+                "UNAUTHENTICATED",
+                f"{what}; set DISTILLERY_TOKEN to one that the operator gave you, or in another program send it as "
+                "the header 'authorization: Bearer TOKEN'",
             )
         return found
 

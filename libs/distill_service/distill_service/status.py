@@ -109,11 +109,24 @@ def _details(error: DistilleryError, name: str, message: str) -> list[Message]:
     return []
 
 
+_HANDSHAKES = {  # what gRPC says of a connection that was not made, and what that is
+    "WRONG_VERSION_NUMBER": "speaks no TLS; unset DISTILLERY_TLS_CA to ask it without",
+    "CERTIFICATE_VERIFY_FAILED": "has a certificate that DISTILLERY_TLS_CA does not vouch for, or that names another "
+    "host; give the file of the authority that signed it",
+    "Socket closed": "hung up on this connection: if it speaks TLS, set DISTILLERY_TLS_CA to its authority's file, and "
+    "DISTILLERY_TLS_CLIENT_CERT and DISTILLERY_TLS_CLIENT_KEY where it asks for a certificate",
+}
+_HANDSHAKES["Connection reset"] = _HANDSHAKES["Socket closed"]
+
+
 def error_from_call(call: grpc.RpcError, address: str = "") -> DistilleryError:
     """The server's error as the exception it was there, so that client programs can act on it."""
     code, message = call.code(), call.details() or call.code().name
     if code is grpc.StatusCode.UNAVAILABLE:
         where = f" at {address}" if address else ""
+        for hint, said in _HANDSHAKES.items():
+            if "failed to connect" in message and hint in message:
+                return Unavailable(f"the server{where} {said}")
         if not _no_server(message):
             return Unavailable(message)
         reason = message.rsplit("connect to remote host: ", 1)[-1]

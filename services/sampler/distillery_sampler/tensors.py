@@ -42,6 +42,13 @@ def read_inputs(
         ConfigError: an unknown or missing input, a wrong type, shape or length.
     """
     raw = request.raw_input_contents
+    for tensor in request.inputs:  # before they are counted: an input in shared memory has no content
+        if tensor.parameters:
+            raise ConfigError(
+                f"input {tensor.name!r} has the parameters {', '.join(sorted(tensor.parameters))}; there is no "
+                "shared memory here, send the tensor in the message",
+                field=f"inputs.{tensor.name}",
+            )
     if raw and len(raw) != len(request.inputs):
         raise ConfigError(f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs", field="inputs")
     found = {}
@@ -51,12 +58,6 @@ def read_inputs(
             known = ", ".join(specs)
             raise ConfigError(
                 f"input {tensor.name!r} is not known; known: {known}", field=f"inputs.{tensor.name}"
-            )
-        if tensor.parameters:
-            raise ConfigError(
-                f"input {tensor.name!r} has the parameters {', '.join(sorted(tensor.parameters))}; there is no "
-                "shared memory here, send the tensor in the message",
-                field=f"inputs.{tensor.name}",
             )
         if tensor.name in found:
             raise ConfigError(f"input {tensor.name!r} is given twice", field=f"inputs.{tensor.name}")
