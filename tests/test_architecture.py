@@ -32,7 +32,7 @@ CLIENTS = (
 
 # A module may import from its own layer and lower ones.
 LAYERS = [
-    ("errors", "meant", "config", "checking", "reached", "plain_text", "paths"),
+    ("errors", "library_bars", "meant", "config", "checking", "reached", "plain_text", "paths"),
     ("diffusion", "losses", "metrics.image", "metrics.frechet", "metrics.classification"),
     (
         "artifacts",
@@ -148,6 +148,7 @@ def test_only_settings_read_the_environment():
         "child",
         "stack",
         "launch",
+        "library_bars",
     }  # these pass the environment on to child processes
     for package in PACKAGES:
         for name, path in modules(package):

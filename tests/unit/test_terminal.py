@@ -170,3 +170,43 @@ def test_a_command_whose_output_is_closed_does_not_fail():
 def test_an_argument_that_is_no_text_is_a_sentence(arguments, capsys):
     assert main([*arguments, "caf\udce9"]) == 2
     assert r"'caf\udce9' is not text in UTF-8" in capsys.readouterr().err
+
+
+READS_FOREIGN_FILES = """
+import sys
+from pathlib import Path
+
+from {start} import main
+
+{begin}
+import pyarrow
+import pyarrow.parquet
+from transformers import AutoModel
+
+from tests.helpers import tiny_text_to_image
+
+folder = Path(sys.argv[1])
+model = AutoModel.from_pretrained(tiny_text_to_image(folder / "pipeline") / "text_encoder")
+(folder / "rows").mkdir()
+pyarrow.parquet.write_table(pyarrow.table({{"label": [0, 1], "text": ["a", "b"]}}), folder / "rows" / "x.parquet")
+import datasets
+datasets.load_dataset("parquet", data_files=str(folder / "rows" / "x.parquet"), cache_dir=str(folder / "cache"))
+from diffusers.utils.logging import tqdm
+list(tqdm([1, 2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "begin"),
+    [
+        ("distillery_cli", "main(['--version'])"),
+        ("distill_core.run", "main([str(Path(sys.argv[1]) / 'none.json')])"),
+    ],
+    ids=["command", "job"],
+)
+def test_bars_of_other_libraries_do_not_appear_in_files(start, begin, tmp_path):
+    script = READS_FOREIGN_FILES.format(start=start, begin=begin)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert not [line for line in (done.stderr + done.stdout).splitlines() if "it/s" in line or "%|" in line]

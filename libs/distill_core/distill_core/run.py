@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.errors import EXIT_OUT_OF_MEMORY, EXIT_STOPPED, DistilleryError, meaning, out_of_memory
+from distill_core.library_bars import hide_library_bars
 
 Job = Callable[[dict[str, Any], Callable[[dict[str, Any]], None], Callable[[], bool]], int]
 
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None, *, run: Job | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    hide_library_bars()
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to the log: stdout carries events alone
 

@@ -17,6 +17,7 @@ from distill_core.errors import (
     meaning,
     out_of_memory,
 )
+from distill_core.library_bars import hide_library_bars
 from distillery_cli import (
     adapters,
     bench,
@@ -105,6 +106,7 @@ for _module in (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     speak_any_encoding()
+    hide_library_bars()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # allowed anywhere, not only before the command
     given = [argument for argument in given if argument != "--debug"]

@@ -12,6 +12,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from distill_core.artifacts import ArtifactStore
 from distill_core.errors import DistilleryError, meaning
+from distill_core.library_bars import hide_library_bars
 from distill_service.logs import configure_logging
 from distill_service.metrics import serve_metrics
 from distill_service.rpc import (
@@ -118,6 +119,7 @@ def main() -> int:
     try:
         shared, own = settings(), load_sampler_settings()
         configure_logging("sampler", shared)
+        hide_library_bars()
         keep_tidy()
         start_tracing("sampler", shared)
         sys.setswitchinterval(SWITCH_S)
