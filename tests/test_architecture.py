@@ -28,6 +28,7 @@ MAY_IMPORT = {
 CLIENTS = (
     "distillery_trainer.client",
     "distillery_sampler.client",
+    "distillery_sampler.settings",
 )  # what the command line may use of services
 
 # A module may import from its own layer and lower ones.
@@ -48,6 +49,7 @@ LAYERS = [
     ("methods", "training", "building", "evaluation"),
     ("api",),
     ("dry_run",),
+    ("described", "reference"),
     ("run", "launch"),
 ]
 

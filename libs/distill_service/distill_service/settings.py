@@ -57,31 +57,35 @@ class Settings(BaseSettings):
         secrets_dir=SECRETS if SECRETS.is_dir() else None,
     )
 
-    state_dir: Path = Path("~/.local/state/distillery")
+    state_dir: Path = Path(
+        "~/.local/state/distillery"
+    )  # job table, run folders, logs and store, where nothing else is set
     store_url: str = ""  # artifact store: a folder or any fsspec URL; default <state_dir>/store
     runs_dir: Path | None = None  # one folder per job; default <state_dir>/runs
-    cache_dir: Path = Path("~/.cache/distillery")
+    cache_dir: Path = Path(
+        "~/.cache/distillery"
+    )  # models that recipes train once, teacher samples, fetched artifacts
     database_url: str = Field(
         "", repr=False
     )  # SQLAlchemy URL of the job table; default sqlite:///<state_dir>/jobs.db
     broker_url: str = Field("", repr=False)  # Celery broker; empty: the embedded one
 
-    jobs_host: Host = "127.0.0.1"
-    jobs_port: Port = 50051
-    sampler_host: Host = "127.0.0.1"
-    sampler_port: Port = 50052
-    metrics_host: Host = "127.0.0.1"
-    jobs_metrics_port: Port = 9464
-    worker_metrics_port: Port = 9465
-    sampler_metrics_port: Port = 9466
-    converter_metrics_port: Port = 9467
+    jobs_host: Host = "127.0.0.1"  # where the Jobs API listens, and clients look for it
+    jobs_port: Port = 50051  # of the Jobs API
+    sampler_host: Host = "127.0.0.1"  # where the sampler listens, and clients look for it
+    sampler_port: Port = 50052  # of the sampler
+    metrics_host: Host = "127.0.0.1"  # where all metrics are served
+    jobs_metrics_port: Port = 9464  # of the Jobs API; 0: off
+    worker_metrics_port: Port = 9465  # of the trainer worker; 0: off
+    sampler_metrics_port: Port = 9466  # of the sampler; 0: off
+    converter_metrics_port: Port = 9467  # of the converter worker; 0: off
 
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
+    tls_cert: Path | None = None  # server side: the certificate, PEM; unset: no TLS
+    tls_key: Path | None = None  # server side: its key
     tls_client_ca: Path | None = None  # require client certificates signed by this authority
     tls_ca: Path | None = None  # client side: trust this authority
     tls_client_cert: Path | None = None  # client side: the own certificate, for servers with tls_client_ca
-    tls_client_key: Path | None = None
+    tls_client_key: Path | None = None  # client side: the key of tls_client_cert
     tokens_file: Path | None = None  # server side: lines name:sha256:scope
     audit_log: Path | None = None  # server side: admin calls are appended here too
     token: str = Field("", repr=False)  # client side
@@ -92,7 +96,7 @@ class Settings(BaseSettings):
     )
 
     log_format: Literal["auto", "json", "console"] = "auto"  # auto: console on a terminal, else JSON
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # the least that is logged
     otlp_endpoint: str = Field("", validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")  # empty: no tracing
 
     lease_s: float = Field(
@@ -102,7 +106,7 @@ class Settings(BaseSettings):
     reap_s: float = Field(10.0, gt=0)  # how often expired leases and lost messages are looked for
     resend_s: float = Field(60.0, gt=0)  # a job queued for longer than this is announced again
     stop_grace_s: float = Field(120.0, gt=0)  # between SIGTERM and SIGKILL of a job's processes
-    max_attempts: int = Field(3, ge=1, le=100)
+    max_attempts: int = Field(3, ge=1, le=100)  # of a job whose worker dies; then it has failed
 
     def model_post_init(self, _context: object) -> None:
         """Fill in what follows from `state_dir`; `~` is the user's home."""

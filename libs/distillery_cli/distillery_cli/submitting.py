@@ -27,6 +27,7 @@ def register(app: typer.Typer) -> None:
         "  ·  distillery submit dmd2 -s teacher.artifact=edm-digits --dry-run"
         "  ·  distillery submit dmd2 --sweep optim.student.lr=1e-4,3e-4"
         "  ·  distillery submit --pipeline digits.toml"
+        "  ·  all keys: distillery reference"
     )(submit)
 
 

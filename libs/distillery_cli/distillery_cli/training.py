@@ -42,6 +42,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Examples: distillery methods  ·  distillery methods dmd2 --schema")(methods)
     app.command(
         epilog="Examples: distillery train edm_digits  ·  distillery train dmd2 -s steps=200 --out out/run"
+        "  ·  all keys: distillery reference  ·  of a folder of pictures: distillery reference data.images"
     )(train)
     app.command(epilog="Examples: distillery check dmd2  ·  distillery check dmd2 --json")(check)
 

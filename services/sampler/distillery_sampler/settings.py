@@ -57,7 +57,7 @@ class SamplerSettings(BaseSettings):
     max_queue_images: int = Field(256, ge=1)  # waiting, per model; above it calls are refused at once
     max_concurrent: int = Field(1024, ge=1)  # calls in flight
     max_images: int = Field(256, ge=1)  # in one request
-    max_prompt_chars: int = Field(2000, ge=1)
+    max_prompt_chars: int = Field(2000, ge=1)  # characters of one prompt
     max_side: int = Field(4096, ge=1)  # width and height of a view
     max_pixels: int = Field(2**21, ge=1)  # of a view
     max_views: int = Field(1000, ge=1)  # in one path

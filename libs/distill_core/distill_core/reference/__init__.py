@@ -1,0 +1,80 @@
+"""The reference: every recipe key, data source, method setting, field argument and figure, as tables."""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from dataclasses import replace
+from importlib import resources
+from typing import Any
+
+from pydantic import BaseModel
+
+from distill_core.config import Recipe
+from distill_core.data import source_types
+from distill_core.described import Key, Table, first_sentence, tables
+from distill_core.methods import find_method, method_names
+from distill_core.networks.fields import FIELDS
+
+__all__ = ["Key", "Table", "figures", "library_reference", "settings_reference", "words"]
+
+
+def words() -> dict[str, dict[str, str]]:
+    """Meanings that the classes themselves do not say."""
+    return tomllib.loads((resources.files(__name__) / "words.toml").read_text(encoding="utf-8"))
+
+
+def library_reference() -> dict[str, list[Table]]:
+    """Chapters of tables: the recipe, data sources, methods, fields, figures."""
+    said = words()
+    return {
+        "Recipe": list(tables(Recipe, "", said, upper={"optim": "ROLE"})),
+        "Data sources": [
+            table
+            for name, cls in source_types().items()
+            for table in _about(cls.Config, f"data.{name}", cls, said)
+        ],
+        "Methods": [table for name in method_names() for table in _of_method(name, said)],
+        "Fields": [
+            table
+            for name, cls in FIELDS.items()
+            for table in _about(cls.Config, f"network.{name}", cls, said)
+        ],
+        "Figures": [figures()],
+    }
+
+
+def settings_reference(settings: type[BaseModel], prefix: str) -> Table:
+    """The environment variables that begin with `prefix`."""
+    (table,) = tables(settings, prefix, words())
+    names = [
+        str(field.validation_alias or f"{prefix}{name.upper()}")
+        for name, field in settings.model_fields.items()
+    ]
+    return replace(
+        table, keys=tuple(replace(key, name=name) for key, name in zip(table.keys, names, strict=True))
+    )
+
+
+def figures() -> Table:
+    """What is measured; all figures are numbers."""
+    said = words()
+    whole = [Key(name, "number", "", "", meaning) for name, meaning in said["figures"].items()]
+    parts = [Key(f"{name}…", "number", "", "", f"{meaning}: any figure above") for name, meaning in
+             said["figure_prefixes"].items()]  # fmt: skip
+    meaning = (
+        "What `evaluate` and `check` measure, and prefixes that say of what. Not every run has every figure."
+    )
+    return Table("figures", meaning, (*whole, *parts))
+
+
+def _of_method(name: str, said: dict[str, dict[str, str]]) -> list[Table]:
+    method = find_method(name)
+    module: Any = inspect.getmodule(method)
+    return _about(method.Config, f"config.{name}", module, said)
+
+
+def _about(model: type[BaseModel], path: str, described: Any, said: dict[str, dict[str, str]]) -> list[Table]:
+    """The tables of `model`, the first with the words of what it configures."""
+    first, *rest = tables(model, path, said)
+    return [replace(first, meaning=first_sentence(described)), *rest]
