@@ -38,7 +38,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Table:
-    """The keys of one table, at `path`; an entry of a list is `path[]`, the name of a table of one's own is upper case."""
+    """The keys of one table, at `path`; an entry of a list is `path[]`, a name that the user chooses is upper case."""
 
     path: str
     meaning: str
@@ -109,8 +109,7 @@ def _own_meanings(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
 
 
 def _key(name: str, field: FieldInfo, schema: Mapping[str, Any], meaning: str) -> Key:
-    shape = schema["properties"][field.alias or name] if (field.alias or name) in schema["properties"] else {}
-    shape = shape or next(iter(schema["properties"].values()))
+    shape = schema["properties"][str(field.validation_alias or name)]
     definitions = schema.get("$defs", {})
     default = None if field.is_required() else _value(field.get_default(call_default_factory=True))
     return Key(name, _kind(shape, definitions), default, _allowed(shape, definitions), meaning)

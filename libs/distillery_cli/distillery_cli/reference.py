@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from distill_core.reference import Key, Table
 
 COLUMNS = ["key", "type", "default", "allowed", "meaning"]
-INTRODUCTION = "Written by `distillery reference --write docs/reference` from the classes themselves; not edited by hand."
+INTRODUCTION = (
+    "Written by `distillery reference --write docs/reference` from the classes; not edited by hand."
+)
 
 
 def register(app: typer.Typer) -> None:

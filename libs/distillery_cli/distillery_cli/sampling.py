@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.errors import ConfigError, DataError
-from distillery_cli.output import AsJson, bar, emit_json, results
+from distillery_cli.output import AsJson, bar, emit_json, notes, results
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,6 +85,8 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Make pictures with a served model: one file with all of them, or one file each in a folder."""
+    from distillery_sampler.client import cut_prompts
+
     check_out(out)
     conditions = _conditions(parse_labels(labels), prompt or [], count)
     total = conditions.pop("total")
@@ -93,11 +95,16 @@ def generate(
     conditions |= {name: _read(path, name) for name, path in (("image", image), ("mask", mask)) if path}
     with client() as sampler, bar(f"generate {model}", total) as line:
         pictures: dict[int, Any] = {}
-        stream = sampler.generate_stream(model, seed=seed, num_steps=steps, guidance=guidance, **conditions)
+        told: list[Any] = []
+        conditions |= {"seed": seed, "num_steps": steps, "guidance": guidance, "on_summary": told.append}
+        stream = sampler.generate_stream(model, **conditions)
         for index, picture in stream:
             pictures[index] = picture
             line.update(len(pictures), total)
-    say_files(save_pictures([pictures[index] for index in sorted(pictures)], out), as_json)
+    if said := cut_prompts(told[-1]):
+        notes.print(f"warning: {said}")
+    paths = save_pictures([pictures[index] for index in sorted(pictures)], out)
+    say_files(paths, as_json, cut_prompts=list(told[-1].cut_prompts))
 
 
 def _read(path: Path, option: str) -> bytes:
@@ -182,9 +189,9 @@ def sheet(pictures: list[np.ndarray], *, columns: int = 10, min_side: int = 32) 
     return Image.fromarray(whole[:-1, :-1].squeeze())
 
 
-def say_files(paths: list[Path], as_json: bool) -> None:
-    """Print what was written."""
+def say_files(paths: list[Path], as_json: bool, **more: Any) -> None:
+    """Print what was written; as JSON with more."""
     if as_json:
-        emit_json({"files": [str(path) for path in paths]})
+        emit_json({"files": [str(path) for path in paths], **more})
     else:
         results.print(f"{paths[0]}" if len(paths) == 1 else f"{len(paths)} files in {paths[0].parent}")

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from distillery.v1 import common_pb2 as distillery_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64istillery/v1/sampler.proto\x12\rdistillery.v1\x1a\x1a\x64istillery/v1/common.proto\"\xb2\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x63lass_labels\x18\x02 \x03(\x03\x12\x0f\n\x07prompts\x18\x03 \x03(\t\x12\x12\n\x05\x63ount\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x06\x12\r\n\x05seeds\x18\x06 \x03(\x06\x12\x16\n\tnum_steps\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x15\n\x08guidance\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x30\n\x0cimage_format\x18\t \x01(\x0e\x32\x1a.distillery.v1.ImageFormat\x12\x13\n\x0bwith_tensor\x18\n \x01(\x08\x12)\n\x08priority\x18\x0b \x01(\x0e\x32\x17.distillery.v1.Priority\x12(\n\x05image\x18\x0c \x01(\x0b\x32\x19.distillery.v1.ImageInput\x12\x18\n\x10negative_prompts\x18\r \x03(\t\x12\x1b\n\x0enegative_scale\x18\x0e \x01(\x01H\x03\x88\x01\x01\x42\x08\n\x06_countB\x0c\n\n_num_stepsB\x0b\n\t_guidanceB\x11\n\x0f_negative_scale\"^\n\nImageInput\x12\r\n\x05image\x18\x01 \x01(\x0c\x12\x0c\n\x04mask\x18\x02 \x01(\x0c\x12\x15\n\x08strength\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07upscale\x18\x04 \x01(\x08\x42\x0b\n\t_strength\"\x95\x01\n\x10GenerateResponse\x12$\n\x06images\x18\x01 \x03(\x0b\x32\x14.distillery.v1.Image\x12*\n\x06tensor\x18\x02 \x01(\x0b\x32\x1a.distillery.v1.FloatTensor\x12/\n\x07summary\x18\x03 \x01(\x0b\x32\x1e.distillery.v1.GenerateSummary\"H\n\x15GenerateStreamRequest\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.distillery.v1.GenerateRequest\"{\n\x16GenerateStreamResponse\x12%\n\x05image\x18\x01 \x01(\x0b\x32\x14.distillery.v1.ImageH\x00\x12\x31\n\x07summary\x18\x02 \x01(\x0b\x32\x1e.distillery.v1.GenerateSummaryH\x00\x42\x07\n\x05\x65vent\"v\n\x0fGenerateSummary\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x11\n\tnum_steps\x18\x04 \x01(\r\x12\x10\n\x08guidance\x18\x05 \x01(\x01\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\"k\n\x05Orbit\x12\x17\n\x0f\x61zimuth_degrees\x18\x01 \x01(\x01\x12\x19\n\x11\x65levation_degrees\x18\x02 \x01(\x01\x12\x13\n\x06radius\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06target\x18\x04 \x03(\x01\x42\t\n\x07_radius\"\x16\n\x04Pose\x12\x0e\n\x06matrix\x18\x01 \x03(\x02\"<\n\nIntrinsics\x12\n\n\x02\x66x\x18\x01 \x01(\x01\x12\n\n\x02\x66y\x18\x02 \x01(\x01\x12\n\n\x02\x63x\x18\x03 \x01(\x01\x12\n\n\x02\x63y\x18\x04 \x01(\x01\"+\n\x04Lens\x12\x12\n\ndistortion\x18\x01 \x03(\x01\x12\x0f\n\x07\x66isheye\x18\x02 \x01(\x08\"\xdc\x02\n\x0bViewOptions\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x18\n\x0b\x66ov_degrees\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12-\n\nintrinsics\x18\x04 \x01(\x0b\x32\x19.distillery.v1.Intrinsics\x12\x12\n\nbackground\x18\x05 \x03(\x01\x12,\n\x07outputs\x18\x06 \x03(\x0e\x32\x1b.distillery.v1.RenderOutput\x12\x30\n\x0cimage_format\x18\x07 \x01(\x0e\x32\x1a.distillery.v1.ImageFormat\x12)\n\x08priority\x18\x08 \x01(\x0e\x32\x17.distillery.v1.Priority\x12\x13\n\x0bprogressive\x18\t \x01(\x08\x12!\n\x04lens\x18\n \x01(\x0b\x32\x13.distillery.v1.LensB\x0e\n\x0c_fov_degrees\"\xa1\x01\n\rRenderRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x04pose\x18\x02 \x01(\x0b\x32\x13.distillery.v1.PoseH\x00\x12%\n\x05orbit\x18\x03 \x01(\x0b\x32\x14.distillery.v1.OrbitH\x00\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.distillery.v1.ViewOptionsB\x08\n\x06\x63\x61mera\"A\n\x06Region\x12\x0b\n\x03top\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61\x63tor\x18\x03 \x01(\r\x12\x0c\n\x04last\x18\x04 \x01(\x08\"\xe3\x01\n\x04View\x12\r\n\x05index\x18\x01 \x01(\r\x12!\n\x03rgb\x18\x02 \x01(\x0b\x32\x14.distillery.v1.Image\x12)\n\x05\x64\x65pth\x18\x03 \x01(\x0b\x32\x1a.distillery.v1.FloatTensor\x12+\n\x07opacity\x18\x04 \x01(\x0b\x32\x1a.distillery.v1.FloatTensor\x12*\n\x06normal\x18\x05 \x01(\x0b\x32\x1a.distillery.v1.FloatTensor\x12%\n\x06region\x18\x06 \x01(\x0b\x32\x15.distillery.v1.Region\"b\n\x0eRenderResponse\x12!\n\x04view\x18\x01 \x01(\x0b\x32\x13.distillery.v1.View\x12-\n\x07summary\x18\x02 \x01(\x0b\x32\x1c.distillery.v1.RenderSummary\"O\n\rRenderSummary\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"a\n\tOrbitPath\x12\r\n\x05\x63ount\x18\x01 \x01(\x05\x12#\n\x05start\x18\x02 \x01(\x0b\x32\x14.distillery.v1.Orbit\x12\x14\n\x07\x64\x65grees\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_degrees\".\n\x08PosePath\x12\"\n\x05poses\x18\x01 \x03(\x0b\x32\x13.distillery.v1.Pose\"\xac\x01\n\x11RenderPathRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x05orbit\x18\x02 \x01(\x0b\x32\x18.distillery.v1.OrbitPathH\x00\x12(\n\x05poses\x18\x03 \x01(\x0b\x32\x17.distillery.v1.PosePathH\x00\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.distillery.v1.ViewOptionsB\x06\n\x04path\"s\n\x12RenderPathResponse\x12#\n\x04view\x18\x01 \x01(\x0b\x32\x13.distillery.v1.ViewH\x00\x12/\n\x07summary\x18\x02 \x01(\x0b\x32\x1c.distillery.v1.RenderSummaryH\x00\x42\x07\n\x05\x65vent*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02*\x92\x01\n\x0cRenderOutput\x12\x1d\n\x19RENDER_OUTPUT_UNSPECIFIED\x10\x00\x12\x15\n\x11RENDER_OUTPUT_RGB\x10\x01\x12\x17\n\x13RENDER_OUTPUT_DEPTH\x10\x02\x12\x19\n\x15RENDER_OUTPUT_OPACITY\x10\x03\x12\x18\n\x14RENDER_OUTPUT_NORMAL\x10\x04\x32\xda\x02\n\x0eSamplerService\x12K\n\x08Generate\x12\x1e.distillery.v1.GenerateRequest\x1a\x1f.distillery.v1.GenerateResponse\x12_\n\x0eGenerateStream\x12$.distillery.v1.GenerateStreamRequest\x1a%.distillery.v1.GenerateStreamResponse0\x01\x12\x45\n\x06Render\x12\x1c.distillery.v1.RenderRequest\x1a\x1d.distillery.v1.RenderResponse\x12S\n\nRenderPath\x12 .distillery.v1.RenderPathRequest\x1a!.distillery.v1.RenderPathResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64istillery/v1/sampler.proto\x12\rdistillery.v1\x1a\x1a\x64istillery/v1/common.proto\"\xb2\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x63lass_labels\x18\x02 \x03(\x03\x12\x0f\n\x07prompts\x18\x03 \x03(\t\x12\x12\n\x05\x63ount\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x06\x12\r\n\x05seeds\x18\x06 \x03(\x06\x12\x16\n\tnum_steps\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x15\n\x08guidance\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x30\n\x0cimage_format\x18\t \x01(\x0e\x32\x1a.distillery.v1.ImageFormat\x12\x13\n\x0bwith_tensor\x18\n \x01(\x08\x12)\n\x08priority\x18\x0b \x01(\x0e\x32\x17.distillery.v1.Priority\x12(\n\x05image\x18\x0c \x01(\x0b\x32\x19.distillery.v1.ImageInput\x12\x18\n\x10negative_prompts\x18\r \x03(\t\x12\x1b\n\x0enegative_scale\x18\x0e \x01(\x01H\x03\x88\x01\x01\x42\x08\n\x06_countB\x0c\n\n_num_stepsB\x0b\n\t_guidanceB\x11\n\x0f_negative_scale\"^\n\nImageInput\x12\r\n\x05image\x18\x01 \x01(\x0c\x12\x0c\n\x04mask\x18\x02 \x01(\x0c\x12\x15\n\x08strength\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07upscale\x18\x04 \x01(\x08\x42\x0b\n\t_strength\"\x95\x01\n\x10GenerateResponse\x12$\n\x06images\x18\x01 \x03(\x0b\x32\x14.distillery.v1.Image\x12*\n\x06tensor\x18\x02 \x01(\x0b\x32\x1a.distillery.v1.FloatTensor\x12/\n\x07summary\x18\x03 \x01(\x0b\x32\x1e.distillery.v1.GenerateSummary\"H\n\x15GenerateStreamRequest\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.distillery.v1.GenerateRequest\"{\n\x16GenerateStreamResponse\x12%\n\x05image\x18\x01 \x01(\x0b\x32\x14.distillery.v1.ImageH\x00\x12\x31\n\x07summary\x18\x02 \x01(\x0b\x32\x1e.distillery.v1.GenerateSummaryH\x00\x42\x07\n\x05\x65vent\"\xa2\x01\n\x0fGenerateSummary\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x11\n\tnum_steps\x18\x04 \x01(\r\x12\x10\n\x08guidance\x18\x05 \x01(\x01\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12\x13\n\x0b\x63ut_prompts\x18\x07 \x03(\r\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\"k\n\x05Orbit\x12\x17\n\x0f\x61zimuth_degrees\x18\x01 \x01(\x01\x12\x19\n\x11\x65levation_degrees\x18\x02 \x01(\x01\x12\x13\n\x06radius\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06target\x18\x04 \x03(\x01\x42\t\n\x07_radius\"\x16\n\x04Pose\x12\x0e\n\x06matrix\x18\x01 \x03(\x02\"<\n\nIntrinsics\x12\n\n\x02\x66x\x18\x01 \x01(\x01\x12\n\n\x02\x66y\x18\x02 \x01(\x01\x12\n\n\x02\x63x\x18\x03 \x01(\x01\x12\n\n\x02\x63y\x18\x04 \x01(\x01\"+\n\x04Lens\x12\x12\n\ndistortion\x18\x01 \x03(\x01\x12\x0f\n\x07\x66isheye\x18\x02 \x01(\x08\"\xdc\x02\n\x0bViewOptions\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x18\n\x0b\x66ov_degrees\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12-\n\nintrinsics\x18\x04 \x01(\x0b\x32\x19.distillery.v1.Intrinsics\x12\x12\n\nbackground\x18\x05 \x03(\x01\x12,\n\x07outputs\x18\x06 \x03(\x0e\x32\x1b.distillery.v1.RenderOutput\x12\x30\n\x0cimage_format\x18\x07 \x01(\x0e\x32\x1a.distillery.v1.ImageFormat\x12)\n\x08priority\x18\x08 \x01(\x0e\x32\x17.distillery.v1.Priority\x12\x13\n\x0bprogressive\x18\t \x01(\x08\x12!\n\x04lens\x18\n \x01(\x0b\x32\x13.distillery.v1.LensB\x0e\n\x0c_fov_degrees\"\xa1\x01\n\rRenderRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x04pose\x18\x02 \x01(\x0b\x32\x13.distillery.v1.PoseH\x00\x12%\n\x05orbit\x18\x03 \x01(\x0b\x32\x14.distillery.v1.OrbitH\x00\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.distillery.v1.ViewOptionsB\x08\n\x06\x63\x61mera\"A\n\x06Region\x12\x0b\n\x03top\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61\x63tor\x18\x03 \x01(\r\x12\x0c\n\x04last\x18\x04 \x01(\x08\"\xe3\x01\n\x04View\x12\r\n\x05index\x18\x01 \x01(\r\x12!\n\x03rgb\x18\x02 \x01(\x0b\x32\x14.distillery.v1.Image\x12)\n\x05\x64\x65pth\x18\x03 \x01(\x0b\x32\x1a.distillery.v1.FloatTensor\x12+\n\x07opacity\x18\x04 \x01(\x0b\x32\x1a.distillery.v1.FloatTensor\x12*\n\x06normal\x18\x05 \x01(\x0b\x32\x1a.distillery.v1.FloatTensor\x12%\n\x06region\x18\x06 \x01(\x0b\x32\x15.distillery.v1.Region\"b\n\x0eRenderResponse\x12!\n\x04view\x18\x01 \x01(\x0b\x32\x13.distillery.v1.View\x12-\n\x07summary\x18\x02 \x01(\x0b\x32\x1c.distillery.v1.RenderSummary\"O\n\rRenderSummary\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"a\n\tOrbitPath\x12\r\n\x05\x63ount\x18\x01 \x01(\x05\x12#\n\x05start\x18\x02 \x01(\x0b\x32\x14.distillery.v1.Orbit\x12\x14\n\x07\x64\x65grees\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_degrees\".\n\x08PosePath\x12\"\n\x05poses\x18\x01 \x03(\x0b\x32\x13.distillery.v1.Pose\"\xac\x01\n\x11RenderPathRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x05orbit\x18\x02 \x01(\x0b\x32\x18.distillery.v1.OrbitPathH\x00\x12(\n\x05poses\x18\x03 \x01(\x0b\x32\x17.distillery.v1.PosePathH\x00\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.distillery.v1.ViewOptionsB\x06\n\x04path\"s\n\x12RenderPathResponse\x12#\n\x04view\x18\x01 \x01(\x0b\x32\x13.distillery.v1.ViewH\x00\x12/\n\x07summary\x18\x02 \x01(\x0b\x32\x1c.distillery.v1.RenderSummaryH\x00\x42\x07\n\x05\x65vent*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02*\x92\x01\n\x0cRenderOutput\x12\x1d\n\x19RENDER_OUTPUT_UNSPECIFIED\x10\x00\x12\x15\n\x11RENDER_OUTPUT_RGB\x10\x01\x12\x17\n\x13RENDER_OUTPUT_DEPTH\x10\x02\x12\x19\n\x15RENDER_OUTPUT_OPACITY\x10\x03\x12\x18\n\x14RENDER_OUTPUT_NORMAL\x10\x04\x32\xda\x02\n\x0eSamplerService\x12K\n\x08Generate\x12\x1e.distillery.v1.GenerateRequest\x1a\x1f.distillery.v1.GenerateResponse\x12_\n\x0eGenerateStream\x12$.distillery.v1.GenerateStreamRequest\x1a%.distillery.v1.GenerateStreamResponse0\x01\x12\x45\n\x06Render\x12\x1c.distillery.v1.RenderRequest\x1a\x1d.distillery.v1.RenderResponse\x12S\n\nRenderPath\x12 .distillery.v1.RenderPathRequest\x1a!.distillery.v1.RenderPathResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'distillery.v1.sampler_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIORITY']._serialized_start=2750
-  _globals['_PRIORITY']._serialized_end=2831
-  _globals['_RENDEROUTPUT']._serialized_start=2834
-  _globals['_RENDEROUTPUT']._serialized_end=2980
+  _globals['_PRIORITY']._serialized_start=2795
+  _globals['_PRIORITY']._serialized_end=2876
+  _globals['_RENDEROUTPUT']._serialized_start=2879
+  _globals['_RENDEROUTPUT']._serialized_end=3025
   _globals['_GENERATEREQUEST']._serialized_start=75
   _globals['_GENERATEREQUEST']._serialized_end=509
   _globals['_IMAGEINPUT']._serialized_start=511
@@ -46,36 +46,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATESTREAMREQUEST']._serialized_end=831
   _globals['_GENERATESTREAMRESPONSE']._serialized_start=833
   _globals['_GENERATESTREAMRESPONSE']._serialized_end=956
-  _globals['_GENERATESUMMARY']._serialized_start=958
-  _globals['_GENERATESUMMARY']._serialized_end=1076
-  _globals['_ORBIT']._serialized_start=1078
-  _globals['_ORBIT']._serialized_end=1185
-  _globals['_POSE']._serialized_start=1187
-  _globals['_POSE']._serialized_end=1209
-  _globals['_INTRINSICS']._serialized_start=1211
-  _globals['_INTRINSICS']._serialized_end=1271
-  _globals['_LENS']._serialized_start=1273
-  _globals['_LENS']._serialized_end=1316
-  _globals['_VIEWOPTIONS']._serialized_start=1319
-  _globals['_VIEWOPTIONS']._serialized_end=1667
-  _globals['_RENDERREQUEST']._serialized_start=1670
-  _globals['_RENDERREQUEST']._serialized_end=1831
-  _globals['_REGION']._serialized_start=1833
-  _globals['_REGION']._serialized_end=1898
-  _globals['_VIEW']._serialized_start=1901
-  _globals['_VIEW']._serialized_end=2128
-  _globals['_RENDERRESPONSE']._serialized_start=2130
-  _globals['_RENDERRESPONSE']._serialized_end=2228
-  _globals['_RENDERSUMMARY']._serialized_start=2230
-  _globals['_RENDERSUMMARY']._serialized_end=2309
-  _globals['_ORBITPATH']._serialized_start=2311
-  _globals['_ORBITPATH']._serialized_end=2408
-  _globals['_POSEPATH']._serialized_start=2410
-  _globals['_POSEPATH']._serialized_end=2456
-  _globals['_RENDERPATHREQUEST']._serialized_start=2459
-  _globals['_RENDERPATHREQUEST']._serialized_end=2631
-  _globals['_RENDERPATHRESPONSE']._serialized_start=2633
-  _globals['_RENDERPATHRESPONSE']._serialized_end=2748
-  _globals['_SAMPLERSERVICE']._serialized_start=2983
-  _globals['_SAMPLERSERVICE']._serialized_end=3329
+  _globals['_GENERATESUMMARY']._serialized_start=959
+  _globals['_GENERATESUMMARY']._serialized_end=1121
+  _globals['_ORBIT']._serialized_start=1123
+  _globals['_ORBIT']._serialized_end=1230
+  _globals['_POSE']._serialized_start=1232
+  _globals['_POSE']._serialized_end=1254
+  _globals['_INTRINSICS']._serialized_start=1256
+  _globals['_INTRINSICS']._serialized_end=1316
+  _globals['_LENS']._serialized_start=1318
+  _globals['_LENS']._serialized_end=1361
+  _globals['_VIEWOPTIONS']._serialized_start=1364
+  _globals['_VIEWOPTIONS']._serialized_end=1712
+  _globals['_RENDERREQUEST']._serialized_start=1715
+  _globals['_RENDERREQUEST']._serialized_end=1876
+  _globals['_REGION']._serialized_start=1878
+  _globals['_REGION']._serialized_end=1943
+  _globals['_VIEW']._serialized_start=1946
+  _globals['_VIEW']._serialized_end=2173
+  _globals['_RENDERRESPONSE']._serialized_start=2175
+  _globals['_RENDERRESPONSE']._serialized_end=2273
+  _globals['_RENDERSUMMARY']._serialized_start=2275
+  _globals['_RENDERSUMMARY']._serialized_end=2354
+  _globals['_ORBITPATH']._serialized_start=2356
+  _globals['_ORBITPATH']._serialized_end=2453
+  _globals['_POSEPATH']._serialized_start=2455
+  _globals['_POSEPATH']._serialized_end=2501
+  _globals['_RENDERPATHREQUEST']._serialized_start=2504
+  _globals['_RENDERPATHREQUEST']._serialized_end=2676
+  _globals['_RENDERPATHRESPONSE']._serialized_start=2678
+  _globals['_RENDERPATHRESPONSE']._serialized_end=2793
+  _globals['_SAMPLERSERVICE']._serialized_start=3028
+  _globals['_SAMPLERSERVICE']._serialized_end=3374
 # @@protoc_insertion_point(module_scope)

@@ -99,20 +99,24 @@ class GenerateStreamResponse(_message.Message):
     def __init__(self, image: _Optional[_Union[_common_pb2.Image, _Mapping]] = ..., summary: _Optional[_Union[GenerateSummary, _Mapping]] = ...) -> None: ...
 
 class GenerateSummary(_message.Message):
-    __slots__ = ("model", "backend", "count", "num_steps", "guidance", "seconds")
+    __slots__ = ("model", "backend", "count", "num_steps", "guidance", "seconds", "cut_prompts", "prompt_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CUT_PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     backend: str
     count: int
     num_steps: int
     guidance: float
     seconds: float
-    def __init__(self, model: _Optional[str] = ..., backend: _Optional[str] = ..., count: _Optional[int] = ..., num_steps: _Optional[int] = ..., guidance: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
+    cut_prompts: _containers.RepeatedScalarFieldContainer[int]
+    prompt_tokens: int
+    def __init__(self, model: _Optional[str] = ..., backend: _Optional[str] = ..., count: _Optional[int] = ..., num_steps: _Optional[int] = ..., guidance: _Optional[float] = ..., seconds: _Optional[float] = ..., cut_prompts: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Orbit(_message.Message):
     __slots__ = ("azimuth_degrees", "elevation_degrees", "radius", "target")

@@ -56,7 +56,17 @@ class _Queued:
     def summary(self, started: float) -> Summary:
         manifest, seconds = self.model.manifest, time.perf_counter() - started
         backend, count = self.model.backend.name, len(self.items)
-        return Summary(manifest.ref, backend, count, seconds, self.key.num_steps, self.key.guidance)
+        cut, tokens = self._cut_prompts(), (manifest.cond.max_tokens if manifest.cond else None) or 0
+        return Summary(
+            manifest.ref, backend, count, seconds, self.key.num_steps, self.key.guidance, cut, tokens
+        )
+
+    def _cut_prompts(self) -> tuple[int, ...]:
+        backend = self.model.backend
+        assert isinstance(backend, Generator)
+        said = [{text for text in (item.prompt, item.negative) if text} for item in self.items]
+        cut = {text for text in set().union(*said) if backend.cuts(text)}
+        return tuple(index for index, texts in enumerate(said) if texts & cut)
 
 
 class Engine:
@@ -83,8 +93,10 @@ class Engine:
         started = time.perf_counter()
         with await self._queued(request, approve) as queued:
             pixels = [await future for future in queued.futures]
-        pictures = [Picture(i, item.seed, made) for i, (item, made) in enumerate(zip(queued.items, pixels))]
-        return pictures, queued.summary(started)
+            pictures = [
+                Picture(i, item.seed, made) for i, (item, made) in enumerate(zip(queued.items, pixels))
+            ]
+            return pictures, queued.summary(started)
 
     async def generate_stream(
         self, request: GenerateRequest, approve: Approve | None = None
@@ -94,7 +106,8 @@ class Engine:
         with await self._queued(request, approve) as queued:
             async for index in _as_ready(queued.futures):
                 yield Picture(index, queued.items[index].seed, queued.futures[index].result())
-        yield queued.summary(started)
+            summary = queued.summary(started)
+        yield summary
 
     async def _queued(self, request: GenerateRequest, approve: Approve | None) -> _Queued:
         with ExitStack() as until:

@@ -182,16 +182,18 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         outputs = outputs_of(manifest)
         wanted = _wanted(request, outputs)
         run = self._views if manifest.kind == "field" else self._images
-        version, arrays = await run(ref, inputs, parameters, _with_terms(call, parameters))
+        version, arrays, cut = await run(ref, inputs, parameters, _with_terms(call, parameters))
         name, _, number = version.partition("@")
         reply = service_pb2.ModelInferResponse(model_name=name, model_version=number, id=request.id)
         with packing():
+            if cut:
+                reply.parameters["cut_prompts"].string_param = ",".join(map(str, cut))
             write_outputs(reply, {k: (outputs[k].datatype, arrays[k]) for k in outputs if k in wanted})
         return reply
 
     async def _images(
         self, ref: str, inputs: dict[str, np.ndarray], parameters: dict[str, float], call: Call
-    ) -> tuple[str, dict[str, np.ndarray]]:
+    ) -> tuple[str, dict[str, np.ndarray], tuple[int, ...]]:
         nothing = np.empty(0, dtype=object)
         guidance = _guidance(inputs, parameters, _pictures(inputs))
         if guidance == 1 and "guidance_scale" in inputs:
@@ -212,7 +214,8 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         with packing():
             values = sum(picture.pixels.size for picture in pictures)
             quick = values <= QUICK_VALUES
-            return summary.model, _stacked(pictures) if quick else await asyncio.to_thread(_stacked, pictures)
+            stacked = _stacked(pictures) if quick else await asyncio.to_thread(_stacked, pictures)
+            return summary.model, stacked, summary.cut_prompts
 
     def _approve(self, image: ImageSpec, count: int) -> None:
         check_reply(
@@ -225,7 +228,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def _views(
         self, ref: str, inputs: dict[str, np.ndarray], parameters: dict[str, float], call: Call
-    ) -> tuple[str, dict[str, np.ndarray]]:
+    ) -> tuple[str, dict[str, np.ndarray], tuple[int, ...]]:
         poses, pinholes = inputs["pose"], inputs["intrinsics"]
         if len(poses) != len(pinholes):
             raise ConfigError(
@@ -263,7 +266,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
                     version = event.model
         with packing():
             quick = sum(view.rgb.size for view in rendered) <= QUICK_VALUES
-            return version, _seen(rendered) if quick else await asyncio.to_thread(_seen, rendered)
+            return version, _seen(rendered) if quick else await asyncio.to_thread(_seen, rendered), ()
 
 
 def _refuse(name: str, instead: str) -> Callable[..., Any]:

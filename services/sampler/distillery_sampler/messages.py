@@ -74,6 +74,8 @@ def generate_summary(summary: Summary) -> sampler_pb2.GenerateSummary:
         num_steps=summary.num_steps,
         guidance=summary.guidance,
         seconds=summary.seconds,
+        cut_prompts=summary.cut_prompts,
+        prompt_tokens=summary.prompt_tokens,
     )
 
 

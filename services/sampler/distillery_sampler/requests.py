@@ -112,6 +112,8 @@ class Summary:
     seconds: float = 0.0
     num_steps: int = 0
     guidance: float = 1.0
+    cut_prompts: tuple[int, ...] = ()  # images whose prompt's or negative prompt's end was left out
+    prompt_tokens: int = 0  # that the model reads
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import tempfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from distill_core.networks.weightless import is_weightless
 CACHE_BYTES = 256 * 2**20
 MAX_CACHED = 16_384  # prompts, however small
 TIME_IDS = 6  # numbers that SDXL is told beside the prompt: original size, corner of the crop, size
+_TOKENIZING = threading.Lock()  # a tokenizer keeps whether it cuts, from one call to the next
 NEW_WIDTH, NEW_TOKENS = 32, 77  # of an encoder made from words: its width, and its tokens at most
 
 
@@ -57,6 +59,20 @@ class TextEncoder:
         found = [self._embedded(prompt, device) for prompt in prompts]
         return {name: torch.cat([cond[name] for cond in found]) for name in found[0]}
 
+    def cuts(self, prompt: str) -> bool:
+        """Whether the prompt has more tokens than the model reads, so that `encode` leaves its end out."""
+        if len(prompt.encode(errors="replace")) + 2 <= self.max_tokens:  # not even if every byte were a token
+            return False
+        return any(self._length(tokenizer, prompt) > self.max_tokens for tokenizer in self._tokenizers)
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        return [self.tokenizer]
+
+    def _length(self, tokenizer: Any, prompt: str) -> int:
+        with _TOKENIZING:
+            return len(tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids)
+
     def null(self) -> Cond:
         """The condition (1, ...) that means "none"."""
         return self.encode([""])
@@ -87,9 +103,14 @@ class TextEncoder:
         return {"prompt_embeds": self.model(found.input_ids, attention_mask=mask)[0]}
 
     def _tokenized(self, tokenizer: Any, prompt: str) -> Any:
-        found = tokenizer(
-            [prompt], padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        )
+        with _TOKENIZING:
+            found = tokenizer(
+                [prompt],
+                padding="max_length",
+                max_length=self.max_tokens,
+                truncation=True,
+                return_tensors="pt",
+            )
         return found.to(self.model.device)
 
 
@@ -113,6 +134,10 @@ class DualTextEncoder(TextEncoder):
     @property
     def options(self) -> dict[str, Any]:
         return {"force_zeros_for_empty_prompt": self.zero_null}
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        return [self.tokenizer, self.tokenizer_2]
 
     def null(self) -> Cond:
         empty = super().null()

@@ -21,6 +21,10 @@ class Generator(abc.ABC):
     def generate(self, key: ImageKey, items: Sequence[ImageItem]) -> np.ndarray:
         """Pictures float32 (B, C, H, W) in [-1, 1]; picture i depends on `key` and `items[i]` alone."""
 
+    def cuts(self, prompt: str) -> bool:
+        """Whether the end of a prompt is left out, as it has more tokens than the model reads."""
+        return False
+
     @abc.abstractmethod
     def held(self) -> dict[Hashable, int]:
         """Bytes of its weights by what holds them; weights that another backend shares have the same key."""

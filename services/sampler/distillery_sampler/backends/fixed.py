@@ -26,6 +26,9 @@ class Padded(Generator):
         parts = [items[first : first + largest] for first in range(0, len(items), largest)]
         return np.concatenate([self._filled(key, part) for part in parts])
 
+    def cuts(self, prompt: str) -> bool:
+        return self.inner.cuts(prompt)
+
     def held(self) -> dict[Hashable, int]:
         return self.inner.held()
 
@@ -47,6 +50,9 @@ class OneThread(Generator):
 
     def generate(self, key: ImageKey, items: Sequence[ImageItem]) -> np.ndarray:
         return self._thread.submit(self._inner.generate, key, items).result()
+
+    def cuts(self, prompt: str) -> bool:
+        return self._inner.cuts(prompt)
 
     def held(self) -> dict[Hashable, int]:
         return self._inner.held()

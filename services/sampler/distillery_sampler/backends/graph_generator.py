@@ -92,6 +92,9 @@ class GraphGenerator(Generator):
         pictures = self._decoder({"x0": x0}) if self._decoder else x0
         return with_known_pixels(np.clip(pictures, -1, 1), items)
 
+    def cuts(self, prompt: str) -> bool:
+        return self._tokens is not None and self._tokens.cuts(prompt)
+
     def held(self) -> dict[Hashable, int]:
         return {id(self): self._files}
 

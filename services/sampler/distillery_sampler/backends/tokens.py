@@ -25,6 +25,9 @@ class PromptTokens:
         except Exception as error:  # tokenizers raises plain Exception on a damaged file
             raise ArtifactError(f"tokenizer/ cannot be read: {error}; publish the model again") from None
         pad = _text(config.get("pad_token")) or _text(config.get("eos_token")) or "<|endoftext|>"
+        self._max_tokens, self._uncut = max_tokens, Tokenizer.from_str(self._tokenizer.to_str())
+        self._uncut.no_truncation()
+        self._uncut.no_padding()
         self._tokenizer.enable_truncation(max_tokens)
         self._tokenizer.enable_padding(
             length=max_tokens, pad_token=pad, pad_id=self._tokenizer.token_to_id(pad) or 0
@@ -32,6 +35,11 @@ class PromptTokens:
 
     def __call__(self, prompts: list[str]) -> np.ndarray:
         return np.array([coded.ids for coded in self._tokenizer.encode_batch(prompts)], dtype=np.int64)
+
+    def cuts(self, prompt: str) -> bool:
+        """Whether the prompt has more tokens than the text encoder reads."""
+        most = len(prompt.encode(errors="replace")) + 2  # were every byte a token
+        return most > self._max_tokens and len(self._uncut.encode(prompt).ids) > self._max_tokens
 
 
 def _text(token: Any) -> str:

@@ -99,6 +99,12 @@ class TorchGenerator(Generator):
         with self._precision():
             return self._generate(key, items)
 
+    def cuts(self, prompt: str) -> bool:
+        parts = (*self._denoiser.modules(), *getattr(self._denoiser, "_opened", {}).values())
+        encoders = (getattr(part, "text", None) for part in parts)
+        text = next((encoder for encoder in encoders if encoder is not None), None)
+        return text is not None and text.cuts(prompt)
+
     def held(self) -> dict[Hashable, int]:
         parts: list[Any] = [getattr(self._denoiser, "adapted", self._denoiser), *self._bases]
         parts += [expert for expert in getattr(self._denoiser, "_opened", {}).values()]

@@ -18,6 +18,7 @@ from distillery.v1 import models_pb2, models_pb2_grpc, sampler_pb2, sampler_pb2_
 from distillery_sampler.client.limits import Limits
 from distillery_sampler.client.messages import (
     GenerateOptions,
+    OnSummary,
     SeenView,
     ViewOptions,
     improved,
@@ -28,6 +29,7 @@ from distillery_sampler.client.messages import (
     raw_request,
     render_request,
     seen,
+    warn_of_cut_prompts,
 )
 from distillery_sampler.client.sync import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, SERVICE, WAIT_S, not_ready
 
@@ -87,10 +89,16 @@ class AsyncSamplerClient:
         raise not_ready(self.address, timeout_s)
 
     async def generate(
-        self, model: str, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self,
+        model: str,
+        *,
+        timeout_s: float | None = None,
+        on_summary: OnSummary = warn_of_cut_prompts,
+        **options: Unpack[GenerateOptions],
     ) -> list[np.ndarray]:
         """As `SamplerClient.generate`."""
         reply = await self.call_generate(raw_request(model, options), timeout_s=timeout_s)
+        on_summary(reply.summary)
         return [picture_from(image) for image in reply.images]
 
     async def call_generate(
@@ -102,7 +110,12 @@ class AsyncSamplerClient:
             return await self._sampler.Generate(request, timeout=seconds)
 
     async def generate_stream(
-        self, model: str, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self,
+        model: str,
+        *,
+        timeout_s: float | None = None,
+        on_summary: OnSummary = warn_of_cut_prompts,
+        **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[tuple[int, np.ndarray], None]:
         """As `SamplerClient.generate_stream`."""
         request = sampler_pb2.GenerateStreamRequest(request=raw_request(model, options))
@@ -111,6 +124,8 @@ class AsyncSamplerClient:
             async for reply in replies:
                 if reply.HasField("image"):
                     yield reply.image.index, picture_from(reply.image)
+                else:
+                    on_summary(reply.summary)
 
     async def render(
         self,

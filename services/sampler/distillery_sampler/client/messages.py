@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -13,6 +14,7 @@ from distillery.v1 import common_pb2, sampler_pb2
 from distillery_sampler.images import decode, encode
 from distillery_sampler.wire import FORMATS, tensor_from
 
+OnSummary = Callable[[sampler_pb2.GenerateSummary], None]
 FLOATS = ("depth", "opacity", "normal")  # of a view, beside its colours
 _LISTS = ("class_labels", "prompts", "negative_prompts", "seeds")
 
@@ -60,6 +62,25 @@ class SeenView(NamedTuple):
     depth: np.ndarray | None
     opacity: np.ndarray | None
     normal: np.ndarray | None = None
+
+
+def cut_prompts(summary: sampler_pb2.GenerateSummary) -> str | None:
+    """The sentence for prompts that are longer than the model reads; None where there are none."""
+    if not summary.cut_prompts:
+        return None
+    which = ", ".join(str(index) for index in summary.cut_prompts[:10])
+    more = " …" if len(summary.cut_prompts) > 10 else ""
+    return (
+        f"{len(summary.cut_prompts)} of {summary.count} pictures have a prompt of more than the "
+        f"{summary.prompt_tokens} tokens that {summary.model} reads, and its end was left out: {which}{more}"
+    )
+
+
+def warn_of_cut_prompts(summary: sampler_pb2.GenerateSummary) -> None:
+    """A `UserWarning` with the sentence."""
+    said = cut_prompts(summary)
+    if said is not None:
+        warnings.warn(said, stacklevel=3)
 
 
 def to_pil(pixels: np.ndarray) -> Image.Image:

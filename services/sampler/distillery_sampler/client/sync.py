@@ -19,6 +19,7 @@ from distillery.v1 import models_pb2, models_pb2_grpc, sampler_pb2, sampler_pb2_
 from distillery_sampler.client.limits import Limits
 from distillery_sampler.client.messages import (
     GenerateOptions,
+    OnSummary,
     SeenView,
     ViewOptions,
     improved,
@@ -29,6 +30,7 @@ from distillery_sampler.client.messages import (
     raw_request,
     render_request,
     seen,
+    warn_of_cut_prompts,
 )
 
 DEFAULT_ADDRESS = "127.0.0.1:50052"
@@ -101,11 +103,20 @@ class SamplerClient:
         raise not_ready(self.address, timeout_s)
 
     def generate(
-        self, model: str, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self,
+        model: str,
+        *,
+        timeout_s: float | None = None,
+        on_summary: OnSummary = warn_of_cut_prompts,
+        **options: Unpack[GenerateOptions],
     ) -> list[np.ndarray]:
-        """Pictures uint8 (H, W, C), in the order of the conditions; `to_pil` makes PIL images of them."""
-        request = raw_request(model, options)
-        return [picture_from(image) for image in self.call_generate(request, timeout_s=timeout_s).images]
+        """Pictures uint8 (H, W, C), in the order of the conditions; `to_pil` makes PIL images of them.
+
+        `on_summary` hears how it went; unset, it warns of prompts whose end the model does not read.
+        """
+        reply = self.call_generate(raw_request(model, options), timeout_s=timeout_s)
+        on_summary(reply.summary)
+        return [picture_from(image) for image in reply.images]
 
     def call_generate(
         self, request: sampler_pb2.GenerateRequest, *, timeout_s: float | None = None
@@ -116,13 +127,20 @@ class SamplerClient:
             return self._sampler.Generate(request, timeout=seconds)
 
     def generate_stream(
-        self, model: str, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self,
+        model: str,
+        *,
+        timeout_s: float | None = None,
+        on_summary: OnSummary = warn_of_cut_prompts,
+        **options: Unpack[GenerateOptions],
     ) -> Generator[tuple[int, np.ndarray], None, None]:
         """(index, picture) pairs, each as soon as it is ready. Close the iterator to cancel what is left."""
         request = sampler_pb2.GenerateStreamRequest(request=raw_request(model, options))
         for reply in self._read(self._sampler.GenerateStream, request, self._seconds(timeout_s), model):
             if reply.HasField("image"):
                 yield reply.image.index, picture_from(reply.image)
+            else:
+                on_summary(reply.summary)
 
     def render(
         self,
