@@ -1,4 +1,4 @@
-# make setup · demo · test · lint · proto · claims · bench · bench-serving · bench-queue · fuzz-sampler · fuzz-converter · prove-NAME · chaos · audit.
+# make setup · demo · test · lint · docs · proto · claims · bench · bench-serving · bench-queue · fuzz-sampler · fuzz-converter · prove-NAME · chaos · audit.
 # Each sets up what is missing, once.
 # Where pip would fetch a CUDA build of torch that you do not need:
 #   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -11,13 +11,13 @@ TYPED := libs/distill_core/distill_core/method.py libs/distill_core/distill_core
          libs/distill_service/distill_service services
 OURS := libs services tests deploy benchmarks
 
-.PHONY: setup demo test lint proto claims bench bench-serving bench-queue fuzz-sampler fuzz-converter chaos audit
+.PHONY: setup demo test lint docs proto claims bench bench-serving bench-queue fuzz-sampler fuzz-converter chaos audit
 setup: $(STAMP)
 
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or give PYTHON=/path/to/python3"; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[all,dev]' && rm -f .venv/.setup-* && touch $@
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[all,docs,dev]' && rm -f .venv/.setup-* && touch $@
 
 demo: setup
 	$(BIN)/distillery demo
@@ -28,6 +28,11 @@ test: setup
 lint: setup
 	$(BIN)/ruff check $(OURS) && $(BIN)/ruff format --check $(OURS)
 	$(BIN)/mypy $(TYPED)
+
+# All pages and docstrings as a site in out/docs; the reference is written anew first. A broken link ends it.
+docs: setup
+	$(BIN)/distillery reference --write docs/reference > /dev/null
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 proto: setup
 	cd proto && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. distillery/v1/*.proto
