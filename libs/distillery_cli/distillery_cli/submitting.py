@@ -91,7 +91,7 @@ def _training(recipe: str, overrides: list[str], sweep: list[str]) -> Work:
         taken = could_be_value(recipe, key, text, (item for item in overrides if "," not in item))
         if taken:
             said = f"{key} = {text!r} is one value; a run for each of several is --sweep {key}=A,B"
-            notes.print(said, markup=False, soft_wrap=True)
+            notes.print(said)
         return taken
 
     single, axes = split_sweep(overrides, sweep, is_value=is_value)
