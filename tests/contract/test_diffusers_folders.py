@@ -111,7 +111,7 @@ def test_a_text_to_image_folder_is_distilled_published_and_opens_in_diffusers(te
     result = api.train(text_recipe, tmp_path / "run", where, job="job-1")
     assert result.manifest is not None
     assert result.manifest.cond.kind == "prompt"
-    assert result.manifest.sampler.sigmas == (14.0, 2.0)
+    assert result.manifest.sampler.sigmas == pytest.approx((14.0, 2.0), rel=4e-3)  # at whole timesteps
     folder = ArtifactStore(tmp_path / "store").fetch("text-student")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     assert pipeline("a cat", num_inference_steps=1, height=16, width=16, output_type="np").images.shape == (

@@ -73,6 +73,11 @@ class SamplerSpec(Config):
             guidable=False,
         )
 
+    @property
+    def start(self) -> float:
+        """The level at which sampling begins, whatever the number of steps."""
+        return self.sigmas[0] if self.kind == "few_step" else self.sigma_max
+
     def levels(self, num_steps: int) -> list[float]:
         """The `num_steps` levels at which the network is evaluated, descending.
 

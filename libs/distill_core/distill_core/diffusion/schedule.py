@@ -10,6 +10,7 @@ A network trained under another form sees `scale(sigma) * x_sigma` at the time `
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -88,6 +89,50 @@ class NoiseSchedule:
         position = u * (len(levels) - 1)
         low_index = position.long().clamp(max=len(levels) - 2)
         return torch.lerp(levels[low_index], levels[low_index + 1], position - low_index).exp()
+
+    def nearest(self, sigma: float) -> float:
+        """The level that the network was trained at and `sigma` is closest to; other forms know every level."""
+        if self.log_sigmas is None:
+            return sigma
+        return float(self.log_sigmas[self.index_of(sigma)].exp())
+
+    def index_of(self, sigma: float) -> int:
+        """vp: the training timestep whose level is closest to `sigma`."""
+        assert self.log_sigmas is not None
+        return int((self.log_sigmas - math.log(sigma)).abs().argmin())
+
+    def spread(self, start: float, count: int) -> tuple[float, ...]:
+        """`count` levels at even distances of the schedule's own grid, from `start` on downwards.
+
+        edm: rho = 7; flow: t; vp: timesteps, as consistency samplers space them, e.g. 999, 749, 499, 249.
+        """
+        shares = [index / count for index in range(count)]
+        if self.kind == "edm":
+            high, low = start ** (1 / 7), self.sigma_min ** (1 / 7)
+            return (start, *((high + share * (low - high)) ** 7 for share in shares[1:]))
+        if self.kind == "flow":
+            times = [start / (1 + start) * (1 - share) for share in shares]
+            return (start, *(t / (1 - t) for t in times[1:]))
+        assert self.log_sigmas is not None
+        first = self.index_of(start)
+        indices = [first - index * (first + 1) // count for index in range(count)]
+        return tuple(float(self.log_sigmas[index].exp()) for index in indices)
+
+    def same_as(self, other: NoiseSchedule) -> bool:
+        """Whether a level means the same under both."""
+        ours, theirs = ((one.kind, one.sigma_data, one.sigma_min, one.sigma_max) for one in (self, other))
+        if ours[0] != theirs[0] or any(
+            not math.isclose(a, b, rel_tol=1e-4) for a, b in zip(ours[1:], theirs[1:])
+        ):
+            return False
+        if self.log_sigmas is None or other.log_sigmas is None:
+            return True
+        return self.log_sigmas.shape == other.log_sigmas.shape and torch.allclose(
+            self.log_sigmas, other.log_sigmas, atol=1e-4
+        )
+
+    def __str__(self) -> str:
+        return f"{self.kind} from {self.sigma_min:.3g} to {self.sigma_max:.3g}"
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """Weight of |x0_hat - x0|^2 that equals the form's own loss: EDM's lambda, the eps loss, the velocity loss."""

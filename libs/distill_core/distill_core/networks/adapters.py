@@ -162,7 +162,8 @@ class LoraDenoiser(Denoiser):
         if self.form == "merged":
             self.merged().save(folder)  # type: ignore[operator]
         else:
-            self._described().save_sidecar(folder)  # type: ignore[operator]
+            folder.mkdir(parents=True, exist_ok=True)
+            self._described().save_description(folder)  # type: ignore[operator]
         self.save_adapter(folder / ADAPTER)
 
     def save_adapter(self, folder: Path) -> None:

@@ -14,17 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
+from distill_core.artifacts.card import CARD
 from distill_core.config import Config
 from distill_core.diffusion.schedule import Parameterisation, to_x0
 from distill_core.errors import ConfigError
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser, expand
 from distill_core.networks.diffusers_codec import decode_latent, to_latent, unscaled
+from distill_core.networks.diffusers_plain import opens, pipeline_class, plain_use
 from distill_core.networks.diffusers_schedule import schedule_of
 from distill_core.networks.generation import preview
 from distill_core.networks.steering import make_steerable
 from distill_core.networks.text import TextEncoder
 from distill_core.networks.tileable import decode_wrapped, wrap_around
+from distill_core.networks.usage import Place, usage
+from distill_core.networks.weightless import real_tensors
 
 SIDECAR = "distillery.json"
 
@@ -155,20 +159,44 @@ class DiffusersDenoiser(Denoiser):
         return preview(self, seed)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that plain diffusers opens, with our `distillery.json` beside."""
+        """Write a folder that plain diffusers opens, with our `distillery.json` and words on its use beside."""
         folder.mkdir(parents=True, exist_ok=True)
         self.network.save_pretrained(folder / self._slot())
-        self.scheduler.save_pretrained(folder / "scheduler")
-        parts = {self._slot(): self.network, "scheduler": self.scheduler}
-        parts |= self.save_companions(folder)
-        self.save_sidecar(folder)
-        pipeline = _pipeline_class(parts, self.cond)
-        if (
-            pipeline
-        ):  # class-conditional pixel models have no pipeline class in diffusers: they open part by part
+        self.save_description(folder, self.save_companions(folder))
+
+    def save_description(
+        self, folder: Path, companions: dict[str, Any] | None = None, *, inside: str = ""
+    ) -> None:
+        """Write all but weights: scheduler, pipeline's index, our sidecar and the card's words.
+
+        Without `companions` the folder is an adapter's; `inside` is where the network lies in it.
+        """
+        parts = {
+            self._slot(): self.network,
+            **(self._companion_parts() if companions is None else companions),
+        }
+        pipeline = pipeline_class(parts, self.cond, self.schedule, tileable=self.image.tileable)
+        with real_tensors():
+            use = plain_use(self.scheduler, self.schedule, self.sampler, self.parameterisation, pipeline)
+        use.scheduler.save_pretrained(folder / "scheduler")
+        parts["scheduler"] = use.scheduler
+        if pipeline is not None and not opens(use, self.sampler, pipeline):
+            pipeline = None
+        if pipeline is not None and companions is not None:  # else the folder opens part by part
             options = {} if self.text is None else self.text.options
             index = {**_model_index(pipeline, parts), **options}
             (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+        self.save_sidecar(folder)
+        place = Place(inside, adapter=companions is None)
+        words = usage(
+            self, {name: type(part).__name__ for name, part in parts.items()}, use.steps, pipeline, place
+        )
+        (folder / CARD).write_text(words + "\n", encoding="utf-8")
+
+    def _companion_parts(self) -> dict[str, Any]:
+        named = {self._codec_slot(): self.codec, "text_encoder": self.text and self.text.model}
+        second = getattr(self.text, "model_2", None)
+        return {name: part for name, part in {**named, "text_encoder_2": second}.items() if part is not None}
 
     def bare(self) -> DiffusersDenoiser:
         """The same network without its companions."""
@@ -178,12 +206,8 @@ class DiffusersDenoiser(Denoiser):
         """Write decoder and text encoder, if there are any; the entries of the pipeline's index."""
         parts: dict[str, Any] = {}
         if self.codec is not None:
-            unconditional = self.cond.kind == "none" and self._slot() == "unet"
-            slot = (
-                "vqvae" if unconditional or type(self.codec).__name__ == "VQModel" else "vae"
-            )  # as LDMPipeline
-            self.codec.save_pretrained(folder / slot)
-            parts[slot] = self.codec
+            self.codec.save_pretrained(folder / self._codec_slot())
+            parts[self._codec_slot()] = self.codec
         return parts if self.text is None else parts | self.text.save(folder)
 
     def save_sidecar(self, folder: Path) -> None:
@@ -205,6 +229,11 @@ class DiffusersDenoiser(Denoiser):
             "sampler": self.sampler,
             "parameterisation": self.parameterisation,
         }
+
+    def _codec_slot(self) -> str:
+        """The decoder's sub-folder; LDMPipeline has a name of its own for it."""
+        unconditional = self.cond.kind == "none" and self._slot() == "unet"
+        return "vqvae" if unconditional or type(self.codec).__name__ == "VQModel" else "vae"
 
     def _slot(self) -> str:
         return "transformer" if "Transformer" in type(self.network).__name__ else "unet"
@@ -274,14 +303,6 @@ def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
         yield outputs
     finally:
         handle.remove()
-
-
-def _pipeline_class(parts: dict[str, Any], cond: CondSpec) -> str | None:
-    if "text_encoder" in parts and "vae" in parts:
-        return "StableDiffusionXLPipeline" if "text_encoder_2" in parts else "StableDiffusionPipeline"
-    if cond.kind == "none" and "unet" in parts:
-        return "LDMPipeline" if "vqvae" in parts else "DDPMPipeline"
-    return None
 
 
 def _model_index(pipeline: str, parts: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distill_core.artifacts.card import CARD
 from distill_core.config import Config
 from distill_core.diffusion.routing import ROUTER, PartitionSpec, class_parts, pooled, prompt_parts
 from distill_core.errors import ArtifactError, ConfigError, missing_package
@@ -254,13 +255,16 @@ class RoutedDenoiser(Routed, Denoiser):
 
     def save(self, folder: Path) -> None:
         """Write the partition, an `experts/` folder each for plain diffusers, and once what they share."""
-        self.partition.save(folder)
         for part, expert in enumerate(self.experts):
             whole = plain(expert)
             bare = whole.bare()
             bare.sampler = self.sampler
             bare.save(folder / EXPERTS / str(part))
-        whole.save_companions(folder)
+            (folder / EXPERTS / str(part) / CARD).unlink()  # one for all, below
+        described = whole.with_network(whole.network)
+        described.sampler = self.sampler
+        described.save_description(folder, whole.save_companions(folder), inside=f"{EXPERTS}/0/")
+        self.partition.save(folder)  # in the place of one denoiser's sidecar
 
     def manifest_fields(self) -> dict[str, Any]:
         """What a manifest says of this model."""

@@ -20,7 +20,6 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from distill_core.data.pairs import Pairs
-from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ConfigError
 from distill_core.losses.adversarial import discriminator_loss, generator_loss
 from distill_core.losses.denoising import add_noise, denoising_loss
@@ -28,6 +27,7 @@ from distill_core.losses.matching import dm_direction, surrogate_loss
 from distill_core.method import Batch, Cond, Method, MethodConfig, Update
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_score import FakeScore
+from distill_core.networks.levels import Levels, descending, few_step_sampler, student_levels
 
 
 class Config(MethodConfig):
@@ -37,7 +37,7 @@ class Config(MethodConfig):
         0.0, ge=0
     )  # in the student's loss; official 3e-3 at 64x64x3, grows as 1/sqrt(D)
     discriminator_weight: float = Field(1e-2, ge=0)  # in the fake score's loss
-    levels: tuple[float, ...] = ()  # student's noise levels, data std, descending; () = the teacher's highest
+    levels: Levels = ()  # student's noise levels, data std, descending; () = the teacher's start
     rollout: Literal["simulated", "noised_data"] = "simulated"  # what the levels after the first are fed
     regression_steps: int = Field(0, ge=0)  # student updates on [pairs] before the matching begins
     min_level: float = Field(
@@ -45,12 +45,7 @@ class Config(MethodConfig):
     )  # range of the schedule's grid where the two scores are compared
     max_level: float = Field(0.98, gt=0, le=1)
 
-    @field_validator("levels")
-    @classmethod
-    def _descending(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
-        if list(levels) != sorted(set(levels), reverse=True) or any(level <= 0 for level in levels):
-            raise ValueError("levels must be positive and strictly descending, e.g. [5.0, 1.0]")
-        return levels
+    _descending = field_validator("levels")(descending)
 
 
 class DMD2(Method):
@@ -65,11 +60,10 @@ class DMD2(Method):
     ) -> None:
         super().__init__()
         self.config, self.teacher, self.student, self.pairs = config, teacher, student, pairs
-        self.levels = config.levels or (teacher.sampler.sigma_max,)
+        self.levels = student_levels(teacher, config.levels, count=self.num_levels)
         self._check_inputs()
         self.fake_score = FakeScore(teacher, discriminate=self.discriminates)
-        scale = student.schedule.start_scale(self.levels[0])
-        student.sampler = SamplerSpec.few_step(self.levels, noise_scale=scale)
+        student.sampler = few_step_sampler(student, self.levels)
 
     @classmethod
     def pictures_for(cls, config: Config) -> str | None:
@@ -101,6 +95,11 @@ class DMD2(Method):
         if self.config.gan_weight:  # through the trunk into x0; the loop steps the student alone
             loss = loss + self.config.gan_weight * generator_loss(logits)
         return loss, {"score_gap": direction.abs().mean(), "x0_std": x0.detach().std()}
+
+    @property
+    def num_levels(self) -> int:
+        """How many levels the student has where `config.levels` does not say them."""
+        return 1
 
     @property
     def discriminates(self) -> bool:
@@ -195,11 +194,6 @@ class DMD2(Method):
         )
 
     def _check_inputs(self) -> None:
-        if self.levels[0] > self.teacher.schedule.sigma_max:
-            raise ConfigError(
-                f"level {self.levels[0]:g} is above the teacher's highest, {self.teacher.schedule.sigma_max:g}",
-                field="config.levels",
-            )
         if self.config.regression_steps and self.pairs is None:
             raise ConfigError(
                 "regression_steps needs the teacher's pairs: add a [pairs] table, e.g. pairs.count = 2048",

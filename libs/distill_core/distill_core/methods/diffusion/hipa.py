@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from distill_core.config import EvaluateConfig
 from distill_core.data.pairs import PairBatch, Pairs
-from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ConfigError
 from distill_core.losses.frequency import CUTOFF, high_frequency_distance
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.metrics.image import psnr
 from distill_core.metrics.texture import high_frequency_ratio
 from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.levels import few_step_sampler, student_levels
 from distill_core.networks.perceptual import FeatureDistance
 
 BALANCED_ON = 64  # pairs on which the two terms begin equal
@@ -68,8 +68,7 @@ class HiPA(Method):
             FeatureDistance(extractor, student.image.picture) if config.spatial == "features" else None
         )
         self.hf_weight = torch.tensor(float("nan") if config.hf_weight is None else config.hf_weight)
-        level = teacher.sampler.sigma_max
-        student.sampler = SamplerSpec.few_step((level,), noise_scale=student.schedule.start_scale(level))
+        student.sampler = few_step_sampler(student, student_levels(teacher))
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         if self.hf_weight.isnan():

@@ -40,9 +40,9 @@ class Config(DMD2Config):
     def _every_level_is_on_a_path(self) -> Self:
         if list(self.step_counts) != sorted(set(self.step_counts)) or self.step_counts[0] < 1:
             raise ValueError("step_counts must be positive and strictly ascending, e.g. [1, 2, 4]")
-        if self.step_counts[-1] != max(1, len(self.levels)):
+        if self.levels and self.step_counts[-1] != len(self.levels):
             raise ValueError(
-                f"the largest of step_counts must be the number of levels, {max(1, len(self.levels))}: "
+                f"the largest of step_counts must be the number of levels, {len(self.levels)}: "
                 "a level that no path takes would stay untrained"
             )
         return self
@@ -75,6 +75,10 @@ class HyperSDScore(DMD2):
         self.reward = build_reward(config.reward, extractor, num_classes=teacher.cond.num_classes)
         if len(config.step_counts) > 1:
             student.sampler = student.sampler.model_copy(update={"step_counts": config.step_counts})
+
+    @property
+    def num_levels(self) -> int:
+        return self.config.step_counts[-1]
 
     def path(self) -> Sequence[float]:
         counts = self.config.step_counts

@@ -22,7 +22,6 @@ from torch import Tensor
 from distill_core.config import EvaluateConfig
 from distill_core.data import Source, build_source
 from distill_core.data.classes import use_classes_of
-from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ConfigError, DataError
 from distill_core.losses.adversarial import discriminator_loss, generator_loss
 from distill_core.losses.denoising import add_noise
@@ -32,7 +31,10 @@ from distill_core.metrics.texture import seam_ratio, texture_distance
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.discriminator import NoisyDiscriminator
 from distill_core.networks.generation import generate
+from distill_core.networks.levels import Levels, descending, few_step_sampler, student_levels
 from distill_core.networks.tileable import TiledDenoiser, Tiling, make_tileable, untiled
+
+NUM_LEVELS = 4  # of a student whose recipe does not say them
 
 
 class Config(flow_matching.Config):
@@ -40,24 +42,14 @@ class Config(flow_matching.Config):
         str, Any
     ] = {}  # what to change in [data] to get pictures without maps, e.g. kind = "rgb"
     gan_weight: float = Field(0.1, ge=0)  # lambda; the paper's is not published
-    levels: tuple[float, ...] = (
-        10.0,
-        3.0,
-        1.0,
-        0.3,
-    )  # where x0_hat is predicted and sampled; data std, descending
+    levels: Levels = ()  # where x0_hat is predicted and sampled; data std, descending; () = four from the start on
     log_sigma_mean: float = -1.2  # noise on the discriminator's input, log-normal
     log_sigma_std: float = Field(1.2, gt=0)
     width: int = Field(32, ge=8, le=1024, multiple_of=8)  # of the discriminator's first layer
     tileable: bool = False  # the student's pictures repeat without a seam: its convolutions wrap around
     rolling: Tiling = Tiling(amplitude=256, plain_share=0.25)  # published; how `rolled_*` figures sample
 
-    @field_validator("levels")
-    @classmethod
-    def _descending(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
-        if not levels or list(levels) != sorted(set(levels), reverse=True) or levels[-1] <= 0:
-            raise ValueError("levels must be positive and strictly descending, e.g. [10.0, 1.0]")
-        return levels
+    _descending = field_validator("levels")(descending)
 
 
 class StableMaterialsGAN(Method):
@@ -76,8 +68,8 @@ class StableMaterialsGAN(Method):
         self.discriminator = NoisyDiscriminator(
             channels, size, num_classes=self.pictures.num_classes, width=config.width
         )
-        scale = student.schedule.start_scale(config.levels[0])
-        student.sampler = SamplerSpec.few_step(config.levels, noise_scale=scale)
+        self.levels = student_levels(student, config.levels, count=NUM_LEVELS, whose="student")
+        student.sampler = few_step_sampler(student, self.levels)
         if config.tileable:
             make_tileable(student)
 
@@ -120,7 +112,7 @@ class StableMaterialsGAN(Method):
 
     def generate(self, cond: Cond, count: int) -> Tensor:
         """x0_hat (B, C, H, W) at a random level, its input simulated by the student; only the last call is trained."""
-        image, levels = self.student.image, self.config.levels
+        image, levels = self.student.image, self.levels
         x = torch.randn(count, image.channels, image.height, image.width, device=self.device)
         x = x * self.student.sampler.noise_scale
         chosen = int(torch.randint(len(levels), ()))
@@ -166,11 +158,6 @@ def _pictures(config: Config, student: Denoiser, data: Source) -> Source:
         )
     if student.cond.kind == "prompt":
         raise ConfigError("un-annotated pictures come with class labels or none; this student takes prompts")
-    if config.levels[0] > student.schedule.sigma_max:
-        raise ConfigError(
-            f"level {config.levels[0]:g} is above the student's highest, {student.schedule.sigma_max:g}",
-            field="config.levels",
-        )
     same = {} if "name" in config.unannotated else data.config.model_dump(exclude_none=True)
     found = build_source({**same, **config.unannotated})
     if found.shape is None or found.shape[1:] != data.shape[1:] or found.shape[0] > data.shape[0]:

@@ -20,7 +20,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill_core.diffusion.guidance import GuidanceLaw
-from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ConfigError
 from distill_core.losses.denoising import add_noise, denoising_loss
 from distill_core.losses.matching import dm_direction, eps_direction, surrogate_loss
@@ -28,6 +27,7 @@ from distill_core.method import Batch, Cond, Method, MethodConfig, Update
 from distill_core.networks.adapters import LoraConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_score import FakeScore
+from distill_core.networks.levels import Level, few_step_sampler, student_levels
 
 
 class ScoreConfig(MethodConfig):
@@ -40,9 +40,7 @@ class ScoreConfig(MethodConfig):
     fake_steps: int = Field(1, ge=1)  # fake-score updates per student update, on the same samples
     fake_guidance: float | None = None  # of the fake score; unset: the teacher's, sample by sample
     condition_dropout: float = Field(0.1, ge=0, le=1)  # of the fake score, the whole batch; 0 if unguided
-    level: float | None = Field(
-        None, gt=0
-    )  # the student's noise level, data std; unset: the teacher's highest
+    level: Level = Field(None, gt=0)  # the student's noise level, data std; unset: the teacher's start
     min_level: float = Field(0.02, ge=0, lt=1)  # range of the schedule's grid where the scores are compared
     max_level: float = Field(0.98, gt=0, le=1)
 
@@ -71,13 +69,8 @@ class SwiftBrush(Method):
         self.law = self.guidance_law(config)
         self._check_null_condition()
         self.fake_score = FakeScore(teacher, lora=config.lora if config.fake_score == "lora" else None)
-        level = config.level or teacher.sampler.sigma_max
-        if level > teacher.schedule.sigma_max:
-            raise ConfigError(
-                f"level {level:g} is above the teacher's highest, {teacher.schedule.sigma_max:g}",
-                field="config.level",
-            )
-        student.sampler = SamplerSpec.few_step((level,), noise_scale=student.schedule.start_scale(level))
+        given = () if config.level is None else (config.level,)
+        student.sampler = few_step_sampler(student, student_levels(teacher, given, field="config.level"))
 
     def guidance_law(self, config: Config) -> GuidanceLaw:
         """Where a step's scale comes from."""

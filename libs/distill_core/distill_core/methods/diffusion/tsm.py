@@ -10,26 +10,25 @@ begins (`student.recipe` of `msd` or `dmd2`); random weights are too far from th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from distill_core.config import EvaluateConfig
 from distill_core.data.source import Source
-from distill_core.errors import ConfigError
 from distill_core.losses.denoising import add_noise, denoising_loss
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.networks.denoiser import Denoiser
-
-Level = Annotated[float, Field(gt=0)]  # noise, data std
+from distill_core.networks.levels import Levels, descending, student_levels
 
 
 class Config(MethodConfig):
-    levels: tuple[Level, ...] = ()  # that the student will be used at; () = the teacher's highest
+    levels: Levels = ()  # that the student will be used at, data std; () = the teacher's start
     own_share: float = Field(0.5, ge=0, le=1)  # of the items, noised to one of `levels`
     guidance: float = 1.0  # of the teacher; 1 = off
+
+    _descending = field_validator("levels")(descending)
 
 
 class TSM(Method):
@@ -40,12 +39,7 @@ class TSM(Method):
     def __init__(self, config: Config, *, teacher: Denoiser, student: Denoiser, data: Source) -> None:
         super().__init__()
         self.config, self.teacher, self.student, self.data = config, teacher, student, data
-        levels = config.levels or (teacher.sampler.sigma_max,)
-        if max(levels) > teacher.schedule.sigma_max:
-            raise ConfigError(
-                f"level {max(levels):g} is above the teacher's highest, {teacher.schedule.sigma_max:g}",
-                field="config.levels",
-            )
+        levels = student_levels(teacher, config.levels)
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
 
     @classmethod

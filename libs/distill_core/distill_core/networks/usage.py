@@ -1,0 +1,239 @@
+"""How a saved denoiser is used in plain diffusers, in words and a few lines of code: a part of its model card.
+
+Code holds numbers and class names alone; nothing that a user wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distill_core.artifacts import SamplerSpec
+from distill_core.artifacts.card import USAGE
+from distill_core.networks.denoiser import Denoiser
+
+Steps = dict[int, tuple[int, ...]]  # numbers of steps -> the timesteps to name; none: spacing finds them
+UNCONDITIONAL = ("DDPMPipeline", "LDMPipeline")  # they take neither timesteps nor latents
+RANDOM = "generator=torch.Generator().manual_seed(0)"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the network's weights are: in a sub-folder, of one of several experts, or an adapter alone."""
+
+    inside: str = ""
+    adapter: bool = False
+
+
+def usage(denoiser: Denoiser, parts: dict[str, str], steps: Steps, pipeline: str | None, place: Place) -> str:
+    """The section of the card.
+
+    `parts` are class names by sub-folder, and `pipeline` the class that makes the sampler's pictures, if one does.
+    """
+    if pipeline is not None and not (place.adapter and pipeline in UNCONDITIONAL):
+        code, said = _by_pipeline(denoiser, steps, pipeline, _opened(parts, place))
+    elif place.adapter:  # diffusers loads adapters into its text-to-image networks alone
+        code, said = [], ["The folder `adapter/` is in peft's format; put it over the network of its base."]
+    else:
+        code, said = _by_hand(denoiser, parts, steps, place.inside)
+    if place.inside:
+        said.append(
+            "This is the expert of part 0; `partition` in manifest.json says which conditions are whose."
+        )
+    if denoiser.sampler.step_counts:
+        counts = ", ".join(map(str, denoiser.sampler.step_counts))
+        said.append(f"It was trained for these numbers of steps: {counts}.")
+    if denoiser.cond.nasa_scale is not None:
+        said.append(
+            "A negative prompt steers this student's attention in Distillery's sampler; diffusers ignores it here."
+        )
+    if denoiser.image.tileable:
+        said.append(
+            "Its pictures repeat without a seam in Distillery's sampler; diffusers pads them with zeros."
+        )
+    fenced = ["```python", *code, "```", ""] if code else []
+    return "\n".join([USAGE, "", *fenced, *said])
+
+
+def _opened(parts: dict[str, str], place: Place) -> list[str]:
+    """The lines that open the folder as a pipeline."""
+    slot = "transformer" if "transformer" in parts else "unet"
+    if place.adapter:
+        scheduler = parts["scheduler"]
+        return [
+            f"from diffusers import DiffusionPipeline, {scheduler}",
+            "",
+            'pipeline = DiffusionPipeline.from_pretrained("BASE")  # the folder of the model that this adapts',
+            'weights = {"prefix": "base_model.model", "weight_name": "adapter_model.safetensors"}',
+            f'pipeline.{slot}.load_lora_adapter("adapter", **weights)',
+            f'pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")',
+        ]
+    if place.inside:
+        return [
+            f"from diffusers import DiffusionPipeline, {parts[slot]}",
+            "",
+            f'expert = {parts[slot]}.from_pretrained(".", subfolder="{place.inside}{slot}")',
+            f'pipeline = DiffusionPipeline.from_pretrained(".", {slot}=expert)',
+        ]
+    return [
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained(".")  # this folder',
+    ]
+
+
+def _by_pipeline(
+    denoiser: Denoiser, steps: Steps, pipeline: str, opened: list[str]
+) -> tuple[list[str], list[str]]:
+    spec, image = denoiser.sampler, denoiser.image
+    named = steps.get(spec.num_steps, ())
+    count = f"timesteps={list(named)}" if named else f"num_inference_steps={spec.num_steps}"
+    code = ["import torch", *opened]
+    if pipeline in UNCONDITIONAL:
+        code.append(f"picture = pipeline({count}, {RANDOM}).images[0]")
+    else:
+        guidance = f"guidance_scale={spec.guidance:g}"
+        code += [
+            f"latents = torch.randn(1, {image.channels}, {image.height}, {image.width}, {RANDOM})",
+            f'options = {{"height": {image.picture[1]}, "width": {image.picture[2]}, "latents": latents}}',
+            f'picture = pipeline("a photograph", {count}, {guidance}, **options).images[0]',
+        ]
+    if not steps:
+        return code, ["These are diffusers' own steps; Distillery's sampler takes others, to other pictures."]
+    if spec.kind == "few_step":
+        others = [f"{n}: `timesteps={list(wanted)}`" for n, wanted in steps.items() if wanted]
+        spaced = [str(n) for n, wanted in steps.items() if not wanted]
+        said = [f"The pictures of Distillery's sampler, for `num_inference_steps` of {', '.join(spaced)}."]
+        if others and pipeline not in UNCONDITIONAL:
+            said.append(f"Other numbers of steps are told by their timesteps. {'; '.join(others)}.")
+        return code, said if spaced else said[1:]
+    return code, ["The pictures of Distillery's sampler, for any number of steps."]
+
+
+def _by_hand(
+    denoiser: Denoiser, parts: dict[str, str], steps: Steps, inside: str
+) -> tuple[list[str], list[str]]:
+    """Part by part: no pipeline of diffusers calls this network as it was trained."""
+    slot = "transformer" if "transformer" in parts else "unet"
+    where = f'".", subfolder="{inside}{{}}"'
+    codec = next((name for name in ("vae", "vqvae") if name in parts), None)
+    used = {parts[slot], parts[codec or slot]}
+    used |= set() if denoiser.schedule.kind == "flow" else {parts["scheduler"]}
+    code = ["import torch", f"from diffusers import {', '.join(sorted(used))}"]
+    text = "text_encoder" in parts and "text_encoder_2" not in parts
+    if text:
+        code.append("from transformers import CLIPTextModel, CLIPTokenizer")
+    code += ["", f"network = {parts[slot]}.from_pretrained({where.format(slot)})"]
+    if denoiser.schedule.kind != "flow":
+        code.append(f"scheduler = {parts['scheduler']}.from_pretrained({where.format('scheduler')})")
+    if text:
+        code += [
+            'tokenizer = CLIPTokenizer.from_pretrained(".", subfolder="tokenizer")',
+            f'tokens = tokenizer(["a photograph"] * 4, padding="max_length", max_length={denoiser.cond.max_tokens}, '
+            'truncation=True, return_tensors="pt")',
+            'encoder = CLIPTextModel.from_pretrained(".", subfolder="text_encoder")',
+        ]
+    code += [*_denoise(denoiser, slot, text), "", *_sampled(denoiser, steps)]
+    if codec is not None:
+        code += [
+            f'codec = {parts[codec]}.from_pretrained(".", subfolder="{codec}")',
+            "scale, shift = codec.config.scaling_factor, codec.config.get('shift_factor') or 0",
+            *_moments(denoiser),
+            "with torch.no_grad():",
+            "    pictures = codec.decode(x0 / scale + shift).sample",
+        ]
+    said = ["No pipeline of diffusers takes the steps of this model's sampler, so it opens part by part."]
+    return code, said
+
+
+def _moments(denoiser: Denoiser) -> list[str]:
+    codec = getattr(denoiser, "codec", None)
+    if codec is None or codec.config.get("latents_mean") is None:
+        return []
+    return [
+        "mean, std = (",
+        "    torch.tensor(codec.config[name]).reshape(1, -1, 1, 1) for name in ('latents_mean', 'latents_std')",
+        ")",
+        "scale, shift = scale / std, mean",
+    ]
+
+
+def _denoise(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
+    """A function of the card, from a sample with noise of deviation sigma to x0 (docs/conventions.md)."""
+    kind, out = denoiser.schedule.kind, ".sample"
+    told = ["x_scaled", "timestep=time"]
+    if denoiser.cond.kind == "class_label" or slot == "transformer":
+        told.append("class_labels=labels")
+    if text:
+        told.append("encoder_hidden_states=encoder(tokens.input_ids)[0]")
+    if slot == "transformer":
+        out += "[:, : x.shape[1]]"
+    form = {
+        "edm": (
+            "scheduler.precondition_inputs(x, sigma)",
+            "scheduler.precondition_noise(sigma)",
+            "scheduler.precondition_outputs(x, output, sigma)",
+        ),
+        "flow": ("x / (1 + sigma)", "1000 * sigma / (1 + sigma)", "(x - sigma * output) / (1 + sigma)"),
+        "vp": ("x / (1 + sigma**2) ** 0.5", "timestep_of(sigma)", _vp_answer(denoiser)),
+    }[kind]
+    labels = denoiser.cond.num_classes or 1
+    code = []
+    if "class_labels=labels" in told:
+        code.append(f"labels = torch.arange(4) % {labels}")
+    if kind == "vp":
+        code += [
+            "levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5",
+            "",
+            "",
+            "def timestep_of(sigma):",
+            "    index = (levels < sigma).sum().clamp(1, len(levels) - 1)",
+            "    return index - (levels[index] / sigma).log() / (levels[index] / levels[index - 1]).log()",
+        ]
+    return [
+        *code,
+        "",
+        "",
+        "@torch.no_grad()",
+        "def denoise(x, sigma):  # x0 from x = x0 + sigma * noise",
+        "    sigma = torch.tensor(sigma)",
+        f"    x_scaled, time = {form[0]}, {form[1]}.expand(len(x))",
+        f"    output = network({', '.join(told)}){out}",
+        f"    return {form[2]}",
+        "",
+    ]
+
+
+VP_ANSWERS = {
+    "eps": "x - sigma * output",
+    "v": "x / (1 + sigma**2) - sigma / (1 + sigma**2) ** 0.5 * output",
+    "x0": "output",
+}
+
+
+def _vp_answer(denoiser: Denoiser) -> str:
+    return VP_ANSWERS.get(getattr(denoiser, "parameterisation", ""), "")
+
+
+def _sampled(denoiser: Denoiser, steps: Steps) -> list[str]:
+    spec, image = denoiser.sampler, denoiser.image
+    noise = f"torch.randn(4, {image.channels}, {image.height}, {image.width}, {RANDOM})"
+    levels = [float(level) for level in spec.levels(spec.num_steps)]
+    if spec.kind == "few_step":
+        code = [f"x0 = denoise({spec.noise_scale!r} * {noise}, {levels[0]!r})"]
+        if len(levels) > 1:
+            code += [
+                f"for sigma in {levels[1:]!r}:",
+                "    x0 = denoise(x0 + sigma * torch.randn_like(x0), sigma)",
+            ]
+        return code
+    return [f"x0 = {spec.noise_scale!r} * {noise}", *_solver(spec)]
+
+
+def _solver(spec: SamplerSpec) -> list[str]:
+    return [
+        f"start, end = {spec.sigma_max!r} ** (1 / {spec.rho:g}), {spec.sigma_min!r} ** (1 / {spec.rho:g})",
+        f"levels_down = [(start + i / {max(spec.num_steps - 1, 1)} * (end - start)) ** {spec.rho:g} "
+        f"for i in range({spec.num_steps})]",
+        "for sigma, following in zip(levels_down, [*levels_down[1:], 0.0]):  # Euler; the sampler's may be Heun",
+        "    x0 = x0 + (x0 - denoise(x0, sigma)) * (following - sigma) / sigma",
+    ]
