@@ -46,7 +46,7 @@ LAYERS = [
         "radiance.distortion",
     ),
     ("networks", "data", "radiance", "metrics"),
-    ("methods", "training", "building", "evaluation"),
+    ("methods", "training", "suiting", "building", "evaluation"),
     ("api",),
     ("dry_run",),
     ("described", "reference"),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.building import Context, build, load_model
+from distill_core.building import Context, build, for_its_teacher, load_model
 from distill_core.checking import verdict
 from distill_core.config import EvaluateConfig, ModelSource, Recipe, load_recipe, recipe_names
 from distill_core.data import Source, build_source
@@ -53,6 +53,9 @@ __all__ = [
     "untrained",
 ]
 log = logging.getLogger(__name__)
+MEASURED_WITH = (
+    "measured_with."  # before the names of figures, among a manifest's metrics: their grounds, in words
+)
 _PLANNED_BY_A_STEP = ("radiance",)  # families of methods
 _should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
 _listener: ContextVar[Listener | None] = ContextVar(
@@ -74,6 +77,7 @@ class Result:
     figures: dict[str, float] = field(default_factory=dict)
     measured_with: dict[str, str] = field(default_factory=dict)  # what the figures rest on, in words
     manifest: Manifest | None = None
+    again: bool = False  # the run had been finished and published before: nothing is new
     main: bool = True  # of a run in several processes: the one that saves, measures and publishes
 
 
@@ -193,6 +197,7 @@ def _heard(listener: Listener | None, should_stop: Callable[[], bool]) -> Iterat
 
 
 def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], bool], job: str) -> Result:
+    recipe = for_its_teacher(recipe, where)
     method, source = build(recipe, where)
     run.write_recipe(recipe)
     evaluator = _evaluator(
@@ -208,13 +213,17 @@ def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], b
     with trainer.averaged():
         if not trainer.layout.keeps:
             return Result(run.folder, outcome.step, False, main=False)
+        key = job or _run_key(run, recipe)
+        if recipe.publish and (known := where.store.published_with(recipe.publish.name, key)):
+            _move_alias(known, recipe, where, key)
+            return _known(run, known)
         with writing(f"the model to {run.model}", run.checkpoints):
             _save_model(method, recipe, run)
         figures = _figures(method, recipe.evaluate, evaluator)
         figures |= {"skipped_pictures": float(skipped)} if skipped else {}
         said = {} if evaluator is None else evaluator.measured_with(figures)
-        told = figures | {f"measured_with.{name}": words for name, words in said.items()}
-        manifest = publish(method, recipe, run, where, told, job=job) if recipe.publish else None
+        told = figures | {MEASURED_WITH + name: words for name, words in said.items()}
+        manifest = publish(method, recipe, run, where, told, job=key) if recipe.publish else None
     return Result(run.folder, outcome.step, False, figures=figures, measured_with=said, manifest=manifest)
 
 
@@ -237,7 +246,7 @@ def publish(
         paper=method.paper,
         title=recipe.title,
         licence=recipe.publish.licence,
-        parents=(recipe.teacher.artifact,) if recipe.teacher and recipe.teacher.artifact else (),
+        parents=_parents(method, recipe, where),
         job=job,
         recipe_sha256=hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
         step=recipe.steps,
@@ -246,9 +255,40 @@ def publish(
     )
     draft = draft.model_copy(update={"parity": _parity(method, draft, run)})
     manifest = where.store.publish(run.model, draft, key=job)
-    if recipe.publish.alias:
-        where.store.set_alias(manifest.name, recipe.publish.alias, manifest.version, who=job)
+    _move_alias(manifest, recipe, where, job)
     return manifest
+
+
+def _parents(method: Method, recipe: Recipe, where: Context) -> tuple[str, ...]:
+    """The versions in the store that it was made from, as name@version."""
+    teacher, student = recipe.teacher and recipe.teacher.artifact, recipe.student.artifact
+    base = getattr(getattr(method, method.result), "base_ref", "")
+    loaded = getattr(getattr(method, "teacher", None), "ref", ""), base
+    named = [loaded[0] or teacher, loaded[1] or student]  # an alias may have moved since it was loaded
+    return tuple("@".join(map(str, where.store.resolve(ref))) for ref in dict.fromkeys(named) if ref)
+
+
+def _run_key(run: Run, recipe: Recipe) -> str:
+    """What stands for a job where there is none: this run folder, under this recipe."""
+    return f"run-{run.identity}-{hashlib.sha256(recipe.to_toml().encode()).hexdigest()[:12]}"
+
+
+def _move_alias(manifest: Manifest, recipe: Recipe, where: Context, key: str) -> None:
+    """Point the recipe's alias at the version, once: it may have been moved on since."""
+    alias = recipe.publish.alias if recipe.publish else None
+    moved = alias and any(
+        (move.alias, move.who) == (alias, key) for move in where.store.history(manifest.name)
+    )
+    if alias and not moved:
+        where.store.set_alias(manifest.name, alias, manifest.version, who=key)
+
+
+def _known(run: Run, manifest: Manifest) -> Result:
+    """The result of a run that was finished and published before."""
+    said = {name: value for name, value in manifest.metrics.items() if name.startswith(MEASURED_WITH)}
+    figures = {name: float(value) for name, value in manifest.metrics.items() if name not in said}
+    words = {name.removeprefix(MEASURED_WITH): str(value) for name, value in said.items()}
+    return Result(run.folder, manifest.step, False, figures, words, manifest, again=True)
 
 
 def _parity(method: Method, draft: Manifest, run: Run) -> ParitySample | None:

@@ -38,6 +38,7 @@ from distill_core.radiance.gaussians import load_gaussians
 from distill_core.radiance.latent_scene import load_latent_scene
 from distill_core.radiance.relightable import load_relightable
 from distill_core.radiance.renderer import load_scene
+from distill_core.suiting import suited
 from distill_core.training.seeding import derive, seed_everything
 
 log = logging.getLogger(__name__)
@@ -201,6 +202,7 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
     Raises:
         ConfigError: the recipe lacks a table that the method needs.
     """
+    recipe = for_its_teacher(recipe, context)
     cls = find_method(recipe.method)
     config = cls.Config.parse(recipe.config, where="config")
     wanted = needs(cls)
@@ -228,6 +230,16 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
     if "network" in wanted:  # a model made for this data is given the data's conditions
         fit(source, getattr(method, method.result))
     return method, source
+
+
+def for_its_teacher(recipe: Recipe, context: Context) -> Recipe:
+    """`recipe`, without what belonged to the schedule of another teacher that it was written for."""
+
+    def former(made: Recipe) -> nn.Module:
+        method, _ = build(made, context)
+        return getattr(method, method.result)  # type: ignore[no-any-return]
+
+    return suited(recipe, context, former)
 
 
 def _refuse_unused(recipe: Recipe, wanted: list[str]) -> None:

@@ -259,7 +259,7 @@ class CheckConfig(Claim):
 
 class PublishConfig(Config):
     name: Name
-    licence: str = "Apache-2.0"
+    licence: str = ""  # of the model; unset: nobody has chosen one
     alias: Name | None = None
     form: Literal["merged", "adapter"] = "merged"  # of a LoRA student; adapter: without its base's weights
 
@@ -271,7 +271,22 @@ class PublishConfig(Config):
         return alias
 
 
+class ReplacedTeacher(Config):
+    """Whom a recipe was written for, where overrides name another teacher."""
+
+    recipe: str  # that trains the former teacher
+    given: tuple[str, ...] = ()  # keys that were set since: they are meant for the new one
+
+
 STUDENT_SOURCES = ("artifact", "path", "recipe", "network")
+MADE_OF = (
+    "data",
+    "teacher",
+    "student",
+    "network",
+    "extractor",
+)  # tables that a title and a licence are about
+IN_TITLES = ("levels", "level", "step_counts", "parts")  # and of [config] what a title may count
 
 
 class Recipe(Config):
@@ -308,6 +323,7 @@ class Recipe(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     check: CheckConfig | None = None
     publish: PublishConfig | None = None
+    replaced: ReplacedTeacher | None = None  # written by overrides that name another teacher
 
     @model_validator(mode="after")
     def _batch_is_shared_out(self) -> Self:
@@ -361,10 +377,7 @@ class Recipe(Config):
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with dotted keys replaced, e.g. `{"config.guidance": 2.0}`; validated again."""
-        values = _without_none(self.model_dump(mode="json"))
-        for key, value in changes.items():
-            _set_dotted(values, key, value)
-        return Recipe.parse(values)
+        return Recipe.parse(_changed(_without_none(self.model_dump(mode="json")), changes))
 
 
 _T = TypeVar("_T")
@@ -383,6 +396,37 @@ def _dotted(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     for key, value in table.items():
         found |= _dotted(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
     return found
+
+
+def _changed(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with dotted keys replaced, and without what they said of other data or another teacher."""
+    before = deepcopy(values)
+    for key, value in changes.items():
+        _set_dotted(values, key, value)
+    said = {key for key in changes if key in ("title", "publish", "publish.licence")}
+    made_otherwise = any(before.get(table) != values.get(table) for table in MADE_OF)
+    if "title" not in said and (made_otherwise or _counts(before) != _counts(values)):
+        values.pop("title", None)
+    if said <= {"title"} and made_otherwise and isinstance(values.get("publish"), dict):
+        values["publish"].pop("licence", None)
+    _note_teacher(before, values, changes)
+    return values
+
+
+def _counts(values: Mapping[str, Any]) -> list[Any]:
+    table = values.get("config")
+    return [table.get(key) for key in IN_TITLES] if isinstance(table, Mapping) else []
+
+
+def _note_teacher(before: Mapping[str, Any], values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Keep whom the recipe was written for: its levels and learning rates are those of that teacher."""
+    former = before.get("replaced")
+    teacher = before.get("teacher")
+    if former is None and isinstance(teacher, Mapping) and values.get("teacher") not in (None, teacher):
+        former = {"recipe": teacher["recipe"]} if isinstance(teacher.get("recipe"), str) else None
+    if isinstance(former, Mapping) and "replaced" not in changes:
+        given = sorted({*former.get("given", ()), *changes})
+        values["replaced"] = {**former, "given": given}
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
@@ -434,10 +478,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     """
     values = dict(source) if isinstance(source, Mapping) else _read_toml(str(source))
     check_no_pipeline(values)
-    for key, value in (overrides or {}).items():
-        _set_dotted(values, key, value)
     try:
-        return Recipe.parse(values)
+        return Recipe.parse(_changed(values, overrides or {}))
     except ConfigError as error:
         raise meant(error, overrides or {}, values, Recipe) from None
 

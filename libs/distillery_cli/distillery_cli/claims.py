@@ -103,7 +103,8 @@ def measured(name: str, repository: Path) -> dict[str, Any]:
 
 def fingerprint(recipe: Recipe) -> str:
     """What a figure belongs to: a changed recipe makes it an old one, a new key that keeps its default does not."""
-    chosen = recipe.model_dump(mode="json", exclude_defaults=True)
+    said = {"publish": {"licence"}}  # of the model, not of its figures
+    chosen = recipe.model_dump(mode="json", exclude_defaults=True, exclude=said)
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 

@@ -155,7 +155,8 @@ def train(
         told = {"artifact": published, "metrics": result.figures, "measured_with": result.measured_with}
         emit_json({"folder": str(folder), "model": str(model), **told})
         return 0
-    results.print(f"model: {model}" + (f"\npublished: {published}" if published else ""))
+    word = "nothing new: this run was published before, as" if result.again else "published:"
+    results.print(f"model: {model}" + (f"\n{word} {published}" if published else ""))
     for name, value in result.figures.items():
         results.print(f"  {name} = {figure(value)}")
     for name, words in result.measured_with.items():

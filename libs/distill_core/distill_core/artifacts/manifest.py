@@ -139,10 +139,10 @@ class Manifest(Config):
     method: str = ""
     paper: str = ""
     title: str = ""
-    licence: str = "Apache-2.0"
+    licence: str = ""  # unset: nobody has chosen one
     parents: tuple[str, ...] = ()  # artifacts it was made from, as name@version
     base: str = ""  # of a LoRA student: the model it adapts, as name@version, where that is in the store
-    job: str = ""
+    job: str = ""  # that made it, or what stands for a run without a queue
     recipe_sha256: str = ""
     step: int = 0
     parameterisation: str = ""

@@ -2,7 +2,8 @@
 
 <root>/<name>/versions/<n>/.claim          exclusive: two publishers never get one number
                            manifest.json   written last: a version exists if and only if this file does
-                           model_index.json, unet/ …, exports/<target>/ …, recipe.toml, preview.png
+                           model_index.json, unet/ …, exports/<target>/ …, recipe.toml, preview.png,
+                           README.md       the model card
 <root>/<name>/aliases/<alias>.json         moved atomically
 <root>/<name>/history/<time>-<alias>.json  every move of an alias
 """
@@ -22,8 +23,9 @@ from typing import Any
 
 import fsspec
 
+from distill_core.artifacts.card import CARD, model_card
 from distill_core.artifacts.files import entry_of, inside, publishable, verify
-from distill_core.artifacts.manifest import MANIFEST, AliasMove, Manifest
+from distill_core.artifacts.manifest import MANIFEST, AliasMove, FileEntry, Manifest
 from distill_core.config import check_name, is_reserved_alias
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable, nearest
 from distill_core.paths import user_path
@@ -152,6 +154,17 @@ class ArtifactStore:
             )
         return data
 
+    def published_with(self, name: str, key: str) -> Manifest | None:
+        """The version that was published with this key."""
+        for version in reversed(self.versions(name)):
+            try:
+                manifest = self.manifest(f"{name}@{version}")
+            except ArtifactError:  # another version's damage must not keep this one from being published
+                continue
+            if manifest.job == key:
+                return manifest
+        return None
+
     # -- writing ------------------------------------------------------------------------------------------------
 
     def publish(self, folder: Path, manifest: Manifest, *, key: str = "") -> Manifest:
@@ -161,15 +174,18 @@ class ArtifactStore:
             ArtifactError: the folder holds a format that can execute code, or a link that leaves it.
             Unavailable: the store cannot be written.
         """
-        files = {path: entry_of(folder / path) for path in publishable(folder)}
+        files = {path: entry_of(folder / path) for path in publishable(folder) if path != CARD}
         try:
-            published = self._published_with(manifest.name, key) if key else None
+            published = self.published_with(manifest.name, key) if key else None
             if published is not None:
                 return published
             version = self._claim(manifest.name, key)
             target = self._path(manifest.name, "versions", str(version))
             for path in files:
                 self._put(folder / path, f"{target}/{path}")
+            card = model_card(manifest.model_copy(update={"version": version}), _read(folder / CARD)).encode()
+            self._write_atomically(f"{target}/{CARD}", card)
+            files[CARD] = FileEntry(size=len(card), sha256=hashlib.sha256(card).hexdigest())
             complete = manifest.model_copy(
                 update={
                     "version": version,
@@ -248,16 +264,6 @@ class ArtifactStore:
             raise ArtifactError(
                 f"{'/'.join(parts)} in {self.url} is damaged: {error}; remove it and set the alias again"
             ) from None
-
-    def _published_with(self, name: str, key: str) -> Manifest | None:
-        for version in reversed(self.versions(name)):
-            try:
-                manifest = self.manifest(f"{name}@{version}")
-            except ArtifactError:  # another version's damage must not keep this one from being published
-                continue
-            if manifest.job == key:
-                return manifest
-        return None
 
     def _claim(self, name: str, key: str) -> int:
         """The next free number, taken by an exclusive create. A number left half-published by `key` is taken again."""
@@ -362,6 +368,13 @@ def _whole(folder: Path, manifest: Manifest) -> bool:
         shutil.rmtree(away, ignore_errors=True)
         return False
     return True
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):  # none, or no text: the card says what the manifest knows
+        return ""
 
 
 def _made(folder: Path) -> Path:

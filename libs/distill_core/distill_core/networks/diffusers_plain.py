@@ -4,8 +4,9 @@
     Euler, vp          EulerDiscreteScheduler on Karras' levels
     one step, edm      EDMEulerScheduler, from a level where sqrt(1 + sigma^2) = sigma to 0.1 %
 
-A schedule of no signal at its end is saved with the finite last level that it has here. Nothing else of diffusers takes the same steps. A teacher's scheduler spaces its steps otherwise, and at one step most
-begin near no noise at all; a student's folder that kept it would open, and draw noise.
+Nothing else of diffusers takes the same steps. A teacher's scheduler spaces its steps otherwise, and at one step most
+begin near no noise at all; a student's folder that kept it would open, and draw noise. A schedule that ends without
+any signal is saved with the finite last level that it has here.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from distill_core.plain_text import lines, read_text
 Listener = Callable[
     [dict[str, Any]], None
 ]  # receives progress, metrics, sample … events as plain dictionaries
+IDENTITY = ".run"  # the file with a run's own random name
 
 
 class Run:
@@ -37,6 +40,14 @@ class Run:
 
     def write_recipe(self, recipe: Recipe) -> None:
         (self.folder / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+
+    @property
+    def identity(self) -> str:
+        """What tells this run from every other; made with the folder, and kept in it."""
+        path = self.folder / IDENTITY
+        with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+            file.write(secrets.token_hex(8))
+        return path.read_text(encoding="utf-8").strip()
 
     def tell(self, event: str, **values: Any) -> None:
         """Pass an event on to whoever watches."""
