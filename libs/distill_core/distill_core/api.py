@@ -261,7 +261,8 @@ def publish(
 
 def _parents(method: Method, recipe: Recipe, where: Context) -> tuple[str, ...]:
     """The versions in the store that it was made from, as name@version."""
-    teacher, student = recipe.teacher and recipe.teacher.artifact, recipe.student.artifact
+    teacher = recipe.teacher.artifact if recipe.teacher else None
+    student = recipe.student.artifact
     base = getattr(getattr(method, method.result), "base_ref", "")
     loaded = getattr(getattr(method, "teacher", None), "ref", ""), base
     named = [loaded[0] or teacher, loaded[1] or student]  # an alias may have moved since it was loaded
