@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -189,12 +190,41 @@ def test_an_edm_pipeline_opens_where_it_begins_with_the_sampler_s_noise(levels, 
     """Diffusers' noise is sqrt(1 + sigma^2) large and ours sigma: alike at 80, and 2 % apart at 5."""
     shutil.copytree(teachers["sdxl"], tmp_path / "edm")
     diffusers.EDMEulerScheduler().save_pretrained(tmp_path / "edm" / "scheduler")
+    index = tmp_path / "edm" / "model_index.json"
+    index.write_text(index.read_text().replace("EulerDiscreteScheduler", "EDMEulerScheduler"))
     denoiser = load_denoiser(tmp_path / "edm")
     denoiser.sampler = few_step_sampler(denoiser, student_levels(denoiser, levels))
     denoiser.save(tmp_path / "student")
     assert (tmp_path / "student" / "model_index.json").exists() == opens
     if opens:
         assert difference(tmp_path / "student")[0] <= 0.1
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_schedule_that_ends_without_signal_is_met(count, teachers, tmp_path):
+    shutil.copytree(teachers["sd_v"], tmp_path / "zero")
+    options = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    scheduler = diffusers.DDIMScheduler(**options, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    scheduler.save_pretrained(tmp_path / "zero" / "scheduler")
+    denoiser = load_denoiser(tmp_path / "zero")
+    denoiser.sampler = few_step_sampler(denoiser, student_levels(denoiser, count=count))
+    denoiser.save(tmp_path / "student")
+    assert difference(tmp_path / "student")[0] <= 0.1
+
+
+def test_a_pipeline_that_does_not_read_its_codecs_scale_is_not_named(teachers, tmp_path):
+    moments = {"latents_mean": [1.0, -2.0, 0.5, 3.0], "latents_std": [2.0, 3.0, 0.5, 1.5]}
+    cases = {("sd", "shift"): {"shift_factor": 0.3}, ("sd", "moments"): moments, ("sdxl", "moments"): moments}
+    for (kind, name), scale in cases.items():
+        folder = tmp_path / f"{kind}-{name}"
+        shutil.copytree(teachers[kind], folder)
+        config = folder / "vae" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | scale))
+        denoiser = load_denoiser(folder)
+        denoiser.sampler = few_step_sampler(denoiser, student_levels(denoiser))
+        denoiser.save(folder / "student")
+        assert (folder / "student" / "model_index.json").exists() == (kind == "sdxl")
+    assert difference(tmp_path / "sdxl-moments" / "student")[0] <= 0.1
 
 
 def test_a_saved_scheduler_keeps_the_whole_schedule(teachers, tmp_path):

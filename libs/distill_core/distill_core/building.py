@@ -326,7 +326,8 @@ def fit(source: Source, teacher: nn.Module) -> None:
             field="data",
         )
     if teacher.cond.kind == "class_label":
-        use_classes_of(source, teacher.cond)
+        with real_tensors():  # labels are data, also in a plan
+            use_classes_of(source, teacher.cond)
     if teacher.cond.kind == "prompt":
         if source.prompts is None:
             raise ConfigError(
