@@ -185,5 +185,5 @@ def test_without_an_endpoint_nothing_of_opentelemetry_is_imported(monkeypatch):
 def test_an_endpoint_without_the_extra_is_one_sentence(monkeypatch):
     monkeypatch.setattr(tracing, "_active", None)
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)
-    with pytest.raises(ConfigError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT is set.*distillery\[otel\]"):
+    with pytest.raises(ConfigError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT is set.*\[otel\]"):
         tracing.start_tracing("sampler", load_settings(otlp_endpoint="http://127.0.0.1:4317"))

@@ -168,7 +168,7 @@ def _provider(service: str, endpoint: str) -> TracerProvider:
     if isinstance(existing, TracerProvider):  # the program that uses our client has its own
         return existing
     provider = TracerProvider(resource=Resource.create({"service.name": f"distillery-{service}"}))
-    options: Any = grpc_options(endpoint)  # the exporter's own type for them leaves numbers out
+    options: Any = tuple(grpc_options(endpoint))  # the exporter's own type for them leaves numbers out
     exporter = OTLPSpanExporter(endpoint=endpoint, channel_options=options)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider

@@ -109,7 +109,7 @@ def only_one(state_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise Unavailable(
             f"the state folder {state_dir} cannot be written: {error.strerror}; set DISTILLERY_STATE_DIR"
-        ) from None
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
