@@ -8,8 +8,11 @@ from pathlib import Path
 import torch
 
 from distill_core import api
-from distill_core.building import Context, build
+from distill_core.building import build
 from distill_core.config import Recipe, load_recipe, recipe_names
+from distill_core.context import Context
+from distill_core.data import Source
+from distill_core.kinds import find_kind
 from distill_core.method import Method
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
@@ -41,7 +44,10 @@ def tiny_recipe(name: str, **changes: object) -> Recipe:
     phases = {f"config.{key}": 1 for key in PHASES if recipe.config.get(key)}
     recipe = recipe.override({**TINY, **phases, **changes})
     return recipe.model_copy(
-        update={"publish": None, "evaluate": recipe.evaluate.model_copy(update={"judge": None})}
+        update={
+            "publish": None,
+            "evaluate": {key: value for key, value in recipe.evaluate.items() if key != "judge"},
+        }
     )
 
 
@@ -73,6 +79,19 @@ def tiny_trainer(name: str, context: Context, folder: Path, **changes: object) -
     recipe = tiny_recipe(name, **changes)
     method, source = build(recipe, context)
     return Trainer(method, source, recipe, Run(folder))
+
+
+def entered(method: Method, step: int) -> Method:
+    """The method, with the stage entered that begins at `step`, as the loop does before that step."""
+    stage = method.stage_of(step)
+    if step and method.stage_of(step - 1).name != stage.name:
+        method.enter(stage)
+    return method
+
+
+def previewed(method: Method, source: Source, seed: int = 0) -> torch.Tensor | None:
+    """What the loop would show of the method's result now."""
+    return find_kind(method.kind).preview(method.main, source, seed, method.references())
 
 
 def parameters_by_module(method: Method) -> dict[str, dict[str, torch.Tensor]]:

@@ -56,7 +56,7 @@ def train(
         role: torch.optim.Adam(values, lr, betas=(0.0, 0.99)) for role, values in parameters.items()
     }
     for step in range(steps):
-        for update in method.updates(Batch(256, None, cond or {}), step):
+        for update in method.updates(Batch.of(256, None, cond or {}), step):
             if update.role not in parameters:
                 continue
             update.loss.backward(inputs=parameters[update.role])

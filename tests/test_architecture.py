@@ -31,22 +31,29 @@ CLIENTS = (
     "distillery_sampler.settings",
 )  # what the command line may use of services
 
+# The half of a kind that needs torch; the other, its card, is data that a manifest holds.
+KINDS = tuple(f"kinds.{path.parent.name}" for path in sorted((CORE / "kinds").glob("*/kind.py")))
+
 # A module may import from its own layer and lower ones.
 LAYERS = [
-    ("errors", "library_bars", "meant", "config", "checking", "reached", "plain_text", "paths"),
+    ("errors", "library_bars", "meant", "config", "checking", "reached", "plain_text", "paths", "signature"),
     ("diffusion", "losses", "metrics.image", "metrics.frechet", "metrics.classification"),
     (
         "artifacts",
         "parity",
         "store_garbage",
         "pictures",
+        "kinds",
         "method",
         "radiance.sh",
         "radiance.cameras",
         "radiance.distortion",
     ),
     ("networks", "data", "radiance", "metrics"),
-    ("methods", "training", "suiting", "building", "evaluation"),
+    ("methods", "training", "suiting", "kinds.base", "kinds.loading", *KINDS),
+    ("context",),
+    ("building",),
+    ("running",),
     ("api",),
     ("dry_run",),
     ("described", "reference"),
@@ -77,6 +84,8 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
 
 def layer(module: str) -> int | None:
     name = module.removeprefix("distill_core.")
+    if name.split(".")[0] == "kinds" and name.split(".")[2:3] == ["card"]:
+        name = "kinds"
     best: tuple[int, int] | None = None
     for index, members in enumerate(LAYERS):
         for member in members:

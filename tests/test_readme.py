@@ -18,6 +18,7 @@ from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import load_recipe, parse_overrides
 from distill_core.data import source_types
 from distill_core.errors import MEANINGS
+from distill_core.kinds.base import described
 from distill_core.methods import find_method
 from distill_service.settings import Settings
 from distillery_cli.app import app
@@ -162,9 +163,9 @@ def student(tmp_path_factory) -> ArtifactStore:
     folder = tmp_path_factory.mktemp("readme")
     trainer = tiny_trainer("dmd2", tiny_context(folder), folder / "run")
     trainer.train()
-    trainer.method.save_result(folder / "model")
+    trainer.method.main.save(folder / "model")
     store = ArtifactStore(folder / "store")
-    store.publish(folder / "model", Manifest(name="dmd2-digits", **trainer.method.manifest_fields()))
+    store.publish(folder / "model", Manifest(name="dmd2-digits", **described(trainer.method.main)))
     assert convert(store, "dmd2-digits@1", "onnx-fp32").version == 2
     return store
 

@@ -10,6 +10,7 @@ from distill_core import api
 from distill_core.artifacts import ArtifactStore
 from distill_core.config import NetworkConfig, load_recipe
 from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
+from distill_core.kinds.cards import generator_card
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
@@ -110,8 +111,10 @@ def test_a_text_to_image_folder_is_distilled_published_and_opens_in_diffusers(te
     where = api.context(tmp_path / "store", tmp_path / "cache")
     result = api.train(text_recipe, tmp_path / "run", where, job="job-1")
     assert result.manifest is not None
-    assert result.manifest.cond.kind == "prompt"
-    assert result.manifest.sampler.sigmas == pytest.approx((14.0, 2.0), rel=4e-3)  # at whole timesteps
+    assert generator_card(result.manifest).cond.kind == "prompt"
+    assert generator_card(result.manifest).sampler.sigmas == pytest.approx(
+        (14.0, 2.0), rel=4e-3
+    )  # whole timesteps
     folder = ArtifactStore(tmp_path / "store").fetch("text-student")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     assert pipeline("a cat", num_inference_steps=1, height=16, width=16, output_type="np").images.shape == (

@@ -7,6 +7,7 @@ import torch
 
 from distill_core import api
 from distill_core.config import load_recipe
+from distill_core.kinds.cards import generator_card
 from distill_core.methods import find_method, method_names, needs
 from distill_core.networks.generation import generate
 from tests.helpers import recipe_of, tiny_text_to_image, tiny_trainer
@@ -43,7 +44,7 @@ def test_a_text_to_image_folder_is_distilled_from_prompts_alone(name, tmp_path):
     where = api.context(tmp_path / "store", tmp_path / "cache")
     result = api.train(recipe, tmp_path / "run", where, job="job-1")
     assert result.manifest is not None
-    assert not result.manifest.sampler.guidable
+    assert not generator_card(result.manifest).sampler.guidable
     student = api.load("text-student", where)
     pictures = generate(student, student.encode_prompts(["a cat", "a dog"]), 2)
     assert pictures.shape == (2, 3, 16, 16)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from distill_core.config import load_recipe
+from distill_core.kinds import kind_names
+from distill_core.kinds.base import described
 from distill_core.methods import find_method, method_names, needs
 from distill_core.training.checkpoint import load_latest
 from tests.helpers import changed, parameters_by_module, recipe_of, tiny_recipe, tiny_trainer
@@ -90,16 +92,16 @@ def test_adapters_begin_alike_whether_or_not_their_base_is_cached(context, tmp_p
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_result_is_saved_and_loads_again_with_the_same_output(name, context, tmp_path):
-    from distill_core.building import load_model
+    from distill_core.kinds.loading import load_model
 
     trainer = tiny_trainer(recipe_of(name), context, tmp_path / "run")
     trainer.train()
     with trainer.averaged():
-        trainer.method.save_result(tmp_path / "model")
-        fields = trainer.method.manifest_fields()
+        trainer.method.main.save(tmp_path / "model")
+        fields = described(trainer.method.main)
     files = [file for file in (tmp_path / "model").rglob("*") if file.is_file()]
     assert any(file.suffix == ".safetensors" for file in files)
-    assert fields["kind"] in {"denoiser", "field", "gaussians", "classifier", "model"}
+    assert fields["kind"] in kind_names()
     load_model(tmp_path / "model")
 
 

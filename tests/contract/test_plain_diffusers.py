@@ -90,7 +90,7 @@ def student_of(name, teacher, data, root, **changes):
     recipe = load_recipe(name, {**ALWAYS, "data": data, **changes, "teacher.path": str(teacher)})
     method, _ = build(recipe, tiny_context(root))
     folder = root / "students" / f"{teacher.name}-{name}"
-    method.save_result(folder)
+    method.main.save(folder)
     return folder
 
 
@@ -161,7 +161,7 @@ def test_a_student_that_is_tuned_further_keeps_its_picture(name, kind, teachers,
     recipe = load_recipe(name, values)
     method, _ = build(recipe.model_copy(update={"extractor": None}), tiny_context(root))
     folder = root / "students" / f"{kind}-{name}"
-    method.save_result(folder)
+    method.main.save(folder)
     assert difference(folder)[0] <= 0.1
 
 
@@ -346,7 +346,7 @@ def test_an_adapter_alone_says_which_scheduler_goes_with_it(teachers, pictures, 
     torch.nn.init.normal_(next(value for name, value in method.student.lora.items() if "lora_B" in name))
     method.student.form = "adapter"
     folder = root / "adapter-alone"
-    method.save_result(folder)
+    method.main.save(folder)
     assert not (folder / "unet").exists()
     code = code_of(folder).replace("BASE", str(teachers["sd"]))
     monkeypatch.chdir(folder)

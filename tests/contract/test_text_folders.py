@@ -14,6 +14,7 @@ from distill_core import api
 from distill_core.artifacts import ArtifactStore
 from distill_core.config import load_recipe
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.cards import generator_card
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.generation import generate
 from tests.helpers import tiny_context, tiny_recipe, tiny_sdxl, tiny_text_to_image, tiny_trainer
@@ -66,7 +67,7 @@ def opened(pipeline, tmp_path):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_sdxl_is_distilled_published_and_opens_in_diffusers(folders, method, tmp_path):
     result = distilled(folders["sdxl"], method, tmp_path)
-    cond = result.manifest.cond
+    cond = generator_card(result.manifest).cond
     assert (cond.kind, cond.embed_dim, cond.pooled_dim) == ("prompt", 32, 12)
     assert cond.examples == ("a cat", "a dog", "two cats")
     pipeline, student = opened(diffusers.StableDiffusionXLPipeline, tmp_path)
@@ -157,7 +158,7 @@ def taught(name, data, tmp_path):
     network = {"name": "UNet2DConditionModel", "args": UNET}
     trainer = tiny_trainer(name, tiny_context(tmp_path), tmp_path / "run", data=data, network=network)
     trainer.train_step()
-    trainer.method.save_result(tmp_path / "teacher")
+    trainer.method.main.save(tmp_path / "teacher")
     return tmp_path / "teacher"
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError
+from distill_core.kinds.base import described
 from distill_core.methods import method_names
 from distillery_converter.convert import convert
 from distillery_converter.parity import BATCHES
@@ -45,8 +46,8 @@ def student(name: str, context: Any, folder: Path) -> tuple[ArtifactStore, Manif
     trainer = tiny_trainer(recipe_of(name), context, folder / "run")
     trainer.train()
     with trainer.averaged():
-        trainer.method.save_result(folder / "model")
-        fields = trainer.method.manifest_fields()
+        trainer.method.main.save(folder / "model")
+        fields = described(trainer.method.main)
     draft = Manifest(name=f"tiny-{name.replace('_', '-')}", method=name, **fields)
     return context.store, context.store.publish(folder / "model", draft)
 

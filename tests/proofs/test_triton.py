@@ -18,6 +18,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from distill_core.artifacts import ArtifactStore, Manifest, SamplerSpec
 from distill_core.diffusion.noise import unit_normal
+from distill_core.kinds.base import described
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.radiance.cameras import orbit_camera
 from distillery_sampler.client import SamplerClient
@@ -43,7 +44,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SamplerP
     denoiser = load_denoiser(tiny_text_to_image(root / "pipeline"))
     denoiser.sampler = SamplerSpec.few_step((10.0,), noise_scale=10.0)
     denoiser.save(root / "prompted")
-    store.publish(root / "prompted", Manifest(name="prompted", **denoiser.manifest_fields()))
+    store.publish(root / "prompted", Manifest(name="prompted", **described(denoiser)))
     certificates = make_certificates(root)
     (root / "tokens").write_text(f"app:{hashlib.sha256(TOKEN.encode()).hexdigest()}:use\n")
     settings = certificates.server() | {"DISTILLERY_TOKENS_FILE": str(root / "tokens")}

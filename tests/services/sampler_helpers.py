@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import InferenceServerClient
 
 from distill_core.artifacts import ArtifactStore, CondSpec, ExportReport, ImageSpec, Manifest, SamplerSpec
+from distill_core.kinds.denoiser.card import Card
 from distillery.v1 import sampler_pb2_grpc
 from distillery_sampler.client import SamplerClient
 from distillery_sampler.engine import Engine
@@ -116,9 +117,11 @@ def publish_denoiser(
         name=name,
         kind="denoiser",
         method="dmd2",
-        image=ImageSpec(channels=channels, height=height, width=width, picture=(channels, height, width)),
-        cond=CondSpec(kind="class_label", num_classes=NUM_CLASSES, null_label=NUM_CLASSES),
-        sampler=sampler or student_spec(),
+        card=Card(
+            image=ImageSpec(channels=channels, height=height, width=width, picture=(channels, height, width)),
+            cond=CondSpec(kind="class_label", num_classes=NUM_CLASSES, null_label=NUM_CLASSES),
+            sampler=sampler or student_spec(),
+        ).model_dump(mode="json"),
         exports={"onnx-fp32": report},
     )
     return store.publish(folder, manifest)

@@ -7,6 +7,7 @@ from PIL import Image
 
 from distill_core.artifacts import ArtifactStore
 from distill_core.config import load_recipe, parse_overrides
+from distill_core.kinds.cards import scene_spec
 from distill_service.settings import settings as service_settings
 from distillery_cli.app import main
 from distillery_cli.conversion import LEARNING_RATES, STEPS, settings
@@ -84,7 +85,7 @@ def test_a_scene_is_converted_published_and_converted_on(home, capsys):
     assert told["metrics"]["psnr_to_teacher"] > 80  # a packed grid is the dense one
     manifest = ArtifactStore(str(home / "state" / "store")).manifest("packed@1")
     assert manifest.kind == "field"
-    assert manifest.scene.field == "sparse"
+    assert scene_spec(manifest).field == "sparse"
     assert manifest.parents == ("procedural-tensors",)
 
 

@@ -20,6 +20,8 @@ import torch
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable
+from distill_core.kinds.base import described
+from distill_core.kinds.cards import generator_card
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
@@ -52,7 +54,7 @@ def publish(root: Path, denoiser: DiffusersDenoiser, name: str = "digits") -> Ar
     folder = root / f"{name}-source"
     denoiser.save(folder)
     store = ArtifactStore(root / "store")
-    store.publish(folder, Manifest(name=name, title="tiny", **denoiser.manifest_fields()))
+    store.publish(folder, Manifest(name=name, title="tiny", **described(denoiser)))
     return store
 
 
@@ -73,7 +75,7 @@ def test_an_export_is_a_new_version_beside_the_model_it_was_made_from(converted)
     assert "torch" in report.tool_versions
     assert store.manifest("digits@1").exports == {}
     assert set(store.manifest("digits@1").files) < set(manifest.files)
-    assert load_denoiser(store.fetch("digits@2")).image == manifest.image
+    assert load_denoiser(store.fetch("digits@2")).image == generator_card(manifest).image
 
 
 def test_a_second_target_joins_the_first_and_may_differ_by_more(converted, tmp_path):
@@ -197,7 +199,7 @@ def test_weights_published_damaged_are_refused_in_one_sentence(tmp_path):
     weights = next((tmp_path / "model").rglob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
     store = ArtifactStore(tmp_path / "store")
-    store.publish(tmp_path / "model", Manifest(name="digits", **tiny_denoiser().manifest_fields()))
+    store.publish(tmp_path / "model", Manifest(name="digits", **described(tiny_denoiser())))
     with pytest.raises(ArtifactError, match="damaged") as caught:
         convert(store, "digits", "onnx-fp32")
     assert "\n" not in str(caught.value)

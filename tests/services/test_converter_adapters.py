@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.building import load_artifact
 from distill_core.config import LoraConfig
 from distill_core.errors import ArtifactError
+from distill_core.kinds.base import described
+from distill_core.kinds.cards import generator_card
+from distill_core.kinds.loading import load_artifact
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.generation import generate
@@ -34,7 +36,7 @@ def store(tmp_path_factory) -> ArtifactStore:
     root = tmp_path_factory.mktemp("adapter")
     store = ArtifactStore(root / "store")
     base = load_denoiser(tiny_text_to_image(root / "base"))
-    store.publish(root / "base", Manifest(name="base", **base.manifest_fields()))
+    store.publish(root / "base", Manifest(name="base", **described(base)))
     lora = LoraDenoiser(
         load_artifact(store, "base", root), LoraConfig(rank=2, alpha=4.0, targets="all-linear")
     )
@@ -43,7 +45,7 @@ def store(tmp_path_factory) -> ArtifactStore:
             value.normal_(std=0.2)
     lora.form = "adapter"
     lora.save(root / "style")
-    store.publish(root / "style", Manifest(name="style", **lora.manifest_fields()))
+    store.publish(root / "style", Manifest(name="style", **described(lora)))
     return store
 
 
@@ -60,7 +62,7 @@ def served(store: ArtifactStore, ref: str, backend: str, tmp_path: Path) -> np.n
 
 def test_a_converted_adapter_draws_what_it_draws_over_its_base(store, tmp_path):
     manifest = convert(store, "style@1", "onnx-fp32", cache=tmp_path)
-    assert (manifest.ref, manifest.form, manifest.base) == ("style@2", "adapter", "base@1")
+    assert (manifest.ref, manifest.form, generator_card(manifest).base) == ("style@2", "adapter", "base@1")
     assert manifest.exports["onnx-fp32"].max_abs_difference < 1e-3
     assert not any(path.startswith(("unet/", "vae/", "text_encoder/")) for path in manifest.files)
 

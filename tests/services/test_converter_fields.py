@@ -41,7 +41,7 @@ def publish(root, kind: str) -> ArtifactStore:
         torch.nn.init.normal_(value.data, std=0.5)
     save_scene(Scene(field, torch.ones(4, 4, 4, dtype=torch.bool), SPEC, 32), root / "model")
     store = ArtifactStore(root / "store")
-    store.publish(root / "model", Manifest(name="scene", kind="field", scene=SPEC))
+    store.publish(root / "model", Manifest(name="scene", kind="field", card={"scene": SPEC.model_dump()}))
     return store
 
 

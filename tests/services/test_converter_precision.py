@@ -16,6 +16,7 @@ from distill_core.artifacts import ArtifactStore, FrechetReport, Manifest, Sampl
 from distill_core.config import load_recipe
 from distill_core.diffusion.noise import unit_normal
 from distill_core.errors import ArtifactError, Unavailable
+from distill_core.kinds.base import described
 from distill_core.networks.generation import generate
 from distill_service.settings import settings as service_settings
 from distillery_cli.app import main
@@ -191,7 +192,7 @@ def test_what_is_converted_already_is_found_by_its_weights_target_and_tools(
     monkeypatch.undo()
     other = tiny_denoiser()
     other.save(tmp_path / "other")
-    changed = copy.publish(tmp_path / "other", Manifest(name="digits", **other.manifest_fields()))
+    changed = copy.publish(tmp_path / "other", Manifest(name="digits", **described(other)))
     copy.publish(copy.fetch(converted.ref), converted)  # newer, and of other weights
     with begun:
         convert(copy, changed.ref, "onnx-int8", work=tmp_path / "gone")

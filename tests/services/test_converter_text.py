@@ -13,6 +13,7 @@ from peft import LoraConfig
 from tritonclient.grpc import InferenceServerClient
 
 from distill_core.artifacts import ArtifactStore, Manifest, SamplerSpec
+from distill_core.kinds.base import described
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.generation import generate
@@ -41,7 +42,7 @@ def exported(tmp_path_factory) -> tuple[Manifest, Path, DiffusersDenoiser]:
     (tokenizer / "tokenizer.json").unlink()
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(root / "pipeline-tokenizer" / name, tokenizer)
-    store.publish(root / "student", Manifest(name="prompted", **denoiser.manifest_fields()))
+    store.publish(root / "student", Manifest(name="prompted", **described(denoiser)))
     manifest = convert(store, "prompted", "onnx-fp32")
     return manifest, store.fetch(manifest.ref), denoiser
 
@@ -143,7 +144,7 @@ def test_adapters_are_fused_into_the_layers_they_adapt(exported):
 
 def test_in_half_only_the_network_is_in_float16(exported):
     _, folder, denoiser = exported
-    graphs = load_graphs(folder, Manifest(name="prompted", **denoiser.manifest_fields()))
+    graphs = load_graphs(folder, Manifest(name="prompted", **described(denoiser)))
     halved = [lowered(graph, "fp16") for graph in graphs]
     assert halved[1:] == graphs[1:]
     kinds = [{weight.dtype for weight in graph.module.parameters()} for graph in (graphs[0], halved[0])]

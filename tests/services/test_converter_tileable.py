@@ -9,6 +9,8 @@ import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import NetworkConfig
+from distill_core.kinds.base import described
+from distill_core.kinds.cards import generator_card
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.tileable import make_tileable
 from distillery_converter.convert import convert
@@ -31,10 +33,10 @@ def exported(folder, *, tileable: bool) -> onnxruntime.InferenceSession:
         make_tileable(denoiser)
     denoiser.save(folder / "model")
     store = ArtifactStore(folder / "store")
-    store.publish(folder / "model", Manifest(name="textures", **denoiser.manifest_fields()))
+    store.publish(folder / "model", Manifest(name="textures", **described(denoiser)))
     manifest = convert(store, "textures@1", "onnx-fp32", job="job-1")
-    assert manifest.image is not None
-    assert manifest.image.tileable == tileable
+    assert generator_card(manifest).image is not None
+    assert generator_card(manifest).image.tileable == tileable
     (graph,) = (file for file in store.fetch(manifest.ref).rglob("*.onnx"))
     return onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
 

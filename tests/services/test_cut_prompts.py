@@ -11,6 +11,7 @@ import torch
 from tritonclient.grpc import InferenceServerClient, InferInput
 
 from distill_core.artifacts import ArtifactStore, Manifest
+from distill_core.kinds.base import described
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.text import load_text_encoder
 from distill_service.settings import settings
@@ -29,7 +30,7 @@ def sampler(tmp_path_factory):
     root = tmp_path_factory.mktemp("cut")
     folder = tiny_text_to_image(root / "pipeline")
     store = ArtifactStore(root / "store")
-    store.publish(folder, Manifest(name="prompted", **load_denoiser(folder).manifest_fields()))
+    store.publish(folder, Manifest(name="prompted", **described(load_denoiser(folder))))
     with SamplerProcess(store.url) as running:
         with running.client(timeout_s=250) as client:  # loads it, which may take long beside other work
             client.generate("prompted", prompts=[FITS], num_steps=1)

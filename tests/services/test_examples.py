@@ -25,7 +25,10 @@ def sampler(tmp_path_factory):
     scene = cloud(num_steps=4)
     save_scene(scene, root / "scene")
     store.publish(
-        root / "scene", Manifest(name="procedural-scene", kind="field", method="nerf", scene=scene.spec)
+        root / "scene",
+        Manifest(
+            name="procedural-scene", kind="field", method="nerf", card={"scene": scene.spec.model_dump()}
+        ),
     )
     with SamplerProcess(store.url) as process:
         yield process

@@ -112,7 +112,7 @@ def test_a_conversion_that_cannot_succeed_is_refused_when_it_is_submitted(client
     store = ArtifactStore(running.settings.store_url)
     wide = CondSpec(kind="prompt", max_tokens=77, embed_dim=2048, pooled_dim=1280)
     store.publish(tmp_path, Manifest(name="wide", kind="denoiser", cond=wide))
-    store.publish(tmp_path, Manifest(name="judge", kind="classifier"))
+    store.publish(tmp_path, Manifest(name="judge", kind="predictor"))
     before = len(client.list())
     for name, said in (("wide", "wide@1 is of the SDXL kind"), ("judge", "judge@1 is of kind classifier")):
         with pytest.raises(ArtifactError, match=said):

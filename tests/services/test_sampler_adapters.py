@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.building import load_artifact
 from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.errors import ArtifactError
+from distill_core.kinds.base import described
+from distill_core.kinds.loading import load_artifact
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
@@ -54,7 +55,7 @@ def publish_teacher(store: ArtifactStore, folder: Path, *, layers: int, width: i
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     teacher.save(folder)
-    store.publish(folder, Manifest(name=folder.name, **teacher.manifest_fields()))
+    store.publish(folder, Manifest(name=folder.name, **described(teacher)))
 
 
 def publish_adapter(store: ArtifactStore, folder: Path, name: str, seed: int) -> None:
@@ -66,7 +67,7 @@ def publish_adapter(store: ArtifactStore, folder: Path, name: str, seed: int) ->
             value.normal_(std=0.3)
     lora.form = "adapter"
     lora.save(folder)
-    store.publish(folder, Manifest(name=name, **lora.manifest_fields()))
+    store.publish(folder, Manifest(name=name, **described(lora)))
 
 
 @pytest.fixture(scope="module")

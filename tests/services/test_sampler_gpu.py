@@ -8,6 +8,7 @@ import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import LoraConfig, NetworkConfig
+from distill_core.kinds.base import described
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
@@ -40,7 +41,7 @@ def store(tmp_path_factory) -> ArtifactStore:
     network = NetworkConfig(name="UNet2DModel", args=args)
     denoiser = build_denoiser(network, parameterisation="edm", shape=(1, 8, 8), num_classes=10, num_steps=4)
     denoiser.save(root / "unet")
-    store.publish(root / "unet", Manifest(name="unet", **denoiser.manifest_fields()))
+    store.publish(root / "unet", Manifest(name="unet", **described(denoiser)))
     base = load_denoiser(store.fetch("unet"))
     base.ref = "unet@1"
     lora = LoraDenoiser(base, LoraConfig(rank=2, alpha=2.0, targets=["conv1"]))
@@ -49,9 +50,9 @@ def store(tmp_path_factory) -> ArtifactStore:
             value.normal_(std=0.1)
     lora.form = "adapter"
     lora.save(root / "lora")
-    store.publish(root / "lora", Manifest(name="lora", **lora.manifest_fields()))
+    store.publish(root / "lora", Manifest(name="lora", **described(lora)))
     prompted = load_denoiser(tiny_text_to_image(root / "pipeline"))
-    store.publish(root / "pipeline", Manifest(name="prompted", **prompted.manifest_fields()))
+    store.publish(root / "pipeline", Manifest(name="prompted", **described(prompted)))
     return store
 
 

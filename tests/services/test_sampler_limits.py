@@ -10,6 +10,7 @@ from tritonclient.utils import InferenceServerException
 
 from distill_core.artifacts import ArtifactStore, CondSpec, ImageSpec, Manifest, SamplerSpec
 from distill_core.errors import ConfigError
+from distill_core.kinds.denoiser.card import Card
 from distill_service.rpc import MAX_RECEIVE_BYTES
 from distillery.v1 import sampler_pb2, sampler_pb2_grpc
 from distillery_sampler.checks import image_items
@@ -117,9 +118,11 @@ def test_the_characters_of_a_prompt_and_of_a_negative_one():
     manifest = Manifest(
         name="prompted",
         kind="denoiser",
-        image=ImageSpec(channels=4, height=8, width=8, picture=(3, 16, 16)),
-        cond=CondSpec(kind="prompt", max_tokens=8, embed_dim=8),
-        sampler=SamplerSpec(kind="few_step", sigmas=(10.0,), noise_scale=10.0, num_steps=1, max_steps=1),
+        card=Card(
+            image=ImageSpec(channels=4, height=8, width=8, picture=(3, 16, 16)),
+            cond=CondSpec(kind="prompt", max_tokens=8, embed_dim=8),
+            sampler=SamplerSpec(kind="few_step", sigmas=(10.0,), noise_scale=10.0, num_steps=1, max_steps=1),
+        ).model_dump(mode="json"),
     )
     limits = SamplerSettings(max_prompt_chars=20)
     with pytest.raises(ConfigError, match="a prompt of 21 characters is too long; allowed are 20") as error:

@@ -142,7 +142,7 @@ def test_a_scene_is_compared_too(tmp_path):
 
     from distill_core.artifacts import SceneSpec
     from distill_core.config import NetworkConfig
-    from distill_core.networks.answers import parity_sample
+    from distill_core.kinds.base import parity_of
     from distill_core.networks.fields import build_field
     from distill_core.radiance.renderer import Scene, load_scene, save_scene
 
@@ -155,9 +155,14 @@ def test_a_scene_is_compared_too(tmp_path):
             torch.nn.init.normal_(value.data, std=0.7)
         folder = tmp_path / f"scene{seed}"
         save_scene(Scene(field, torch.ones(4, 4, 4, dtype=torch.bool), spec, 32), folder)
-        samples.append(parity_sample(load_scene(folder)))
+        samples.append(parity_of(load_scene(folder)))
         for name, sample in (("right", samples[seed]), ("wrong", samples[0])):
-            store.publish(folder, Manifest(name=f"{name}{seed}", kind="field", scene=spec, parity=sample))
+            store.publish(
+                folder,
+                Manifest(
+                    name=f"{name}{seed}", kind="field", card={"scene": spec.model_dump()}, parity=sample
+                ),
+            )
 
     async def use(engine: Engine) -> None:
         for good in ("right0", "right1", "wrong0"):

@@ -183,7 +183,7 @@ def test_a_kind_that_is_not_sampled_and_a_lacking_export_are_refused(store, tmp_
 
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge" / "config.json").write_text("{}")
-    store.publish(tmp_path / "judge", Manifest(name="judge", kind="classifier"))
+    store.publish(tmp_path / "judge", Manifest(name="judge", kind="predictor"))
     with SamplerProcess(store.url) as sampler, sampler.client() as client:
         with pytest.raises(ArtifactError, match="a sampler serves denoisers and fields"):
             client.generate("judge", class_labels=[1])

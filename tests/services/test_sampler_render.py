@@ -31,7 +31,9 @@ def cloud(num_steps: int = 32) -> Scene:
 def publish_cloud(store: ArtifactStore, folder: Path, scene: Scene) -> None:
     """Publish a scene as `cloud`; `folder` must be new."""
     save_scene(scene, folder)
-    store.publish(folder, Manifest(name="cloud", kind="field", method="nerf", scene=scene.spec))
+    store.publish(
+        folder, Manifest(name="cloud", kind="field", method="nerf", card={"scene": scene.spec.model_dump()})
+    )
 
 
 @pytest.fixture(scope="module")

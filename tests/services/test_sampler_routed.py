@@ -19,6 +19,8 @@ from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
 from distill_core.config import NetworkConfig
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError
+from distill_core.kinds.base import described
+from distill_core.kinds.cards import generator_card
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
@@ -71,7 +73,7 @@ def published(tmp_path_factory) -> tuple[ArtifactStore, RoutedDenoiser]:
     root, model = tmp_path_factory.mktemp("routed"), routed()
     model.save(root / "model")
     store = ArtifactStore(root / "store")
-    store.publish(root / "model", Manifest(name="digits", method="msd", **model.manifest_fields()))
+    store.publish(root / "model", Manifest(name="digits", method="msd", **described(model)))
     convert(store, "digits@1", "onnx-fp32")
     return store, model
 
@@ -96,8 +98,12 @@ def test_each_expert_becomes_a_graph_and_the_manifest_keeps_the_partition(publis
     assert report.files == tuple(f"exports/onnx-fp32/expert-{part}.onnx" for part in range(PARTS))
     assert set(report.files) < set(manifest.files)
     assert report.rel_l2 <= 1e-4
-    assert manifest.partition == store.manifest("digits@1").partition == model.partition.spec
-    assert manifest.partition.of_class == (0, 0, 0, 0, 0, 1, 1, 1, 1)
+    assert (
+        generator_card(manifest).partition
+        == generator_card(store.manifest("digits@1")).partition
+        == model.partition.spec
+    )
+    assert generator_card(manifest).partition.of_class == (0, 0, 0, 0, 0, 1, 1, 1, 1)
 
 
 def test_an_expert_is_compared_on_what_is_routed_to_it(published):
@@ -205,7 +211,7 @@ def prompted(tmp_path_factory) -> tuple[ArtifactStore, RoutedDenoiser]:
     model = RoutedDenoiser([first, other], ConditionPartition.of_prompts(embeds, 2, seed=0))
     model.save(root / "model")
     store = ArtifactStore(root / "store")
-    manifest = store.publish(root / "model", Manifest(name="prompted", **model.manifest_fields()))
+    manifest = store.publish(root / "model", Manifest(name="prompted", **described(model)))
     first.text.tokenizer.backend_tokenizer.save(str(root / "model" / "tokenizer" / "tokenizer.json"))
     for part, expert in reversed(list(enumerate(model.experts))):
         graphs = root / f"graphs-{part}"

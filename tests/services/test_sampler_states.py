@@ -10,6 +10,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput, service_pb2
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from distill_core.artifacts import ArtifactStore, CondSpec, Manifest
+from distill_core.kinds.base import described
 from distill_core.networks.diffusers_io import load_denoiser
 from tests.helpers import tiny_text_to_image
 from tests.services.sampler_helpers import (
@@ -51,7 +52,7 @@ def store(tmp_path_factory) -> ArtifactStore:
     publish_cloud(store, root / "cloud", cloud(num_steps=4))
     denoiser = load_denoiser(tiny_text_to_image(root / "pipeline"))
     denoiser.save(root / "prompted")
-    store.publish(root / "prompted", Manifest(name="prompted", **denoiser.manifest_fields()))
+    store.publish(root / "prompted", Manifest(name="prompted", **described(denoiser)))
     for name, kind in (("judge", "classifier"), ("splats", "gaussians"), ("bare", "denoiser")):
         (root / name).mkdir()
         (root / name / "config.json").write_text("{}")

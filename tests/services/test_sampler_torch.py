@@ -12,6 +12,7 @@ import torch
 from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
 from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
+from distill_core.kinds.base import described
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
@@ -48,7 +49,7 @@ def denoiser(store, tmp_path_factory) -> DiffusersDenoiser:
     )
     folder = tmp_path_factory.mktemp("unet") / "model"
     denoiser.save(folder)
-    store.publish(folder, Manifest(name="unet", **denoiser.manifest_fields()))
+    store.publish(folder, Manifest(name="unet", **described(denoiser)))
     return load_denoiser(folder)
 
 
@@ -56,7 +57,7 @@ def denoiser(store, tmp_path_factory) -> DiffusersDenoiser:
 def prompted(store, tmp_path_factory) -> DiffusersDenoiser:
     folder = tiny_text_to_image(tmp_path_factory.mktemp("text") / "pipeline")
     denoiser = load_denoiser(folder)
-    store.publish(folder, Manifest(name="prompted", **denoiser.manifest_fields()))
+    store.publish(folder, Manifest(name="prompted", **described(denoiser)))
     return denoiser
 
 
@@ -155,7 +156,7 @@ def test_an_exported_text_model_draws_what_its_torch_weights_draw(store, prompte
         batches=(2,),
         seconds=0,
     )
-    fields = {**prompted.manifest_fields(), "exports": {"onnx-fp32": report}}
+    fields = {**described(prompted), "exports": {"onnx-fp32": report}}
     store.publish(folder, Manifest(name="exported", **fields))
     options = {
         "prompts": ("abc", "", "a much longer prompt than the eight tokens"),

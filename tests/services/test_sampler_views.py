@@ -46,9 +46,14 @@ def sampler(tmp_path_factory):
     store = ArtifactStore(root / "store")
     for name, scene in SCENES.items():
         save_scene(scene, root / name)
-        store.publish(root / name, Manifest(name=name, kind="field", method="nerf", scene=scene.spec))
+        store.publish(
+            root / name,
+            Manifest(name=name, kind="field", method="nerf", card={"scene": scene.spec.model_dump()}),
+        )
     other = SPEC.model_copy(update={"bound": 2.0})
-    store.publish(root / "red", Manifest(name="moved", kind="field", method="nerf", scene=other))
+    store.publish(
+        root / "red", Manifest(name="moved", kind="field", method="nerf", card={"scene": other.model_dump()})
+    )
     settings = {"DISTILLERY_SAMPLER_PRELOAD": '["red", "blue"]', "DISTILLERY_SAMPLER_INSTANCES": "1"}
     with SamplerProcess(str(root / "store"), settings) as process:
         yield process

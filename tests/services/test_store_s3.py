@@ -220,7 +220,9 @@ def test_a_model_is_trained_converted_and_served_through_s3(url, tmp_path):
 
     torch.set_num_threads(1)
     recipe = load_recipe("edm_digits").override({"steps": 2, "batch_size": 8, "network.args.num_layers": 1})
-    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"judge": None})})
+    recipe = recipe.model_copy(
+        update={"evaluate": {key: value for key, value in recipe.evaluate.items() if key != "judge"}}
+    )
     where = api.context(url, tmp_path / "cache")
     trained = api.train(recipe, tmp_path / "run", where, job="job-1").manifest
     store = ArtifactStore(url)

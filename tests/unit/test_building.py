@@ -7,6 +7,7 @@ import torch
 
 from distill_core import api, building
 from distill_core.config import load_recipe
+from distill_core.context import cache_key
 from distill_core.data import pairs
 from distill_core.data.pairs import Pairs
 from distill_core.diffusion.sampling import heun
@@ -40,7 +41,7 @@ def test_a_cached_model_is_keyed_by_the_models_it_was_made_from(tmp_path):
     for steps in (10, 11):
         (tmp_path / "teacher.toml").write_text(teacher.override({"steps": steps}).to_toml())
         recipe = load_recipe("dmd2").override({"teacher.recipe": str(tmp_path / "teacher.toml")})
-        keys |= {building.cache_key(recipe), building.cache_key(recipe.override({"check.seeds": [1]}))}
+        keys |= {cache_key(recipe), cache_key(recipe.override({"check.seeds": [1]}))}
     assert len(keys) == 2
 
 
@@ -112,7 +113,7 @@ def test_a_student_of_another_size_takes_and_gives_what_the_teacher_does(built):
     )
     cond = {"class_label": torch.tensor([3, 10])}  # ten is "no class", as for the teacher
     assert method.student(torch.randn(2, 1, 8, 8), torch.ones(2), cond).shape == (2, 1, 8, 8)
-    assert method.student.manifest_fields() == method.teacher.manifest_fields()
+    assert method.student.card() == method.teacher.card()
     assert all(
         torch.equal(*pair) for pair in zip(weights(method.student), weights(again.student), strict=True)
     )

@@ -34,7 +34,7 @@ class Run:
         order = []
         for step in range(first, last):
             torch.manual_seed(100 + step)
-            for update in self.method.updates(Batch(32), step):
+            for update in self.method.updates(Batch.of(32), step):
                 update.loss.backward(inputs=list(getattr(self.method, update.role).parameters()))
                 self.optimizers[update.role].step()
                 self.optimizers[update.role].zero_grad()
@@ -94,7 +94,7 @@ def test_of_too_many_nodes_every_second_stays_and_the_farthest_of_all():
     method = Run(num_nodes=3, node_distance=0.01).method
     method.nodes = [at(0.4), at(0.2), at(0.0)]
     method.fake_score.denoiser.load_state_dict(at(-0.9))
-    method.record(Batch(64), last=False)
+    method.record(Batch.of(64), last=False)
     assert [round(float(node["mean"]), 3) for node in method.nodes] == [0.2, -0.9]
 
 
@@ -104,7 +104,7 @@ def test_a_last_node_nearer_than_half_the_distance_is_dropped(share, kept):
     method.nodes = [at(0.2), at(-0.5)]
     method.fake_score.denoiser.load_state_dict(at(-0.7))
     method.distance = probe(method, method.node(1)).abs().mean().item() / share
-    method.record(Batch(512), last=True)
+    method.record(Batch.of(512), last=True)
     assert len(method.nodes) == kept
 
 

@@ -47,7 +47,7 @@ def test_without_fake_score_updates_the_spread_is_lost():
     frozen = {"student": list(method.student.parameters())}
     optimizer = torch.optim.Adam(frozen["student"], 0.02)
     for step in range(300):
-        for update in method.updates(Batch(256), step):
+        for update in method.updates(Batch.of(256), step):
             if update.role == "student":
                 update.loss.backward(inputs=frozen["student"])
                 optimizer.step()
@@ -84,7 +84,7 @@ def test_the_surrogate_has_the_direction_as_its_gradient():
 
 def test_no_gradient_of_the_student_loss_reaches_teacher_or_fake_score():
     method = build()
-    *_, last = method.updates(Batch(8), 0)
+    *_, last = method.updates(Batch.of(8), 0)
     last.loss.backward()
     assert last.role == "student"
     assert all(p.grad is None for p in method.teacher.parameters())
@@ -100,7 +100,7 @@ def test_a_student_of_two_levels_is_trained_on_its_own_intermediate_samples():
     method.call_student = lambda x, level, cond: calls.append(level) or call(x, level, cond)
     for _ in range(20):
         calls.clear()
-        method.generate(Batch(4))
+        method.generate(Batch.of(4))
         paths.add(tuple(calls))
     assert paths == {(5.0,), (5.0, 1.0)}
     assert method.student.sampler.sigmas == (5.0, 1.0)
@@ -122,14 +122,14 @@ def test_only_the_students_own_update_builds_a_graph_through_the_student():
     method, grads = build(critic_steps=3), []
     call = method.call_student
     method.call_student = lambda x, level, cond: grads.append(torch.is_grad_enabled()) or call(x, level, cond)
-    list(method.updates(Batch(4), 0))
+    list(method.updates(Batch.of(4), 0))
     assert grads == [False, False, False, True]
 
 
 def test_a_gan_needs_pictures_and_so_does_training_on_noised_data():
-    assert "discriminator" in DMD2.pictures_for(DMD2.Config(gan_weight=0.1))
-    assert "noised_data" in DMD2.pictures_for(DMD2.Config(rollout="noised_data"))
-    assert DMD2.pictures_for(DMD2.Config()) is None
+    assert "discriminator" in DMD2.columns(DMD2.Config(gan_weight=0.1))["x0"]
+    assert "noised_data" in DMD2.columns(DMD2.Config(rollout="noised_data"))["x0"]
+    assert DMD2.columns(DMD2.Config()) == {}
 
 
 def seen_by(module: torch.nn.Module, seen: list) -> None:
@@ -139,7 +139,7 @@ def seen_by(module: torch.nn.Module, seen: list) -> None:
 def test_teacher_fake_score_and_discriminator_read_one_noised_sample():
     torch.manual_seed(0)
     method, teacher_saw, fake_saw = build(gan_weight=0.5, critic_steps=1), [], []
-    updates = method.updates(Batch(8, torch.randn(8, 1, 2, 2)), 0)
+    updates = method.updates(Batch.of(8, torch.randn(8, 1, 2, 2)), 0)
     next(updates)
     seen_by(method.teacher, teacher_saw)
     seen_by(method.fake_score.denoiser, fake_saw)
@@ -155,7 +155,7 @@ def test_the_gan_pulls_the_student_through_the_trunk_by_its_weight():
         method = build(gan_weight=weight)
         x0 = torch.full((8, 1, 2, 2), 0.3, requires_grad=True)
         torch.manual_seed(1)
-        loss, _ = method.student_loss(x0, Batch(8), 0)
+        loss, _ = method.student_loss(x0, Batch.of(8), 0)
         gradients.append(torch.autograd.grad(loss, x0)[0])
     torch.manual_seed(1)
     sigma = method.sample_sigma(x0)
@@ -173,7 +173,7 @@ def test_later_levels_are_fed_the_students_own_samples_unless_told_otherwise(rol
     torch.manual_seed(0)
     method = build(levels=(5.0, 2.0, 0.5), rollout=rollout)
     x = method.roll_out(
-        torch.zeros(512, 1, 2, 2), method.levels[:3], Batch(512, torch.full((512, 1, 2, 2), 7.0))
+        torch.zeros(512, 1, 2, 2), method.levels[:3], Batch.of(512, torch.full((512, 1, 2, 2), 7.0))
     )
     assert x.mean().item() == pytest.approx(mean, abs=0.1)
     assert x.std().item() == pytest.approx(spread, rel=0.05)
@@ -196,7 +196,7 @@ def test_the_fake_score_learns_samples_and_its_head_tells_them_from_pictures_at_
         torch.ones(3, 1, 2, 2),
     )
     torch.manual_seed(1)
-    loss = method.fake_score_loss(x0, Batch(3, real))
+    loss = method.fake_score_loss(x0, Batch.of(3, real))
     torch.manual_seed(1)
     sigma = method.sample_sigma(x0)
     noise = torch.randn(6, 1, 2, 2)
@@ -210,7 +210,7 @@ def test_the_fake_score_learns_samples_and_its_head_tells_them_from_pictures_at_
 
 def test_real_pictures_have_the_conditions_of_the_samples_beside_them():
     labels = torch.tensor([4, 7, 9])
-    batch = Batch(3, torch.ones(3, 1, 2, 2), {"class_label": labels})
+    batch = Batch.of(3, torch.ones(3, 1, 2, 2), {"class_label": labels})
     _, sigma, cond = build().with_real(torch.zeros(3, 1, 2, 2), torch.tensor([1.0, 2.0, 3.0]), batch)
     assert sigma.tolist() == [1.0, 2.0, 3.0] * 2
     assert cond["class_label"].tolist() == [4, 7, 9] * 2
@@ -220,7 +220,7 @@ def test_the_teacher_alone_is_guided_and_by_the_recipes_scale():
     method, scales = build(guidance=3.0), []
     guided = method.teacher.guided
     method.teacher.guided = lambda x, s, c, guidance: scales.append(guidance) or guided(x, s, c, guidance)
-    list(method.updates(Batch(4), 0))
+    list(method.updates(Batch.of(4), 0))
     assert scales == [3.0]
 
 
@@ -230,7 +230,7 @@ def test_pure_noise_is_scaled_as_the_students_sampler_says(tmp_path):
     assert method.student.sampler.noise_scale == 2.0
     method.student.sampler = method.student.sampler.model_copy(update={"noise_scale": 7.0})
     seen_by(method.student, seen)
-    method.generate(Batch(500))
+    method.generate(Batch.of(500))
     method.regression_loss(500)
     assert [x.std().item() for x in seen] == pytest.approx([7.0, 7.0], rel=0.1)
 
@@ -251,7 +251,7 @@ def test_the_regression_start_learns_the_teachers_pairs(tmp_path):
     assert method.student.log_std.exp().item() == pytest.approx(slope.item(), abs=0.02)
     assert method.student.mean.item() == pytest.approx((every.x0 - slope * every.z).mean().item(), abs=0.02)
     assert all(torch.equal(value, before[name]) for name, value in method.fake_score.state_dict().items())
-    assert {update.role for update in method.updates(Batch(4), 100)} == {"fake_score", "student"}
+    assert {update.role for update in method.updates(Batch.of(4), 100)} == {"fake_score", "student"}
 
 
 def test_pairs_without_a_regression_change_nothing(tmp_path):
@@ -283,7 +283,7 @@ def test_a_variant_sets_the_target_and_the_weight_of_each_sample():
     def gradient(step: int) -> torch.Tensor:
         torch.manual_seed(0)
         x0 = torch.zeros(8, 1, 2, 2, requires_grad=True)
-        loss, _ = method.student_loss(x0, Batch(8), step)
+        loss, _ = method.student_loss(x0, Batch.of(8), step)
         return torch.autograd.grad(loss, x0)[0]
 
     method = Elsewhere(

@@ -9,14 +9,15 @@ from PIL import Image
 
 from distill_core import api
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
-from distill_core.config import EvaluateConfig, load_recipe
+from distill_core.config import load_recipe
 from distill_core.data import build_source
 from distill_core.diffusion.schedule import NoiseSchedule
 from distill_core.errors import ArtifactError, ConfigError, NotFound
-from distill_core.evaluation import Evaluator, load_evaluator
+from distill_core.kinds.base import parity_of
+from distill_core.kinds.denoiser.card import Evaluate
+from distill_core.kinds.denoiser.evaluation import Evaluator, load_evaluator
 from distill_core.metrics.frechet import set_figures
 from distill_core.metrics.judge import Judge
-from distill_core.networks.answers import parity_sample
 from distill_core.networks.classifier import Classifier, ClassifierConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_io import load_denoiser
@@ -62,7 +63,7 @@ def digits():
 
 
 def evaluator(digits, judge, **options) -> Evaluator:
-    return Evaluator(digits, EvaluateConfig(num_samples=COUNT, batch_size=16), judge=judge, **options)
+    return Evaluator(digits, Evaluate(num_samples=COUNT, batch_size=16), judge=judge, **options)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_an_extractor_takes_the_distances_and_leaves_accuracy_to_the_judge(digit
 
 def test_every_figure_says_what_it_rests_on(digits, clip, pipeline, captioned, tmp_path):
     where = api.context(tmp_path / "store", tmp_path / "cache")
-    config = EvaluateConfig(
+    config = Evaluate(
         extractor={"path": str(clip)}, clip={"path": str(clip)}, data=captioned, num_samples=8, seed=3
     )
     measured = load_evaluator(config, load_denoiser(pipeline), digits, where)
@@ -141,7 +142,7 @@ def test_text_models_are_compared_with_pictures_and_their_prompts(
     from distill_core.metrics.extractors import load_extractor, load_scorer
 
     where = api.context(tmp_path / "store", tmp_path / "cache")
-    config = EvaluateConfig(
+    config = Evaluate(
         extractor={"path": str(clip)},
         clip={"path": str(clip)},
         preference={"path": str(clip)},
@@ -167,7 +168,7 @@ def test_prompts_go_round_where_more_pictures_are_wanted(clip, pipeline, tmp_pat
     denoiser = load_denoiser(pipeline)
     scores = {}
     for count in (2, 4):
-        config = EvaluateConfig(clip={"path": str(clip)}, num_samples=count, batch_size=3)
+        config = Evaluate(clip={"path": str(clip)}, num_samples=count, batch_size=3)
         measured = load_evaluator(config, denoiser, source, where)
         scores[count] = measured.figures(denoiser, num_steps=1)
     assert scores[4].keys() == {"clip_score", "ms_per_image"}
@@ -188,9 +189,7 @@ def test_models_that_cannot_measure_are_refused_before_the_training(
 ):
     (tmp_path / "empty").mkdir()
     places = {"clip": str(clip), "empty": str(tmp_path / "empty")}
-    config = EvaluateConfig.parse(
-        {key: {"path": given["path"].format(**places)} for key, given in tables.items()}
-    )
+    config = Evaluate.parse({key: {"path": given["path"].format(**places)} for key, given in tables.items()})
     where = api.context(tmp_path / "store", tmp_path / "cache")
     with pytest.raises(error, match=sentence) as caught:
         load_evaluator(config, Playback(digits.all(4).x0), digits, where)
@@ -200,7 +199,7 @@ def test_models_that_cannot_measure_are_refused_before_the_training(
 def test_a_judge_of_other_pictures_measures_nothing_and_says_so(digits, judge, tmp_path, caplog):
     judge.classifier.save(tmp_path / "judge")
     where = api.context(tmp_path / "store", tmp_path / "cache")
-    config = EvaluateConfig(judge={"path": str(tmp_path / "judge")})
+    config = Evaluate(judge={"path": str(tmp_path / "judge")})
     assert load_evaluator(config, Playback(torch.zeros(2, 3, 16, 16)), digits, where) is None
     assert "the judge reads pictures of shape" in caplog.text
 
@@ -209,7 +208,7 @@ def test_a_published_model_is_evaluated_and_its_training_says_what_measured_it(c
     recipe = load_recipe("edm_digits", {"steps": 1, "batch_size": 8, "evaluate.num_samples": 12})
     where = api.context(tmp_path / "store", tmp_path / "cache")
     trainer = tiny_trainer("judge_digits", context, tmp_path / "judge")
-    trainer.method.save_result(tmp_path / "judge" / "model")
+    trainer.method.main.save(tmp_path / "judge" / "model")
     recipe = recipe.override({"evaluate.judge.path": str(tmp_path / "judge" / "model"), "ema": {}})
     result = api.train(recipe, tmp_path / "run", where, job="job")
     assert result.figures["frechet_distance"] > 0
@@ -220,18 +219,19 @@ def test_a_published_model_is_evaluated_and_its_training_says_what_measured_it(c
     close = {name: value for name, value in result.figures.items() if not name.startswith("ms_")}
     assert {name: figures[name] for name in close} == pytest.approx(close, rel=1e-3)
     assert said == result.measured_with
-    answered, published = parity_sample(api.load("edm-digits", where)), result.manifest.parity
+    answered, published = parity_of(api.load("edm-digits", where)), result.manifest.parity
     np.testing.assert_allclose(answered.means, published.means, atol=1e-3)  # what it will be compared with
 
 
 @pytest.mark.parametrize(
     ("tables", "data", "sentence"),
     [
-        ({}, {"name": "digits"}, "needs something to measure with"),
+        ({}, {"name": "digits"}, "nothing can be measured of"),
         ({"judge": {"recipe": "judge_digits"}}, None, "needs data to compare with"),
     ],
 )
 def test_an_evaluation_without_measure_or_data_is_refused(tables, data, sentence, tmp_path):
     where = api.context(tmp_path / "store", tmp_path / "cache")
+    tiny_text_to_image(tmp_path / "model")
     with pytest.raises(ConfigError, match=sentence):
-        api.evaluate("any", EvaluateConfig.parse(tables), data, where)
+        api.evaluate(str(tmp_path / "model"), tables, data, where)

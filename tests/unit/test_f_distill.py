@@ -48,7 +48,7 @@ def step(method: DMD2, steps: int, size: int = 32) -> list[str]:
     order, optimizers = [], {}
     for number in range(steps):
         torch.manual_seed(100 + number)
-        batch = Batch(size, 0.6 + 0.3 * torch.randn(size, 1, 2, 2))
+        batch = Batch.of(size, 0.6 + 0.3 * torch.randn(size, 1, 2, 2))
         for update in method.updates(batch, number):
             parameters = list(getattr(method, update.role).parameters())
             update.loss.backward(inputs=parameters)
@@ -155,7 +155,7 @@ def test_the_ratio_is_read_at_the_sample_that_the_scores_see():
     method, seen = build(features="teacher", divergence="forward_kl"), []
     method.teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     method.fake_score.denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    method.student_loss(torch.randn(8, 1, 2, 2), Batch(8), 0)
+    method.student_loss(torch.randn(8, 1, 2, 2), Batch.of(8), 0)
     assert len(seen) == 3
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
@@ -167,7 +167,7 @@ def test_a_trained_discriminator_tells_the_true_ratio():
     torch.manual_seed(0)
     for _ in range(150):  # student N(0, 1) against data N(0.6, 0.3^2), four pixels each
         real = 0.6 + 0.3 * torch.randn(256, 1, 2, 2)
-        *_, update = method.critic_updates(torch.randn(256, 1, 2, 2), Batch(256, real))
+        *_, update = method.critic_updates(torch.randn(256, 1, 2, 2), Batch.of(256, real))
         update.loss.backward(inputs=list(method.discriminator.parameters()))
         optimizer.step()
         optimizer.zero_grad()
@@ -193,7 +193,7 @@ def test_a_warm_up_trains_the_critics_and_leaves_the_student():
     assert any(
         not torch.equal(value, head[name]) for name, value in method.fake_score.head.state_dict().items()
     )
-    assert {update.role for update in method.updates(Batch(4, torch.zeros(4, 1, 2, 2)), 2)} == {
+    assert {update.role for update in method.updates(Batch.of(4, torch.zeros(4, 1, 2, 2)), 2)} == {
         "fake_score",
         "student",
     }
@@ -222,7 +222,7 @@ def test_the_penalty_is_the_squared_slope_of_the_discriminator():
 def test_the_penalty_reads_the_real_pictures_moved_by_its_noise(features):
     method = build(features=features, divergence="forward_kl", r1_weight=7.0, r1_noise=0.01)
     x, sigma, _ = method.with_real(
-        torch.zeros(4, 1, 2, 2), torch.full((4,), 0.5), Batch(4, torch.ones(4, 1, 2, 2))
+        torch.zeros(4, 1, 2, 2), torch.full((4,), 0.5), Batch.of(4, torch.ones(4, 1, 2, 2))
     )
     assert x.shape[0] == sigma.shape[0] == 12
     gap = x[8:] - x[4:8]
@@ -245,7 +245,7 @@ def test_the_running_means_are_the_trainers_and_not_the_students():
 
 
 def test_a_ratio_needs_pictures_and_a_discriminator_that_learns():
-    assert "discriminator" in FDistill.pictures_for(FDistill.Config(divergence="forward_kl"))
-    assert FDistill.pictures_for(FDistill.Config(divergence="reverse_kl")) is None
+    assert "discriminator" in FDistill.columns(FDistill.Config(divergence="forward_kl"))["x0"]
+    assert FDistill.columns(FDistill.Config(divergence="reverse_kl")) == {}
     with pytest.raises(ConfigError, match="leaves the density ratio untrained"):
         FDistill.Config.parse({"divergence": "forward_kl", "discriminator_weight": 0.0})

@@ -62,7 +62,7 @@ def trace(method: HiPA, steps: int, loss_of=None) -> list[torch.Tensor]:
     seen = []
     for step in range(steps):
         torch.manual_seed(step)
-        loss = loss_of(method) if loss_of else next(method.updates(Batch(8), step)).loss
+        loss = loss_of(method) if loss_of else next(method.updates(Batch.of(8), step)).loss
         loss.backward(inputs=list(method.student.parameters()))
         optimizer.step()
         optimizer.zero_grad()
@@ -76,7 +76,7 @@ def test_the_student_becomes_the_teachers_ode(tmp_path, hf_weight):
     parameters = list(method.student.parameters())
     optimizer = torch.optim.Adam(parameters, 0.1)
     for step in range(200):
-        (update,) = method.updates(Batch(64), step)
+        (update,) = method.updates(Batch.of(64), step)
         update.loss.backward(inputs=parameters)
         for group in optimizer.param_groups:
             group["lr"] = 0.1 * (1 - step / 200)
@@ -112,7 +112,7 @@ def test_without_a_weight_both_terms_begin_equal_and_the_weight_then_stays(tmp_p
     torch.manual_seed(0)
     spatial, high = resumed.distances(resumed.pairs.at(torch.randint(40, (8,))))
     torch.manual_seed(0)
-    (update,) = resumed.updates(Batch(8), 1)
+    (update,) = resumed.updates(Batch.of(8), 1)
     torch.testing.assert_close(update.loss, spatial + 7.0 * high)
 
 
@@ -122,10 +122,10 @@ def test_held_out_pairs_are_never_drawn_and_alone_are_measured(tmp_path, monkeyp
     at = method.pairs.at
     monkeypatch.setattr(method.pairs, "at", lambda indices: drawn.append(indices) or at(indices))
     for step in range(20):
-        list(method.updates(Batch(64), step))
+        list(method.updates(Batch.of(64), step))
     assert max(indices.max() for indices in drawn) < 128
     drawn.clear()
-    method.evaluate(EvaluateConfig(batch_size=10))
+    method.figures(EvaluateConfig(batch_size=10))
     assert torch.cat(drawn).tolist() == list(range(128, 160))
 
 
@@ -154,13 +154,13 @@ def test_the_noise_is_scaled_as_the_students_sampler_says_and_likeness_is_a_mean
     pictures, _ = method.pictures(pairs)
     torch.testing.assert_close(pictures, 0.1 + 2.0 * 4.0 * pairs.z / LEVEL)
     errors = ((pictures.clamp(-1, 1) - pairs.x0.clamp(-1, 1)) / 2).square().mean((1, 2, 3))
-    found = method.evaluate(EvaluateConfig(batch_size=7))["pair_psnr"]
+    found = method.figures(EvaluateConfig(batch_size=7))["pair_psnr"]
     assert found == pytest.approx((-10 * errors.log10()).mean().item(), rel=1e-4)
 
 
 def test_figures_of_a_perfect_student_and_of_one_that_blurs(tmp_path):
     exact = gaussian(tmp_path, sized(Pusher(MEAN - MEAN * SCALE, LEVEL * SCALE)))
-    found = exact.evaluate(EvaluateConfig())
+    found = exact.figures(EvaluateConfig())
     assert found["high_frequency_ratio"] == pytest.approx(1, abs=0.01)
     assert found["pair_psnr"] > 45
     assert found["trained_share"] == 1
@@ -177,7 +177,7 @@ def test_only_the_factors_are_trained_and_their_share_is_told(tmp_path):
     trace(method, 2)
     assert all(torch.equal(a, b) for a, b in zip(before, method.teacher.parameters()))
     trained = sum(p.numel() for p in method.student.parameters())
-    share = method.evaluate(EvaluateConfig())["trained_share"]
+    share = method.figures(EvaluateConfig())["trained_share"]
     assert share == pytest.approx(trained / sum(p.numel() for p in method.teacher.parameters()))
     assert method.student.sampler.sigmas == (method.teacher.sampler.sigma_max,)
 

@@ -57,7 +57,7 @@ def feedback(levels=LEVELS, extractor=None, counts=(1, 2, 4), **config: object) 
 
 
 def batch(size: int = 8, x0: torch.Tensor | None = None) -> Batch:
-    return Batch(size, x0, {"class_label": torch.arange(size) % 10})
+    return Batch.of(size, x0, {"class_label": torch.arange(size) % 10})
 
 
 def trace(method, steps: int = 3, lr: float = 0.1) -> list[torch.Tensor]:
@@ -163,7 +163,7 @@ def test_feedback_raises_the_reward_in_step_with_its_weight_and_leaves_the_base_
     weights = {n: p.clone() for n, p in method.student.adapted.named_parameters() if "lora_" not in n}
     trace(method, 15, lr=10.0)
     method.student.strength = 0.8
-    found = method.evaluate(EvaluateConfig(num_samples=64, batch_size=64))
+    found = method.figures(EvaluateConfig(num_samples=64, batch_size=64))
     assert method.student.strength == pytest.approx(0.8)
     assert found["off_reward"] + 0.02 < found["half_reward"] < found["full_reward"] - 0.02
     after = dict(method.student.adapted.named_parameters())
@@ -182,7 +182,7 @@ def test_the_perception_term_teaches_to_recover_what_the_classifier_knows():
     reader = Classifier(ClassifierConfig(shape=(1, 8, 8), num_classes=10, width=8)).requires_grad_(False)
     method = feedback((0.6, 0.2), reader, counts=(), threshold=0.0, perception_weight=1.0)
     x0 = torch.randn(40, 1, 8, 8)
-    pictures = Batch(40, x0, {"class_label": reader(x0).argmax(1)})
+    pictures = Batch.of(40, x0, {"class_label": reader(x0).argmax(1)})
     parameters = list(method.student.parameters())
     optimizer = torch.optim.Adam(parameters, 0.01)
     losses = []
@@ -194,8 +194,8 @@ def test_the_perception_term_teaches_to_recover_what_the_classifier_knows():
         optimizer.zero_grad()
         losses.append(update.loss.item())
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-    assert method.pictures_for(method.config) is not None
-    assert method.pictures_for(feedback().config) is None
+    assert "x0" in method.columns(method.config)
+    assert method.columns(feedback().config) == {}
 
 
 def test_the_perception_term_is_the_weighed_error_on_a_picture_noised_to_the_level_that_is_told():

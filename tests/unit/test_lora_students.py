@@ -12,9 +12,12 @@ import torch
 
 from distill_core import api
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.building import Context, load_artifact
 from distill_core.config import NetworkConfig, Recipe, load_recipe
+from distill_core.context import Context
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.base import described
+from distill_core.kinds.cards import generator_card
+from distill_core.kinds.loading import load_artifact
 from distill_core.networks.adapters import LoraDenoiser, plain
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
@@ -50,7 +53,9 @@ def student_recipe(name: str, **changes: object) -> Recipe:
         **changes,
     }
     recipe = load_recipe("dmd2").override({**TINY, "steps": 3, **values})
-    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"judge": None})})
+    return recipe.model_copy(
+        update={"evaluate": {key: value for key, value in recipe.evaluate.items() if key != "judge"}}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def where(tmp_path_factory) -> Context:
     for name, seed in (("teacher", 0), ("stranger", 1)):
         teacher = random_teacher(seed)
         teacher.save(root / name)
-        where.store.publish(root / name, Manifest(name=name, **teacher.manifest_fields()))
+        where.store.publish(root / name, Manifest(name=name, **described(teacher)))
     api.train(student_recipe("whole"), root / "whole", where)
     api.train(student_recipe("small", **{"publish.form": "adapter"}), root / "small", where)
     api.train(student_recipe("other", **{"publish.form": "adapter", "seed": 5}), root / "other", where)
@@ -87,26 +92,30 @@ def difference(one: Denoiser, other: Denoiser) -> float:
 
 def test_the_merged_form_opens_in_diffusers_and_its_adapter_in_peft(where):
     manifest = where.store.manifest("whole")
-    assert (manifest.form, manifest.base) == ("merged", "teacher@1")
+    assert (manifest.form, generator_card(manifest).base) == ("merged", "teacher@1")
     assert "recipe.toml" in manifest.files
     folder, teacher = where.store.fetch("whole"), where.artifact("teacher")
     opened = load_denoiser(folder)
     assert difference(opened, teacher) > 1e-2, "three steps at this rate move the student"
-    assert opened.sampler == manifest.sampler
+    assert opened.sampler == generator_card(manifest).sampler
     peft.PeftModel.from_pretrained(teacher.network, folder / "adapter")
     torch.testing.assert_close(output(teacher), output(opened), atol=1e-4, rtol=1e-4)
 
 
 def test_the_adapter_form_holds_no_base_and_is_loaded_over_it(where):
     manifest = where.store.manifest("small")
-    assert (manifest.form, manifest.base) == ("adapter", "teacher@1")
+    assert (manifest.form, generator_card(manifest).base) == ("adapter", "teacher@1")
     files = {"adapter_config.json", "adapter_model.safetensors", "base.json"}
     own = {"distillery.json", "recipe.toml", "preview.png"}
     assert manifest.files.keys() == {f"adapter/{name}" for name in files} | own
     loaded = api.load("small@1", where)
     assert isinstance(loaded, LoraDenoiser)
     assert (loaded.ref, loaded.base_ref) == ("small@1", "teacher@1")
-    assert loaded.sampler == manifest.sampler == where.store.manifest("whole").sampler
+    assert (
+        loaded.sampler
+        == generator_card(manifest).sampler
+        == generator_card(where.store.manifest("whole")).sampler
+    )
     whole = api.load("whole", where)
     assert difference(loaded, whole) < 1e-6
     torch.testing.assert_close(output(loaded), output(whole), atol=1e-4, rtol=1e-4)
@@ -134,9 +143,7 @@ def test_the_base_is_the_version_that_was_trained_over_whatever_latest_is_later(
     for seed in (0, 1):
         teacher = random_teacher(seed)
         teacher.save(tmp_path / f"teacher{seed}")
-        where.store.publish(
-            tmp_path / f"teacher{seed}", Manifest(name="teacher", **teacher.manifest_fields())
-        )
+        where.store.publish(tmp_path / f"teacher{seed}", Manifest(name="teacher", **described(teacher)))
         if seed == 0:
             api.train(student_recipe("small", **{"publish.form": "adapter"}), tmp_path / "run", where)
     loaded = api.load("small", where)
@@ -148,7 +155,7 @@ def test_the_base_is_the_version_that_was_trained_over_whatever_latest_is_later(
 def test_an_adapter_of_the_store_is_a_teacher_and_a_base_as_what_it_amounts_to(where, tmp_path):
     changes = {"teacher.artifact": "small", "publish.form": "adapter", "steps": 1}
     result = api.train(student_recipe("second", **changes), tmp_path / "run", where)
-    assert result.manifest.base == "small@1"
+    assert generator_card(result.manifest).base == "small@1"
     loaded = api.load("second", where)
     with loaded.off():
         torch.testing.assert_close(output(loaded), output(api.load("whole", where)), atol=1e-4, rtol=1e-4)
@@ -235,7 +242,7 @@ def test_the_command_line_publishes_a_sum_in_either_form(where, cli):
     code, said = cli(*MERGE, "small@1:0.7", "whole:0.3", "--publish", "sum", "--form", "adapter", "--json")
     assert (code, json.loads(said)) == (0, {"artifact": "sum@1", "base": "teacher@1", "form": "adapter"})
     manifest = where.store.manifest("sum")
-    assert (manifest.form, manifest.base, manifest.parents) == (
+    assert (manifest.form, generator_card(manifest).base, manifest.parents) == (
         "adapter",
         "teacher@1",
         ("small@1", "whole@1"),

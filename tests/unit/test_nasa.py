@@ -144,17 +144,17 @@ def test_the_students_strength_is_published_with_it(teacher, source, tmp_path):
     from distill_core.networks.diffusers_io import load_denoiser
 
     nasa = method(teacher, source, **NEGATIVE, scale=0.4)
-    assert nasa.manifest_fields()["cond"].nasa_scale == 0.4
-    nasa.save_result(tmp_path)
+    assert nasa.main.card().cond.nasa_scale == 0.4
+    nasa.main.save(tmp_path)
     assert load_denoiser(tmp_path).cond.nasa_scale == 0.4
 
 
 def test_figures_compare_the_steered_student_with_itself_on_the_same_noise(teacher, source):
     config = EvaluateConfig(num_samples=18, batch_size=18)
-    off = method(teacher, source, **NEGATIVE, scale=0.0).evaluate(config)
+    off = method(teacher, source, **NEGATIVE, scale=0.0).figures(config)
     assert off["negative_share"] == off["plain_negative_share"]
     assert off["prompt_accuracy"] == off["plain_prompt_accuracy"]
-    assert method(teacher, source).evaluate(config) == {}
+    assert method(teacher, source).figures(config) == {}
     pairs = method(teacher, source, **NEGATIVE)._asked(18)
     shapes = {"circle", "triangle", "cross"}
     assert {prompt for prompt, _ in pairs} == shapes | {"blue", *(f"blue {shape}" for shape in shapes)}
@@ -170,7 +170,7 @@ def test_figures_read_what_the_pictures_show(teacher, source, monkeypatch):
         "recognise",
         lambda pictures: torch.tensor([source.class_names.index(name) for name in next(shown)]),
     )
-    figures = nasa.evaluate(EvaluateConfig(num_samples=2))
+    figures = nasa.figures(EvaluateConfig(num_samples=2))
     assert figures["negative_share"] == 0.5
     assert figures["prompt_accuracy"] == 1.0
     assert figures["plain_negative_share"] == 0.0
@@ -184,7 +184,7 @@ def test_negative_prompts_without_guidance_are_refused(teacher, source, config):
 
 
 def test_a_judge_is_asked_for_the_class_of_the_item_whose_prompt_was_given(teacher, source):
-    from distill_core.evaluation import Evaluator
+    from distill_core.kinds.denoiser.evaluation import Evaluator
     from distill_core.metrics.judge import Judge
     from distill_core.networks.classifier import Classifier, ClassifierConfig, answers
     from distill_core.networks.generation import generate

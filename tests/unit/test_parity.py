@@ -7,7 +7,7 @@ import torch
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
-from distill_core.networks.answers import parity_sample
+from distill_core.kinds.base import described, parity_of
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.parity import ParitySample
@@ -60,24 +60,23 @@ def test_a_picture_of_another_size_differs_without_bound_and_lists_must_fit():
 
 def test_a_sample_tells_two_models_apart_and_travels_through_a_manifest(tmp_path):
     one, other = unet(0), unet(1)
-    sample = parity_sample(one)
+    sample = parity_of(one)
     assert sample is not None
     assert (sample.class_label, sample.num_steps) == (0, 1)
-    assert sample == parity_sample(one)
+    assert sample == parity_of(one)
     store = ArtifactStore(tmp_path / "store")
     one.save(tmp_path / "model")
-    store.publish(tmp_path / "model", Manifest(name="m", parity=sample, **one.manifest_fields()))
+    store.publish(tmp_path / "model", Manifest(name="m", parity=sample, **described(one)))
     read = store.manifest("m").parity
     assert read == sample
-    again = parity_sample(load_denoiser(store.fetch("m")))
+    again = parity_of(load_denoiser(store.fetch("m")))
     assert np.abs(np.subtract(again.means, sample.means)).max() < 1e-4
-    assert np.abs(np.subtract(parity_sample(other).means, sample.means)).max() > 0.05
+    assert np.abs(np.subtract(parity_of(other).means, sample.means)).max() > 0.05
 
 
 def test_a_text_model_is_asked_for_a_prompt_and_without_an_encoder_for_nothing(tmp_path):
     denoiser = load_denoiser(tiny_text_to_image(tmp_path / "pipeline"))
-    sample = parity_sample(denoiser)
+    sample = parity_of(denoiser)
     assert sample is not None
     assert sample.prompt == next(iter(denoiser.cond.examples), "")
-    assert parity_sample(denoiser.bare()) is None
-    assert parity_sample(torch.nn.Linear(1, 1)) is None
+    assert parity_of(denoiser.bare()) is None

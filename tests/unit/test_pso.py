@@ -39,7 +39,7 @@ def build(levels: tuple[float, ...] = (5.0,), **config: object) -> PSO:
 
 
 def batch(size: int = 16) -> Batch:
-    return Batch(size, None, {"class_label": torch.arange(size) % 10})
+    return Batch.of(size, None, {"class_label": torch.arange(size) % 10})
 
 
 def train(method: PSO, steps: int, lr: float = 0.01) -> None:
@@ -171,11 +171,11 @@ def test_training_moves_the_samples_towards_more_ink_and_leaves_the_reference_al
     config = EvaluateConfig(num_samples=64, batch_size=64)
     method = build(mode=mode, beta=50.0 if mode == "offline" else 5.0)
     weights = {name: value.clone() for name, value in method.student.adapted.named_parameters()}
-    start = method.evaluate(config)
+    start = method.figures(config)
     assert start["reward"] == start["start_reward"]
     assert start["preferred_reward"] > 0.33
     train(method, 20)
-    end = method.evaluate(config)
+    end = method.figures(config)
     direction = math.copysign(1, start["preferred_reward"] - start["reward"])
     assert direction * (end["reward"] - start["reward"]) > 0.01
     assert end["start_reward"] == start["reward"]
@@ -250,8 +250,8 @@ def test_the_last_states_of_a_trajectory_are_what_sampling_itself_passes_through
 
 
 def test_online_needs_no_pictures_and_offline_does():
-    assert PSO.pictures_for(PSO.Config(mode="online")) is None
-    assert PSO.pictures_for(PSO.Config()) is not None
+    assert PSO.columns(PSO.Config(mode="online")) == {}
+    assert "x0" in PSO.columns(PSO.Config())
 
 
 def test_what_cannot_work_is_said_before_training():

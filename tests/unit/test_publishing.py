@@ -10,7 +10,7 @@ import yaml
 
 from distill_core import api
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.artifacts.card import escaped, model_card
+from distill_core.artifacts.model_card import escaped, model_card
 from distill_core.building import for_its_teacher
 from distill_core.config import Recipe, load_recipe, recipe_names
 from distill_core.errors import ConfigError

@@ -79,7 +79,7 @@ def conditional(cls: type[SwiftBrush] = SwiftBrush, num_classes: int | None = 10
 
 
 def batch(size: int = 8, x0: torch.Tensor | None = None) -> Batch:
-    return Batch(size, x0, {"class_label": torch.arange(size) % 10})
+    return Batch.of(size, x0, {"class_label": torch.arange(size) % 10})
 
 
 def trace(method: SwiftBrush, steps: int = 3, x0: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -227,7 +227,7 @@ def test_the_scores_are_compared_on_a_part_of_the_grid_and_the_fake_score_learns
     method, drawn = gaussian(min_level=0.3, max_level=0.7), []
     draw = method.sample_sigma
     method.sample_sigma = lambda *given: drawn.append(draw(*given)) or drawn[-1]
-    list(method.updates(Batch(2000), 0))
+    list(method.updates(Batch.of(2000), 0))
     grid = method.teacher.schedule.sigma_at(torch.tensor([0.0, 1.0, 0.3, 0.7])).tolist()
     ends = [value for sigma in drawn for value in (sigma.min().item(), sigma.max().item())]
     assert ends == pytest.approx(grid, rel=0.05)
@@ -237,7 +237,7 @@ def test_the_fake_score_does_not_pull_the_student_and_the_student_starts_from_it
     method, seen = gaussian(), []
     method.student.sampler = method.student.sampler.model_copy(update={"noise_scale": 7.0})
     method.student.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].std().item()))
-    fake, _ = method.updates(Batch(500), 0)
+    fake, _ = method.updates(Batch.of(500), 0)
     pulls = torch.autograd.grad(fake.loss, list(method.student.parameters()), allow_unused=True)
     assert pulls == (None, None)
     assert seen == pytest.approx([7.0], rel=0.1)

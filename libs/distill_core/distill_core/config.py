@@ -35,6 +35,21 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class _PathMark:
+    """Mark of a value that names a file or folder of the machine that runs the recipe."""
+
+
+class _TableMark:
+    """Mark of a table with a schema of its own, which its `name` decides."""
+
+    def __init__(self, of: Literal["data", "network"]) -> None:
+        self.of = of
+
+
+DataPath = Annotated[str, _PathMark()]
+DataTable = Annotated[dict[str, Any], _TableMark("data")]
+
+
 class Config(BaseModel):
     """Base of every configuration: frozen, unknown keys are errors, no NaN or infinity."""
 
@@ -112,7 +127,7 @@ class ModelSource(Config):
     """Where a frozen model comes from: one of a store artifact, a folder, a recipe that trains it, a formula."""
 
     artifact: str | None = None  # name@version or name@alias in the artifact store
-    path: str | None = None  # a diffusers folder or an artifact folder on disk
+    path: DataPath | None = None  # a diffusers folder or an artifact folder on disk
     recipe: str | None = None  # trained once, then cached under the recipe's content
     scene: Literal["procedural", "alcove"] | None = None  # a radiance field in closed form, without training
 
@@ -150,7 +165,7 @@ class StudentConfig(Config):
     """What the student begins as; with nothing set, a trainable copy of the teacher."""
 
     artifact: str | None = None  # begin as this student instead of the teacher: a store artifact,
-    path: str | None = None  # a folder,
+    path: DataPath | None = None  # a folder,
     recipe: str | None = None  # or what a recipe trained, once, then cached
     network: NetworkConfig | None = None  # a new network instead, of another size; begins random
     lora: LoraConfig | None = None  # train low-rank factors over what it begins as, whose weights stay
@@ -185,6 +200,14 @@ class PairsConfig(Config):
     batch_size: int = Field(128, ge=1, le=4096)
 
 
+class ParameterGroup(Config):
+    """Parameters by pattern, with what is different for them; of several patterns the first that fits counts."""
+
+    match: str  # of parameter names, as in a shell: "head.*", "*.bias"
+    lr_scale: float = Field(1.0, ge=0)
+    weight_decay: float | None = Field(None, ge=0)  # unset: that of the optimiser
+
+
 class OptimConfig(Config):
     """One role's optimiser. The learning rate is a function of the step alone, so resuming needs no scheduler state."""
 
@@ -194,23 +217,36 @@ class OptimConfig(Config):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
-    decay: Literal["constant", "cosine", "exponential"] = "constant"
+    momentum: float | None = Field(None, ge=0, lt=1)  # of sgd; unset: the first of betas
+    nesterov: bool = False  # of sgd
+    decay: Literal["constant", "cosine", "exponential", "milestones"] = "constant"
+    milestones: tuple[float, ...] = ()  # shares of the steps at which lr is multiplied by `gamma`
+    gamma: float = Field(0.1, gt=0, le=1)
+    groups: tuple[ParameterGroup, ...] = ()  # parameters that differ in lr or weight decay
     final_lr_ratio: float = Field(0.0, ge=0, le=1)  # lr at the last step / lr, for cosine and exponential
     grad_clip: float | None = Field(None, gt=0)  # norm
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.name != "sgd" and (self.momentum is not None or self.nesterov):
+            raise ValueError(f"{self.name} takes betas; momentum and nesterov belong to name = 'sgd'")
+        if (self.decay == "milestones") != bool(self.milestones):
+            raise ValueError("decay = 'milestones' goes with milestones, e.g. [0.5, 0.75]")
+        if list(self.milestones) != sorted(self.milestones) or not all(0 < at < 1 for at in self.milestones):
+            raise ValueError("milestones are shares of the steps, ascending, above 0 and below 1")
+        return self
 
-MEASURING = ("judge", "extractor", "clip", "preference")
+
+class StageConfig(Config):
+    """Optimisers of one stage of a run; with a table of its own a stage begins its learning-rate schedule anew."""
+
+    optim: dict[str, OptimConfig] = {}
 
 
 class EvaluateConfig(Config):
-    """How a run's result is measured at its end and in `check`. Without a judge, extractor or clip, hardly at all."""
+    """How a run's result is measured; the kind of the result adds what it is measured with."""
 
-    judge: ModelSource | None = None  # a classifier: accuracy, and features where there is no extractor
-    extractor: ModelSource | None = None  # a transformers vision folder, whose features the distances use
-    clip: ModelSource | None = None  # a CLIP folder: clip_score = 100 x mean cosine of picture and prompt
-    preference: ModelSource | None = None  # a CLIP folder tuned on choices (HPSv2): preference_score
-    lpips: str | None = None  # of fields: a folder with LPIPS weights (metrics/lpips.py); unset: not measured
-    data: dict[str, Any] | None = None  # pictures and prompts to compare with; unset: those of the training
+    data: DataTable | None = None  # what to compare with; unset: the data of the training
     num_samples: int = Field(1797, ge=2, le=100_000)
     batch_size: int = Field(128, ge=1, le=4096)
     seed: Seed = 0
@@ -218,8 +254,7 @@ class EvaluateConfig(Config):
     @property
     def sources(self) -> dict[str, ModelSource]:
         """The models that measure, by key."""
-        named = {key: getattr(self, key) for key in MEASURING}
-        return {key: source for key, source in named.items() if source is not None}
+        return {}
 
 
 class CheckAblation(Config):
@@ -278,6 +313,7 @@ class ReplacedTeacher(Config):
     given: tuple[str, ...] = ()  # keys that were set since: they are meant for the new one
 
 
+MODEL_SOURCES = frozenset(ModelSource.model_fields)
 STUDENT_SOURCES = ("artifact", "path", "recipe", "network")
 MADE_OF = (
     "data",
@@ -312,15 +348,17 @@ class Recipe(Config):
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     config: dict[str, Any] = {}
-    data: dict[str, Any] | None = None
+    data: DataTable | None = None  # `[data.NAME]` within it are further data sets
     teacher: ModelSource | None = None
+    teachers: dict[str, ModelSource] = {}  # further ones, by the names that the method gives them
     student: StudentConfig = StudentConfig()
     pairs: PairsConfig | None = None
     extractor: ModelSource | None = None  # frozen; what a loss or a reward reads pictures with
     network: NetworkConfig | None = None
     optim: dict[str, OptimConfig] = {}
+    stages: dict[str, StageConfig] = {}  # by the names that the method gives its stages
     ema: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: dict[str, Any] = {}  # the result's kind says which keys; see `kinds/*/card.py`
     check: CheckConfig | None = None
     publish: PublishConfig | None = None
     replaced: ReplacedTeacher | None = None  # written by overrides that name another teacher
@@ -437,7 +475,7 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(nested, dict):
             raise ConfigError(f"cannot set {key}: {parent} is a value, not a table", field=key)
         table = nested
-    if parents in (["teacher"], ["extractor"], *(["evaluate", key] for key in MEASURING)):
+    if last in MODEL_SOURCES and table.keys() <= MODEL_SOURCES:
         table.clear()  # one source replaces the other
     if parents == ["network"] and last == "name" and table.get("name") != value:
         table.pop("args", None)  # they were those of another class

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from distill_core import api
-from distill_core.artifacts import check_convertible
-from distill_core.building import Context
-from distill_core.config import EvaluateConfig, Recipe
+from distill_core.config import Recipe
+from distill_core.context import Context
 from distill_core.errors import DistilleryError
+from distill_core.kinds import find_card
+from distill_core.kinds.convertible import check_convertible
 from distill_core.training.memory import Unplannable, too_large, training_device
 
 
@@ -50,12 +51,12 @@ def _looked_at(job: _Job, where: Context) -> dict[str, Any]:
         return {"note": f"data and memory were not looked at: it needs what {stages} will publish"}
     if job.kind == "train":
         return _training(Recipe.parse(job.spec["recipe"]), where)
-    source = where.store.manifest(job.spec["artifact"])
+    model = where.store.manifest(job.spec["artifact"])
     if job.kind == "evaluate":
-        EvaluateConfig.parse(job.spec.get("evaluate", {}), where="evaluate")
+        find_card(model.kind).Evaluate.parse(job.spec.get("evaluate", {}), where="evaluate")
     elif job.kind == "convert":
-        check_convertible(source)
-    return {"note": f"{source.ref} exists; its memory was not planned: only training is"}
+        check_convertible(model)
+    return {"note": f"{model.ref} exists; its memory was not planned: only training is"}
 
 
 def _training(recipe: Recipe, where: Context) -> dict[str, Any]:

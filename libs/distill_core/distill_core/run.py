@@ -81,7 +81,7 @@ def _run(spec: dict[str, Any], tell: Any, stop: _StopFlag) -> int:
 
         return dry_run(spec, tell)
     from distill_core import api  # after the signal handler: importing torch takes seconds
-    from distill_core.config import EvaluateConfig, Recipe
+    from distill_core.config import Recipe
 
     run_dir = Path(spec["run_dir"])
     where = api.context(spec["store"], Path(spec.get("cache") or run_dir / "cache"))
@@ -90,8 +90,8 @@ def _run(spec: dict[str, Any], tell: Any, stop: _StopFlag) -> int:
         return 0 if prepared else EXIT_STOPPED
     if spec["kind"] == "evaluate":
         values = spec["spec"]
-        config = EvaluateConfig.parse(values.get("evaluate", {}), where="evaluate")
-        figures, said = api.evaluate(values["artifact"], config, values.get("data"), where)
+        table = values.get("evaluate", {})
+        figures, said = api.evaluate(values["artifact"], table, values.get("data"), where)
         artifact = values["artifact"]
     else:
         recipe = Recipe.parse(spec["spec"]["recipe"])

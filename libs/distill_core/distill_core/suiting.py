@@ -20,8 +20,8 @@ from distill_core.config import ModelSource, OptimConfig, Recipe, load_recipe
 from distill_core.errors import ConfigError, DistilleryError
 from distill_core.methods import find_method
 from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.fake_tensors import fake_tensors, is_faked, real_tensors
 from distill_core.networks.levels import keys_of_schedule, student_levels
-from distill_core.networks.weightless import is_weightless, real_tensors, weightless
 
 log = logging.getLogger(__name__)
 Former = Callable[[Recipe], nn.Module]  # what a recipe trains, untrained
@@ -66,7 +66,7 @@ def suited(recipe: Recipe, where: Models, former: Former) -> Recipe:
 
 def _shapes_alone() -> contextlib.AbstractContextManager[None]:
     """Where models have no weights: only their schedules are looked at."""
-    return contextlib.nullcontext() if is_weightless() else weightless()
+    return contextlib.nullcontext() if is_faked() else fake_tensors()
 
 
 def _same_schedule(teacher: Denoiser, name: str, former: Former) -> bool:

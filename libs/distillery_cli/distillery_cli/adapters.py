@@ -11,11 +11,12 @@ import typer
 
 from distill_core.config import check_name
 from distill_core.errors import ConfigError
+from distill_core.kinds.base import described
 from distillery_cli.output import AsJson, StoreUrl, emit_json, results, waiting
 
 if TYPE_CHECKING:
     from distill_core.artifacts import Manifest
-    from distill_core.building import Context
+    from distill_core.context import Context
     from distill_core.networks.adapters import LoraDenoiser
 
 Term = tuple[str, float]  # a reference or folder, and its weight
@@ -101,7 +102,7 @@ def _form(wanted: str, total: LoraDenoiser) -> Literal["merged", "adapter"]:
 
 def _publish(total: LoraDenoiser, name: str, terms: list[Term], where: Context) -> Manifest:
     from distill_core.artifacts import Manifest
-    from distill_core.networks.answers import parity_sample
+    from distill_core.kinds.base import parity_of
 
     parents = [where.store.manifest(ref) for ref, _ in terms if not Path(ref).is_dir()]
     licences = dict.fromkeys(parent.licence for parent in parents)
@@ -112,8 +113,8 @@ def _publish(total: LoraDenoiser, name: str, terms: list[Term], where: Context) 
         ),
         parents=tuple(parent.ref for parent in parents),
         **({"licence": " AND ".join(licences)} if licences else {}),
-        parity=parity_sample(total),
-        **total.manifest_fields(),
+        parity=parity_of(total),
+        **described(total),
     )
     with tempfile.TemporaryDirectory(prefix="distillery-merge-") as scratch:
         total.save(Path(scratch))

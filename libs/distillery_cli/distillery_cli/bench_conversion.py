@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from distill_core.building import Context
     from distill_core.config import Recipe
+    from distill_core.context import Context
     from distill_core.training.loop import Trainer
 
 TEACHER, FROM_IMAGES, CONVERTED = "nerf_procedural", "nerf_procedural_mlp", "pvd"
@@ -157,6 +157,8 @@ def _curve(
         changes[key] = round(share * steps) if key in STAGES else share
     recipe = recipe.override(changes)
     trainer = _trainer(recipe, where, folder)
+    from distill_core.kinds.field.card import Evaluate
+
     points: Curve = []
     spent, every = 0.0, max(1, steps // POINTS)
     while trainer.step < steps:
@@ -165,10 +167,10 @@ def _curve(
         trainer.step += 1
         spent += time.process_time() - began
         if trainer.step % every == 0 or trainer.step == steps:
-            psnr = trainer.method.evaluate(recipe.evaluate)[metric]
+            psnr = trainer.method.figures(Evaluate.parse(recipe.evaluate))[metric]
             points.append((round(spent, 3), round(psnr, 3)))
             tell(f"{title}: {trainer.step}/{steps} steps, {spent:.0f} s, {psnr:.2f} dB")
-    trainer.method.save_result(folder / "model")
+    trainer.method.main.save(folder / "model")
     return points
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill_core.errors import Unavailable
+from distill_core.kinds.base import described
 from distillery_cli.bench_processes import Child, Sampler
 
 CONCURRENCY = (1, 2, 8, 32)
@@ -143,7 +144,7 @@ def _published(size: Size, work: Path) -> tuple[Any, Path]:
     folder = work / f"untrained-{size.name}"
     denoiser.save(folder)
     store = ArtifactStore(stack_settings(work).store_url)
-    draft = Manifest(name=size.name, title="untrained, for timing", **denoiser.manifest_fields())
+    draft = Manifest(name=size.name, title="untrained, for timing", **described(denoiser))
     return store.publish(folder, draft), folder
 
 

@@ -78,6 +78,7 @@ def converted(subject: Subject, store_url: str, jobs: str, work: Path) -> str:
     from distill_core.config import NetworkConfig
     from distill_core.diffusion.sampling import SamplerSpec
     from distill_core.errors import DistilleryError
+    from distill_core.kinds.base import described
     from distill_core.networks.diffusers_new import build_denoiser
     from distillery_trainer.client import JobsClient, convert_spec
 
@@ -85,9 +86,8 @@ def converted(subject: Subject, store_url: str, jobs: str, work: Path) -> str:
     denoiser = build_denoiser(network, parameterisation="edm", shape=subject.shape, num_classes=NUM_CLASSES)
     folder = work / f"untrained-{subject.name}"
     denoiser.save(folder)
-    one_step = {"sampler": SamplerSpec.few_step((SIGMA,), noise_scale=SIGMA)}
-    fields = {**denoiser.manifest_fields(), **one_step}
-    draft = Manifest(name=subject.name, title="untrained, for timing", **fields)
+    denoiser.sampler = SamplerSpec.few_step((SIGMA,), noise_scale=SIGMA)
+    draft = Manifest(name=subject.name, title="untrained, for timing", **described(denoiser))
     published = ArtifactStore(store_url).publish(folder, draft)
     with JobsClient(jobs) as api:
         job = api.wait(api.submit(convert_spec(published.ref, "onnx-fp32")).id)

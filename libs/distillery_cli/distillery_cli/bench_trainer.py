@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill_core.building import Context
     from distill_core.config import Recipe
+    from distill_core.context import Context
     from distill_core.training.loop import Trainer
 
 FAMILY = "diffusion"

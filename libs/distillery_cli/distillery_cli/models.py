@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.cards import facts, generator_card
+from distill_core.signature import described
 from distillery_cli.output import AsJson, StoreUrl, emit_json, figure, notes, results, table
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def _summary(opened: ArtifactStore, name: str, version: int) -> dict[str, Any]:
     aliases = [alias for alias, number in opened.aliases(name).items() if number == version]
     try:
         manifest = opened.manifest(f"{name}@{version}")
+        base = generator_card(manifest).base
     except ArtifactError as error:  # the others can still be listed
         notes.print(f"warning: {error}")
         empty = dict.fromkeys(("form", "base", "method", "exports", "frechet_distance", "created"))
@@ -68,7 +71,7 @@ def _summary(opened: ArtifactStore, name: str, version: int) -> dict[str, Any]:
         "aliases": aliases,
         "kind": manifest.kind,
         "form": manifest.form,
-        "base": manifest.base,
+        "base": base,
         "method": manifest.method,
         "exports": list(manifest.exports),
         "frechet_distance": manifest.metrics.get("frechet_distance"),
@@ -91,6 +94,10 @@ def _show(manifest: Manifest) -> None:
         if value not in ("", (), {}) and not isinstance(value, dict)
     ]
     rows.append(["form", manifest.form])
+    rows += [[key, _cell(value)] for key, value in facts(manifest).items()]
+    for row in described(manifest.signature):
+        for side in ("inputs", "outputs"):
+            rows += [[f"{row['function']}.{side}", f"{name}: {said}"] for name, said in row[side].items()]
     rows += [[f"metrics.{name}", figure(value)] for name, value in manifest.metrics.items()]
     for name, report in manifest.exports.items():
         rows += [[f"exports.{name}{part}", said] for part, said in _export(report)]

@@ -32,7 +32,7 @@ from distillery_cli.output import (
 )
 
 if TYPE_CHECKING:
-    from distill_core.building import Context
+    from distill_core.context import Context
 
 EXIT_CHECK_FAILED = 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -15,11 +16,12 @@ from distill_core.artifacts import (
     ExportReport,
     FrechetReport,
     Manifest,
-    check_convertible,
 )
-from distill_core.building import load_artifact
 from distill_core.errors import Unavailable
-from distill_core.networks.answers import parity_sample
+from distill_core.kinds.base import parity_of
+from distill_core.kinds.cards import generator_card
+from distill_core.kinds.convertible import check_convertible
+from distill_core.kinds.loading import load_artifact
 from distillery_converter import frechet, int8, onnx, parity, tensorrt
 from distillery_converter.fields import field_graphs
 from distillery_converter.forms import Form, write_forms
@@ -81,7 +83,7 @@ def convert(
             report = _export(folder, graphs, source, goal, versions, cache)
             on_progress(STEPS - 1, STEPS)
             # older versions have none
-            sample = source.parity or parity_sample(load_artifact(store, source.ref, cache))
+            sample = source.parity or parity_of(load_artifact(store, source.ref, cache))
             draft = _manifest(source, report, job).model_copy(update={"parity": sample})
             published = store.publish(folder, draft, key=job)
     except OSError as error:
@@ -121,8 +123,7 @@ def _content(manifest: Manifest) -> tuple[object, ...]:
         for path, entry in manifest.files.items()
         if path.endswith((".safetensors", "config.json")) and not path.startswith("exports/")
     }
-    used = (manifest.kind, manifest.base, manifest.sampler, manifest.image, manifest.cond, manifest.partition)
-    return files, *used, manifest.scene
+    return files, manifest.kind, json.dumps(manifest.card, sort_keys=True)
 
 
 def _passes(report: ExportReport, goal: Target) -> bool:
@@ -165,11 +166,12 @@ def _export(
 def _samples(forms: list[Form], folder: Path, source: Manifest) -> FrechetReport | None:
     """The worst report of the model's denoisers, with its decoder; None for what is no generator."""
     denoisers = [(form, form.graph.walk) for form in forms if form.graph.walk is not None]
-    if source.image is None or not denoisers:
+    card = generator_card(source)
+    if card.image is None or not denoisers:
         return None
     decoder = next((form for form in forms if form.graph.name == "decoder"), None)
     # an expert draws a part of the data only
-    real = frechet.real_pictures(folder, source.image.picture) if source.partition is None else None
+    real = frechet.real_pictures(folder, card.image.picture) if card.partition is None else None
     reports = []
     for form, walk in denoisers:
         before = Side(form.graph.run, decoder.graph.run if decoder else None)

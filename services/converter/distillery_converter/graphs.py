@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, Manifest
-from distill_core.building import Load, load_model
 from distill_core.diffusion.noise import unit_normals
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError, out_of_memory
+from distill_core.kinds.cards import generator_card
+from distill_core.kinds.loading import Load, load_model
 from distill_core.networks.adapters import plain
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.routed import RoutedDenoiser
@@ -158,12 +159,14 @@ def fuse_adapters(network: Any) -> None:
 
 def denoiser_graphs(experts: list[DiffusersDenoiser], manifest: Manifest) -> list[Graph]:
     """`denoiser`, or for a routed model `expert-0` and so on: each is compared on what is routed to it."""
-    sampler = manifest.sampler or experts[0].sampler
-    if manifest.partition is None:
+    sampler = generator_card(manifest).sampler or experts[0].sampler
+    if generator_card(manifest).partition is None:
         return [denoiser_graph(experts[0], sampler)]
     graphs = []
     for part, expert in enumerate(experts):
-        classes = tuple(label for label, own in enumerate(manifest.partition.of_class) if own == part)
+        classes = tuple(
+            label for label, own in enumerate(generator_card(manifest).partition.of_class) if own == part
+        )
         graph = denoiser_graph(expert, sampler, classes=classes)
         graphs.append(replace(graph, name=f"expert-{part}"))
     return graphs

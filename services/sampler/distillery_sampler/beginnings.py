@@ -10,6 +10,7 @@ from PIL import Image
 from distill_core.artifacts import Manifest
 from distill_core.diffusion.image_to_image import Beginning
 from distill_core.errors import ConfigError, DataError
+from distill_core.kinds.cards import generator_card
 from distill_core.pictures import on_white, read_image, upright_size
 from distillery_sampler.requests import BeginKey, Given, ImageInput, ImageItem
 
@@ -24,9 +25,14 @@ def given(wish: ImageInput, manifest: Manifest) -> tuple[Given, BeginKey]:
     Raises:
         ConfigError: no such kind of picture, another size than the model's, a strength out of range.
     """
-    assert manifest.image is not None, "a denoiser without image is not loaded"
-    channels, height, width = manifest.image.picture
-    latent = (manifest.image.channels, manifest.image.height, manifest.image.width) != (
+    card = generator_card(manifest)
+    assert card.image is not None, "a denoiser without image is not loaded"
+    channels, height, width = card.image.picture
+    latent = (
+        card.image.channels,
+        card.image.height,
+        card.image.width,
+    ) != (
         channels,
         height,
         width,

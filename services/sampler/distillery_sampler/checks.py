@@ -9,6 +9,7 @@ import numpy as np
 
 from distill_core.artifacts import CondSpec, Manifest
 from distill_core.errors import ConfigError
+from distill_core.kinds.cards import generator_card
 from distillery_sampler.requests import Float, GenerateRequest, ImageItem, ImageKey, View
 from distillery_sampler.settings import SamplerSettings
 
@@ -25,7 +26,7 @@ def image_items(request: GenerateRequest, manifest: Manifest, limits: SamplerSet
     Raises:
         ConfigError: conditions the model does not take, unequal lengths, too many images.
     """
-    cond = manifest.cond or CondSpec(kind="none")
+    cond = generator_card(manifest).cond or CondSpec(kind="none")
     count = _count(request, limits)
     _check_kind(request, cond, manifest.ref)
     _check_conditions(request, cond.num_classes or 0, limits, manifest.ref)
@@ -70,9 +71,10 @@ def _negatives(
 
 def _negative_scale(request: GenerateRequest, manifest: Manifest) -> float:
     """The strength that cross-attention turns away with; 0 where guidance does it."""
-    assert manifest.sampler is not None
-    assert manifest.cond is not None
-    if manifest.sampler.guidable:
+    card = generator_card(manifest)
+    assert card.sampler is not None
+    assert card.cond is not None
+    if card.sampler.guidable:
         if request.negative_scale is not None:
             raise ConfigError(
                 f"{manifest.ref} is guided, and guidance leads away from the negative prompt; leave "
@@ -80,7 +82,7 @@ def _negative_scale(request: GenerateRequest, manifest: Manifest) -> float:
                 field="negative_scale",
             )
         return 0.0
-    usual = NASA_SCALE if manifest.cond.nasa_scale is None else manifest.cond.nasa_scale
+    usual = NASA_SCALE if card.cond.nasa_scale is None else card.cond.nasa_scale
     scale = usual if request.negative_scale is None else request.negative_scale
     if not 0 <= scale <= MAX_NASA_SCALE:
         raise ConfigError(
@@ -152,7 +154,7 @@ def _check_seeds(request: GenerateRequest) -> None:
 
 def _check_latents(latents: Float, manifest: Manifest) -> None:
     """Refuse what is no noise of the model's own shape."""
-    image = manifest.image
+    image = generator_card(manifest).image
     assert image is not None, "a denoiser without image is not loaded"
     shape = (image.channels, image.height, image.width)
     if latents.shape[1:] != shape:
@@ -171,7 +173,8 @@ def _check_latents(latents: Float, manifest: Manifest) -> None:
 
 def can_guide(manifest: Manifest) -> bool:
     """Whether a model takes another guidance than its own: it was not distilled at one, and has a null condition."""
-    spec, cond = manifest.sampler, manifest.cond or CondSpec(kind="none")
+    card = generator_card(manifest)
+    spec, cond = card.sampler, card.cond or CondSpec(kind="none")
     return bool(spec and spec.guidable) and (cond.kind == "prompt" or cond.null_label is not None)
 
 
@@ -181,7 +184,7 @@ def image_key(request: GenerateRequest, manifest: Manifest) -> ImageKey:
     Raises:
         ConfigError: a number of steps or a guidance that the model cannot honour.
     """
-    spec = manifest.sampler
+    spec = generator_card(manifest).sampler
     assert spec is not None, "a denoiser without sampler is not loaded"
     num_steps = spec.num_steps if request.num_steps is None else request.num_steps
     spec.levels(num_steps)

@@ -13,6 +13,7 @@ from typing import Any
 
 from distill_core.artifacts import ArtifactStore, ImageSpec
 from distill_core.errors import ConfigError
+from distill_core.kinds.cards import generator_card
 from distillery_sampler.backends.base import Generator, SceneRenderer
 from distillery_sampler.beginnings import given
 from distillery_sampler.checks import check_view, image_items, image_key
@@ -56,7 +57,8 @@ class _Queued:
     def summary(self, started: float) -> Summary:
         manifest, seconds = self.model.manifest, time.perf_counter() - started
         backend, count = self.model.backend.name, len(self.items)
-        cut, tokens = self._cut_prompts(), (manifest.cond.max_tokens if manifest.cond else None) or 0
+        cond = generator_card(manifest).cond
+        cut, tokens = self._cut_prompts(), (cond.max_tokens if cond else None) or 0
         return Summary(
             manifest.ref, backend, count, seconds, self.key.num_steps, self.key.guidance, cut, tokens
         )
@@ -117,8 +119,9 @@ class Engine:
                 raise ConfigError(f"{manifest.ref} is a {manifest.kind}; use Render", field="model")
             items = image_items(request, manifest, self.settings)
             key = image_key(request, manifest)
-            if approve and manifest.image:
-                approve(manifest.image, len(items))
+            card = generator_card(manifest)
+            if approve and card.image:
+                approve(card.image, len(items))
             self._check_size(model, len(items))
             times = until.enter_context(model.stats.requests.request(len(items)))
             if request.image is not None:  # decoding takes milliseconds: not on the event loop
@@ -133,7 +136,7 @@ class Engine:
         self, model: LoadedModel, key: ImageKey, items: list[ImageItem], call: Call
     ) -> list[asyncio.Future[Any]]:
         """Queue the images; their first noise is drawn while they wait, or just before where nothing runs."""
-        image = model.manifest.image
+        image = generator_card(model.manifest).image
         assert image is not None, "a denoiser without image is not loaded"
         shape, waits = (image.channels, image.height, image.width), model.batcher.busy
         quick = len(items) * math.prod(shape) <= QUICK_VALUES

@@ -23,6 +23,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from distill_core.artifacts import ImageSpec, Manifest
 from distill_core.errors import ArtifactError, ConfigError, DistilleryError, NotFound, nearest
+from distill_core.kinds.cards import served_by
 from distill_service.status import StatusError, shortened
 from distillery_sampler.checks import check_reply
 from distillery_sampler.engine import Engine
@@ -181,7 +182,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         inputs = read_inputs(request, inputs_of(manifest))
         outputs = outputs_of(manifest)
         wanted = _wanted(request, outputs)
-        run = self._views if manifest.kind == "field" else self._images
+        run = self._views if served_by(manifest) == "render" else self._images
         version, arrays, cut = await run(ref, inputs, parameters, _with_terms(call, parameters))
         name, _, number = version.partition("@")
         reply = service_pb2.ModelInferResponse(model_name=name, model_version=number, id=request.id)
@@ -314,7 +315,7 @@ def _wanted(request: service_pb2.ModelInferRequest, outputs: Mapping[str, Tensor
 
 def _parameters(request: service_pb2.ModelInferRequest, manifest: Manifest) -> dict[str, float]:
     """The request's parameters, all of them numbers; what Triton's own clients add for Triton is passed over."""
-    known = (*_OF_ALL, *(_OF_SCENES if manifest.kind == "field" else _OF_GENERATORS))
+    known = (*_OF_ALL, *(_OF_SCENES if served_by(manifest) == "render" else _OF_GENERATORS))
     found = {}
     for name, given in request.parameters.items():
         if name.startswith("triton_"):

@@ -7,6 +7,7 @@ import math
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from distill_core.artifacts import Manifest
+from distill_core.kinds.cards import generator_card, served_by
 from distillery_sampler.backends.opening import check_kind
 from distillery_sampler.checks import can_guide
 from distillery_sampler.requests import ModelInfo
@@ -25,21 +26,22 @@ def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
         ArtifactError: a kind of model that is not sampled.
     """
     check_kind(manifest)
-    if manifest.kind == "field":
+    if served_by(manifest) == "render":
         specs = [
             TensorSpec("pose", "FP32", (-1, 4, 4), accepts=FLOATS),
             TensorSpec("intrinsics", "FP32", (-1, 4), accepts=FLOATS),
         ]
         return {spec.name: spec for spec in specs}
-    image = manifest.image
+    card = generator_card(manifest)
+    image = card.image
     latent = (image.channels, image.height, image.width) if image else (-1, -1, -1)
     specs = [
         TensorSpec("seed", "UINT64", (-1, 1), optional=True),
         TensorSpec("latents", "FP32", (-1, *latent), optional=True, accepts=FLOATS),
     ]
-    if manifest.cond and manifest.cond.kind == "class_label":
+    if card.cond and card.cond.kind == "class_label":
         specs.append(TensorSpec("class_label", "INT64", (-1, 1)))
-    if manifest.cond and manifest.cond.kind == "prompt":
+    if card.cond and card.cond.kind == "prompt":
         specs.append(TensorSpec("prompt", "BYTES", (-1, 1)))
         specs.append(TensorSpec("negative_prompt", "BYTES", (-1, 1), optional=True))
     if can_guide(manifest):
@@ -49,10 +51,11 @@ def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
 
 def outputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
     """The outputs of a model, by name."""
-    if manifest.kind == "field":
+    if served_by(manifest) == "render":
         specs = [TensorSpec("rgb", "UINT8", (-1, -1, -1, 3)), TensorSpec("depth", "FP32", (-1, -1, -1))]
         return {spec.name: spec for spec in specs}
-    channels, height, width = manifest.image.picture if manifest.image else (-1, -1, -1)
+    card = generator_card(manifest)
+    channels, height, width = card.image.picture if card.image else (-1, -1, -1)
     return {"images": TensorSpec("images", "UINT8", (-1, height, width, channels))}
 
 
@@ -104,9 +107,10 @@ def config(info: ModelInfo, settings: SamplerSettings) -> model_config_pb2.Model
 
 def _most(manifest: Manifest, settings: SamplerSettings) -> int:
     """How many pictures or views one request may ask for."""
-    if manifest.image is None:
+    card = generator_card(manifest)
+    if card.image is None:
         return settings.max_views
-    in_a_message = settings.max_reply_bytes // math.prod(manifest.image.picture)
+    in_a_message = settings.max_reply_bytes // math.prod(card.image.picture)
     return max(1, min(settings.max_images, settings.max_queue_images, in_a_message))
 
 

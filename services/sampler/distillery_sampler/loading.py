@@ -15,6 +15,7 @@ import structlog
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, DistilleryError, Unavailable, out_of_memory
+from distill_core.kinds.cards import generator_card
 from distill_core.parity import SEED, VIEW_DEGREES, VIEW_SIDE
 from distillery_sampler.backends.base import Backend, Generator, SceneRenderer
 from distillery_sampler.backends.fixed import Padded
@@ -155,7 +156,8 @@ def _first_that_opens(
 
 def _question(manifest: Manifest) -> Question:
     """What the parity sample was made with; for older versions what it would be."""
-    parity, cond, sampler = manifest.parity, manifest.cond, manifest.sampler
+    card = generator_card(manifest)
+    parity, cond, sampler = manifest.parity, card.cond, card.sampler
     assert cond is not None
     assert sampler is not None
     if parity is not None:
@@ -232,7 +234,7 @@ def _cost(key: Any, payload: Any) -> float:
 
 def _kind(manifest: Manifest) -> Callable[[Any], Any]:
     """The part of an image, where its class decides it: a batch of one part is as fast as one of a plain model."""
-    partition = manifest.partition
+    partition = generator_card(manifest).partition
     if partition is None or partition.kind != "class_label":
         return lambda _item: None
     table = partition.table  # its last row is that of all labels outside it

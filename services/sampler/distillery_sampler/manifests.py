@@ -6,6 +6,7 @@ import asyncio
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, NotFound
+from distill_core.kinds.cards import generator_card
 
 Key = tuple[str, int]  # name, version
 KEPT = 64
@@ -37,12 +38,13 @@ class Manifests:
         Raises:
             ArtifactError: it is not in the store.
         """
-        if manifest.form != "adapter" or not manifest.base:
+        card = generator_card(manifest)
+        if manifest.form != "adapter" or not card.base:
             return None
-        name, _, version = manifest.base.partition("@")
+        name, _, version = card.base.partition("@")
         try:
             return await self.get((name, int(version)))
         except NotFound:
             raise ArtifactError(
-                f"{manifest.ref} is an adapter over {manifest.base}, which is missing; publish it in this store"
+                f"{manifest.ref} is an adapter over {card.base}, which is missing; publish it in this store"
             ) from None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from distill_core.errors import ConfigError
+from distill_core.kinds.cards import generator_card, scene_spec
 from distillery.v1 import models_pb2, sampler_pb2
 from distillery_sampler.checks import can_guide
 from distillery_sampler.images import Format
@@ -223,10 +224,11 @@ def model_to(info: ModelInfo) -> models_pb2.Model:
 
 def _generator(info: ModelInfo) -> models_pb2.GeneratorInfo | None:
     manifest = info.manifest
-    if not (manifest.image and manifest.cond and manifest.sampler):
+    card = generator_card(manifest)
+    if not (card.image and card.cond and card.sampler):
         return None
-    channels, height, width = manifest.image.picture
-    spec, cond = manifest.sampler, manifest.cond
+    channels, height, width = card.image.picture
+    spec, cond = card.sampler, card.cond
     return models_pb2.GeneratorInfo(
         width=width,
         height=height,
@@ -242,7 +244,7 @@ def _generator(info: ModelInfo) -> models_pb2.GeneratorInfo | None:
 
 
 def _scene(info: ModelInfo) -> models_pb2.SceneInfo | None:
-    scene = info.manifest.scene
+    scene = scene_spec(info.manifest)
     if scene is None:
         return None
     return models_pb2.SceneInfo(

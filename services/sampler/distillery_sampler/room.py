@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 from distill_core.artifacts import Manifest
 from distill_core.errors import ArtifactError, Overloaded
+from distill_core.kinds.cards import generator_card
 from distillery_sampler.backends.opening import usable
 from distillery_sampler.loading import LoadedModel
 from distillery_sampler.manifests import Key, Manifests
@@ -43,7 +44,9 @@ class Room:
         manifest = await self._manifests.get(key)
         target = usable(manifest, self._settings)[0].target
         need = weight_bytes(manifest, target)
-        if target is None and manifest.base not in [model.manifest.ref for model in loaded.values()]:
+        if target is None and generator_card(manifest).base not in [
+            model.manifest.ref for model in loaded.values()
+        ]:
             base = await self._manifests.base(manifest)
             need += weight_bytes(base, None) if base else 0
         await asyncio.to_thread(self.refuse_giant, manifest, need)

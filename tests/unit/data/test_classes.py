@@ -12,11 +12,12 @@ from PIL import Image
 from distill_core import api
 from distill_core.artifacts import CondSpec
 from distill_core.building import build, fit
-from distill_core.config import EvaluateConfig, LoraConfig, NetworkConfig, load_recipe
+from distill_core.config import LoraConfig, NetworkConfig, load_recipe
 from distill_core.data import build_source
 from distill_core.data.classes import ABSENT, class_numbers, in_order, naming_classes, use_classes_of
 from distill_core.errors import ConfigError
-from distill_core.evaluation import load_evaluator
+from distill_core.kinds.denoiser.card import Evaluate
+from distill_core.kinds.denoiser.evaluation import load_evaluator
 from distill_core.methods.diffusion.hyper_sd_feedback import HyperSDFeedback
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.classifier import Classifier, ClassifierConfig
@@ -181,7 +182,7 @@ def test_a_judge_answers_in_the_order_of_the_generator_s_classes(tmp_path):
     judge = classifier("fox", "ant", "cat", "dog")
     judge.save(tmp_path / "judge")
     generator = model("cat", "dog", "fox")
-    config = EvaluateConfig.parse({"judge": {"path": str(tmp_path / "judge")}, "num_samples": 4})
+    config = Evaluate.parse({"judge": {"path": str(tmp_path / "judge")}, "num_samples": 4})
     source = build_source(folder(tmp_path / "set", "cat", "fox"))
     measured = load_evaluator(config, generator, source, where).judge.classifier
     x = torch.randn(5, 1, 8, 8)
@@ -197,7 +198,7 @@ def test_a_judge_answers_in_the_order_of_the_generator_s_classes(tmp_path):
 def test_pictures_to_compare_with_are_of_the_generator_s_classes(tmp_path):
     where = api.context(tmp_path / "store", tmp_path / "cache")
     classifier("cat", "dog", "fox").save(tmp_path / "judge")
-    config = EvaluateConfig.parse(
+    config = Evaluate.parse(
         {"judge": {"path": str(tmp_path / "judge")}, "data": folder(tmp_path / "other", "ant", "elk")}
     )
     source = build_source(folder(tmp_path / "set", "cat", "fox"))

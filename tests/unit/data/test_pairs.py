@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from distill_core.building import Context, _pairs_folder
+from distill_core.building import _pairs_folder
 from distill_core.config import PairsConfig, Recipe, load_recipe
+from distill_core.context import Context
 from distill_core.data import build_source
 from distill_core.data.pairs import build_pairs
 from distill_core.diffusion.sampling import SamplerSpec

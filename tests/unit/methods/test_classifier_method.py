@@ -35,9 +35,9 @@ def train(method, recipe, steps):
 def test_the_digits_recipe_learns_unseen_digits_within_a_third_of_its_steps():
     recipe = load_recipe("judge_digits")
     method = build(build_source(recipe.data), recipe.network, **recipe.config)
-    before = method.evaluate(EvaluateConfig())["accuracy"]
+    before = method.figures(EvaluateConfig())["accuracy"]
     train(method, recipe, steps=150)
-    figures = method.evaluate(EvaluateConfig())
+    figures = method.figures(EvaluateConfig())
     assert before < 0.3
     assert figures["accuracy"] > 0.93
     assert figures.keys() == {"accuracy", "train_accuracy", "negative_log_likelihood", "calibration_error"}
@@ -80,14 +80,14 @@ def test_augmentation_is_off_by_default_and_mirrors_when_asked():
 
 def test_the_result_is_saved_and_loads_again(tmp_path):
     method = build()
-    method.save_result(tmp_path)
+    method.main.save(tmp_path)
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(load_classifier(tmp_path)(x), method.classifier(x))
-    assert method.manifest_fields()["kind"] == "classifier"
+    assert method.main.kind == "predictor"
 
 
 def test_without_held_out_data_only_the_training_accuracy_is_measured():
-    assert build().evaluate(EvaluateConfig(num_samples=50)).keys() == {"train_accuracy"}
+    assert build().figures(EvaluateConfig(num_samples=50)).keys() == {"train_accuracy"}
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill_core.building import load_model
 from distill_core.config import EvaluateConfig, NetworkConfig
 from distill_core.data.coloured_objects import ColouredObjects, ColouredObjectScene
 from distill_core.data.digits import Digits
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.loading import load_model
 from distill_core.method import Batch
 from distill_core.methods.radiance.ed_nerf import EDNeRF
 from distill_core.networks.diffusers_new import build_codec, build_denoiser, scale_latents
 from distill_core.radiance.latent_scene import LatentScene, latent_rays, load_latent_scene
 from distill_core.radiance.rendering import over
+from tests.helpers import entered, previewed
 
 NETWORK = NetworkConfig(name="hash", args={"levels": 2, "log2_table_size": 10, "max_resolution": 16})
 CODEC = {"block_out_channels": [8, 8, 8], "norm_num_groups": 4, "mid_block_add_attention": False}
@@ -66,7 +67,7 @@ def step(method, number, rate=0.05):
     """One step as the loop takes it, by plain gradient descent; the roles that were updated."""
     roles = []
     torch.manual_seed(100 + number)
-    for update in method.updates(Batch(2), number):
+    for update in entered(method, number).updates(Batch.of(2), number):
         parameters = list(getattr(method, update.role).parameters())
         for parameter, gradient in zip(
             parameters, torch.autograd.grad(update.loss, parameters, allow_unused=True)
@@ -127,7 +128,7 @@ def test_the_head_s_loss_reaches_the_field_only_late_in_phase_1(teacher, data):
         method = build(teacher, data, refinement_weight=weight)
         torch.nn.init.normal_(method.head.leave.weight)
         torch.manual_seed(5)
-        return float(next(method.updates(Batch(2), number)).loss.detach())
+        return float(next(entered(method, number).updates(Batch.of(2), number)).loss.detach())
 
     assert first_update(1, 1.0) == first_update(1, 9.0)
     assert first_update(2, 1.0) < first_update(2, 9.0)
@@ -160,10 +161,10 @@ def test_equal_words_leave_the_scene_unchanged_bit_for_bit_under_dds_but_not_und
 def test_an_edit_changes_the_scene_and_says_by_how_much(teacher, data):
     method = trained(build(teacher, data))
     assert not same(method.field, weights(method.unedited[0].field))
-    figures = method.evaluate(EvaluateConfig())
+    figures = method.figures(EvaluateConfig())
     assert set(figures) == {"decoded_psnr", "change", "colour_moved", "background_psnr"}
     assert figures["change"] > 0
-    assert method.preview(0).shape == (2, 3, 16, 16)
+    assert previewed(method, method.data).shape == (2, 3, 16, 16)
 
 
 def test_outside_the_box_the_direction_is_gone_and_changes_are_pulled_back(teacher, data):
@@ -176,13 +177,13 @@ def test_outside_the_box_the_direction_is_gone_and_changes_are_pulled_back(teach
     assert same(method.field, field)  # the mask is empty and nothing has moved yet
     method.field.table.data += 0.3
     torch.manual_seed(9)
-    moved = next(method.updates(Batch(2), 5)).loss
+    moved = next(method.updates(Batch.of(2), 5)).loss
     kept = build(teacher, data, box=nowhere, keep_weight=0.0)
     kept.load_state(method.state())
     kept.field.load_state_dict(method.field.state_dict())
     kept.head.load_state_dict(method.head.state_dict())
     torch.manual_seed(9)
-    assert float(moved.detach()) > float(next(kept.updates(Batch(2), 5)).loss.detach()) == 0.0
+    assert float(moved.detach()) > float(next(kept.updates(Batch.of(2), 5)).loss.detach()) == 0.0
 
 
 def test_the_mask_is_where_the_box_s_content_is_seen(teacher, data):
@@ -212,7 +213,7 @@ def test_a_resumed_edit_has_its_source_again(teacher, data):
 
 def test_a_saved_scene_decodes_to_the_same_pictures(teacher, data, tmp_path):
     method = trained(build(teacher, data))
-    method.save_result(tmp_path)
+    method.main.save(tmp_path)
     loaded = load_model(tmp_path)
     assert isinstance(loaded, LatentScene)
     camera = data.test.camera(0)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from distill_core.building import load_model
 from distill_core.config import NetworkConfig
 from distill_core.data.coloured_objects import ColouredObjects
 from distill_core.data.conditions import Classes
 from distill_core.errors import ConfigError
+from distill_core.kinds.loading import load_model
 from distill_core.methods.pretrain.latent_diffusion import LatentDiffusion, codec_loss
+from tests.helpers import entered
 
 CODEC = {"block_out_channels": [8, 8], "norm_num_groups": 4, "mid_block_add_attention": False}
 NETWORK = NetworkConfig(
@@ -49,7 +50,9 @@ def test_the_codec_s_loss_is_its_error_and_the_divergence_from_unit_noise(data):
 
 def test_the_codec_learns_first_and_the_denoiser_then_on_latents_of_unit_deviation(data):
     method = build(data)
-    roles = [[update.role for update in method.updates(batch(data), step)] for step in (0, 1, 2, 3)]
+    roles = [
+        [update.role for update in entered(method, step).updates(batch(data), step)] for step in (0, 1, 2, 3)
+    ]
     assert roles == [["codec"], ["codec"], ["teacher"], ["teacher"]]
     assert method.teacher.image.channels == 4
     assert method.teacher.image.picture == (3, 16, 16)
@@ -60,20 +63,20 @@ def test_the_codec_learns_first_and_the_denoiser_then_on_latents_of_unit_deviati
 
 def test_the_denoiser_s_loss_does_not_reach_the_codec(data):
     method = build(data)
-    update = next(method.updates(batch(data), 2))
+    update = next(entered(method, 2).updates(batch(data), 2))
     gradients = torch.autograd.grad(update.loss, list(method.codec.parameters()), allow_unused=True)
     assert all(gradient is None for gradient in gradients)
 
 
 def test_the_scale_is_kept_on_disk_and_over_a_restart(data, tmp_path):
     method = build(data)
-    next(method.updates(batch(data), 2))
+    next(entered(method, 2).updates(batch(data), 2))
     resumed = build(data)
     resumed.codec.load_state_dict(method.codec.state_dict())
     resumed.load_state(method.state())
     x = batch(data).x0
     torch.testing.assert_close(resumed.teacher.encode(x), method.teacher.encode(x))
-    method.save_result(tmp_path)
+    method.main.save(tmp_path)
     loaded = load_model(tmp_path)
     torch.testing.assert_close(loaded.encode(x), method.teacher.encode(x))
     torch.testing.assert_close(loaded.decode(loaded.encode(x)).shape, x.shape)

@@ -70,7 +70,7 @@ def optimise(method: Method, batches: list[Batch], *, lr: float = 0.02, decay: b
 
 
 def labelled(labels: Tensor) -> Batch:
-    return Batch(len(labels), None, {"class_label": labels})
+    return Batch.of(len(labels), None, {"class_label": labels})
 
 
 def test_each_expert_recovers_the_distribution_of_its_own_part():
@@ -154,7 +154,7 @@ def test_each_expert_has_a_fake_score_and_a_discriminator_of_its_own_from_the_wh
     for fake in method.fake_score.experts:
         pairs = zip(fake.denoiser.parameters(), method.teacher.parameters(), strict=True)
         assert all(torch.equal(own, teachers) for own, teachers in pairs)
-    batch = Batch(4, torch.zeros(4, 1, 8, 8), {"class_label": torch.tensor([6, 7, 7, 6])})
+    batch = Batch.of(4, torch.zeros(4, 1, 8, 8), {"class_label": torch.tensor([6, 7, 7, 6])})
     fake_update, student_update = method.updates(batch, 0)
     fake_update.loss.backward()
     assert [fake.head.last.weight.grad is not None for fake in method.fake_score.experts] == [
@@ -168,7 +168,7 @@ def test_each_expert_has_a_fake_score_and_a_discriminator_of_its_own_from_the_wh
 
 def test_every_expert_learns_from_the_pairs_of_all_conditions():
     method = classes(pairs=DrawnPairs(), regression_steps=1)
-    (update,) = method.updates(Batch(4, None, {"class_label": torch.zeros(4, dtype=torch.long)}), 0)
+    (update,) = method.updates(Batch.of(4, None, {"class_label": torch.zeros(4, dtype=torch.long)}), 0)
     update.loss.backward()
     assert all(any(p.grad is not None for p in expert.parameters()) for expert in method.student.experts)
 
@@ -209,7 +209,7 @@ def test_a_teacher_without_conditions_has_one_part():
     with pytest.raises(ConfigError, match="set config.parts = 1"):
         MSD(MSD.Config(parts=2), teacher=teacher, student=Pusher(0.0, 1.0), data=Labels())
     method = MSD(MSD.Config(parts=1), teacher=teacher, student=Pusher(0.0, 1.0), data=Labels())
-    assert [update.role for update in method.updates(Batch(4), 0)] == ["fake_score"] * 5 + ["student"]
+    assert [update.role for update in method.updates(Batch.of(4), 0)] == ["fake_score"] * 5 + ["student"]
 
 
 def test_prompts_are_split_by_their_embeddings_and_each_expert_sees_its_own(tmp_path: Path):
@@ -229,6 +229,6 @@ def test_prompts_are_split_by_their_embeddings_and_each_expert_sees_its_own(tmp_
 
 
 def test_the_size_of_an_expert_is_told():
-    figures = classes().evaluate(EvaluateConfig())
+    figures = classes().figures(EvaluateConfig())
     assert figures["expert_share"] == 1.0
     assert figures["expert_parameters"] == sum(p.numel() for p in dit().parameters())

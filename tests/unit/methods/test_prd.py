@@ -20,6 +20,7 @@ from distill_core.radiance.environment import EnvironmentLight, texels
 from distill_core.radiance.inverse_scene import GLOWS, environment, glow, render_inverse_scene
 from distill_core.radiance.renderer import Scene
 from distill_core.radiance.shading import GBuffer
+from tests.helpers import previewed
 
 NETWORK = NetworkConfig(
     name="hash", args={"levels": 3, "log2_table_size": 12, "max_resolution": 32, "sh_degree": 2}
@@ -87,7 +88,7 @@ def test_a_stage_holds_what_it_says(teacher, data):
 def test_a_step_moves_field_materials_and_light_on_their_own(teacher, data):
     method = build(teacher, data, stages=[{"until": 9, "metallic": "one"}])
     updates = []
-    for update in method.updates(Batch(144), 0):
+    for update in method.updates(Batch.of(144), 0):
         updates.append(update.role)
         assert any(g is not None and g.abs().sum() > 0 for g in gradients(method, update)), update.role
     assert updates == ["field", "materials", "light"]
@@ -95,10 +96,10 @@ def test_a_step_moves_field_materials_and_light_on_their_own(teacher, data):
 
 def test_the_raw_stage_shows_the_field_alone_and_a_frozen_light_is_not_asked_for(teacher, data):
     method = build(teacher, data, stages=[{"until": 1, "alpha": "zero"}, {"until": 9, "light": "frozen"}])
-    raw, *_ = method.updates(Batch(144), 0)
+    raw, *_ = method.updates(Batch.of(144), 0)
     assert float(raw.metrics["alpha"]) == 0
-    assert [update.role for update in method.updates(Batch(144), 0)] == ["field", "materials"]
-    assert [update.role for update in method.updates(Batch(144), 5)] == ["field", "materials"]
+    assert [update.role for update in method.updates(Batch.of(144), 0)] == ["field", "materials"]
+    assert [update.role for update in method.updates(Batch.of(144), 5)] == ["field", "materials"]
 
 
 def test_the_weights_of_the_stage_are_in_the_loss(teacher, data):
@@ -106,7 +107,7 @@ def test_the_weights_of_the_stage_are_in_the_loss(teacher, data):
     for stage in ({}, {"alpha_weight": 1.0}):
         method = build(teacher, data, stages=[{"until": 9, **stage}])
         torch.manual_seed(3)
-        losses.append(next(method.updates(Batch(144), 0)))
+        losses.append(next(method.updates(Batch.of(144), 0)))
     plain, pushed = (float(update.loss.detach()) for update in losses)
     assert pushed > plain + 0.1  # alpha is 0.01 where the picture is opaque
     lights = []
@@ -115,7 +116,7 @@ def test_the_weights_of_the_stage_are_in_the_loss(teacher, data):
         with torch.no_grad():
             method.light.log_radiance[..., 0] += 1
         torch.manual_seed(3)
-        lights.append(list(method.updates(Batch(144), 0))[2].loss)
+        lights.append(list(method.updates(Batch.of(144), 0))[2].loss)
     torch.testing.assert_close(lights[1] - lights[0], method.light.whiteness())
 
 
@@ -168,7 +169,7 @@ def test_the_normals_loss_is_weighed(teacher, data):
     for weight in (0.0, 0.3):
         method = build(teacher, data, stages=[{"until": 9}], normal_weight=weight)
         torch.manual_seed(3)
-        losses.append(list(method.updates(Batch(144), 0))[1])
+        losses.append(list(method.updates(Batch.of(144), 0))[1])
     normal = losses[1].metrics["normal_loss"]
     assert normal > 0.01
     torch.testing.assert_close(losses[1].loss - losses[0].loss, 0.3 * normal)
@@ -184,7 +185,7 @@ def test_what_a_mask_ignores_teaches_nothing(teacher, data):
         method = build(teacher, data, stages=[{"until": 9, "alpha_weight": 0.3}])
         method.data = SimpleNamespace(train=replace(data.train, images=images, known=known))
         torch.manual_seed(3)
-        update = next(method.updates(Batch(288), 0))
+        update = next(method.updates(Batch.of(288), 0))
         losses.append(update.loss.detach())
         learned.append(
             torch.cat([part.reshape(-1) for part in gradients(method, update) if part is not None])
@@ -237,11 +238,11 @@ def test_the_data_s_glow_is_there_without_light_and_turns_with_the_view():
 
 def test_figures_of_a_scene_whose_truth_is_known(teacher, data):
     method = build(teacher, data)
-    figures = method.evaluate(EvaluateConfig())
+    figures = method.figures(EvaluateConfig())
     assert set(figures) == {"psnr", "raw_psnr", "psnr_gain", "relit_psnr", "alpha_inside", "alpha_outside"}
     assert figures["alpha_inside"] == pytest.approx(0.01, abs=5e-3)
     assert figures["psnr_gain"] == pytest.approx(0, abs=0.5)  # alpha has not risen yet
-    assert method.preview(0).shape == (2, 3, 24, 24)
+    assert previewed(method, method.data).shape == (2, 3, 24, 24)
 
 
 def test_what_it_cannot_use_is_said(teacher, data):

@@ -188,16 +188,16 @@ def test_seams_are_measured_as_published_plain_and_rolled():
     config = EvaluateConfig(num_samples=16)
     method = build(tileable=True, label_dropout=0.0, rolling={"wrap": False})
     steps(method, "student", 1)
-    figures = method.evaluate(config)
+    figures = method.figures(config)
     real = method.pictures.all(16)
     made = generate(method.student, real.cond, 16)[:, :3]
     assert figures["seam_ratio"] == pytest.approx(seam_ratio(made))
     assert figures["plain_seam_ratio"] != figures["seam_ratio"]
     assert figures["rolled_seam_ratio"] == figures["plain_seam_ratio"], "rolling is off"
     assert figures["rolled_texture_distance"] == figures["plain_texture_distance"]
-    wrapped = build(untiled(method.student), tileable=True, rolling={"amplitude": 8}).evaluate(config)
+    wrapped = build(untiled(method.student), tileable=True, rolling={"amplitude": 8}).figures(config)
     assert wrapped["rolled_seam_ratio"] == pytest.approx(figures["seam_ratio"], rel=1e-3)
-    assert set(build().evaluate(config)) == {"seam_ratio", "texture_distance"}
+    assert set(build().figures(config)) == {"seam_ratio", "texture_distance"}
 
 
 def test_a_tileable_student_is_saved_as_one_and_shares_its_weights_with_the_bordered_one(tmp_path):
@@ -206,7 +206,7 @@ def test_a_tileable_student_is_saved_as_one_and_shares_its_weights_with_the_bord
     assert not method.bordered.image.tileable
     assert {id(p) for p in method.bordered.parameters()} == {id(p) for p in method.student.parameters()}
     assert [name for name, _ in method.named_children()] == ["student", "discriminator"]
-    method.save_result(tmp_path)
+    method.main.save(tmp_path)
     assert load_denoiser(tmp_path).image.tileable
 
 

@@ -19,7 +19,7 @@ class Twos:
     """Pictures (1, 2, 2) for the evaluation."""
 
     def all(self, limit: int) -> Batch:
-        return Batch(limit, torch.linspace(-1, 1, 4 * limit).reshape(limit, 1, 2, 2))
+        return Batch.of(limit, torch.linspace(-1, 1, 4 * limit).reshape(limit, 1, 2, 2))
 
 
 class Guided(AffineDenoiser):
@@ -38,7 +38,7 @@ def build(teacher: AffineDenoiser | None = None, **config: object) -> TSM:
 def fit(method: TSM, steps: int = 300, lr: float = 0.02) -> None:
     optimizer = torch.optim.Adam(method.student.parameters(), lr)
     for step in range(steps):
-        (update,) = method.updates(Batch(64, torch.randn(64, 1, 2, 2)), step)
+        (update,) = method.updates(Batch.of(64, torch.randn(64, 1, 2, 2)), step)
         update.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -48,11 +48,11 @@ def fit(method: TSM, steps: int = 300, lr: float = 0.02) -> None:
 def test_the_student_becomes_what_the_teacher_is_whatever_the_pictures():
     torch.manual_seed(0)
     method = build()
-    before = method.evaluate(EvaluateConfig())["own_level_error"]
+    before = method.figures(EvaluateConfig())["own_level_error"]
     fit(method)
     assert method.student.mean.item() == pytest.approx(MEAN, abs=0.02)
     assert method.student.log_std.exp().item() == pytest.approx(STD, abs=0.02)
-    assert method.evaluate(EvaluateConfig())["own_level_error"] < 1e-3 * before
+    assert method.figures(EvaluateConfig())["own_level_error"] < 1e-3 * before
 
 
 def test_the_error_is_relative_to_the_teachers_own_answers():
@@ -64,7 +64,7 @@ def test_the_error_is_relative_to_the_teachers_own_answers():
     sigma = torch.full((300,), 5.0)
     student, teacher = method.student(x_sigma, sigma), method.teacher(x_sigma, sigma)
     expected = ((student - teacher).square().mean() / teacher.square().mean()).item()
-    found = method.evaluate(EvaluateConfig(num_samples=300))["own_level_error"]
+    found = method.figures(EvaluateConfig(num_samples=300))["own_level_error"]
     assert found == pytest.approx(expected, rel=0.05)
     assert abs(found - ((student - teacher).square().mean() / student.square().mean()).item()) > 0.2 * found
 
@@ -95,9 +95,9 @@ def test_the_evaluation_leaves_the_random_stream_alone_and_repeats():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    first = method.evaluate(EvaluateConfig(num_samples=8))
+    first = method.figures(EvaluateConfig(num_samples=8))
     assert torch.equal(torch.rand(3), expected)
-    assert method.evaluate(EvaluateConfig(num_samples=8)) == first
+    assert method.figures(EvaluateConfig(num_samples=8)) == first
 
 
 def test_a_level_above_the_teachers_highest_is_refused():
@@ -106,5 +106,5 @@ def test_a_level_above_the_teachers_highest_is_refused():
 
 
 def test_pictures_are_asked_for():
-    assert "noised pictures" in str(TSM.pictures_for(TSM.Config()))
+    assert "noised pictures" in TSM.columns(TSM.Config())["x0"]
     assert build_source({"name": "classes", "num_classes": 2}).shape is None

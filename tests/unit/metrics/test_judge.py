@@ -36,14 +36,14 @@ def test_accuracy_is_the_share_of_labels_that_the_judge_sees(judge, real):
 
 
 def test_the_batch_size_does_not_change_the_figures(judge, real):
-    whole = judge.figures(real.x0, None, Batch(300, real.x0.flip(3)))
+    whole = judge.figures(real.x0, None, Batch.of(300, real.x0.flip(3)))
     judge.batch_size = 7
-    assert judge.figures(real.x0, None, Batch(300, real.x0.flip(3))) == pytest.approx(whole, rel=1e-4)
+    assert judge.figures(real.x0, None, Batch.of(300, real.x0.flip(3))) == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_saved_judge_gives_the_same_figures(judge, real, tmp_path):
     judge.classifier.save(tmp_path)
-    flipped = Batch(300, real.x0.flip(3))
+    flipped = Batch.of(300, real.x0.flip(3))
     loaded = load_judge(tmp_path)
     assert loaded.figures(real.x0, None, flipped) == pytest.approx(judge.figures(real.x0, None, flipped))
     assert not any(parameter.requires_grad for parameter in loaded.classifier.parameters())
@@ -68,7 +68,7 @@ def test_labels_that_do_not_fit_are_refused(judge, real):
 
 def test_data_without_pictures_cannot_be_compared_with(judge, real):
     with pytest.raises(DataError, match="has no pictures"):
-        judge.figures(real.x0, None, Batch(300))
+        judge.figures(real.x0, None, Batch.of(300))
 
 
 def test_a_folder_without_a_judge_is_named(tmp_path):

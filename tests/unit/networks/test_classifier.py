@@ -5,6 +5,7 @@ import torch
 
 from distill_core.artifacts import Manifest
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.base import described
 from distill_core.networks.classifier import Classifier, ClassifierConfig, answers, load_classifier
 
 
@@ -51,8 +52,11 @@ def test_saving_and_loading_changes_no_bit(tmp_path):
 
 
 def test_the_manifest_accepts_what_the_network_says_of_itself():
-    manifest = Manifest.parse({"name": "judge", **build().manifest_fields()})
-    assert (manifest.kind, manifest.image.picture) == ("classifier", (1, 8, 8))
+    manifest = Manifest.parse({"name": "judge", **described(build())})
+    assert (manifest.kind, manifest.card["functions"]["predict"]["inputs"]["image"]["shape"]) == (
+        "predictor",
+        [1, 8, 8],
+    )
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])

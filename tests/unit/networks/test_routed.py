@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from distill_core.artifacts import Manifest
-from distill_core.building import load_model
 from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.diffusion.routing import class_parts, prompt_parts
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.base import described
+from distill_core.kinds.cards import generator_card
+from distill_core.kinds.loading import load_model
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
@@ -202,7 +204,7 @@ def test_a_saved_model_answers_alike_and_keeps_its_sampler(tmp_path):
     assert isinstance(again, RoutedDenoiser)
     assert torch.equal(again(x, sigma, cond), model(x, sigma, cond))
     assert again.sampler == model.sampler
-    assert Manifest(name="m", **again.manifest_fields()).partition == model.partition.spec
+    assert generator_card(Manifest(name="m", **described(again))).partition == model.partition.spec
     plain = load_denoiser(tmp_path / "experts" / "3")  # each is a diffusers folder of its own
     assert torch.equal(plain(x, sigma, cond), model.experts[3](x, sigma, cond))
 

@@ -28,7 +28,7 @@ def steps(method):
     losses = []
     for number in range(3):
         torch.manual_seed(number)
-        (update,) = method.updates(Batch(100 + 50 * number), 1 + number)
+        (update,) = method.updates(Batch.of(100 + 50 * number), 1 + number)
         update.loss.backward()
         losses.append(update.loss.detach())
     return torch.stack(losses), method.field.table.grad

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from distill_core.config import EvaluateConfig, load_recipe
+from distill_core.config import load_recipe
 from distill_core.data.scenes import ProceduralScene
 from distill_core.errors import DataError
+from distill_core.kinds.field.card import Evaluate as EvaluateConfig
 from distill_core.methods import find_method
 from distill_core.metrics.image import depth_error
 from distill_core.radiance.cameras import Camera, look_at
@@ -55,11 +56,11 @@ def test_the_method_reports_it():
     torch.manual_seed(0)
     cls = find_method("radiance_field")
     method = cls(cls.Config(num_steps=16, grid_resolution=8), network=settings.network, data=scene)
-    figures = method.evaluate(EvaluateConfig())
+    figures = method.figures(EvaluateConfig())
     method.grid.occupied.fill_(False)  # an empty field: every distance is missing altogether
     truth = scene.test.distance[scene.test.images[..., 3] == 1]
-    assert method.evaluate(EvaluateConfig())["depth_error"] == pytest.approx(float(truth.mean()), rel=0.02)
+    assert method.figures(EvaluateConfig())["depth_error"] == pytest.approx(float(truth.mean()), rel=0.02)
     assert figures["depth_error"] != pytest.approx(float(truth.mean()), rel=0.02)
     scene.test = scene.train.some([0])
     object.__setattr__(scene.test, "distance", None)
-    assert "depth_error" not in method.evaluate(EvaluateConfig())
+    assert "depth_error" not in method.figures(EvaluateConfig())

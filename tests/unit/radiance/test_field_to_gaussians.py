@@ -7,6 +7,7 @@ from torch import nn
 from distill_core import api
 from distill_core.artifacts import SceneSpec
 from distill_core.config import EvaluateConfig, load_recipe
+from distill_core.data import build_source
 from distill_core.data.scenes import ProceduralScene
 from distill_core.errors import ConfigError, DataError
 from distill_core.methods import find_method
@@ -20,6 +21,7 @@ from distill_core.radiance.seeding import seed_gaussians
 from distill_core.radiance.sh import C0
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
+from tests.helpers import previewed
 
 CELL = 2 / 32
 
@@ -135,23 +137,23 @@ def test_a_linearized_loss_has_the_value_and_the_gradient():
 def test_training_brings_the_gaussians_closer_to_the_field(scene, data, tmp_path):
     settings = load_recipe("field_to_gaussians", {"steps": 30})
     method = build(scene)
-    before = method.evaluate(EvaluateConfig())
+    before = method.figures(EvaluateConfig())
     Trainer(method, data, settings, Run(tmp_path)).train()
-    after = method.evaluate(EvaluateConfig())
+    after = method.figures(EvaluateConfig())
     assert after["psnr_to_teacher"] > before["psnr_to_teacher"] + 1.5
     assert after["opacity_error"] < before["opacity_error"]
     assert after["depth_error"] < before["depth_error"]
-    method.save_result(tmp_path / "model")
+    method.main.save(tmp_path / "model")
     loaded, camera = load_gaussians(tmp_path / "model"), method.test_cameras(0)[0]
-    assert method.manifest_fields() == {"kind": "gaussians", "scene": loaded.spec}
+    assert (method.main.kind, method.main.card().scene) == ("gaussians", loaded.spec)
     assert torch.equal(
         render_gaussians(loaded, camera).rgb, render_gaussians(method.student_scene(), camera).rgb
     )
 
 
 def test_previews_show_student_and_teacher(scene):
-    pictures = build(scene).preview(0)
-    assert pictures.shape == (4, 3, 32, 32)
+    pictures = previewed(build(scene), build_source({"name": "nothing"}))
+    assert pictures.shape == (4, 3, 96, 96)  # the teacher is of another kind
     assert float(pictures.abs().max()) <= 1
 
 

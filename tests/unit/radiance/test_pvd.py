@@ -10,6 +10,7 @@ from distill_core.config import EvaluateConfig, ModelSource, NetworkConfig, load
 from distill_core.data.conditions import Nothing
 from distill_core.data.scenes import ProceduralScene
 from distill_core.errors import ConfigError
+from distill_core.kinds.field.kind import preview_cameras
 from distill_core.losses.field_distillation import (
     DEFAULT_WEIGHTS,
     FieldView,
@@ -29,6 +30,7 @@ from distill_core.radiance.renderer import Scene, load_scene, render
 from distill_core.radiance.rendering import over
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
+from tests.helpers import previewed
 
 TINY = {
     "hash": {"levels": 3, "log2_table_size": 10, "max_resolution": 24},
@@ -81,7 +83,7 @@ def train(method, folder, steps, **changes):
 
 def update(method, step, count=64):
     torch.manual_seed(3)
-    return next(method.updates(Batch(count), step))
+    return next(method.updates(Batch.of(count), step))
 
 
 def test_a_mean_is_a_mean_and_a_norm_is_frobenius():
@@ -209,14 +211,14 @@ def test_hash_and_mlp_share_block_1s_network_where_their_encodings_are_as_wide()
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_a_student_of_the_teachers_kind_begins_as_the_teacher(kind):
     method = build(scene(kind), kind)
-    figures = method.evaluate(EvaluateConfig())
+    figures = method.figures(EvaluateConfig())
     assert figures["psnr_to_teacher"] == figures["worst_ray_psnr"] == 100
 
 
 def test_a_packed_student_takes_a_dense_teachers_values():
     method = build(scene("tensors"), "sparse")
     assert method.transferred == ["rows"]
-    assert method.evaluate(EvaluateConfig())["psnr_to_teacher"] > 90
+    assert method.figures(EvaluateConfig())["psnr_to_teacher"] > 90
     assert len(method.student.rows) < 1000
     other = build(scene("tensors"), "sparse", network={"resolution": 9})
     assert other.transferred == []
@@ -236,7 +238,7 @@ def test_transfer_copies_only_equal_names_and_shapes():
 @pytest.mark.parametrize("teacher", sorted(TINY))
 def test_every_kind_becomes_every_other(teacher, student, tmp_path):
     method = train(build(scene(teacher), student), tmp_path / "run", steps=6)
-    method.save_result(tmp_path / "model")
+    method.main.save(tmp_path / "model")
     loaded = load_scene(tmp_path / "model")
     assert loaded.spec.field == loaded.field.kind == student
     camera = orbit_camera(20, 30, 2.8, fov_degrees=40, width=8, height=8)
@@ -249,8 +251,8 @@ def test_a_closed_form_teacher_is_learned_without_a_picture(tmp_path):
     method = build(
         teacher, "hash", network=network, max_samples=3000, feature_until=0, points_until=40, test_size=24
     )
-    before = method.evaluate(EvaluateConfig())
-    after = train(method, tmp_path, steps=100, batch_size=256).evaluate(EvaluateConfig())
+    before = method.figures(EvaluateConfig())
+    after = train(method, tmp_path, steps=100, batch_size=256).figures(EvaluateConfig())
     assert after["psnr_to_teacher"] > before["psnr_to_teacher"] + 6
     assert after["worst_ray_psnr"] > before["worst_ray_psnr"]
     assert after["worst_ray_psnr"] < after["worst_pose_psnr"] <= after["psnr_to_teacher"]
@@ -272,11 +274,11 @@ def test_a_closed_form_scene_shows_in_its_cells_what_it_shows_in_all(name):
 def test_true_pictures_measure_the_teacher_the_student_and_what_was_lost():
     data = ProceduralScene(ProceduralScene.Config(num_views=1, num_test_views=2, size=24))
     teacher = dataclasses.replace(closed_form_scene("procedural"), num_steps=96)
-    figures = build(teacher, "vm", data=data).evaluate(EvaluateConfig())
+    figures = build(teacher, "vm", data=data).figures(EvaluateConfig())
     assert figures["teacher_psnr"] > 20
     assert figures["teacher_psnr"] > figures["psnr"] + 5
     assert figures["psnr_lost"] == pytest.approx(figures["teacher_psnr"] - figures["psnr"])
-    without = build(teacher, "vm").evaluate(EvaluateConfig())
+    without = build(teacher, "vm").figures(EvaluateConfig())
     assert "psnr" not in without
     known = torch.ones(data.test.images.shape[:3], dtype=torch.bool)
     known[:, 6:15, 7:18] = False
@@ -285,7 +287,7 @@ def test_true_pictures_measure_the_teacher_the_student_and_what_was_lost():
         grey = torch.tensor([shade, shade, shade, 1.0])
         images = torch.where(known[..., None], data.test.images, grey)
         data.test = dataclasses.replace(data.test, images=images, known=known)
-        judged.append(build(teacher, "vm", data=data).evaluate(EvaluateConfig()))
+        judged.append(build(teacher, "vm", data=data).figures(EvaluateConfig()))
     assert judged[0] == judged[1]
     assert judged[0]["psnr"] != figures["psnr"]
 
@@ -359,7 +361,7 @@ def test_pixels_lie_over_a_background_that_changes_so_that_opacity_is_learned():
     one, other = (update(method, 0).loss.item() for _ in range(2))
     assert one == other
     torch.manual_seed(4)
-    assert next(method.updates(Batch(64), 0)).loss.item() != one
+    assert next(method.updates(Batch.of(64), 0)).loss.item() != one
 
 
 def test_by_the_official_reduction_a_step_costs_what_its_norms_say():
@@ -383,9 +385,10 @@ def test_a_steps_rays_come_from_its_own_new_poses():
 
 def test_a_preview_shows_the_students_views_above_the_teachers():
     method = build(scene("hash"), "vm", num_steps=30)
-    preview = method.preview(0)
-    assert preview.shape == (4, 3, 16, 16)
-    own, taught = method.compare(method.test_cameras(0)[1])
+    preview = previewed(method, method.data)
+    cameras = preview_cameras(method.scene.spec, method.data)
+    own, taught = method.compare(cameras[1])
+    assert preview.shape == (2 * len(cameras), 3, *own.shape[:2])
     torch.testing.assert_close(preview[1], own.permute(2, 0, 1) * 2 - 1)
-    torch.testing.assert_close(preview[3], taught.permute(2, 0, 1) * 2 - 1)
+    torch.testing.assert_close(preview[len(cameras) + 1], taught.permute(2, 0, 1) * 2 - 1)
     assert (method.student_scene().num_steps, method.teacher_scene().num_steps) == (30, 24)

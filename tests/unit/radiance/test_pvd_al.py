@@ -177,7 +177,7 @@ def test_a_step_uses_its_epochs_poses_in_turn():
 
 def test_the_rays_that_a_step_keeps_are_those_of_largest_error():
     al = method("ray", ray_pool=400, ray_share=0.1)
-    updates = al.updates(Batch(64), 0)
+    updates = al.updates(Batch.of(64), 0)
     used = next(updates).metrics["rays"]
     assert next(updates, None) is None
     kept = int(al.hard_rays.filled)
@@ -222,7 +222,7 @@ def test_an_interrupted_run_with_full_pools_ends_bit_for_bit_where_an_undisturbe
 
 def test_the_error_at_critical_points_is_zero_for_the_teacher_itself():
     al = build(scene("vm"), "vm", name="pvd_al", **SMALL, **PIXELS, min_opacity=0.0, min_log_density=-30.0)
-    assert al.evaluate(EvaluateConfig())["critical_error"] == 0
+    assert al.figures(EvaluateConfig())["critical_error"] == 0
     shift = al.student.config.log_density_shift
     al.student.config = al.student.config.model_copy(update={"log_density_shift": shift + 0.25})
     assert al.critical_error(0) == pytest.approx(0.25, rel=1e-3)  # a mean over the critical points alone

@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from distill_core.config import EvaluateConfig, load_recipe
+from distill_core.config import load_recipe
 from distill_core.data.digits import Digits
 from distill_core.data.scenes import BlenderScene, ProceduralScene
 from distill_core.errors import ConfigError, DataError
+from distill_core.kinds.base import described
+from distill_core.kinds.field.card import Evaluate as EvaluateConfig
 from distill_core.method import Batch
 from distill_core.methods import find_method
 from distill_core.metrics.image import psnr, ssim
 from distill_core.radiance.renderer import load_scene, render
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
+from tests.helpers import previewed
 
 LEGO = Path(__file__).parents[3].parent / "shared" / "data" / "lego_200"
 NETWORK = {"name": "hash", "args": {"levels": 4, "log2_table_size": 12, "max_resolution": 48}}
@@ -75,7 +78,7 @@ def test_ignored_pixels_are_neither_drawn_nor_judged(scene):
         _, rgba = method.draw_rays(5000)
         assert not (rgba[:, :3] == shade).all(-1).any()
         assert (rgba[:, 3] > 0).any()
-        figures.append(method.evaluate(EvaluateConfig()))
+        figures.append(method.figures(EvaluateConfig()))
     truth, counts = masked.test.truth(masked.spec.background), masked.test.known
     errors = [
         float((method.render_test(index).rgb - truth[index])[counts[index]].square().mean())
@@ -84,7 +87,7 @@ def test_ignored_pixels_are_neither_drawn_nor_judged(scene):
     assert figures[1]["psnr"] == pytest.approx(float(np.mean(-10 * np.log10(errors))), abs=1e-3)
     del figures[0]["depth_error"], figures[1]["depth_error"]
     assert figures[0] == figures[1]
-    assert figures[0] != build(scene, settings).evaluate(EvaluateConfig())
+    assert figures[0] != build(scene, settings).figures(EvaluateConfig())
 
 
 KINDS = {
@@ -102,8 +105,8 @@ RATES = {"tensors": 0.3, "sparse": 0.3}
 def test_a_trained_field_shows_held_out_views_better_than_before(scene, tmp_path, kind):
     optim = {"field": {"name": "adam", "lr": RATES.get(kind, 2e-2), "betas": [0.9, 0.99], "eps": 1e-15}}
     settings = recipe(network={"name": kind, "args": KINDS[kind]}, steps=80, optim=optim)
-    before = build(scene, settings).evaluate(EvaluateConfig())["psnr"]
-    after = trained(scene, settings, tmp_path).evaluate(EvaluateConfig())["psnr"]
+    before = build(scene, settings).figures(EvaluateConfig())["psnr"]
+    after = trained(scene, settings, tmp_path).figures(EvaluateConfig())["psnr"]
     assert after > before + (4 if kind == "hash" else 1)
 
 
@@ -115,7 +118,7 @@ def test_a_regulariser_is_added_to_the_loss_with_its_weight(scene):
     updates = []
     for method in (plain, heavy):
         torch.manual_seed(0)
-        updates.append(next(method.updates(Batch(64), 0)))
+        updates.append(next(method.updates(Batch.of(64), 0)))
     added = 2 * plain.field.regularizers()["density_l1"].item()
     assert (updates[1].loss - updates[0].loss).item() == pytest.approx(added, rel=1e-4)
     assert updates[1].metrics["psnr"] == updates[0].metrics["psnr"]
@@ -146,17 +149,17 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(sce
 
 def test_the_published_folder_renders_what_the_method_renders(scene, tmp_path):
     method = trained(scene, recipe(steps=5), tmp_path / "run")
-    method.save_result(tmp_path / "model")
+    method.main.save(tmp_path / "model")
     loaded = load_scene(tmp_path / "model")
-    fields = method.manifest_fields()
+    fields = described(method.main)
     assert fields["kind"] == "field"
-    assert fields["scene"] == loaded.spec
+    assert method.main.card().scene == loaded.spec
     assert loaded.spec.field == "hash"
     assert torch.equal(render(loaded, scene.test.camera(0)).rgb, method.render_test(0).rgb)
 
 
 def test_previews_are_pictures_of_held_out_views(scene):
-    pictures = build(scene, recipe()).preview(0)
+    pictures = previewed(build(scene, recipe()), scene)
     assert pictures.shape == (2, 3, 32, 32)
     assert float(pictures.min()) >= -1
     assert float(pictures.max()) <= 1
@@ -166,14 +169,14 @@ def test_the_sample_budget_is_kept_from_the_first_step(scene):
     method = build(scene, recipe(config={"max_samples": 1000, "num_steps": 96}))
     counted = []
     method.field.register_forward_hook(lambda module, given, result: counted.append(len(given[0])))
-    next(method.updates(Batch(512), 1))
+    next(method.updates(Batch.of(512), 1))
     assert 0 < counted[0] <= 1000
 
 
 def test_a_step_whose_rays_meet_nothing_still_updates(scene):
     method = build(scene, recipe())
     method.grid.occupied.fill_(False)
-    update = next(method.updates(Batch(16), 1))
+    update = next(method.updates(Batch.of(16), 1))
     update.loss.backward()
     assert torch.isfinite(update.loss)
 
@@ -208,5 +211,5 @@ def test_a_real_blender_scene_trains(tmp_path):
     data = {"name": "blender", "path": str(LEGO), "factor": 4, "max_test_views": 2}
     lego = BlenderScene(BlenderScene.Config.parse(data))
     settings = recipe(steps=60, data=data)
-    before = build(lego, settings).evaluate(EvaluateConfig())["psnr"]
-    assert trained(lego, settings, tmp_path).evaluate(EvaluateConfig())["psnr"] > before + 3
+    before = build(lego, settings).figures(EvaluateConfig())["psnr"]
+    assert trained(lego, settings, tmp_path).figures(EvaluateConfig())["psnr"] > before + 3

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from distill_core.artifacts import SceneSpec
-from distill_core.building import load_model
 from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.loading import load_model
 from distill_core.networks.fields import build_field
 from distill_core.networks.materials import ALPHA, ALPHA_GAIN, BEGINS, MaterialConfig, MaterialField
 from distill_core.radiance.cameras import orbit_camera

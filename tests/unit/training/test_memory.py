@@ -11,7 +11,7 @@ from distill_core.building import build
 from distill_core.config import load_recipe
 from distill_core.errors import ConfigError, NotFound
 from distill_core.method import Method, Update
-from distill_core.networks.weightless import is_weightless, real_tensors, weightless
+from distill_core.networks.fake_tensors import fake_tensors, is_faked, real_tensors
 from distill_core.training.loop import Trainer
 from distill_core.training.memory import LiveBytes, MemoryPlan, plan_memory
 from distill_core.training.run import Run
@@ -169,7 +169,7 @@ def test_a_method_that_decides_by_values_is_refused_in_a_sentence(where):
 
     recipe = load_recipe({"method": "dmd2", "steps": 1, "data": {"name": "digits"}})
     source = build_source(recipe.data)
-    with weightless(), pytest.raises(ConfigError, match="cannot be planned, since it decides by values"):
+    with fake_tensors(), pytest.raises(ConfigError, match="cannot be planned, since it decides by values"):
         plan_memory(Chooser(), source, recipe)
 
 
@@ -188,17 +188,17 @@ def test_live_bytes_count_what_is_held_and_forget_what_is_freed():
         assert live.peak >= 8000
 
 
-def test_weightless_tensors_take_nothing_answer_and_end_with_their_block():
-    with weightless():
-        assert is_weightless()
+def test_fake_tensors_take_nothing_answer_and_end_with_their_block():
+    with fake_tensors():
+        assert is_faked()
         huge = torch.empty(2**40)
         assert huge.shape == (2**40,)
         assert float(torch.rand(())) == 0
         assert bool(torch.rand(()) < 0.5)
         with real_tensors():
-            assert not is_weightless()
+            assert not is_faked()
             assert torch.arange(3).tolist() == [0, 1, 2]
-    assert not is_weightless()
+    assert not is_faked()
     assert torch.arange(3).tolist() == [0, 1, 2]
     assert torch.nn.Linear(2, 2).double().weight.dtype == torch.float64
 

@@ -1,19 +1,16 @@
 """Models on disk: what is known of a version (`manifest`), and the store of all versions (`store`)."""
 
-from distill_core.artifacts.convertible import check_convertible
 from distill_core.artifacts.files import FORBIDDEN_SUFFIXES, verify
 from distill_core.artifacts.manifest import (
     MANIFEST,
     AliasMove,
-    CondSpec,
     ExportReport,
     FileEntry,
     FrechetReport,
     GraphReport,
-    ImageSpec,
     Manifest,
-    SceneSpec,
 )
+from distill_core.artifacts.specs import CondSpec, ImageSpec, SceneSpec
 from distill_core.artifacts.store import ArtifactStore
 from distill_core.diffusion.sampling import SamplerSpec
 
@@ -31,6 +28,5 @@ __all__ = [
     "Manifest",
     "SamplerSpec",
     "SceneSpec",
-    "check_convertible",
     "verify",
 ]

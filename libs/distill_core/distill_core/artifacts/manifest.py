@@ -2,69 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, StringConstraints
 
 from distill_core.config import Config, Name
-from distill_core.diffusion.routing import PartitionSpec
-from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.parity import ParitySample
+from distill_core.signature import Signature
 
 MANIFEST = "manifest.json"
-MAX_VALUES = 2**28  # of one picture or its latents, 1 GiB: above it a size is a mistake, or damage
-Side = Annotated[int, Field(ge=1, le=2**16)]
+KindName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
+C = TypeVar("C", bound=Config)
 
 
 class FileEntry(Config):
     size: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class ImageSpec(Config):
-    """What a generator makes: the denoiser's own tensor, and the picture after decoding."""
-
-    channels: Side  # of the denoiser's tensor: pixels, or latents
-    height: Side
-    width: Side
-    picture: tuple[Side, Side, Side]  # (C, H, W) in [-1, 1] after the decoder; the same for a pixel model
-    tileable: bool = False  # pictures repeat without a seam: the network's convolutions wrap around
-
-    @model_validator(mode="after")
-    def _fits(self) -> ImageSpec:
-        if max(self.channels * self.height * self.width, math.prod(self.picture)) > MAX_VALUES:
-            raise ValueError(f"a picture of more than {MAX_VALUES} values is not allowed")
-        return self
-
-
-class CondSpec(Config):
-    """What a generator is conditioned on."""
-
-    kind: Literal["none", "class_label", "prompt"]
-    num_classes: int | None = None
-    null_label: int | None = None  # the class index that means "no condition"
-    class_names: tuple[str, ...] = ()
-    max_tokens: int | None = None  # prompt: tokens, longer prompts are cut by the tokenizer
-    embed_dim: int | None = None  # prompt: width of prompt_embeds
-    pooled_dim: int | None = None  # prompt: width of pooled_embeds, for models that take them (SDXL)
-    nasa_scale: float | None = (
-        None  # prompt: usual strength of a negative prompt in attention; unset: in guidance
-    )
-    examples: tuple[str, ...] = ()  # prompt: some that the model was trained on, for previews
-
-
-class SceneSpec(Config):
-    """What a radiance field shows: its box and cameras' usual place, in the scene's own units."""
-
-    field: str
-    bound: float = Field(gt=0)
-    radius: float = Field(gt=0)  # usual camera distance from the centre
-    fov_degrees: float = Field(40.0, gt=0, lt=180)
-    background: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    transform: tuple[float, ...] | None = Field(
-        None, min_length=16, max_length=16
-    )  # from the capture's world into the scene's, 4x4 row by row; None: they are the same
 
 
 class GraphReport(Config):
@@ -129,32 +82,41 @@ class ExportReport(Config):
 
 
 class Manifest(Config):
-    """Everything known of one version. `version`, `created` and `files` are filled in by `publish`."""
+    """Everything known of one version. `version`, `created` and `files` are filled in by `publish`.
 
-    schema_version: Literal[1] = 1
+    `kind` is open and `card` stays as it was written, so that a listing shows kinds that are not installed here.
+    """
+
+    schema_version: Literal[2] = 2
     name: Name
     version: int = Field(0, ge=0)
     created: str = ""
-    kind: Literal["denoiser", "field", "gaussians", "classifier", "model"]
+    kind: KindName
     method: str = ""
     paper: str = ""
     title: str = ""
     licence: str = ""  # unset: nobody has chosen one
     parents: tuple[str, ...] = ()  # artifacts it was made from, as name@version
-    base: str = ""  # of a LoRA student: the model it adapts, as name@version, where that is in the store
     job: str = ""  # that made it, or what stands for a run without a queue
     recipe_sha256: str = ""
     step: int = 0
-    parameterisation: str = ""
-    sampler: SamplerSpec | None = None
-    image: ImageSpec | None = None
-    cond: CondSpec | None = None
-    partition: PartitionSpec | None = None  # of a model of several experts
-    scene: SceneSpec | None = None
+    card: dict[str, Any] = {}  # facts of its kind: see `card_as`
+    signature: Signature = Signature()  # functions that a server calls by name
     parity: ParitySample | None = None  # what it answered when it was published
     metrics: dict[str, float | int | str] = {}
     exports: dict[str, ExportReport] = {}
     files: dict[str, FileEntry] = {}
+    _cards: dict[type[Config], Config] = PrivateAttr(default_factory=dict)
+
+    def card_as(self, cls: type[C]) -> C:
+        """The card, read as its kind's `Card` once.
+
+        Raises:
+            ConfigError: facts that a card of that kind does not have.
+        """
+        if cls not in self._cards:
+            self._cards[cls] = cls.parse(self.card, where="card")
+        return self._cards[cls]  # type: ignore[return-value]
 
     @property
     def ref(self) -> str:

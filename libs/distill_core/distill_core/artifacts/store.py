@@ -23,9 +23,10 @@ from typing import Any
 
 import fsspec
 
-from distill_core.artifacts.card import CARD, model_card
 from distill_core.artifacts.files import entry_of, inside, publishable, verify
 from distill_core.artifacts.manifest import MANIFEST, AliasMove, FileEntry, Manifest
+from distill_core.artifacts.model_card import CARD, model_card
+from distill_core.artifacts.upgrade import upgraded
 from distill_core.config import check_name, is_reserved_alias
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable, nearest
 from distill_core.paths import user_path
@@ -98,7 +99,7 @@ class ArtifactStore:
         name, version = self.resolve(ref)
         values = self._read_json(name, "versions", str(version), MANIFEST)
         try:
-            return Manifest.parse(values)
+            return Manifest.parse(upgraded(values))
         except ConfigError as error:
             raise ArtifactError(f"manifest of {name}@{version} cannot be read: {error}") from None
 

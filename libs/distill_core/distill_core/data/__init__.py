@@ -7,10 +7,12 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from distill_core.data.augmentation import ViewConfig
+from distill_core.data.order import OrderConfig
 from distill_core.data.source import Source
 from distill_core.errors import ConfigError, nearest
 
-__all__ = ["Source", "build_source", "source_types"]
+__all__ = ["Source", "build_source", "named_tables", "source_types"]
 
 
 def source_types() -> dict[str, type[Source]]:
@@ -22,8 +24,14 @@ def source_types() -> dict[str, type[Source]]:
     return found
 
 
-def build_source(values: Mapping[str, Any]) -> Source:
-    """The data source that a recipe's `[data]` table describes.
+def named_tables(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The data sets of a recipe's `[data]` table: `data`, and by its own name each table in it that has a `name`."""
+    inner = {key: table for key, table in values.items() if isinstance(table, dict) and "name" in table}
+    return {"data": {key: value for key, value in values.items() if key not in inner}, **inner}
+
+
+def build_source(values: Mapping[str, Any], *, where: str = "data") -> Source:
+    """The data source that a table describes; mistakes are named by their key under `where`.
 
     Raises:
         ConfigError: no or an unknown `name`, an unknown option, or a value out of range.
@@ -32,8 +40,24 @@ def build_source(values: Mapping[str, Any]) -> Source:
     known = source_types()
     name = values.get("name")
     if not isinstance(name, str):
-        raise ConfigError(f"missing key data.name; known: {', '.join(sorted(known))}", field="data.name")
+        raise ConfigError(
+            f"missing key {where}.name; known: {', '.join(sorted(known))}", field=f"{where}.name"
+        )
     if name not in known:
-        raise ConfigError(f"no data source is called {name!r}{nearest(name, known)}", field="data.name")
+        raise ConfigError(f"no data source is called {name!r}{nearest(name, known)}", field=f"{where}.name")
     cls: Any = known[name]
-    return cls(cls.Config.parse(values, where="data"))
+    own = {key: value for key, value in values.items() if key not in ("order", "view")}
+    order = OrderConfig.parse(_table(values, "order", where), where=f"{where}.order")
+    view = ViewConfig.parse(_table(values, "view", where), where=f"{where}.view")
+    source: Source = cls(cls.Config.parse(own, where=where))
+    source.arrange(order, view)
+    return source
+
+
+def _table(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    table = values.get(key, {})
+    if not isinstance(table, Mapping):
+        raise ConfigError(
+            f"{where}.{key} = {table!r} is not allowed: a table of keys belongs here", field=f"{where}.{key}"
+        )
+    return table

@@ -68,7 +68,7 @@ class Nothing(Source):
 
     def batch(self, size: int, *, epoch_seed: int, position: int) -> Batch:
         """`size` of whatever the method draws."""
-        return Batch(size)
+        return Batch.of(size)
 
 
 def _prompts(config: Prompts.Config) -> list[str]:

@@ -22,8 +22,8 @@ from distill_core.data.source import Source
 from distill_core.diffusion.noise import unit_normals
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.fake_tensors import is_faked
 from distill_core.networks.generation import generate_x0
-from distill_core.networks.weightless import is_weightless
 
 log = logging.getLogger(__name__)
 SHARD = 1024  # pairs per file: what a kill can cost
@@ -62,7 +62,7 @@ class Pairs:
 
 def build_pairs(teacher: Denoiser, source: Source, config: PairsConfig, folder: Path) -> Pairs:
     """The pairs in `folder`; those that are missing are made, shard by shard, so a kill costs one shard."""
-    if is_weightless():
+    if is_faked():
         shape = teacher.image.channels, teacher.image.height, teacher.image.width
         return Pairs(torch.empty(config.count, *shape), source, config)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from distill_core.artifacts import FORBIDDEN_SUFFIXES
 from distill_core.config import Config as SourceConfig
+from distill_core.data.augmentation import ViewConfig, augment, draw_views
+from distill_core.data.order import Order, OrderConfig, permutation
 from distill_core.errors import ConfigError, DataError, nearest
 from distill_core.method import Batch, Cond
 from distill_core.paths import there, user_path
+from distill_core.signature import TensorSpec
 
 PICKLE_SUFFIXES = (*FORBIDDEN_SUFFIXES, ".npz", ".joblib")
-MAX_BATCH = 1_000_000
 
 
 class Pixels(Protocol):
@@ -65,6 +67,7 @@ class Source:
         labels: Tensor | None = None,
         class_names: tuple[str, ...] = (),
         prompts: list[str] | None = None,
+        arrays: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config = config
         self.size = size
@@ -74,6 +77,8 @@ class Source:
         self.num_classes: int | None = None if labels is None else len(class_names)
         self.shape: tuple[int, int, int] | None = None if pixels is None else pixels.shape
         self.prompts = prompts
+        self.arrays = dict(arrays or {})  # further columns by name, (N, …)
+        self.order, self.view = Order(OrderConfig(), size, labels), ViewConfig()
         self._encode: Callable[[list[str]], Cond] | None = None
 
     def encode_with(self, encode: Callable[[list[str]], Cond]) -> None:
@@ -82,10 +87,38 @@ class Source:
             raise DataError("this data has no prompts to encode; choose data that has", field="data.name")
         self._encode = encode
 
+    @property
+    def columns(self) -> dict[str, TensorSpec]:
+        """What the items have, by name: type and shape of each column."""
+        found: dict[str, TensorSpec] = {}
+        if self.shape is not None:
+            found["x0"] = TensorSpec(dtype="float32", shape=self.shape, low=-1, high=1)
+        if self.num_classes is not None:
+            found["class_label"] = TensorSpec(dtype="int64", low=0, high=self.num_classes - 1)
+        for name, values in self.arrays.items():
+            dtype: Any = str(values.dtype).removeprefix("torch.")
+            found[name] = TensorSpec(dtype=dtype, shape=tuple(values.shape[1:]))
+        return found
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of the set as a whole, by name."""
+        known = {
+            "shape": self.shape,
+            "num_classes": self.num_classes,
+            "class_names": self.class_names or None,
+            "prompts": self.prompts,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
     def items(self, indices: Tensor) -> Batch:
         """The items at `indices` (B,), in that order."""
-        x0 = None if self.pixels is None else self.pixels.take(indices)
-        return Batch(len(indices), x0, self.conditions(indices))
+        columns = {name: values[indices] for name, values in self.arrays.items()}
+        if self.pixels is not None:
+            columns["x0"] = self.pixels.take(indices)
+        if self.labels is not None:
+            columns["class_label"] = self.labels[indices]
+        return Batch(indices, columns, self.conditions(indices))
 
     def conditions(self, indices: Tensor) -> Cond:
         """What the items are conditioned on, by name, batch first: labels, or once `encode_with` said how, prompts."""
@@ -93,16 +126,32 @@ class Source:
             return self._encode([self.prompts[index] for index in indices.tolist()])
         return {} if self.labels is None else {"class_label": self.labels[indices]}
 
+    def arrange(self, order: OrderConfig, view: ViewConfig) -> None:
+        """Draw items in this order and see them so, from now on; the builder passes `[data.order]` and `[data.view]`.
+
+        Raises:
+            ConfigError: an order by classes for data without labels, a view of data without pictures.
+        """
+        if self.shape is None and not view.is_off:
+            raise ConfigError("data.view changes pictures, and this data has none", field="data.view")
+        self.order, self.view = Order(order, self.size, self.labels), view
+
     def batch(self, size: int, *, epoch_seed: int, position: int) -> Batch:
         """Batch number `position` of the endless stream: a function of its arguments, so resuming is exact.
 
         Epoch e is a permutation seeded by (epoch_seed, e); a batch may reach over the end of an epoch.
         """
-        if not 1 <= size <= MAX_BATCH or position < 0:
-            raise ConfigError(
-                f"batch of {size} items at position {position}: allowed are 1 to {MAX_BATCH} and >= 0"
-            )
-        return self.items(_stream(self.size, epoch_seed, position * size, (position + 1) * size))
+        start, stop = position * size, (position + 1) * size
+        indices = self.order.at(epoch_seed, start, stop)
+        if self.view.is_off:
+            return self.items(indices)
+        return self.viewed(indices, draw_views(self.view, epoch_seed, start, stop))
+
+    def viewed(self, indices: Tensor, view: Mapping[str, Tensor]) -> Batch:
+        """The items at `indices` (B,) as exactly that view shows them: a view of an earlier batch is replayed."""
+        batch = self.items(indices)
+        assert batch.x0 is not None
+        return replace(batch.with_x0(augment(batch.x0, view)), view=dict(view))
 
     def all(self, limit: int | None = None) -> Batch:
         """Every item, or `limit` of them: always the same ones, picked at random, in the set's order."""
@@ -112,28 +161,13 @@ class Source:
         """The indices of `all(limit)`."""
         if limit is None or limit >= self.size:
             return torch.arange(self.size)
-        return _permutation(self.size, 0, 0)[:limit].sort().values
+        return permutation(self.size, 0, 0)[:limit].sort().values
 
     def class_frequencies(self) -> Tensor:
         """Share of each class among the items, (K,), summing to 1."""
         if self.labels is None:
             raise DataError("this data has no labels, so it has no class frequencies; choose labelled data")
         return torch.bincount(self.labels, minlength=len(self.class_names)).double() / self.size
-
-
-def _stream(size: int, seed: int, start: int, stop: int) -> Tensor:
-    parts = []
-    while start < stop:
-        epoch, offset = divmod(start, size)
-        part = _permutation(size, seed, epoch)[offset : offset + stop - start]
-        parts.append(part)
-        start += len(part)
-    return torch.cat(parts)
-
-
-@functools.lru_cache(maxsize=4)  # consecutive batches read the same epoch
-def _permutation(size: int, seed: int, epoch: int) -> Tensor:
-    return torch.from_numpy(np.random.Generator(np.random.Philox([seed, epoch])).permutation(size))
 
 
 def to_unit(values: Tensor) -> Tensor:

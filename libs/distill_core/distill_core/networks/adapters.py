@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from distill_core.config import Config, LoraConfig
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.denoiser.card import Card
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser
-from distill_core.networks.generation import preview
 
 ADAPTER, BASE = "adapter", "base.json"  # in a model's folder; beside peft's files
 
@@ -153,10 +153,6 @@ class LoraDenoiser(Denoiser):
         plain = copy.deepcopy(self._described())
         return merge_lora(plain).requires_grad_(False)
 
-    def preview(self, seed: int) -> Tensor:
-        """A sheet of samples, classes in turn."""
-        return preview(self, seed)
-
     def save(self, folder: Path) -> None:
         """Write `adapter/`, and as `form` says a whole diffusers folder with the factors merged in."""
         if self.form == "merged":
@@ -174,9 +170,9 @@ class LoraDenoiser(Denoiser):
         base = AdapterBase(ref=self.base_ref, sha256=weights_sha256(self.adapted))
         (folder / BASE).write_text(base.model_dump_json(indent=1), encoding="utf-8")
 
-    def manifest_fields(self) -> dict[str, Any]:
-        """What a manifest says of this model."""
-        return {**self._described().manifest_fields(), "base": self.base_ref}  # type: ignore[operator]
+    def card(self) -> Card:
+        """Facts that the manifest keeps."""
+        return self._described().card().model_copy(update={"base": self.base_ref})
 
     def _described(self) -> Denoiser:
         """The tree, with what a method may have changed of the student: above all its sampler."""

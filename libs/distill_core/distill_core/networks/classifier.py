@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill_core.artifacts import ImageSpec
 from distill_core.config import Config
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.predictor.card import Card
+from distill_core.signature import Function, TensorSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 GROUPS = 8
@@ -60,6 +61,9 @@ class Block(nn.Module):
 class Classifier(nn.Module):
     """Pictures (B, C, H, W) in [-1, 1] -> logits (B, K), each independent of the rest of its batch."""
 
+    kind: ClassVar[str] = "predictor"
+    Args = ClassifierConfig
+
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
@@ -74,6 +78,11 @@ class Classifier(nn.Module):
         )
         self.penultimate = nn.Linear(4 * widths[-1], config.num_features)
         self.last = nn.Linear(config.num_features, config.num_classes)
+
+    @property
+    def args(self) -> ClassifierConfig:
+        """What the network was made of."""
+        return self.config
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -98,11 +107,19 @@ class Classifier(nn.Module):
             other.last.bias.copy_(self.last.bias[list(order)])
         return other
 
-    def manifest_fields(self) -> dict[str, Any]:
-        """What a manifest says of this network."""
-        channels, height, width = self.shape
-        image = ImageSpec(channels=channels, height=height, width=width, picture=self.shape)
-        return {"kind": "classifier", "image": image}
+    def call(self, function: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of a function by name; there is one, `predict`: image -> logits."""
+        return {"logits": self(inputs["image"])}
+
+    def card(self) -> Card:
+        """Facts that the manifest keeps."""
+        image = TensorSpec(dtype="float32", shape=self.shape, low=-1, high=1)
+        logits = TensorSpec(dtype="float32", shape=(self.args.num_classes,))
+        return Card(
+            functions={"predict": Function(inputs={"image": image}, outputs={"logits": logits})},
+            class_names=self.args.class_names or tuple(map(str, range(self.args.num_classes))),
+            parameters=sum(value.numel() for value in self.parameters()),
+        )
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors."""

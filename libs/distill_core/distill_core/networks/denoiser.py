@@ -6,6 +6,8 @@ import abc
 import contextlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.diffusion.guidance import guide
 from distill_core.diffusion.schedule import NoiseSchedule
-from distill_core.errors import ConfigError
+from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.denoiser.card import Card
 from distill_core.method import Cond
 
 _loading = threading.RLock()
@@ -38,6 +41,7 @@ class Denoiser(nn.Module, abc.ABC):
     tensors with the batch first; a missing condition means the null condition.
     """
 
+    kind: ClassVar[str] = "denoiser"
     image: ImageSpec
     cond: CondSpec
     sampler: SamplerSpec  # how this model is sampled by default
@@ -57,6 +61,14 @@ class Denoiser(nn.Module, abc.ABC):
     @abc.abstractmethod
     def null_cond(self, batch: int) -> Cond:
         """The condition that means "none", for `batch` items."""
+
+    def card(self) -> Card:
+        """Facts that the manifest keeps."""
+        return Card(sampler=self.sampler, image=self.image, cond=self.cond)
+
+    def save(self, folder: Path) -> None:
+        """Write the model's folder; models that exist in memory alone refuse."""
+        raise ArtifactError(f"a {type(self).__name__} has no form on disk")
 
     def encode(self, picture: Tensor) -> Tensor:
         """A picture in [-1, 1] as this model's x0; latent models override it."""

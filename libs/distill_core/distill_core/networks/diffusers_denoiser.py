@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
-from distill_core.artifacts.card import CARD
+from distill_core.artifacts.model_card import CARD
 from distill_core.config import Config
 from distill_core.diffusion.schedule import Parameterisation, to_x0
 from distill_core.errors import ConfigError
+from distill_core.kinds.denoiser.card import Card
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser, expand
 from distill_core.networks.diffusers_codec import decode_latent, to_latent, unscaled
 from distill_core.networks.diffusers_plain import opens, pipeline_class, plain_use
 from distill_core.networks.diffusers_schedule import schedule_of
-from distill_core.networks.generation import preview
+from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.steering import make_steerable
 from distill_core.networks.text import TextEncoder
 from distill_core.networks.tileable import decode_wrapped, wrap_around
 from distill_core.networks.usage import Place, usage
-from distill_core.networks.weightless import real_tensors
 
 SIDECAR = "distillery.json"
 
@@ -154,10 +154,6 @@ class DiffusersDenoiser(Denoiser):
             return decode_wrapped(lambda wrapped: self.codec.decode(wrapped).sample, unscaled(self.codec, x0))
         return decode_latent(self.codec, x0)
 
-    def preview(self, seed: int) -> Tensor:
-        """A sheet of samples, classes in turn."""
-        return preview(self, seed)
-
     def save(self, folder: Path) -> None:
         """Write a folder that plain diffusers opens, with our `distillery.json` and words on its use beside."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -220,15 +216,11 @@ class DiffusersDenoiser(Denoiser):
             image=self.image, cond=self.cond, sampler=self.sampler, parameterisation=self.parameterisation
         )
 
-    def manifest_fields(self) -> dict[str, Any]:
-        """What a manifest says of this model."""
-        return {
-            "kind": "denoiser",
-            "image": self.image,
-            "cond": self.cond,
-            "sampler": self.sampler,
-            "parameterisation": self.parameterisation,
-        }
+    def card(self) -> Card:
+        """Facts that the manifest keeps."""
+        return Card(
+            parameterisation=self.parameterisation, sampler=self.sampler, image=self.image, cond=self.cond
+        )
 
     def _codec_slot(self) -> str:
         """The decoder's sub-folder; LDMPipeline has a name of its own for it."""

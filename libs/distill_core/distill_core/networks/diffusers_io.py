@@ -16,6 +16,7 @@ from distill_core.networks.denoiser import loading
 from distill_core.networks.diffusers_codec import check_codec
 from distill_core.networks.diffusers_denoiser import SIDECAR, DiffusersDenoiser, Sidecar
 from distill_core.networks.diffusers_fit import check_fit, derived_sidecar
+from distill_core.networks.fake_tensors import is_faked, real_tensors
 from distill_core.networks.foreign.index import Index, check_parts, read_index
 from distill_core.networks.foreign.keys import Keys, check_keys, defaults_of
 from distill_core.networks.foreign.networks import CODECS, NETWORKS
@@ -23,7 +24,6 @@ from distill_core.networks.foreign.schedulers import SCHEDULERS
 from distill_core.networks.foreign.weights import variant_of
 from distill_core.networks.foreign_configs import check_numbers
 from distill_core.networks.text import load_text_encoder
-from distill_core.networks.weightless import is_weightless, real_tensors
 
 CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model"  # stem of diffusers' weight files
@@ -119,7 +119,7 @@ def _load(folder: Path, cls: Any) -> Any:
     """A part of class `cls`, in float32 whatever its weights are kept in."""
     check_numbers(folder)
     _check_config(folder, cls)
-    if is_weightless():
+    if is_faked():
         return _shaped(folder, cls)
     options: dict[str, Any] = {}
     if issubclass(cls, nn.Module):

@@ -14,10 +14,10 @@ from distill_core.diffusion.schedule import Parameterisation
 from distill_core.errors import ConfigError, nearest, out_of_memory
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser, Sidecar
 from distill_core.networks.diffusers_schedule import schedule_of
+from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.foreign.keys import defaults_of, not_understood
 from distill_core.networks.foreign.networks import NETWORKS
 from distill_core.networks.text import text_for
-from distill_core.networks.weightless import real_tensors
 
 
 def build_denoiser(

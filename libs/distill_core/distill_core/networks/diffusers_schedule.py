@@ -6,7 +6,7 @@ from typing import Any
 
 from distill_core.diffusion.schedule import NoiseSchedule, Parameterisation
 from distill_core.errors import ArtifactError
-from distill_core.networks.weightless import real_tensors
+from distill_core.networks.fake_tensors import real_tensors
 
 PREDICTIONS: dict[str, Parameterisation] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 CLAMPING = (

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ConfigError
 from distill_core.networks.denoiser import Denoiser
-from distill_core.networks.weightless import real_tensors
+from distill_core.networks.fake_tensors import real_tensors
 
 OF_SCHEDULE = (
     "of the teacher's schedule"  # marks a config key: its value means nothing under another schedule

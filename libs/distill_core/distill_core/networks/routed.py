@@ -19,17 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill_core.artifacts.card import CARD
+from distill_core.artifacts.model_card import CARD
 from distill_core.config import Config
 from distill_core.diffusion.routing import ROUTER, PartitionSpec, class_parts, pooled, prompt_parts
 from distill_core.errors import ArtifactError, ConfigError, missing_package
+from distill_core.kinds.denoiser.card import Card
 from distill_core.method import Cond
 from distill_core.networks.adapters import plain
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_denoiser import SIDECAR
 from distill_core.networks.diffusers_io import load_companions, load_denoiser
 from distill_core.networks.fake_score import FakeScore
-from distill_core.networks.generation import preview
 
 EXPERTS = "experts"
 BALANCING_STEPS = 500
@@ -249,10 +249,6 @@ class RoutedDenoiser(Routed, Denoiser):
         for expert in self.experts:
             expert.enable_gradient_checkpointing()
 
-    def preview(self, seed: int) -> Tensor:
-        """A sheet of samples, classes in turn."""
-        return preview(self, seed)
-
     def save(self, folder: Path) -> None:
         """Write the partition, an `experts/` folder each for plain diffusers, and once what they share."""
         for part, expert in enumerate(self.experts):
@@ -266,10 +262,10 @@ class RoutedDenoiser(Routed, Denoiser):
         described.save_description(folder, whole.save_companions(folder), inside=f"{EXPERTS}/0/")
         self.partition.save(folder)  # in the place of one denoiser's sidecar
 
-    def manifest_fields(self) -> dict[str, Any]:
-        """What a manifest says of this model."""
+    def card(self) -> Card:
+        """Facts that the manifest keeps."""
         own = {"sampler": self.sampler, "partition": self.partition.spec}
-        return {**self.experts[0].manifest_fields(), **own}
+        return self.experts[0].card().model_copy(update=own)
 
 
 class StoredExperts(RoutedDenoiser):

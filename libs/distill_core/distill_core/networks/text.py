@@ -16,10 +16,10 @@ import torch
 from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.method import Cond
+from distill_core.networks.fake_tensors import is_faked
 from distill_core.networks.foreign.texts import check_text_model, check_tokenizer
 from distill_core.networks.foreign.weights import variant_of
 from distill_core.networks.foreign_configs import check_numbers
-from distill_core.networks.weightless import is_weightless
 
 # Embeddings kept, so that no prompt in use is encoded twice: 1,100 prompts of Stable Diffusion 1.5, 400 of SDXL.
 CACHE_BYTES = 256 * 2**20
@@ -201,7 +201,7 @@ def _text_model(folder: Path, cls: Any) -> Any:
     """A text model in float32, whatever its weights are kept in."""
     check_numbers(folder)
     check_text_model(folder, cls)
-    if is_weightless():
+    if is_faked():
         return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
     variant = variant_of(folder, "model")
     return cls.from_pretrained(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distill_core.artifacts import SamplerSpec
-from distill_core.artifacts.card import USAGE
+from distill_core.artifacts.model_card import USAGE
 from distill_core.networks.denoiser import Denoiser
 
 Steps = dict[int, tuple[int, ...]]  # numbers of steps -> the timesteps to name; none: spacing finds them

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_core.errors import ConfigError
-from distill_core.networks.weightless import is_weightless, real_tensors
+from distill_core.networks.fake_tensors import is_faked, real_tensors
 from distill_core.radiance.sh import spherical_harmonics
 
 BANDS = 3  # of spherical harmonics: 9 functions hold 99 % of what a diffuse surface sees
@@ -131,7 +131,7 @@ def _check(radiance: Tensor) -> None:
             f"{MAX_HEIGHT}, averaged down if it is larger",
             field="environment",
         )
-    if is_weightless():
+    if is_faked():
         return
     if not bool(torch.isfinite(radiance).all()) or bool((radiance < 0).any()):
         raise ConfigError(

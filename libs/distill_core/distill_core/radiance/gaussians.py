@@ -13,7 +13,7 @@ import importlib.util
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 from distill_core.artifacts import SceneSpec
 from distill_core.config import Config
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.field.card import Card
 from distill_core.radiance.cameras import Camera
 from distill_core.radiance.rendering import over
 from distill_core.radiance.sh import spherical_harmonics
@@ -248,8 +249,17 @@ class GaussiansFile(Config):
 class GaussianScene:
     """Gaussians, and from where they are usually seen."""
 
+    kind: ClassVar[str] = "gaussians"
     gaussians: GaussianModel
     spec: SceneSpec
+
+    def card(self) -> Card:
+        """Facts that the manifest keeps."""
+        return Card(scene=self.spec)
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors."""
+        save_gaussians(self, folder)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distill_core.artifacts import SceneSpec
 from distill_core.config import Config, NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.field.card import Card
 from distill_core.networks.fields import RadianceField, build_field
 from distill_core.networks.refinement import RefinementConfig, RefinementHead
 from distill_core.radiance.cameras import Camera, Rays
@@ -46,6 +47,7 @@ class LatentFile(Config):
 class LatentScene(nn.Module):
     """A field of latents and its refinement head; `occupied` (G, G, G), `background` (C, h, w) are buffers."""
 
+    kind: ClassVar[str] = "latent_field"
     occupied: Tensor
     background: Tensor
 
@@ -64,6 +66,12 @@ class LatentScene(nn.Module):
         self.register_buffer("occupied", occupied)
         self.register_buffer("background", background)
         self.decoders: list[Callable[[Tensor], Tensor]] = []  # of a loaded scene, outside the module tree
+        self._companions: tuple[Any, ...] = ()
+
+    def decoded_by(self, model: Any) -> LatentScene:
+        """The scene, read and saved with the picture decoder of a latent model."""
+        self.decoders, self._companions = [model.decode], (model,)
+        return self
 
     def march(self, rays: Rays, offset: Tensor | float = 0.5) -> Samples:
         """Where the rays are looked at."""
@@ -102,12 +110,12 @@ class LatentScene(nn.Module):
             latents = decoder(latents)
         return latents[0].float().clamp(-1, 1).permute(1, 2, 0) / 2 + 0.5
 
-    def manifest_fields(self) -> dict[str, Any]:
-        """What a manifest says of this scene."""
-        return {"kind": "model", "scene": self.spec}
+    def card(self) -> Card:
+        """Facts that the manifest keeps."""
+        return Card(scene=self.spec)
 
     def save(self, folder: Path) -> None:
-        """Write config.json and model.safetensors; the decoder belongs beside them, as vae/."""
+        """Write config.json and model.safetensors, and beside them the decoder, as vae/, if there is one."""
         described = LatentFile(
             network=NetworkConfig(name=self.field.kind, args=self.field.config.model_dump(mode="json")),
             head=self.head.config,
@@ -117,6 +125,9 @@ class LatentScene(nn.Module):
             size=tuple(self.background.shape),
         )
         write_scene(folder, described, self.state_dict())
+        for model in self._companions:
+            if hasattr(model, "save_companions"):
+                model.save_companions(folder)
 
 
 def latent_rays(cameras: Sequence[Camera], size: Sequence[int]) -> Rays:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distill_core.artifacts import SceneSpec
 from distill_core.config import Config, NetworkConfig
+from distill_core.kinds.field.card import Card
 from distill_core.networks.fields import RadianceField, build_field
 from distill_core.networks.materials import MaterialConfig, MaterialField
 from distill_core.radiance.cameras import Camera, Rays
@@ -45,6 +46,7 @@ class RelightableFile(Config):
 class RelightableScene(nn.Module):
     """Geometry and raw radiance of a field, materials by position, and the light they were seen under."""
 
+    kind: ClassVar[str] = "relightable"
     occupied: Tensor
 
     def __init__(
@@ -119,9 +121,9 @@ class RelightableScene(nn.Module):
         relit.light = EnvironmentLight.of(environment).to(self.occupied.device).requires_grad_(False)
         return relit
 
-    def manifest_fields(self) -> dict[str, Any]:
-        """What a manifest says of this scene."""
-        return {"kind": "model", "scene": self.spec}
+    def card(self) -> Card:
+        """Facts that the manifest keeps."""
+        return Card(scene=self.spec)
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distill_core.artifacts import SceneSpec
 from distill_core.config import Config, NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.field.card import Card
 from distill_core.networks.fields import RadianceField, build_field
 from distill_core.parity import VIEW_DEGREES, VIEW_SIDE
 from distill_core.radiance.cameras import Camera, Rays, orbit_camera
@@ -58,10 +59,19 @@ class Scene:
     `field` maps (positions, directions), both (M, 3), to density (M,) and radiance (M, 3).
     """
 
+    kind: ClassVar[str] = "field"
     field: nn.Module
     occupied: Tensor
     spec: SceneSpec
     num_steps: int
+
+    def card(self) -> Card:
+        """Facts that the manifest keeps."""
+        return Card(scene=self.spec)
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors."""
+        save_scene(self, folder)
 
 
 class Rendering(NamedTuple):

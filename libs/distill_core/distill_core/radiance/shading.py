@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_core.networks.weightless import real_tensors
+from distill_core.networks.fake_tensors import real_tensors
 from distill_core.radiance.environment import EnvironmentLight
 
 DIELECTRIC = 0.04  # what a non-metal reflects head-on

@@ -16,23 +16,31 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.weights = {name: value.detach().clone() for name, value in module.named_parameters()}
+        self._parameters = {name for name, _ in module.named_parameters()}
+        self.weights = {name: value.detach().clone() for name, value in _averaged(module).items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Move weights <- decay * weights + (1 - decay) * module."""
-        trained = [value.detach() for value in module.parameters()]
+        trained = [value.detach() for value in _averaged(module).values()]
         torch._foreach_lerp_(local(self.weights.values()), local(trained), 1 - self.decay)
 
+    @torch.no_grad()
+    def copy(self, module: nn.Module) -> None:
+        """Take the module's weights as they are: a closed form is no step to be averaged."""
+        for name, value in _averaged(module).items():
+            self.weights[name].copy_(value)
+
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take weights back from a checkpoint, whose order of names is its own."""
+        """Take weights back from a checkpoint, whose order of names is its own; earlier ones hold no buffers."""
         for name, value in self.weights.items():
-            value.copy_(place(weights[name], value))
+            if name in weights or name in self._parameters:
+                value.copy_(place(weights[name], value))
 
     @contextlib.contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Put the average in place of the trained weights for the duration."""
-        trained = {name: value.detach().clone() for name, value in module.named_parameters()}
+        trained = {name: value.detach().clone() for name, value in _averaged(module).items()}
         _copy(self.weights, module)
         try:
             yield
@@ -42,5 +50,15 @@ class EMA:
 
 @torch.no_grad()
 def _copy(weights: dict[str, Tensor], module: nn.Module) -> None:
-    for name, value in module.named_parameters():
+    for name, value in _averaged(module).items():
         value.copy_(weights[name])
+
+
+def _averaged(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and the floating-point buffers that a checkpoint keeps: the statistics of BatchNorm."""
+    kept = module.state_dict(keep_vars=True)
+    parameters = dict(module.named_parameters())
+    buffers = {
+        name: value for name, value in module.named_buffers() if name in kept and value.is_floating_point()
+    }
+    return parameters | buffers

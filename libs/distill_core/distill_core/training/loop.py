@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from distill_core.config import OptimConfig, Recipe
 from distill_core.data.source import Source
 from distill_core.errors import ArtifactError, ConfigError, DivergedError, nearest
-from distill_core.method import Method, Update
+from distill_core.kinds import find_kind
+from distill_core.method import Batch, Method, Update
 from distill_core.training.checkpoint import (
     complete_checkpoints,
     load_latest,
@@ -26,11 +28,12 @@ from distill_core.training.checkpoint import (
     save_checkpoint,
 )
 from distill_core.training.ema import EMA
-from distill_core.training.layout import Replicated, place
+from distill_core.training.layout import Replicated, place, trained
 from distill_core.training.micro_batch import fitting_accumulate
 from distill_core.training.optimizers import build_optimizer, learning_rate
 from distill_core.training.run import Run
 from distill_core.training.seeding import derive, seed_everything
+from distill_core.training.stages import Placed, check_tables, place_stages, select_parameters, stage_at
 
 log = logging.getLogger(__name__)
 
@@ -53,17 +56,54 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=mixed, cpu=cpu)
         self.method, self.source, self.recipe, self.run = method, source, recipe, run
         method.to(self.accelerator.device)
-        self.layout = _layout(method, self.accelerator, recipe.sharding)
-        self.parameters = self.layout.parameters
-        self.configs = {role: recipe.optim.get(role, OptimConfig()) for role in method.roles}
-        self.optimizers = {
-            role: self._prepared(build_optimizer(self.parameters[role], self.configs[role]))
-            for role in method.roles
-        }
-        self.emas = {role: EMA(_module(method, role), decay) for role, decay in recipe.ema.items()}
+        self.stages = place_stages(method.stages(getattr(method, "config", None), recipe.steps), recipe.steps)
+        check_tables(self.stages, recipe.stages)
+        self.placed = self.stages[0]
+        self.arrange()
         self.step = 0
         self.accumulate = recipe.accumulate  # more with micro_batch = "auto"
         self.alone = False  # True: a step of this process, whose gradients are not averaged with others'
+
+    def arrange(self) -> None:
+        """Layout, optimisers and EMA of the networks as they are at the beginning of the stage."""
+        method, stage = self.method, self.placed.stage
+        select_parameters(method, stage)
+        self.layout = _layout(method, self.accelerator, self.recipe.sharding)
+        self.parameters = self.layout.parameters
+        given = self.recipe.optim | self._stage_optim()
+        self.configs = {role: given.get(role, OptimConfig()) for role in method.roles}
+        self.optimizers = {
+            role: self._prepared(
+                build_optimizer(_module(method, role), self.parameters[role], self.configs[role])
+            )
+            for role in method.roles
+            if self.parameters[role]
+        }
+        self.emas = {role: EMA(_module(method, role), decay) for role, decay in self.recipe.ema.items()}
+
+    def _stage_optim(self) -> dict[str, OptimConfig]:
+        table = self.recipe.stages.get(self.placed.stage.name)
+        return {} if table is None else table.optim
+
+    def enter(self, placed: Placed, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
+        """Begin a stage: the method prepares it, and where networks changed or it says `restart`, so does the loop.
+
+        `shapes` are those of a checkpoint inside the stage, whose tensors are loaded next.
+        """
+        self.placed = placed
+        seed_everything(derive(self.recipe.seed, "stage", placed.stage.name))
+        before = self._trained_ids()
+        self.method.enter(placed.stage, shapes)
+        self.method.to(self.accelerator.device)
+        select_parameters(self.method, placed.stage)
+        if placed.stage.restart or self._trained_ids() != before or self._stage_optim():
+            self.arrange()
+
+    def _trained_ids(self) -> dict[str, list[int]]:
+        """What each role trains now, by identity."""
+        return {
+            role: [id(value) for value in trained(_module(self.method, role))] for role in self.method.roles
+        }
 
     def train(self, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
         """Train to the recipe's last step, or until `should_stop()`.
@@ -80,12 +120,24 @@ class Trainer:
             if self._all_stop(should_stop()):
                 self.checkpoint()
                 return Outcome(self.step, stopped=True)
+            self._enter_next()
             values = self.train_step()
             self.step += 1
             self._after_step(meter, values)
         if not complete_checkpoints(self.run.checkpoints) or self.step % self.recipe.checkpoint_every:
             self.checkpoint()
         return Outcome(self.step, stopped=False)
+
+    def _enter_next(self) -> None:
+        """Enter the stage of this step, if that is another one; what it begins with is checkpointed."""
+        placed = stage_at(self.stages, self.step)
+        if placed.index == self.placed.index:
+            return
+        self.enter(placed)
+        if self.recipe.micro_batch == "auto":
+            self.accumulate = fitting_accumulate(self)
+        self.checkpoint()
+        self.run.tell("stage", name=placed.stage.name, step=self.step, steps=placed.stop - placed.start)
 
     def _all_stop(self, asked: bool) -> bool:
         """Whether any process was asked to stop: all stop after the same step, or the others would wait for ever."""
@@ -99,19 +151,38 @@ class Trainer:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         seed_everything(derive(self.recipe.seed, self.step, rank))
         for role, optimizer in self.optimizers.items():
-            rate = learning_rate(self.configs[role], self.step, self.recipe.steps)
+            rate = self._rate(role)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)
         micro, size = self.accumulate, self.recipe.batch_size // (self.accumulate * world)
         positions = [(self.step * micro + index) * world + rank for index in range(micro)]
-        batches = [
-            self.source.batch(size, epoch_seed=self.recipe.seed, position=position) for position in positions
-        ]
+        batches = [self._batch(size, position) for position in positions]
         generators = [self.method.updates(batch.to(self.accelerator.device), self.step) for batch in batches]
         values: dict[str, Tensor] = {}
         for together in self._lock_step(generators):
             values |= self.apply(together)
         return values
+
+    def _batch(self, size: int, position: int) -> Batch:
+        """Batch number `position` of the data, with one of each further stream of the stage."""
+        batch = self.source.batch(size, epoch_seed=self.recipe.seed, position=position)
+        streams = self.placed.stage.streams
+        if not streams:
+            return batch
+        drawn = {
+            name: getattr(self.method, name).batch(
+                size, epoch_seed=derive(self.recipe.seed, "stream", name), position=position
+            )
+            for name in streams
+        }
+        return replace(batch, also=drawn)
+
+    def _rate(self, role: str) -> float:
+        """The learning rate of this step: over the whole run, or over the stage where that restarts."""
+        config, placed = self.configs[role], self.placed
+        if placed.stage.restart or self._stage_optim():
+            return learning_rate(config, self.step - placed.start, placed.stop - placed.start)
+        return learning_rate(config, self.step, self.recipe.steps)
 
     def _lock_step(self, generators: list[Iterator[Update]]) -> Iterator[tuple[Update, ...]]:
         """Ask every micro-batch for its next update; all of one role."""
@@ -129,16 +200,18 @@ class Trainer:
         with self.layout.following():
             with self.accelerator.autocast():
                 update = next(generator, None)
-            if update is None:
-                return None
+            if update is None or update.loss is None:
+                return update
             self.accelerator.backward(update.loss / micro, inputs=self.layout.leaves[update.role])
         return replace(update, loss=update.loss.detach())
 
     def apply(self, updates: tuple[Update, ...]) -> dict[str, Tensor]:
         """Step one role on the gradient of the mean loss of its micro-batches."""
+        if updates[0].loss is None:
+            return self._changed_by_itself(updates)
         role, parameters = updates[0].role, self.parameters[updates[0].role]
         optimizer, config = self.optimizers[role], self.configs[role]
-        loss = torch.stack([update.loss.float() for update in updates]).mean()
+        loss = torch.stack([update.loss.float() for update in updates if update.loss is not None]).mean()
         if not torch.isfinite(loss):
             raise self._diverged(role, float(loss))
         if not self.alone:
@@ -150,8 +223,27 @@ class Trainer:
             parameter.grad = None
         if role in self.emas:
             self.emas[role].update(_module(self.method, role))
-        logged = {name: torch.as_tensor(value).detach() for name, value in updates[0].metrics.items()}
-        return {f"{role}_loss": loss, **logged}
+        return {f"{role}_loss": loss, **_logged(updates[0])}
+
+    def _changed_by_itself(self, updates: tuple[Update, ...]) -> dict[str, Tensor]:
+        """Take over a role that the method changed without a loss: the same on all processes, finite, in the EMA."""
+        role = updates[0].role
+        if len(updates) > 1:
+            raise ConfigError(
+                f"method {self.recipe.method} changes {role or 'its state'} in a closed form, which no micro-batches "
+                "share; set accumulate = 1",
+                field="accumulate",
+            )
+        if role:
+            module = _module(self.method, role)
+            tensors = [*module.parameters(), *module.buffers()]
+            if self.accelerator.num_processes > 1 and not self.alone:
+                broadcast(tensors, from_process=0)
+            if not all(bool(torch.isfinite(value).all()) for value in tensors if value.is_floating_point()):
+                raise self._diverged(role, math.nan)
+            if role in self.emas:
+                self.emas[role].copy(module)
+        return _logged(updates[0])
 
     def _prepared(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """In accelerate's wrapper where fp16 needs its scaler: the wrapper searches for packages at every step."""
@@ -179,17 +271,21 @@ class Trainer:
             self.checkpoint()
 
     def _log(self, meter: _Meter, values: dict[str, Tensor]) -> None:
-        rates = {
-            f"{role}_lr": learning_rate(self.configs[role], self.step, self.recipe.steps)
-            for role in self.optimizers
-        }
+        rates = {f"{role}_lr": self._rate(role) for role in self.optimizers}
         meter.log(self.step, {name: float(value) for name, value in values.items()} | rates)
 
     def _sample(self) -> None:
         with self.averaged():
-            pictures = self.method.preview(self.recipe.seed) if self.layout.keeps else None
+            pictures = self._preview() if self.layout.keeps else None
         if pictures is not None:
             self.run.sample(self.step, pictures)
+
+    def _preview(self) -> Tensor | None:
+        """Pictures of what the run would publish now, as its kind shows it."""
+        model = self.method.main
+        if not hasattr(model, "kind"):
+            return None
+        return find_kind(model.kind).preview(model, self.source, self.recipe.seed, self.method.references())
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -219,12 +315,17 @@ class Trainer:
         tensors: dict[str, dict[str, Tensor]] = {}
         for role in self.method.roles:
             tensors[role] = _module(self.method, role).state_dict()
-            tensors[f"{role}.optim"] = optimizer_tensors(self.optimizers[role])
+            if role in self.optimizers:
+                tensors[f"{role}.optim"] = optimizer_tensors(self.optimizers[role])
+        tensors |= {f"{name}.held": _module(self.method, name).state_dict() for name in self.method.held}
         tensors |= {f"{role}.ema": ema.weights for role, ema in self.emas.items()}
         tensors["method"] = self.method.state()
+        loop = {}
         if self.recipe.micro_batch == "auto":
-            tensors["loop"] = {"accumulate": torch.tensor(self.accumulate)}
-        return tensors
+            loop["accumulate"] = torch.tensor(self.accumulate)
+        if self.placed.index:
+            loop["stage"] = torch.tensor(self.placed.index)
+        return tensors | ({"loop": loop} if loop else {})
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """The inverse of `tensors`. Raises KeyError or RuntimeError for those of another recipe."""
@@ -233,11 +334,14 @@ class Trainer:
             present = module.state_dict()
             given = {name: place(value, present.get(name, value)) for name, value in tensors[role].items()}
             module.load_state_dict(given, strict=True)
-            load_optimizer_tensors(self.optimizers[role], tensors[f"{role}.optim"])
+            if role in self.optimizers:
+                load_optimizer_tensors(self.optimizers[role], tensors[f"{role}.optim"])
+        for name in self.method.held:
+            _module(self.method, name).load_state_dict(tensors[f"{name}.held"], strict=True)
         for role, ema in self.emas.items():
             ema.load(tensors[f"{role}.ema"])
         self.method.load_state(tensors["method"])
-        if "loop" in tensors and self.recipe.micro_batch == "auto":
+        if self.recipe.micro_batch == "auto" and "accumulate" in tensors.get("loop", {}):
             self.accumulate = int(tensors["loop"]["accumulate"])
 
     def resume(self) -> None:
@@ -247,6 +351,7 @@ class Trainer:
             return
         self.step, tensors = found
         try:
+            self._return_to_stage(tensors)
             self.load(tensors)
         except (KeyError, RuntimeError) as error:
             raise ArtifactError(
@@ -257,6 +362,20 @@ class Trainer:
             self.run.drop_metrics_after(self.step)
             self.run.tell("checkpoint", step=self.step)
         log.info("resumed from step %d", self.step)
+
+    def _return_to_stage(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Enter the stages up to that of a checkpoint, so that its tensors find their modules."""
+        index = int(tensors.get("loop", {}).get("stage", torch.tensor(0)))
+        shapes = {
+            f"{part}/{name}": tuple(v.shape) for part, values in tensors.items() for name, v in values.items()
+        }
+        for placed in self.stages:
+            if self.placed.index < placed.index <= index:
+                self.enter(placed, shapes)
+
+
+def _logged(update: Update) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(value).detach() for name, value in update.metrics.items()}
 
 
 def _layout(method: Method, accelerator: Accelerator, sharding: str | None) -> Replicated:

@@ -1,4 +1,4 @@
-"""What a training run needs of memory, measured without having it: one step of the real loop on weightless tensors.
+"""What a training run needs of memory, measured without having it: one step of the real loop on fake tensors.
 
     at the peak = weights + optimiser state + EMA + the most that is alive at once in a step
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from distill_core.config import Recipe
 from distill_core.data.source import Source
 from distill_core.errors import ConfigError
 from distill_core.method import Batch, Method
-from distill_core.networks.weightless import real_tensors
+from distill_core.networks.fake_tensors import real_tensors
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
 
@@ -125,13 +125,13 @@ class LiveBytes(TorchDispatchMode):
 
 
 def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
-    """What training `method` as `recipe` says needs; under `weightless()` it costs seconds and no memory.
+    """What training `method` as `recipe` says needs; under `fake_tensors()` it costs seconds and no memory.
 
     Takes a step of the method, so its weights change where there are any. Of several processes each has its share of
     the batch. Where networks are sharded, the step has room for one whole, as if all its blocks were gathered at once.
 
     Raises:
-        Unplannable: the method decides by the values of tensors, which weightless ones do not have.
+        Unplannable: the method decides by the values of tensors, which fake ones do not have.
     """
     if recipe.precision == "fp16":
         recipe = recipe.model_copy(update={"precision": "bf16"})  # of the same size, and a CPU has no fp16
@@ -170,7 +170,7 @@ def _divided(part: Part, processes: int) -> Part:
 
 @contextmanager
 def refusing_values(method: str) -> Iterator[None]:
-    """Turns what torch says where a program asks weightless tensors for more than shapes into `Unplannable`."""
+    """Turns what torch says where a program asks fake tensors for more than shapes into `Unplannable`."""
     try:
         yield
     except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -191,8 +191,17 @@ class _Batches:
     def batch(self, size: int, *, epoch_seed: int, position: int) -> Batch:
         with real_tensors():
             batch = self.source.batch(size, epoch_seed=epoch_seed, position=position)
-        x0 = None if batch.x0 is None else torch.empty_like(batch.x0).copy_(batch.x0)
-        return Batch(batch.size, x0, {name: torch.empty_like(v).copy_(v) for name, v in batch.cond.items()})
+        return _faked(batch)
+
+
+def _faked(batch: Batch) -> Batch:
+    """The same batch as tensors of the mode that is on."""
+
+    def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.empty_like(value).copy_(value) for name, value in tensors.items()}
+
+    also = {name: _faked(other) for name, other in batch.also.items()}
+    return Batch(batch.index, copied(batch.columns), copied(batch.cond), copied(batch.view), also)
 
 
 def _make_optimizer_state(trainer: Trainer) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,15 +13,22 @@ from torch import nn
 from distill_core.config import OptimConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """The recipe's optimiser over `parameters`."""
+def build_optimizer(
+    module: nn.Module, parameters: Sequence[nn.Parameter], config: OptimConfig
+) -> torch.optim.Optimizer:
+    """The recipe's optimiser over `parameters` of `module`, in its groups."""
+    groups: Any = _groups(module, parameters, config) if config.groups else parameters
     if config.name == "sgd":
         return torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.betas[0], weight_decay=config.weight_decay
+            groups,
+            lr=config.lr,
+            momentum=config.betas[0] if config.momentum is None else config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
         )
     cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
     return cls(  # fused: one kernel for all tensors, a third of a small network's step on a CPU
-        parameters,
+        groups,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -28,12 +37,32 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
     )
 
 
+def _groups(
+    module: nn.Module, parameters: Sequence[nn.Parameter], config: OptimConfig
+) -> list[dict[str, Any]]:
+    """The parameters by the first pattern that fits their name; the rest come last."""
+    wanted = {id(parameter) for parameter in parameters}
+    rest = [(name, value) for name, value in module.named_parameters() if id(value) in wanted]
+    found = []
+    for group in config.groups:
+        own = [(name, value) for name, value in rest if fnmatchcase(name, group.match)]
+        rest = [pair for pair in rest if not fnmatchcase(pair[0], group.match)]
+        decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+        if own:
+            found.append(
+                {"params": [value for _, value in own], "lr_scale": group.lr_scale, "weight_decay": decay}
+            )
+    return [*found, {"params": [value for _, value in rest], "lr_scale": 1.0}] if rest else found
+
+
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate at `step` of `steps`: linear warm-up, then constant, cosine or exponential decay."""
+    """The learning rate at `step` of `steps`: linear warm-up, then constant, or decay as the recipe says."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay == "constant":
         return config.lr
+    if config.decay == "milestones":
+        return config.lr * config.gamma ** sum(step >= at * steps for at in config.milestones)
     done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     if config.decay == "cosine":
         return config.lr * (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distill_core.artifacts import ArtifactStore, check_convertible
+from distill_core.artifacts import ArtifactStore
 from distill_core.errors import DistilleryError
+from distill_core.kinds.convertible import check_convertible
 from distill_service.jobs.specs import Draft, references
 from distill_service.jobs.table import Kind
 from distill_service.settings import Settings

@@ -14,7 +14,6 @@ from pydantic import Field
 from distill_core.config import (
     NAME_PATTERN,
     Config,
-    EvaluateConfig,
     Recipe,
     check_name,
     load_recipe,
@@ -39,7 +38,7 @@ class EvaluateSpec(Config):
     """An evaluation of a published model."""
 
     artifact: str = Field(min_length=1, max_length=200)
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: dict[str, Any] = {}  # the kind of the model says which keys; see `kinds/*/card.py`
     data: dict[str, Any] | None = None
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from distill_core.artifacts import Manifest
 from distill_core.diffusion.routing import PartitionSpec, class_parts, pooled, prompt_parts
 from distill_core.errors import ArtifactError
+from distill_core.kinds.cards import generator_card
 
 Feed = dict[str, np.ndarray]
 Graph = Callable[[Feed], np.ndarray]
@@ -39,8 +40,8 @@ class Denoisers:
         suffix: str,
     ) -> None:
         self._folder, self._open_graph = folder, open_graph
-        self._ref, self._spec = manifest.ref, manifest.partition or ONE
-        self._file = (DENOISER if manifest.partition is None else EXPERT) + suffix
+        self._ref, self._spec = manifest.ref, generator_card(manifest).partition or ONE
+        self._file = (DENOISER if generator_card(manifest).partition is None else EXPERT) + suffix
         self._table = np.array(self._spec.table)
         self._router = _read_router(router) if self._spec.kind == "prompt" else {}
         self._graphs: dict[int, Graph] = {}

@@ -14,6 +14,7 @@ from distill_core.diffusion.image_to_image import Beginning
 from distill_core.diffusion.routing import ROUTER
 from distill_core.diffusion.sampling import sample
 from distill_core.errors import ConfigError
+from distill_core.kinds.cards import generator_card
 from distillery_sampler.backends.base import Generator, noise
 from distillery_sampler.backends.experts import Denoisers, Feed, Graph
 from distillery_sampler.backends.tokens import PromptTokens
@@ -51,8 +52,9 @@ class GraphGenerator(Generator):
     ) -> None:
         self.name, self.on_gpu = name, on_gpu
         self._files = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-        assert manifest.image and manifest.cond and manifest.sampler, "`choose` has refused others"  # noqa: PT018
-        self.image, self.cond, self.sampler = manifest.image, manifest.cond, manifest.sampler
+        card = generator_card(manifest)
+        assert card.image and card.cond and card.sampler, "`choose` has refused others"  # noqa: PT018
+        self.image, self.cond, self.sampler = card.image, card.cond, card.sampler
         self._steerable = False
         self._denoisers = Denoisers(
             folder, model / ROUTER, manifest, lambda path: self._steered(open_graph(path)), suffix=suffix

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from distill_core.artifacts import Manifest
 from distill_core.errors import ArtifactError, missing_package
+from distill_core.kinds.cards import generator_card, served_by
 from distillery_sampler.backends.base import Backend, Generator
 from distillery_sampler.backends.fixed import BUCKETS, Padded
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.settings import SamplerSettings
 
-SERVED = ("denoiser", "field")  # kinds
 RUNTIMES = {"onnx": "onnxruntime", "trt": "tensorrt"}  # by what an export's name begins with
 PACKAGES = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "onnx"), "tensorrt": ("tensorrt",)}
 EXTRAS = {"torch": "train", "onnxruntime": "sampler", "tensorrt": "trt"}
@@ -29,9 +29,10 @@ class Choice(NamedTuple):
 
 def check_kind(manifest: Manifest) -> None:
     """Refuse a kind of model that is not sampled: what it takes and answers cannot be said either."""
-    if manifest.kind not in SERVED:
+    if not served_by(manifest):
         raise ArtifactError(
-            f"{manifest.ref} is a {manifest.kind}; a sampler serves denoisers and fields", field="model"
+            f"{manifest.ref} is a {manifest.kind}, which no sampler serves; `distillery models` shows the kinds",
+            field="model",
         )
 
 
@@ -64,15 +65,16 @@ def choices(manifest: Manifest, settings: SamplerSettings) -> list[Choice]:
         ArtifactError: a kind of model that is not sampled, or no export where one is demanded.
     """
     check_kind(manifest)
-    if manifest.kind == "denoiser" and not (manifest.image and manifest.cond and manifest.sampler):
+    card = generator_card(manifest)
+    if served_by(manifest) == "generate" and not (card.image and card.cond and card.sampler):
         raise ArtifactError(f"{manifest.ref}: its manifest lacks image, cond or sampler; publish it again")
     # a field's marching is not in an exported graph
-    wanted = "torch" if manifest.kind == "field" else settings.backend
+    wanted = "torch" if served_by(manifest) == "render" else settings.backend
     allowed = [target for target in settings.targets if wanted in ("auto", _runtime(target))]
     targets = [target for target in allowed if target in manifest.exports]
     if not targets:
         _require_no_export(manifest, wanted, allowed, settings)
-        return [Choice("torch", None, "fp32" if manifest.kind == "field" else settings.precision)]
+        return [Choice("torch", None, "fp32" if served_by(manifest) == "render" else settings.precision)]
     found = [Choice(_runtime(target), target, target.rpartition("-")[2]) for target in targets]
     last = next((at for at, choice in enumerate(found) if choice.backend != "tensorrt"), len(found) - 1)
     return found[: last + 1]

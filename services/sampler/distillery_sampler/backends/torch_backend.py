@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from distill_core.artifacts import Manifest
-from distill_core.building import load_model
 from distill_core.diffusion.image_to_image import Beginning
 from distill_core.diffusion.sampling import sample
 from distill_core.errors import ArtifactError
+from distill_core.kinds.cards import generator_card, scene_spec, served_by
+from distill_core.kinds.loading import load_model
 from distill_core.networks.adapters import plain
 from distill_core.networks.denoiser import Denoiser, loading
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
@@ -45,7 +46,7 @@ def open_model(
         with loading():
             return TorchGenerator(folder, manifest, settings, weights, threads=threads)
 
-    if manifest.kind == "field":
+    if served_by(manifest) == "render":
         with loading():
             return TorchScene(folder, manifest, settings.device, threads=threads)
     return OneThread(generator) if settings.device.startswith("cuda") else generator()
@@ -79,7 +80,7 @@ class TorchGenerator(Generator):
             return model
 
         def load() -> Any:
-            if manifest.partition is not None:  # an expert nobody asks for takes no memory
+            if generator_card(manifest).partition is not None:  # an expert nobody asks for takes no memory
                 return StoredExperts(folder, device=device, on_read=partial(log_expert, manifest.ref))
             model: Any = load_model(folder, device=device, base=base).eval()
             return prepare(model, device, precision) if isinstance(model, DiffusersDenoiser) else model
@@ -90,7 +91,7 @@ class TorchGenerator(Generator):
         self._device, self._to_host = device, HostBuffers()
         self._half = precision == "bf16"
         self._guided: Any = self._denoiser.guided
-        if self.on_gpu and settings.cuda_graphs and manifest.partition is None:
+        if self.on_gpu and settings.cuda_graphs and generator_card(manifest).partition is None:
             self._guided = Replayed(self._denoiser.guided, (1.0, self._denoiser.sampler.guidance))
 
     @torch.inference_mode()
@@ -179,7 +180,7 @@ class TorchScene(SceneRenderer):
         use_threads(threads)
         self.on_gpu, self._threads = device.startswith("cuda"), threads
         self._scene = refined(load_scene(folder, device=device))
-        said, bound = manifest.scene.bound if manifest.scene else None, self._scene.spec.bound
+        said, bound = scene_spec(manifest).bound if scene_spec(manifest) else None, self._scene.spec.bound
         if said is not None and said != bound:
             raise ArtifactError(
                 f"{manifest.ref} is said to lie in the box of half side {said:g}, but its field was trained in "

@@ -11,7 +11,7 @@ A student below the teacher's highest level begins with `regression_steps` on th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -66,10 +66,10 @@ class DMD2(Method):
         student.sampler = few_step_sampler(student, self.levels)
 
     @classmethod
-    def pictures_for(cls, config: Config) -> str | None:
+    def columns(cls, config: Config) -> Mapping[str, str]:
         if config.gan_weight:
-            return "the discriminator (config.gan_weight)"
-        return "config.rollout = 'noised_data'" if config.rollout == "noised_data" else None
+            return {"x0": "the discriminator (config.gan_weight)"}
+        return {"x0": "config.rollout = 'noised_data'"} if config.rollout == "noised_data" else {}
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         if step < self.config.regression_steps:

@@ -9,7 +9,7 @@ Reverse KL has h = 1 and is DMD2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -130,12 +130,12 @@ class FDistill(DMD2):
         return super().discriminates or self.config.divergence != "reverse_kl"
 
     @classmethod
-    def pictures_for(cls, config: Config) -> str | None:
+    def columns(cls, config: Config) -> Mapping[str, str]:
         if config.features == "teacher":
-            return "the discriminator (config.features = 'teacher')"
+            return {"x0": "the discriminator (config.features = 'teacher')"}
         if config.divergence != "reverse_kl":
-            return f"the discriminator (config.divergence = {config.divergence!r})"
-        return super().pictures_for(config)
+            return {"x0": f"the discriminator (config.divergence = {config.divergence!r})"}
+        return super().columns(config)
 
     def state(self) -> dict[str, Tensor]:
         return self.normalizer.state_dict()

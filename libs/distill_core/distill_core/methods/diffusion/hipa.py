@@ -108,7 +108,7 @@ class HiPA(Method):
         self.hf_weight = state["hf_weight"]
 
     @torch.no_grad()
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """On the held-out pairs: likeness (dB), high-frequency power over the teacher's; and the share of weights."""
         first = len(self.pairs) - self.config.held_out
         indices = torch.arange(first, len(self.pairs)).split(config.batch_size)

@@ -9,7 +9,7 @@ was noised and recovered in one call; q is a classifier (the paper's: an instanc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,8 @@ class HyperSDFeedback(Method):
         self._check_inputs()
 
     @classmethod
-    def pictures_for(cls, config: Config) -> str | None:
-        return "the perception term (config.perception_weight)" if config.perception_weight else None
+    def columns(cls, config: Config) -> Mapping[str, str]:
+        return {"x0": "the perception term (config.perception_weight)"} if config.perception_weight else {}
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         score = self.reward.score(self.student.decode(self.generate(batch)), batch.cond)
@@ -92,7 +92,7 @@ class HyperSDFeedback(Method):
         return F.cross_entropy(self.extractor(picture), batch.cond["class_label"])
 
     @torch.no_grad()
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """Mean reward, and spread within classes, with none, half and all of the adapter (`off_`, `half_`, `full_`)."""
         cond, trained = (
             default_cond(self.student.cond, config.num_samples, self.student),

@@ -73,7 +73,7 @@ class MSD(DMD2):
         sigma, x0 = x.new_full((count,), self.levels[0]), pairs.x0.to(self.device)
         return torch.stack([F.mse_loss(expert(x, sigma, cond), x0) for expert in self.student.experts]).mean()
 
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """The size of what answers one request, as a share of the teacher's."""
         sizes = [sum(p.numel() for p in net.parameters()) for net in (self.student.experts[0], self.teacher)]
         return {"expert_parameters": sizes[0], "expert_share": sizes[0] / sizes[1]}

@@ -10,6 +10,7 @@ leads away from it instead of the null prompt; the fake score does not see it. W
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -59,7 +60,7 @@ class NASA(PGSB):
         chosen = torch.randint(len(prompts), (batch.size,)).tolist()
         alpha = self.config.scale_max * float(torch.rand(()))
         cond = with_negative(self.teacher, batch.cond, [prompts[i] for i in chosen], scale=alpha)
-        return Batch(batch.size, batch.x0, cond).to(self.device)
+        return replace(batch, cond=cond).to(self.device)
 
     def teacher_cond(self, batch: Batch) -> Cond:
         return {name: value for name, value in batch.cond.items() if name != "nasa_scale"}
@@ -67,7 +68,7 @@ class NASA(PGSB):
     def fake_cond(self, batch: Batch) -> Cond:
         return {n: v for n, v in self.teacher_cond(batch).items() if not n.startswith(NEGATIVE)}
 
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """How often pictures show what they must not, and what they must; `plain_`: without the negative prompt.
 
         For data that recognises what a picture shows, on its prompts without a word of the negative ones.

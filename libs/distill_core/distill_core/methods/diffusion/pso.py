@@ -12,7 +12,7 @@ sampled from the reference anew in each update: there is no fixed point, only be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -87,8 +87,8 @@ class PSO(Method):
         self.preferred = None if config.mode == "online" else self.rank()
 
     @classmethod
-    def pictures_for(cls, config: Config) -> str | None:
-        return None if config.mode == "online" else "the preferred samples"
+    def columns(cls, config: Config) -> Mapping[str, str]:
+        return {} if config.mode == "online" else {"x0": "the preferred samples"}
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         if self.config.mode == "online":
@@ -166,7 +166,7 @@ class PSO(Method):
         return indices[scores.topk(max(1, round(self.config.preferred_share * count))).indices]
 
     @torch.no_grad()
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """Reward and spread of the student's samples, of the reference's (`start_`), and of the preferred data."""
         cond = default_cond(self.student.cond, config.num_samples, self.student)
         figures = self.describe(self.sampled(cond, config), cond)

@@ -11,7 +11,7 @@ A tileable student samples on a torus, in x0_hat too; the diffusion loss pads wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -74,8 +74,8 @@ class StableMaterialsGAN(Method):
             make_tileable(student)
 
     @classmethod
-    def pictures_for(cls, config: Config) -> str | None:
-        return "the diffusion loss"
+    def columns(cls, config: Config) -> Mapping[str, str]:
+        return {"x0": "the diffusion loss"}
 
     @cached_property
     def bordered(self) -> Denoiser:
@@ -122,7 +122,7 @@ class StableMaterialsGAN(Method):
                 x = add_noise(x0, x.new_full((count,), following))
         return self.student(x, x.new_full((count,), levels[chosen]), cond)
 
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """Seams, and the distance to the un-annotated pictures, of the channels that these have.
 
         Of a tileable student also as `plain_*`, with zeros around, and as `rolled_*`, the plain one by `rolling`.

@@ -9,7 +9,7 @@ begins (`student.recipe` of `msd` or `dmd2`); random weights are too far from th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from pydantic import Field, field_validator
@@ -43,8 +43,8 @@ class TSM(Method):
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
 
     @classmethod
-    def pictures_for(cls, config: Config) -> str | None:
-        return "the noised pictures that teacher and student look at"
+    def columns(cls, config: Config) -> Mapping[str, str]:
+        return {"x0": "the noised pictures that teacher and student look at"}
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         sigma = self.sample_sigma(batch.size)
@@ -65,7 +65,7 @@ class TSM(Method):
         return torch.where(torch.rand(count, device=self.device) < self.config.own_share, own, grid)
 
     @torch.no_grad()
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """`own_level_error`: |D_student - D_teacher|^2 / |D_teacher|^2 on noised pictures, at the student's levels."""
         batch = self.data.all(config.num_samples).to(self.device)
         with torch.random.fork_rng():

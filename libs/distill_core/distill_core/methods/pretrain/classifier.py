@@ -54,6 +54,7 @@ class ClassifierTraining(Method):
     paper = "Szegedy et al., 2016, Rethinking the Inception Architecture, arXiv 1512.00567"
     roles = ("classifier",)
     result = "classifier"
+    kind = "predictor"
 
     def __init__(self, config: Config, *, network: NetworkConfig | None, data: Source) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class ClassifierTraining(Method):
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
         return x + self.config.noise * torch.randn_like(x) if self.config.noise else x
 
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """Figures on the held-out part; without one only `train_accuracy`, which says little."""
         figures = {"train_accuracy": accuracy(*self._answers(self.data, config))}
         if self.held_out is not None:

@@ -8,7 +8,7 @@ The codec learns in the first `warmup_steps`, is then frozen, and its latents ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill_core.config import NetworkConfig
 from distill_core.data.source import Source
-from distill_core.method import Batch, Method, Update
+from distill_core.method import Batch, Method, Stage, Update
 from distill_core.methods.pretrain.flow_matching import Config as FlowConfig
 from distill_core.methods.pretrain.flow_matching import flow_matching_loss
 from distill_core.networks.diffusers_new import build_codec, build_denoiser, scale_latents
@@ -62,18 +62,23 @@ class LatentDiffusion(Method):
         )
         self.scale = torch.ones(())  # of the latents; known once the codec is
 
+    @classmethod
+    def stages(cls, config: Config, steps: int) -> tuple[Stage, ...]:
+        codec = Stage("codec", config.warmup_steps, ("codec",))
+        return codec, Stage("denoiser", max(steps - config.warmup_steps, 1), ("teacher",))
+
+    def enter(self, stage: Stage, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        if shapes is None:  # else the checkpoint has it
+            self.load_state({"scale": self.measured_scale()})
+
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
-        if step < self.config.warmup_steps:
+        if self.stage_of(step).name == "codec":
             loss, error = codec_loss(self.codec, batch.x0, self.config.kl_weight)
             yield Update("codec", loss, {"codec_error": error})
             return
-        if step == self.config.warmup_steps:
-            self.load_state({"scale": self.measured_scale()})
         with torch.no_grad():
             latents = self.teacher.encode(batch.x0)
-        yield Update(
-            "teacher", flow_matching_loss(self.teacher, Batch(batch.size, latents, batch.cond), self.config)
-        )
+        yield Update("teacher", flow_matching_loss(self.teacher, batch.with_x0(latents), self.config))
 
     @torch.no_grad()
     def measured_scale(self) -> Tensor:

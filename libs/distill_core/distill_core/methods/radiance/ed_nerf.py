@@ -13,8 +13,7 @@ so that equal words change nothing; levels are uniform on the schedule's grid; w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -27,13 +26,13 @@ from distill_core.data.scenes import SceneSource
 from distill_core.errors import ConfigError, nearest
 from distill_core.losses.matching import surrogate_loss
 from distill_core.losses.score_distillation import Predict, Source, score_direction
-from distill_core.method import Batch, Cond, Method, MethodConfig, Update
+from distill_core.method import Batch, Cond, Method, MethodConfig, Stage, Update
 from distill_core.metrics.editing import background_psnr, colour_moved
 from distill_core.metrics.image import psnr
 from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.fields import build_field
 from distill_core.networks.refinement import RefinementConfig, RefinementHead
-from distill_core.networks.weightless import real_tensors
 from distill_core.radiance.cameras import Rays
 from distill_core.radiance.coloured_scene import COLOURS
 from distill_core.radiance.latent_scene import Box, LatentScene, latent_rays
@@ -41,7 +40,7 @@ from distill_core.radiance.march import step_length
 from distill_core.radiance.occupancy import OccupancyGrid
 from distill_core.radiance.rendering import over
 
-PREVIEWS, ENCODED = 4, 8  # pictures at once
+ENCODED = 8  # pictures at once
 
 
 class Config(MethodConfig):
@@ -75,6 +74,8 @@ class EDNeRF(Method):
     paper = "Park et al. 2024, ED-NeRF: Efficient Text-Guided Editing of 3D Scene, arXiv 2310.02712"
     roles = ("field", "head")
     result = "field"
+    kind = "latent_field"
+    plan = "step"
 
     def __init__(
         self, config: Config, *, teacher: Denoiser, network: NetworkConfig, data: SceneSource
@@ -103,11 +104,18 @@ class EDNeRF(Method):
             self.register_buffer(name, part.unflatten(0, (len(cameras), -1)), persistent=False)
         self.unedited: list[LatentScene] = []  # outside the module tree: it is never trained
 
+    @classmethod
+    def stages(cls, config: Config, steps: int) -> tuple[Stage, ...]:
+        edit = Stage("edit", max(steps - config.reconstruct_steps, 1), ("field",))
+        return Stage("reconstruct", config.reconstruct_steps, ("field", "head")), edit
+
+    def enter(self, stage: Stage, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        if shapes is None:  # else the checkpoint has it
+            self.keep_unedited()
+
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         if step % self.config.grid_every == 0:
             self.grid.update(self.field.log_density, every_cell=step < self.config.reconstruct_steps)
-        if step == self.config.reconstruct_steps:
-            self.keep_unedited()
         views = torch.randint(len(self.data.train), (batch.size,))
         yield from self.reconstruction(views, step) if not self.unedited else self.edit(views)
 
@@ -215,11 +223,7 @@ class EDNeRF(Method):
         views = range(len(self.data.test))
         return [scene.picture(self.data.test.camera(index), self.teacher.decode).cpu() for index in views]
 
-    def preview(self, seed: int) -> Tensor:
-        """Held-out views, decoded: (B, 3, H, W) in [-1, 1]."""
-        return torch.stack(self.pictures(self.scene())[:PREVIEWS]).permute(0, 3, 1, 2) * 2 - 1
-
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """Decoded PSNR of the unedited scene on held-out views; how much the edit changed, and where, if known."""
         test = self.data.test
         after = torch.stack(self.pictures(self.scene()))
@@ -236,14 +240,8 @@ class EDNeRF(Method):
             figures["background_psnr"] = background_psnr(before, after, shown)
         return figures
 
-    def save_result(self, folder: Path) -> None:
-        """The edited scene, with the decoder beside it."""
-        self.scene().save(folder)
-        if hasattr(self.teacher, "save_companions"):
-            self.teacher.save_companions(folder)
-
-    def manifest_fields(self) -> dict[str, object]:
-        return self.scene().manifest_fields()
+    def published(self) -> Mapping[str, LatentScene]:
+        return {"field": self.scene().decoded_by(self.teacher)}
 
 
 def condition(teacher: Denoiser, words: str, key: str) -> Cond:

@@ -9,9 +9,7 @@ as cells, with the field's opacity and colour there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from pydantic import Field
@@ -29,13 +27,11 @@ from distill_core.radiance.gaussians import (
     Splats,
     rasterize,
     render_gaussians,
-    save_gaussians,
 )
 from distill_core.radiance.renderer import Rendering, Scene, render
 from distill_core.radiance.rendering import over
 from distill_core.radiance.seeding import seed_gaussians
 
-PREVIEWS = 4
 BLACK = (0.0, 0.0, 0.0)
 
 
@@ -76,6 +72,8 @@ class FieldToGaussians(Method):
     )
     roles = ("geometry", "appearance")
     result = "appearance"
+    kind = "gaussians"
+    plan = "step"
 
     def __init__(self, config: Config, *, teacher: Scene) -> None:
         super().__init__()
@@ -129,14 +127,7 @@ class FieldToGaussians(Method):
             poses = draw_poses(self.config.poses, self.scene.spec.radius, self.config.num_test_poses)
         return [self.camera(pose) for pose in poses]
 
-    def preview(self, seed: int) -> Tensor:
-        """Held-out views, the Gaussians', then the teacher's: (B, 3, H, W) in [-1, 1]."""
-        cameras = self.test_cameras(seed)[:PREVIEWS]
-        views = [render_gaussians(self.student_scene(), camera).rgb for camera in cameras]
-        views += [render(self.teacher_scene(), camera).rgb for camera in cameras]
-        return torch.stack(views).permute(0, 3, 1, 2) * 2 - 1
-
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """Means over held-out poses, against the teacher: PSNR, and the error of opacity and distance (scene units)."""
         psnrs, opacities, depths = [], [], []
         cameras = self.test_cameras(config.seed)
@@ -155,8 +146,8 @@ class FieldToGaussians(Method):
             "test_poses": float(count),
         }
 
-    def save_result(self, folder: Path) -> None:
-        save_gaussians(self.student_scene(), folder)
+    def published(self) -> Mapping[str, GaussianScene]:
+        return {"student": self.student_scene()}
 
-    def manifest_fields(self) -> dict[str, Any]:
-        return {"kind": "gaussians", "scene": self.student_scene().spec}
+    def references(self) -> Mapping[str, Scene]:
+        return {"teacher": self.teacher_scene()}

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Literal, Self
 
 import torch
@@ -44,7 +43,6 @@ from distill_core.radiance.renderer import Scene, render
 from distill_core.radiance.rendering import over
 from distill_core.radiance.shading import GBuffer
 
-PREVIEWS = 4
 NORMAL_RAYS, NORMAL_TAPS = 128, 20  # looked at per step, and around each for the density's gradient
 SURE = 0.9  # a pixel counts as inside or outside a region, or as surface, when this share of it is
 
@@ -99,6 +97,8 @@ class PRD(Method):
     )
     roles = ("field", "materials", "light")
     result = "materials"
+    kind = "relightable"
+    plan = "step"
 
     def __init__(self, config: Config, *, teacher: Scene, data: SceneSource) -> None:
         super().__init__()
@@ -207,13 +207,7 @@ class PRD(Method):
         """(P side^2, 3) as pictures (P, 3, side, side)."""
         return colours.reshape(-1, self.side(), self.side(), 3).permute(0, 3, 1, 2)
 
-    def preview(self, seed: int) -> Tensor:
-        """Held-out views (B, 3, H, W) in [-1, 1]."""
-        count = min(PREVIEWS, len(self.data.test))
-        views = [self.scene().render(self.data.test.camera(index))[0] for index in range(count)]
-        return torch.stack(views).permute(0, 3, 1, 2) * 2 - 1
-
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """PSNR of the scene and of the raw field; where the data knows them, relit PSNR and alpha by region."""
         test, scene = self.data.test, self.scene()
         taught = Scene(self.teacher, self.occupied, self.spec, self.num_steps)
@@ -244,12 +238,11 @@ class PRD(Method):
             "alpha_outside": float(alpha[(share == 0) & (opacity > SURE)].mean()),
         }
 
-    def save_result(self, folder: Path) -> None:
-        """The whole relightable scene."""
-        self.scene().save(folder)
+    def published(self) -> Mapping[str, RelightableScene]:
+        return {"scene": self.scene()}
 
-    def manifest_fields(self) -> dict[str, object]:
-        return self.scene().manifest_fields()
+    def references(self) -> Mapping[str, Scene]:
+        return {"raw": Scene(self.teacher, self.occupied, self.spec, self.num_steps)}
 
 
 def density_normals(field: nn.Module, positions: Tensor, step: float, delta: float) -> Tensor:

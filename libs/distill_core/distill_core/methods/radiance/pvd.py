@@ -10,9 +10,8 @@ every tensor that matches in name and shape. The feature's weight decays: w_f(s)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -38,10 +37,9 @@ from distill_core.networks.fields.transfer import features_compare, transfer_mat
 from distill_core.radiance.camera_sampling import PoseConfig, draw_poses, draw_rays
 from distill_core.radiance.cameras import Camera, Rays, focal_length
 from distill_core.radiance.march import Samples, fit_budget, march
-from distill_core.radiance.renderer import Scene, render, save_scene
+from distill_core.radiance.renderer import Scene, render
 from distill_core.radiance.rendering import composite, over, packed_weights
 
-PREVIEWS = 4
 MAX_PSNR = 100.0  # dB, of pictures that are equal
 
 
@@ -76,6 +74,8 @@ class PVD(Method):
     Config = Config
     paper = "Fang et al. 2023, One is All: Progressive Volume Distillation, arXiv 2211.15977"
     roles = ("student",)
+    kind = "field"
+    plan = "step"
 
     def __init__(self, config: Config, *, teacher: Scene, network: NetworkConfig, data: Source) -> None:
         super().__init__()
@@ -169,14 +169,7 @@ class PVD(Method):
             poses = self.new_poses(self.config.num_test_poses)
         return [Camera(pose, focal, focal, size / 2, size / 2, size, size) for pose in poses]
 
-    def preview(self, seed: int) -> Tensor:
-        """Held-out views, the student's, then the teacher's: (B, 3, H, W) in [-1, 1]."""
-        cameras = self.test_cameras(seed)[:PREVIEWS]
-        scenes = (self.student_scene(), self.teacher_scene())
-        views = torch.stack([render(scene, camera).rgb for scene in scenes for camera in cameras])
-        return views.permute(0, 3, 1, 2) * 2 - 1
-
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """PSNR of held-out views against the teacher's, and of both against true pictures where the data has any.
 
         `psnr_to_teacher` is a mean over views, `worst_pose_psnr` over the worst tenth of them, `worst_ray_psnr` that of
@@ -212,11 +205,11 @@ class PVD(Method):
         own, taught = _psnr_of(torch.tensor(errors)).mean(0).tolist()
         return {"psnr": own, "teacher_psnr": taught, "psnr_lost": taught - own}
 
-    def save_result(self, folder: Path) -> None:
-        save_scene(self.student_scene(), folder)
+    def published(self) -> Mapping[str, Scene]:
+        return {"student": self.student_scene()}
 
-    def manifest_fields(self) -> dict[str, Any]:
-        return {"kind": "field", "scene": self.student_scene().spec}
+    def references(self) -> Mapping[str, Scene]:
+        return {"teacher": self.teacher_scene()}
 
     def _check_outputs(self) -> None:
         teacher, student = self.teacher.config, self.student.config

@@ -154,9 +154,9 @@ class PVDAL(PVD):
         for name, value in state.items():
             known[name].copy_(value)
 
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """PVD's figures, and `critical_error`: mean |l_s - l_t| at the critical points of held-out views."""
-        return super().evaluate(config) | {"critical_error": self.critical_error(config.seed)}
+        return super().figures(config) | {"critical_error": self.critical_error(config.seed)}
 
     @torch.no_grad()
     def critical_error(self, seed: int) -> float:

@@ -9,18 +9,18 @@ Rays are marched where the occupancy grid is set, as many as fit a budget of sam
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from statistics import fmean as mean
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.config import EvaluateConfig, NetworkConfig
+from distill_core.config import NetworkConfig
 from distill_core.data.scenes import SceneSource
 from distill_core.errors import ConfigError
+from distill_core.kinds.field.card import Evaluate
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.metrics.image import depth_error, psnr, ssim
 from distill_core.metrics.lpips import LPIPS
@@ -30,10 +30,9 @@ from distill_core.paths import user_path
 from distill_core.radiance.cameras import Rays
 from distill_core.radiance.march import fit_budget, march, step_length
 from distill_core.radiance.occupancy import OccupancyGrid
-from distill_core.radiance.renderer import Rendering, Scene, render, render_samples, save_scene
+from distill_core.radiance.renderer import Rendering, Scene, render, render_samples
 from distill_core.radiance.rendering import over
 
-PREVIEWS = 4
 log = logging.getLogger(__name__)
 
 
@@ -66,7 +65,8 @@ class RadianceFieldFromImages(Method):
         "Müller et al. 2022, Instant Neural Graphics Primitives, arXiv 2201.05989"
     )
     roles = ("field",)
-    result = "field"
+    result = kind = "field"
+    plan = "step"
 
     def __init__(self, config: Config, *, network: NetworkConfig, data: SceneSource) -> None:
         super().__init__()
@@ -137,13 +137,7 @@ class RadianceFieldFromImages(Method):
         """The held-out view `index` as the field sees it."""
         return render(self.scene(), self.data.test.camera(index))
 
-    def preview(self, seed: int) -> Tensor:
-        """Held-out views, rendered: (B, 3, H, W) in [-1, 1]."""
-        count = min(PREVIEWS, len(self.data.test))
-        views = torch.stack([self.render_test(index).rgb for index in range(count)])
-        return views.permute(0, 3, 1, 2) * 2 - 1
-
-    def evaluate(self, config: EvaluateConfig) -> dict[str, float]:
+    def figures(self, config: Evaluate) -> dict[str, float]:
         """Means over the held-out views, on the scene's background: PSNR, SSIM (Gaussian window), maybe more.
 
         `depth_error` (scene units) where the data knows the truth, LPIPS where `config.lpips` names its weights.
@@ -173,8 +167,5 @@ class RadianceFieldFromImages(Method):
             )
         }
 
-    def save_result(self, folder: Path) -> None:
-        save_scene(self.scene(), folder)
-
-    def manifest_fields(self) -> dict[str, Any]:
-        return {"kind": "field", "scene": self.spec}
+    def published(self) -> Mapping[str, Scene]:
+        return {"field": self.scene()}

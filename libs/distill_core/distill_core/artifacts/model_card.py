@@ -12,7 +12,6 @@ from distill_core.artifacts.manifest import Manifest
 
 CARD = "README.md"
 USAGE = "## Use in diffusers"  # the section that a saved model brings along
-TAGS = {"denoiser": "diffusers", "classifier": "image-classification"}
 
 
 def model_card(manifest: Manifest, saved: str = "") -> str:
@@ -23,7 +22,7 @@ def model_card(manifest: Manifest, saved: str = "") -> str:
         ("Method", manifest.method),
         ("Paper", manifest.paper),
         ("Made from", ", ".join(manifest.parents)),
-        ("Base", manifest.base),
+        ("Base", _base(manifest)),
         ("Licence", manifest.licence or "none was chosen"),
     ]
     lines = [f"- {name}: {escaped(value)}" for name, value in facts if value]
@@ -46,10 +45,15 @@ def front_matter(manifest: Manifest) -> list[str]:
     said = {
         "license": manifest.licence.lower(),
         "library_name": "diffusers" if manifest.kind == "denoiser" else "",
-        "base_model": manifest.base,
+        "base_model": _base(manifest),
         "tags": ["distillery", *([manifest.method] if manifest.method else [])],
     }
     return [f"{key}: {json.dumps(value)}" for key, value in said.items() if value]
+
+
+def _base(manifest: Manifest) -> str:
+    """Of a LoRA student the model that it adapts."""
+    return str(manifest.card.get("base") or "")
 
 
 def escaped(text: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -19,16 +19,18 @@ import torch
 from torch import Tensor
 
 from distill_core.artifacts import SamplerSpec
-from distill_core.building import Context
-from distill_core.config import EvaluateConfig, ModelSource
+from distill_core.config import ModelSource
 from distill_core.data import Source, build_source
 from distill_core.data.classes import answers_in_order, check_classes, class_names, in_order
 from distill_core.errors import ArtifactError, ConfigError, NotFound
+from distill_core.kinds.base import Measured, Models
+from distill_core.kinds.denoiser.card import Evaluate
 from distill_core.method import Cond
 from distill_core.metrics.classification import worst_class_accuracy
 from distill_core.metrics.extractors import ClipScorer, VisionExtractor, load_extractor, load_scorer
 from distill_core.metrics.frechet import FeatureSet, set_figures
 from distill_core.metrics.judge import Judge, load_judge
+from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.classifier import Classifier
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.generation import default_cond, generate_x0
@@ -51,7 +53,7 @@ class Evaluator:
     def __init__(
         self,
         source: Source,
-        config: EvaluateConfig,
+        config: Evaluate,
         *,
         judge: Judge | None = None,
         extractor: VisionExtractor | None = None,
@@ -85,6 +87,29 @@ class Evaluator:
         seen = {name: torch.cat(values) for name, values in collected.items()}
         found = self._figures(seen, self._labels(denoiser, cond))
         return {**found, "ms_per_image": 1000 * seconds / self.config.num_samples}
+
+    def measure(
+        self,
+        model: Denoiser,
+        references: Mapping[str, object],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Measured:
+        """Figures of a generator at each number of steps that it serves, of its teacher, and of what it began as."""
+        figures = self.figures(model)
+        for count in model.sampler.step_counts:  # one student that serves several numbers of steps
+            by_steps = self.figures(model, num_steps=count)
+            figures |= {f"steps_{count}_{name}": value for name, value in by_steps.items()}
+        teacher = references.get("teacher")
+        if isinstance(teacher, Denoiser) and teacher is not model:
+            many = self.figures(teacher)
+            once = self.figures(teacher, sampler=one_step(teacher, model.sampler))
+            figures |= {f"teacher_{name}": value for name, value in many.items()}
+            figures |= {f"teacher_one_step_{name}": value for name, value in once.items()}
+        elif isinstance(model, LoraDenoiser):  # tuned without a teacher: what it was before
+            with model.off():
+                before = self.figures(model)
+            figures |= {f"start_{name}": value for name, value in before.items()}
+        return Measured(figures, self.measured_with(figures))
 
     @cached_property
     def real(self) -> FeatureSet:
@@ -178,9 +203,7 @@ def _part(cond: Cond, indices: range) -> Cond:
     return {name: value[indices.start : indices.stop] for name, value in cond.items()}
 
 
-def load_evaluator(
-    config: EvaluateConfig, denoiser: Denoiser, source: Source, where: Context
-) -> Evaluator | None:
+def load_evaluator(config: Evaluate, denoiser: Denoiser, source: Source, models: Models) -> Evaluator | None:
     """The evaluator that `[evaluate]` describes, for `denoiser` and those like it; None if it can measure nothing.
 
     Raises:
@@ -193,7 +216,7 @@ def load_evaluator(
     judge, extractor, scorers = None, None, {}
     for key, given in config.sources.items():
         with _about(key):
-            folder = where.folder(given)
+            folder = models.folder(given)
             if key == "judge":
                 judge = _fitting(_named(load_judge(folder), given), denoiser, source)
             elif key == "extractor":

@@ -1,6 +1,6 @@
-"""Models with shapes and without weights: nothing is read, computed or held, and all that runs, runs as usual.
+"""Fake tensors: models with shapes and without weights. Nothing is read or held, and all that runs, runs as usual.
 
-Inside `weightless()` tensors are torch's fake ones. What a plan needs for real, a noise schedule or a batch of data,
+Inside `fake_tensors()` tensors are torch's fake ones. What a plan needs for real, a noise schedule or a batch of data,
 is made inside `real_tensors()`.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_inside: ContextVar[bool] = ContextVar("weightless", default=False)
+_inside: ContextVar[bool] = ContextVar("inside fake_tensors", default=False)
 
 
 class _Answers(TorchDispatchMode):
@@ -58,7 +58,7 @@ def _unmoved() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def weightless() -> Iterator[None]:
+def fake_tensors() -> Iterator[None]:
     """Tensors made inside have a shape, a type and a device, and take no memory."""
     import torch._functorch.config as settings
     from torch._subclasses.fake_tensor import FakeTensorMode  # seconds, and nobody else needs it
@@ -75,7 +75,7 @@ def weightless() -> Iterator[None]:
 
 @contextlib.contextmanager
 def real_tensors() -> Iterator[None]:
-    """Ordinary tensors, also inside `weightless()`."""
+    """Ordinary tensors, also inside `fake_tensors()`."""
     if not _inside.get():
         yield
         return
@@ -89,6 +89,6 @@ def real_tensors() -> Iterator[None]:
         _inside.reset(token)
 
 
-def is_weightless() -> bool:
+def is_faked() -> bool:
     """Whether models are to be made without reading their weights."""
     return _inside.get()

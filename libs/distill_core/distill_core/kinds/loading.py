@@ -1,0 +1,72 @@
+"""Loading of whatever a model folder holds, by the kind that recognises it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distill_core.artifacts import ArtifactStore
+from distill_core.config import ModelSource
+from distill_core.errors import ArtifactError
+from distill_core.kinds import find_kind, kind_names
+from distill_core.kinds.base import Kind, Models
+
+Load = Callable[[str], Any]  # the model of a store reference
+
+
+class StoreModels:
+    """Models of one store, for kinds that rest on others: the bases of adapters."""
+
+    def __init__(self, store: ArtifactStore, cache: Path) -> None:
+        self.store, self.cache = store, cache
+
+    def folder(self, source: ModelSource) -> Path:
+        """The folder of a version, fetched and verified."""
+        assert source.artifact is not None
+        return self.store.fetch(source.artifact, self.cache)
+
+    def artifact(self, ref: str, *, device: str = "cpu") -> Any:
+        """The model of a store reference."""
+        return load_model(self.store.fetch(ref, self.cache), device=device, models=self)
+
+
+def kind_of(folder: Path) -> Kind:
+    """The kind of the model in `folder`: a version of a store, or a folder that other programs wrote.
+
+    Raises:
+        ArtifactError: no kind recognises it.
+    """
+    for name in kind_names():
+        kind = find_kind(name)
+        if kind.recognise(folder):
+            return kind
+    raise ArtifactError(
+        f"{folder} holds no model: expected a diffusers folder, or config.json with model.safetensors"
+    )
+
+
+def load_model(folder: Path, *, device: str = "cpu", models: Models | None = None) -> Any:
+    """Whatever a model folder holds: a denoiser (diffusers folder), a radiance field, a classifier or CLIP.
+
+    An adapter without its base's weights is put over the base that `models` finds.
+
+    Raises:
+        ArtifactError: no model, a damaged one, or an adapter whose base cannot be loaded.
+    """
+    return kind_of(folder).load(folder, device=device, models=models)
+
+
+def load_artifact(store: ArtifactStore, ref: str, cache: Path, *, device: str = "cpu") -> Any:
+    """The model of a store reference; an adapter over its base from the same store."""
+    return StoreModels(store, cache).artifact(ref, device=device)
+
+
+def config_kind(folder: Path) -> str:
+    """What a folder's config.json says that it holds: our `kind`, or transformers' `model_type`."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(config.get("kind") or config.get("model_type") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""

@@ -1,0 +1,114 @@
+"""Predictor: a network with named functions, on disk as config.json and model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distill_core.config import Config, NetworkConfig
+from distill_core.errors import ArtifactError, ConfigError
+from distill_core.kinds.predictor.card import Card
+from distill_core.networks.predictors import build_network
+from distill_core.signature import Function, TensorSpec
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class PredictorFile(Config):
+    """What config.json of a predictor's folder says."""
+
+    kind: Literal["predictor"] = "predictor"
+    version: Literal[1] = 1
+    network: NetworkConfig  # with every argument, those that followed from the data too
+    functions: dict[str, Function] = Field(min_length=1)
+    class_names: tuple[str, ...] = ()
+
+
+class Predictor(nn.Module):
+    """A network whose functions are called by name: inputs and outputs are tensors (B, …) by name.
+
+    The function `predict` is the network's forward, any other its method of that name; each takes its inputs in the
+    order in which the description names them, and gives one tensor or a tuple in the order of the outputs.
+    """
+
+    kind: ClassVar[str] = "predictor"
+
+    def __init__(self, network: nn.Module, described: PredictorFile) -> None:
+        super().__init__()
+        self.network, self.described = network, described
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """What the network gives."""
+        out: Tensor = self.network(*inputs)
+        return out
+
+    def call(self, function: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of `function` by name."""
+        spec = self.described.functions[function]
+        run = self.network if function == "predict" else getattr(self.network, function)
+        out = run(*(inputs[name] for name in spec.inputs if name in inputs))
+        return dict(zip(spec.outputs, out if isinstance(out, tuple) else (out,)))
+
+    def card(self) -> Card:
+        """Facts that the manifest keeps."""
+        return Card(
+            functions=self.described.functions,
+            class_names=self.described.class_names,
+            parameters=sum(value.numel() for value in self.parameters()),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(self.described.model_dump_json(indent=1), encoding="utf-8")
+        tensors = {
+            name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()
+        }
+        save_file(tensors, folder / WEIGHTS)
+
+
+def image_classifier(
+    network: nn.Module, config: NetworkConfig, *, shape: tuple[int, ...], class_names: tuple[str, ...]
+) -> Predictor:
+    """A predictor of pictures `shape` (C, H, W) in [-1, 1]: one logit for each class.
+
+    `config` names the network; its arguments are those that the network was made of.
+    """
+    image = TensorSpec(dtype="float32", shape=shape, low=-1, high=1)
+    logits = TensorSpec(dtype="float32", shape=(len(class_names),))
+    predict = Function(inputs={"image": image}, outputs={"logits": logits})
+    args = network.args.model_dump(mode="json")  # type: ignore[operator,union-attr]
+    described = PredictorFile(
+        network=NetworkConfig(name=config.name, args=args),
+        functions={"predict": predict},
+        class_names=class_names,
+    )
+    return Predictor(network, described)
+
+
+def load_predictor(folder: Path, *, device: str = "cpu") -> Predictor:
+    """The predictor saved in `folder`, frozen, in evaluation mode.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or the weights belong to another network.
+    """
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        described = PredictorFile.parse(values if isinstance(values, dict) else {})
+        network = build_network(described.network)
+        network.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    except (OSError, ValueError, ConfigError, TypeError) as error:
+        raise ArtifactError(f"{folder / CONFIG} does not describe a predictor: {error}") from None
+    except SafetensorError as error:
+        raise ArtifactError(f"{folder / WEIGHTS} is damaged or not safetensors: {error}") from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ArtifactError(f"{folder / WEIGHTS} is not what {CONFIG} describes: {reason}") from None
+    return Predictor(network, described).to(device).eval().requires_grad_(False)

@@ -1,0 +1,59 @@
+"""Who hears of a run, and who may stop it, also while models that it needs are trained first."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from distill_core.config import Recipe
+from distill_core.training.run import Listener
+
+should_stop_now: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
+listener_now: ContextVar[Listener | None] = ContextVar(
+    "listener of models that are trained first", default=None
+)
+
+
+class StoppedWhilePreparing(Exception):
+    """A stop was asked for while a teacher or judge was trained first; its checkpoint is written."""
+
+
+@contextlib.contextmanager
+def heard(listener: Listener | None, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Tell `listener`, and ask `should_stop`, of everything that is trained inside."""
+    outer, told = should_stop_now.set(should_stop), listener_now.set(listener)
+    try:
+        yield
+    finally:
+        should_stop_now.reset(outer)
+        listener_now.reset(told)
+
+
+def preparing(recipe: Recipe) -> Listener | None:
+    """A listener that hands the progress of `recipe` on as that of a model which has to be there first."""
+    outer = listener_now.get()
+    if outer is None:
+        return None
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if event["event"] == "progress":
+            outer({**event, "event": "preparing", "model": recipe.title or recipe.method})
+        elif event["event"] == "preparing":
+            outer(dict(event))
+
+    return tell
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """The recipe's CPU threads for the duration; a teacher trained on the way must not change its student's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,82 @@
+"""Publishing: a finished run's models with what their kinds say of them, at most once per job."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.numpy import save_file
+
+from distill_core.artifacts import Manifest
+from distill_core.config import Recipe
+from distill_core.context import Context
+from distill_core.data import Source
+from distill_core.kinds import find_kind
+from distill_core.kinds.base import described
+from distill_core.method import Method, Model
+from distill_core.pictures import save_sheet
+from distill_core.running.keys import move_alias, parents
+from distill_core.training.run import Run
+
+PROBE = "probe.safetensors"  # beside the weights: `FUNCTION/inputs.NAME` and `FUNCTION/outputs.NAME`
+
+
+def save_models(method: Method, source: Source, recipe: Recipe, run: Run) -> None:
+    """Write the folder of each model that the method publishes: weights, preview, probe, recipe."""
+    for folder, model in _folders(method, run).items():
+        kind = find_kind(model.kind)
+        model.save(folder)
+        pictures = kind.preview(model, source, recipe.seed, method.references())
+        if pictures is not None:
+            save_sheet(pictures, folder / "preview.png")
+        probe = kind.probe(model)
+        if probe:
+            arrays = {f"{name}/{key}": value for name, part in probe.items() for key, value in part.items()}
+            save_file(arrays, folder / PROBE)
+        (folder / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+
+
+def publish(
+    method: Method, recipe: Recipe, run: Run, where: Context, figures: Mapping[str, float | str], *, job: str
+) -> Manifest:
+    """Publish the run's models, the main one under the recipe's name, others as NAME-ROLE; the main one's manifest."""
+    assert recipe.publish is not None
+    manifests = []
+    for role, (folder, model) in zip(method.published(), _folders(method, run).items()):
+        name = recipe.publish.name if folder == run.model else f"{recipe.publish.name}-{role}"
+        draft = Manifest(
+            name=name,
+            method=recipe.method,
+            paper=method.paper,
+            title=recipe.title,
+            licence=recipe.publish.licence,
+            parents=parents(method, recipe, where),
+            job=job,
+            recipe_sha256=hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
+            step=recipe.steps,
+            metrics=dict(figures),
+            parity=find_kind(model.kind).parity(_as_saved(model, folder)),
+            **described(model),
+        )
+        manifests.append(where.store.publish(folder, draft, key=job))
+    main = manifests[0]
+    move_alias(main, recipe, where, job)
+    return main
+
+
+def _folders(method: Method, run: Run) -> dict[Path, Model]:
+    """The folder of each published model: `model/` for the main one, `model-ROLE/` for others."""
+    models = method.published()
+    main = next(iter(models))
+    return {
+        run.model if role == main else run.folder / f"model-{role}": model for role, model in models.items()
+    }
+
+
+def _as_saved(model: Model, folder: Path) -> Model:
+    """A scene as it was written: its weights' precision on disk is what a server reads."""
+    if model.kind == "field":
+        loaded: Model = find_kind(model.kind).load(folder)
+        return loaded
+    return model
