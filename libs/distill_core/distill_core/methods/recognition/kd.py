@@ -1,0 +1,81 @@
+"""KD: a student learns the softened predictions of a larger classifier beside the labels.
+
+    L = (1 - w) CE(z_s, y) + w T^2 KL(softmax(z_t / T) || softmax(z_s / T))
+
+z_s, z_t: logits of student and teacher for the same view of the same item; T temperature, w weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from distill_core.config import NetworkConfig
+from distill_core.data import Source
+from distill_core.errors import ConfigError
+from distill_core.method import Batch, Method, MethodConfig, Update
+from distill_core.networks.predictor import image_classifier
+from distill_core.networks.predictors import build_network
+
+
+class Config(MethodConfig):
+    temperature: float = Field(4.0, gt=0)  # Hinton et al. 2015 use 2 to 20
+    weight: float = Field(0.9, ge=0, le=1)  # of the teacher's predictions; 0: the labels alone
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of logits (B, K), mean over the batch.
+
+    The factor keeps the gradient's size as T grows (section 2.1 of the paper).
+    """
+    target = F.log_softmax(teacher / temperature, dim=1)
+    predicted = F.log_softmax(student / temperature, dim=1)
+    return temperature**2 * F.kl_div(predicted, target, reduction="batchmean", log_target=True)
+
+
+class KD(Method):
+    Config = Config
+    paper = "Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531"
+    kind = "predictor"
+    roles = ("student",)
+
+    def __init__(self, config: Config, *, teacher: nn.Module, network: NetworkConfig, data: Source) -> None:
+        super().__init__()
+        self.config, self.teacher = config, teacher
+        assert data.shape is not None  # `columns` asks for pictures
+        facts = {"shape": data.shape, "num_classes": data.num_classes, "class_names": data.class_names}
+        student = build_network(network, facts)
+        self.student = image_classifier(student, network, shape=data.shape, class_names=data.class_names)
+        _check_classes(teacher, data)
+
+    @classmethod
+    def columns(cls, config: Config) -> Mapping[str, str]:
+        return {"x0": "the views that teacher and student see", "class_label": "the cross-entropy"}
+
+    def updates(self, batch: Batch, step: int) -> Iterator[Update]:
+        labels, weight = batch.columns["class_label"], self.config.weight
+        logits = self.student(batch.x0)
+        loss = (1 - weight) * F.cross_entropy(logits, labels)
+        if weight:
+            with torch.no_grad():
+                taught = self.teacher.call("predict", {"image": batch.x0})["logits"]  # type: ignore[operator]
+            loss = loss + weight * soft_cross_entropy(logits, taught, self.config.temperature)
+        yield Update("student", loss, {"train_accuracy": (logits.argmax(1) == labels).float().mean()})
+
+
+def _check_classes(teacher: nn.Module, data: Source) -> None:
+    if getattr(teacher, "kind", "") != "predictor":
+        raise ConfigError(
+            "kd needs a classifier as teacher, e.g. teacher.recipe = 'judge_digits'", field="teacher"
+        )
+    known = teacher.card().class_names  # type: ignore[operator]
+    if tuple(known) != tuple(data.class_names):
+        raise ConfigError(
+            f"the teacher tells {len(known)} classes ({', '.join(known[:4])} …), the data has "
+            f"{len(data.class_names)} ({', '.join(data.class_names[:4])} …); use a teacher of the data's classes",
+            field="teacher",
+        )

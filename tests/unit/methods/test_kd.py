@@ -1,0 +1,49 @@
+"""KD: its loss against the formula, what the teacher changes, and that the off switch is plain training."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from distill_core.errors import ConfigError
+from distill_core.methods.recognition.kd import soft_cross_entropy
+from tests.helpers import tiny_trainer
+
+
+def test_the_soft_loss_is_the_divergence_written_out():
+    student = torch.tensor([[0.3, -1.1, 2.4], [1.7, 0.2, -0.6]], dtype=torch.float64)
+    teacher = torch.tensor([[1.9, 0.4, -0.7], [-0.8, 1.3, 0.9]], dtype=torch.float64)
+    temperature, total = 3.0, 0.0
+    for z_s, z_t in zip(student.tolist(), teacher.tolist()):
+        p, q = ([math.exp(v / temperature) for v in z] for z in (z_t, z_s))
+        p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
+        total += sum(a * math.log(a / b) for a, b in zip(p, q))
+    expected = temperature**2 * total / 2
+    assert float(soft_cross_entropy(student, teacher, temperature)) == pytest.approx(expected, rel=1e-12)
+    assert float(soft_cross_entropy(teacher, teacher, temperature)) == pytest.approx(0, abs=1e-12)
+
+
+def test_without_weight_the_teacher_is_not_asked(context, tmp_path):
+    trainer = tiny_trainer("kd", context, tmp_path, **{"config.weight": 0.0})
+    trainer.method.teacher.call = None  # asking it would be an error
+    values = trainer.train_step()
+    assert torch.isfinite(values["student_loss"])
+
+
+def test_teacher_and_student_see_the_same_view_and_the_teacher_stays(context, tmp_path):
+    trainer = tiny_trainer("kd", context, tmp_path, **{"data.view": {"shift": 2}})
+    seen, ask = [], trainer.method.teacher.call
+    trainer.method.teacher.call = lambda name, inputs: seen.append(inputs["image"]) or ask(name, inputs)
+    trainer.method.student.network.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    before = {name: value.clone() for name, value in trainer.method.teacher.state_dict().items()}
+    trainer.train_step()
+    assert torch.equal(seen[0], seen[1])
+    for name, value in trainer.method.teacher.state_dict().items():
+        assert torch.equal(before[name], value), name
+
+
+def test_a_teacher_of_other_classes_is_refused_and_named(context, tmp_path):
+    with pytest.raises(ConfigError, match="use a teacher of the data's classes"):
+        tiny_trainer("kd", context, tmp_path, **{"data": {"name": "shapes"}})
