@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,16 +22,19 @@ from tritonclient.grpc import InferenceServerClient
 from distill_core.artifacts import ArtifactStore, CondSpec, ExportReport, ImageSpec, Manifest, SamplerSpec
 from distill_core.kinds.denoiser.card import Card
 from distillery.v1 import sampler_pb2_grpc
-from distillery_sampler.client import SamplerClient
+from distillery_sampler.client import SamplerClient, generate_request
 from distillery_sampler.engine import Engine
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.requests import GenerateRequest
 from distillery_sampler.settings import SamplerSettings
+from tests.services.jobs_stack import free_port, wait_for
 
 NUM_CLASSES = 10
 SIZE = 8
 SPREAD2 = 0.01  # variance of the data around its class's mean
 DATA_STD = 0.5
+SLOW_STEPS = 60_000  # of the teacher: some seconds on one core, so that others queue behind it
+PATIENT_S = 240.0  # no deadline that a machine with other work would miss
 
 
 def class_means() -> np.ndarray:
@@ -206,6 +210,51 @@ def settled(sampler: SamplerProcess, name: str) -> int:
         before = now
         time.sleep(0.7)
     return now
+
+
+def metered() -> dict[str, str]:
+    """The setting for a sampler whose figures a test waits for."""
+    return {"DISTILLERY_SAMPLER_METRICS_PORT": str(free_port())}
+
+
+def scraped(sampler: SamplerProcess) -> str:
+    """The figures of a `metered` sampler."""
+    port = sampler.environment["DISTILLERY_SAMPLER_METRICS_PORT"]
+    return urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
+
+
+def wait_until_shown(sampler: SamplerProcess, name: str, value: int, **labels: str) -> None:
+    """Return when a figure of the teacher has this value."""
+    of = {"backend": "onnxruntime", "model": "teacher", "version": "1", **labels}
+    said = ",".join(f'{label}="{of[label]}"' for label in sorted(of))
+    line = f"distillery_{name}{{{said}}} {value}.0"
+    wait_for(lambda: line in scraped(sampler), line)
+
+
+def wait_until_queued(sampler: SamplerProcess, images: int) -> None:
+    """Return when so many images of the teacher wait."""
+    wait_until_shown(sampler, "queue_images", images)
+
+
+def wait_until_busy(sampler: SamplerProcess) -> None:
+    """Return when one request is there, and runs."""
+    wait_for(lambda: "distillery_inflight 1.0" in scraped(sampler), "the request to arrive")
+    wait_until_queued(sampler, 0)
+
+
+def wait_until_idle(sampler: SamplerProcess) -> None:
+    """Return when nobody waits for anything, and the teacher's only thread has run what it had begun."""
+    wait_for(lambda: "distillery_inflight 0.0" in scraped(sampler), "all requests to end")
+    with sampler.client() as client:
+        client.generate("teacher", class_labels=[1], num_steps=1, timeout_s=PATIENT_S)
+
+
+def hold(sampler: SamplerProcess) -> grpc.Future:
+    """Keep the teacher's only device busy for some seconds, and return when it is."""
+    request = generate_request("teacher", class_labels=[0], num_steps=SLOW_STEPS)
+    future = sampler.stub().Generate.future(request)
+    wait_until_busy(sampler)
+    return future
 
 
 def answer(

@@ -25,11 +25,20 @@ from distillery_sampler.client import (
     view_options,
 )
 from distillery_sampler.client.messages import raw_request
-from tests.services.sampler_helpers import SamplerProcess, publish_denoiser, settled, teacher_spec
+from tests.services.sampler_helpers import (
+    PATIENT_S,
+    SLOW_STEPS,
+    SamplerProcess,
+    executed,
+    metered,
+    publish_denoiser,
+    settled,
+    teacher_spec,
+    wait_until_busy,
+    wait_until_idle,
+    wait_until_queued,
+)
 from tests.services.test_sampler_render import cloud, publish_cloud
-
-SLOW_STEPS = 20_000  # about a second on one core
-PATIENT_S = 240.0  # no deadline that a machine with other work would miss
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +48,7 @@ def sampler(tmp_path_factory):
     publish_denoiser(store, root / "student")
     publish_denoiser(store, root / "teacher", name="teacher", sampler=teacher_spec())
     publish_cloud(store, root / "cloud", cloud(num_steps=4))
-    settings = {"DISTILLERY_SAMPLER_INSTANCES": "1", "DISTILLERY_SAMPLER_MAX_BATCH": "4"}
+    settings = {"DISTILLERY_SAMPLER_INSTANCES": "1", "DISTILLERY_SAMPLER_MAX_BATCH": "4", **metered()}
     with SamplerProcess(str(root / "store"), settings) as process:
         yield process
 
@@ -168,15 +177,10 @@ def test_a_deadline_of_the_client_or_of_one_call_ends_the_call(sampler, client):
     assert with_async(sampler, ask, timeout_s=0.1) == "DEADLINE_EXCEEDED"
 
 
-def nothing_left(client: SamplerClient) -> None:
-    """Wait until what earlier tests asked of the teacher is done, or dropped: it has one thread, and takes turns."""
-    client.generate("teacher", class_labels=[1], num_steps=1, timeout_s=PATIENT_S)
-
-
 def test_closing_a_stream_early_cancels_the_rest_of_its_pictures(sampler, client):
-    nothing_left(client)
-    before = settled(sampler, "teacher")
-    slow = {"class_labels": [1] * 64, "num_steps": SLOW_STEPS // 8, "timeout_s": PATIENT_S}
+    wait_until_idle(sampler)
+    before = executed(sampler.address, "teacher")
+    slow = {"class_labels": [1] * 64, "num_steps": SLOW_STEPS // 60, "timeout_s": PATIENT_S}
     stream = client.generate_stream("teacher", **slow)
     next(stream)
     stream.close()
@@ -186,7 +190,8 @@ def test_closing_a_stream_early_cancels_the_rest_of_its_pictures(sampler, client
             await anext(pictures)
 
     with_async(sampler, ask)
-    assert 2 <= settled(sampler, "teacher") - before < 64
+    wait_until_idle(sampler)
+    assert 2 <= executed(sampler.address, "teacher") - before < 64
 
 
 def test_closing_an_iterator_cancels_its_call_at_once_whoever_else_holds_it(sampler, client, monkeypatch):
@@ -212,14 +217,16 @@ def test_closing_an_iterator_cancels_its_call_at_once_whoever_else_holds_it(samp
 
 
 def test_cancelling_the_task_cancels_the_call(sampler, client):
-    nothing_left(client)
-    before = settled(sampler, "teacher")
+    wait_until_idle(sampler)
+    before = executed(sampler.address, "teacher")
 
     async def ask(other: AsyncSamplerClient) -> None:
-        busy = asyncio.create_task(other.generate("teacher", class_labels=[1], num_steps=SLOW_STEPS))
-        await asyncio.sleep(0.2)
-        waiting = [asyncio.create_task(other.generate("teacher", class_labels=[2] * 8)) for _ in range(4)]
-        await asyncio.sleep(0.2)
+        slow = {"class_labels": [1], "num_steps": SLOW_STEPS, "timeout_s": PATIENT_S}
+        busy = asyncio.create_task(other.generate("teacher", **slow))
+        await asyncio.to_thread(wait_until_busy, sampler)
+        eight = {"class_labels": [2] * 8, "timeout_s": PATIENT_S}
+        waiting = [asyncio.create_task(other.generate("teacher", **eight)) for _ in range(4)]
+        await asyncio.to_thread(wait_until_queued, sampler, 32)
         for task in waiting:
             task.cancel()
         assert all(
@@ -229,7 +236,7 @@ def test_cancelling_the_task_cancels_the_call(sampler, client):
         await busy
 
     with_async(sampler, ask)
-    assert settled(sampler, "teacher") - before == 1
+    assert executed(sampler.address, "teacher") - before == 1
 
 
 def test_a_path_is_rendered_no_faster_than_either_client_reads_it(sampler, client):
@@ -325,7 +332,9 @@ def test_who_is_refused_sends_no_more_than_the_server_takes(tmp_path):
 
     async def work(client: AsyncSamplerClient) -> None:
         def ask():
-            return client.generate("teacher", class_labels=[1], num_steps=SLOW_STEPS // 4)
+            return client.generate(
+                "teacher", class_labels=[1], num_steps=SLOW_STEPS // 12, timeout_s=PATIENT_S
+            )
 
         calls = [asyncio.create_task(ask()) for _ in range(8)]
         done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -24,19 +23,23 @@ from distill_core.errors import ConfigError, NotFound
 from distill_service.status import StatusError
 from distillery.v1 import sampler_pb2
 from distillery_sampler.client import generate_request
-from tests.services.jobs_stack import free_port, wait_for
+from tests.services.jobs_stack import wait_for
 from tests.services.sampler_helpers import (
     DATA_STD,
     NUM_CLASSES,
+    SLOW_STEPS,
     SPREAD2,
     SamplerProcess,
     class_means,
     executed,
+    hold,
+    metered,
     publish_denoiser,
+    scraped,
     teacher_spec,
+    wait_until_queued,
+    wait_until_shown,
 )
-
-SLOW_STEPS = 60_000  # some seconds on one core, so that others queue behind it
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def sampler(store_url):
         "DISTILLERY_SAMPLER_MAX_BATCH": "8",
         "DISTILLERY_SAMPLER_INSTANCES": "1",
         "DISTILLERY_SAMPLER_PRELOAD": '["digits"]',
-        "DISTILLERY_SAMPLER_METRICS_PORT": str(free_port()),
+        **metered(),
     }
     with SamplerProcess(store_url, settings) as process:
         yield process
@@ -234,35 +237,7 @@ def test_a_reply_too_large_for_one_message_points_at_the_stream(store_url):
         assert len(dict(client.generate_stream("digits", class_labels=[0] * 17))) == 17
 
 
-def hold(sampler: SamplerProcess) -> grpc.Future:
-    """Keep the teacher's only device busy for some seconds, and return when it is."""
-    request = generate_request("teacher", class_labels=[0], num_steps=SLOW_STEPS)
-    future = sampler.stub().Generate.future(request)
-    port = int(sampler.environment["DISTILLERY_SAMPLER_METRICS_PORT"])
-    wait_for(lambda: "distillery_inflight 1.0" in scraped(port), "the request to arrive")
-    wait_until_queued(port, 0)
-    return future
-
-
-def wait_until_queued(metrics_port: int, images: int) -> None:
-    """Return when so many images of the teacher wait."""
-    wait_until_shown(metrics_port, "queue_images", images)
-
-
-def wait_until_shown(metrics_port: int, name: str, value: int, **labels: str) -> None:
-    """Return when a figure of the teacher has this value."""
-    of = {"backend": "onnxruntime", "model": "teacher", "version": "1", **labels}
-    said = ",".join(f'{label}="{of[label]}"' for label in sorted(of))
-    line = f"distillery_{name}{{{said}}} {value}.0"
-    wait_for(lambda: line in scraped(metrics_port), line)
-
-
-def scraped(metrics_port: int) -> str:
-    return urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10).read().decode()
-
-
 def test_cancelled_and_expired_calls_never_reach_a_batch(sampler, client):
-    port = int(sampler.environment["DISTILLERY_SAMPLER_METRICS_PORT"])
     client.generate("teacher", class_labels=[0])
     before = executed(sampler.address, "teacher")
     busy = hold(sampler)
@@ -271,10 +246,10 @@ def test_cancelled_and_expired_calls_never_reach_a_batch(sampler, client):
     cancelled = [stub.Generate.future(request) for _ in range(3)]
     expired = [stub.Generate.future(request, timeout=0.1) for _ in range(3)]
     assert {future.code() for future in expired} == {grpc.StatusCode.DEADLINE_EXCEEDED}
-    wait_until_queued(port, 6)
+    wait_until_queued(sampler, 6)
     for future in cancelled:
         future.cancel()
-    wait_until_queued(port, 0)
+    wait_until_queued(sampler, 0)
     assert not busy.done()
     busy.result()
     client.generate("teacher", class_labels=[3])
@@ -282,17 +257,16 @@ def test_cancelled_and_expired_calls_never_reach_a_batch(sampler, client):
 
 
 def test_what_cannot_be_done_in_time_is_refused_before_it_is_sent(store_url):
-    port = free_port()
     settings = {
         "DISTILLERY_SAMPLER_PRELOAD": '["teacher"]',
         "DISTILLERY_SAMPLER_INSTANCES": "1",
-        "DISTILLERY_SAMPLER_METRICS_PORT": str(port),
+        **metered(),
     }
     with SamplerProcess(store_url, settings) as sampler, grpc.insecure_channel(sampler.address) as plain:
         busy, unsent = hold(sampler), threading.Event()
         slow = generate_request("teacher", class_labels=[1] * 8, num_steps=SLOW_STEPS)
         waiting = sampler.stub().Generate.future(slow)
-        wait_until_queued(port, 8)
+        wait_until_queued(sampler, 8)
         call = plain.stream_unary("/distillery.v1.SamplerService/Generate")
         with pytest.raises(grpc.RpcError) as error:
             call(iter(lambda: unsent.wait(60) and b"", None), timeout=2)
@@ -304,18 +278,17 @@ def test_what_cannot_be_done_in_time_is_refused_before_it_is_sent(store_url):
 
 
 def test_overload_is_refused_with_a_pushback_that_the_shipped_client_obeys(store_url):
-    port = free_port()
     limits = {
         "DISTILLERY_SAMPLER_MAX_QUEUE_IMAGES": "8",
         "DISTILLERY_SAMPLER_INSTANCES": "1",
         "DISTILLERY_SAMPLER_PRELOAD": '["teacher"]',
-        "DISTILLERY_SAMPLER_METRICS_PORT": str(port),
+        **metered(),
     }
     with SamplerProcess(store_url, limits) as sampler:
         busy = hold(sampler)
         stub = sampler.stub()
         waiting = [stub.Generate.future(generate_request("teacher", class_labels=[1] * 4)) for _ in range(2)]
-        wait_until_queued(port, 8)
+        wait_until_queued(sampler, 8)
         with pytest.raises(grpc.RpcError) as error:
             stub.Generate(generate_request("teacher", class_labels=[1]))
         assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -324,7 +297,7 @@ def test_overload_is_refused_with_a_pushback_that_the_shipped_client_obeys(store
         assert int(pushback) >= 1
         with sampler.client() as client, ThreadPoolExecutor(1) as pool:  # its channel retries
             answer = pool.submit(client.generate, "teacher", class_labels=[1])
-            wait_until_shown(port, "rejected_total", 2, reason="queue")
+            wait_until_shown(sampler, "rejected_total", 2, reason="queue")
             assert not answer.done()
             for future in waiting:  # and the queue is free, however long the device is held
                 future.cancel()
@@ -336,7 +309,7 @@ def test_health_serves_and_a_told_process_ends_its_calls_first(store_url):
     settings = {
         "DISTILLERY_SAMPLER_PRELOAD": '["teacher"]',
         "DISTILLERY_SAMPLER_INSTANCES": "1",
-        "DISTILLERY_SAMPLER_METRICS_PORT": str(free_port()),
+        **metered(),
     }
     with SamplerProcess(store_url, settings) as sampler:
         with grpc.insecure_channel(sampler.address) as plain:
@@ -369,8 +342,7 @@ def test_a_port_in_use_and_a_missing_model_end_the_process_with_one_sentence(sam
 
 
 def test_prometheus_sees_requests_batches_and_models(store_url):
-    port = free_port()
-    with SamplerProcess(store_url, {"DISTILLERY_SAMPLER_METRICS_PORT": str(port)}) as sampler:
+    with SamplerProcess(store_url, metered()) as sampler:
         with sampler.client() as client:
             client.generate("digits", class_labels=[1, 2, 3])
             with pytest.raises(ConfigError):
@@ -381,7 +353,7 @@ def test_prometheus_sees_requests_batches_and_models(store_url):
         while (
             refused not in text and time.monotonic() < deadline
         ):  # a call is counted after its answer is sent
-            text = scraped(port)
+            text = scraped(sampler)
     assert refused in text
     assert f'distillery_requests_total{{code="OK",{method}}} 1.0' in text
     labels = 'backend="onnxruntime",model="digits",version="1"'
