@@ -96,6 +96,18 @@ def test_schedules_in_the_variance_exploding_form_are_read_as_their_own_step_rea
         torch.testing.assert_close(found / scale, step.pred_original_sample / scale, atol=3e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("cls", [diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler])
+def test_a_schedule_without_signal_at_its_end_is_read_alike_after_it_was_saved(cls, tmp_path):
+    scheduler = cls(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    denoiser = load_denoiser(tiny_pixels(tmp_path / "first", scheduler))
+    denoiser.save(tmp_path / "again")
+    again = load_denoiser(tmp_path / "again")
+    x, sigma = torch.randn(4, 3, 8, 8), torch.tensor([0.3, 7.0, 70.0, 900.0])
+    x = x * sigma.reshape(-1, 1, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x, sigma), denoiser(x, sigma), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("cls", [diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler])
 def test_solvers_with_flow_levels_are_read_as_flows(cls, tmp_path):
     scheduler = cls(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
