@@ -194,3 +194,13 @@ def test_a_damaged_alias_is_named(store, folder, tmp_path):
     (tmp_path / "store" / "digits" / "aliases" / "prod.json").write_text('{"alias": "prod"}')
     with pytest.raises(ArtifactError, match="digits/aliases/prod.json in .* is damaged: missing key version"):
         store.resolve("digits@prod")
+
+
+def test_a_card_is_read_once_and_a_copy_with_another_card_reads_its_own():
+    from distill_core.kinds.field.card import Card
+
+    scene = {"field": "hash", "bound": 1.3, "radius": 2.7}
+    first = Manifest(name="a", kind="field", card={"scene": scene})
+    assert first.card_as(Card) is first.card_as(Card)
+    other = first.model_copy(update={"card": {"scene": {**scene, "field": "vm"}}})
+    assert (other.card_as(Card).scene.field, first.card_as(Card).scene.field) == ("vm", "hash")

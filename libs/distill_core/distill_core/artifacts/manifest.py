@@ -106,7 +106,7 @@ class Manifest(Config):
     metrics: dict[str, float | int | str] = {}
     exports: dict[str, ExportReport] = {}
     files: dict[str, FileEntry] = {}
-    _cards: dict[type[Config], Config] = PrivateAttr(default_factory=dict)
+    _cards: dict[type[Config], tuple[dict[str, Any], Config]] = PrivateAttr(default_factory=dict)
 
     def card_as(self, cls: type[C]) -> C:
         """The card, read as its kind's `Card` once.
@@ -114,9 +114,11 @@ class Manifest(Config):
         Raises:
             ConfigError: facts that a card of that kind does not have.
         """
-        if cls not in self._cards:
-            self._cards[cls] = cls.parse(self.card, where="card")
-        return self._cards[cls]  # type: ignore[return-value]
+        read_from, read = self._cards.get(cls, (None, None))
+        if read_from is not self.card:  # copies with another card share this memory
+            read = cls.parse(self.card, where="card")
+            self._cards[cls] = self.card, read
+        return read  # type: ignore[return-value]
 
     @property
     def ref(self) -> str:
