@@ -1,14 +1,20 @@
-"""A model's answer to one fixed question, small enough for its manifest: a server of it compares. NumPy only."""
+"""A model's answer to fixed questions, small enough to be published with it: a server of it compares. NumPy only."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from distill_core.config import Config
+from distill_core.errors import ArtifactError
 
+PROBE = "probe.safetensors"  # beside the weights: `FUNCTION/inputs.NAME` and `FUNCTION/outputs.NAME`
 SEED = 1
 CELLS = 8  # a side, at most
 VIEW_SIDE = 16  # pixels of a scene's view
@@ -59,3 +65,55 @@ def _cells(picture: np.ndarray) -> tuple[tuple[int, int, int], tuple[float, ...]
     )
     channels, height, width = means.shape
     return (channels, height, width), tuple(means.ravel().tolist()), tuple(spreads.ravel().tolist())
+
+
+class Probe(NamedTuple):
+    """Inputs of one function, and what it answered when the model was published; the batch first."""
+
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+
+    def differences(self, outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """By output the largest difference, relative to the largest value; of whole numbers the share that differs.
+
+        Infinite for an output that is missing, of another shape, NaN or infinite.
+        """
+        return {name: _difference(values, outputs.get(name)) for name, values in self.outputs.items()}
+
+
+def read_probe(folder: Path) -> dict[str, Probe]:
+    """The probes beside a model's weights, by function; {} for a model without.
+
+    Raises:
+        ArtifactError: the file is damaged, or holds something else.
+    """
+    path = folder / PROBE
+    if not path.is_file():
+        return {}
+    try:
+        arrays = load_file(path)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{PROBE} is damaged or not safetensors: {error}; publish it again") from None
+    found: dict[str, Probe] = {}
+    for key, values in arrays.items():
+        function, _, rest = key.partition("/")
+        side, _, name = rest.partition(".")
+        if side not in ("inputs", "outputs") or not name or not values.ndim:
+            raise ArtifactError(
+                f"{PROBE} holds {key!r}, expected FUNCTION/inputs.NAME and FUNCTION/outputs.NAME"
+            )
+        getattr(found.setdefault(function, Probe({}, {})), side)[name] = values
+    return found
+
+
+def _difference(wanted: np.ndarray, found: np.ndarray | None) -> float:
+    if found is None or found.shape != wanted.shape:
+        return float("inf")
+    if not wanted.size:
+        return 0.0
+    if wanted.dtype.kind in "iub":
+        return float(np.mean(wanted != found))
+    reference, other = wanted.astype(np.float64), found.astype(np.float64)
+    largest = float(np.abs(reference).max())
+    difference = float(np.abs(other - reference).max()) / (largest or 1.0)
+    return difference if np.isfinite(difference) else float("inf")

@@ -5,15 +5,17 @@ A server checks requests against it and batches what fits together; a converter 
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from distill_core.config import Config
 from distill_core.errors import ConfigError, nearest
 
 DType = Literal["float16", "float32", "float64", "int32", "int64", "uint8", "bool", "text"]
+# a method of a network, a file of an export, and what follows MODEL: where a server is asked
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,62}$")]
 MAX_SIDE = 2**24  # values along one axis
 
 
@@ -57,6 +59,10 @@ class TensorSpec(Config):
         Raises:
             ConfigError: another kind of number, another shape, NaN, or a value out of range; names `name`.
         """
+        if values.ndim == 0:
+            raise ConfigError(
+                f"{name} is a single value; give an array of items, each {self.described}", field=name
+            )
         if self.dtype == "text":
             return _texts(name, values)
         if not self.fits(tuple(values.shape[1:])):
@@ -69,7 +75,23 @@ class TensorSpec(Config):
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ConfigError(f"{name} holds NaN or infinity", field=name)
         self._check_range(name, values)
-        return values.astype(self.dtype, copy=False)
+        return self._cast(name, values)
+
+    def _cast(self, name: str, values: np.ndarray) -> np.ndarray:
+        """`values` in this type; what it cannot hold is refused, where NumPy would wrap it around."""
+        wanted = np.dtype(self.dtype)
+        if wanted.kind in "iu" and values.size:
+            limits = np.iinfo(wanted)
+            holds = limits.min <= int(values.min()) and int(values.max()) <= limits.max
+        else:
+            with np.errstate(over="ignore"):
+                holds = wanted.kind != "f" or bool(np.isfinite(values.astype(wanted, copy=False)).all())
+        if not holds:
+            raise ConfigError(
+                f"{name} holds values from {values.min():g} to {values.max():g}, beyond {self.dtype}",
+                field=name,
+            )
+        return values.astype(wanted, copy=False)
 
     def _check_range(self, name: str, values: np.ndarray) -> None:
         low, high = self.low, self.high
@@ -97,8 +119,11 @@ def _texts(name: str, values: np.ndarray) -> np.ndarray:
     flat = values.reshape(-1)
     if values.ndim != 1 and values.size != len(values):
         raise ConfigError(f"{name} has the shape {values.shape}; give one text an item", field=name)
+    other = [value for value in flat.tolist() if not isinstance(value, str | bytes)]
+    if other:
+        raise ConfigError(f"{name} holds {other[0]!r}, the model takes texts", field=name)
     try:
-        texts = [value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in flat.tolist()]
+        texts = [value.decode("utf-8") if isinstance(value, bytes) else value for value in flat.tolist()]
     except UnicodeDecodeError:
         raise ConfigError(f"{name} is not UTF-8 text", field=name) from None
     return np.array(texts, dtype=object)
@@ -134,7 +159,7 @@ class Function(Config):
 class Signature(Config):
     """Functions of a model by name; the first is the one that a model's bare name calls."""
 
-    functions: dict[str, Function] = {}
+    functions: dict[FunctionName, Function] = {}
 
     @property
     def default(self) -> str | None:

@@ -24,17 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64istillery/v1/common.proto\x12\rdistillery.v1\"\x8f\x01\n\x05Image\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12*\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x1a.distillery.v1.ImageFormat\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\x10\n\x08\x63hannels\x18\x06 \x01(\r\x12\x0c\n\x04seed\x18\x07 \x01(\x06\"*\n\x0b\x46loatTensor\x12\r\n\x05shape\x18\x01 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*\x88\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x17\n\x13IMAGE_FORMAT_RAW_U8\x10\x01\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x03\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64istillery/v1/common.proto\x12\rdistillery.v1\"\x8f\x01\n\x05Image\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12*\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x1a.distillery.v1.ImageFormat\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\x12\x10\n\x08\x63hannels\x18\x06 \x01(\r\x12\x0c\n\x04seed\x18\x07 \x01(\x06\"C\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\r\n\x05texts\x18\x04 \x03(\t\"*\n\x0b\x46loatTensor\x12\r\n\x05shape\x18\x01 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*\x88\x01\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x17\n\x13IMAGE_FORMAT_RAW_U8\x10\x01\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x03\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'distillery.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_IMAGEFORMAT']._serialized_start=236
-  _globals['_IMAGEFORMAT']._serialized_end=372
+  _globals['_IMAGEFORMAT']._serialized_start=305
+  _globals['_IMAGEFORMAT']._serialized_end=441
   _globals['_IMAGE']._serialized_start=46
   _globals['_IMAGE']._serialized_end=189
-  _globals['_FLOATTENSOR']._serialized_start=191
-  _globals['_FLOATTENSOR']._serialized_end=233
+  _globals['_TENSOR']._serialized_start=191
+  _globals['_TENSOR']._serialized_end=258
+  _globals['_FLOATTENSOR']._serialized_start=260
+  _globals['_FLOATTENSOR']._serialized_end=302
 # @@protoc_insertion_point(module_scope)

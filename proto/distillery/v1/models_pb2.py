@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64istillery/v1/models.proto\x12\rdistillery.v1\"\x8e\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0f\n\x07\x61liases\x18\x03 \x03(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.distillery.v1.ModelState\x12\x0f\n\x07message\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\r\n\x05title\x18\x08 \x01(\t\x12\x0e\n\x06method\x18\t \x01(\t\x12\r\n\x05paper\x18\n \x01(\t\x12\x0f\n\x07licence\x18\x0b \x01(\t\x12\x0f\n\x07\x63reated\x18\x0c \x01(\t\x12\x0f\n\x07parents\x18\r \x03(\t\x12\x0f\n\x07\x65xports\x18\x0e \x03(\t\x12\x32\n\x07metrics\x18\x0f \x03(\x0b\x32!.distillery.v1.Model.MetricsEntry\x12/\n\tgenerator\x18\x10 \x01(\x0b\x32\x1c.distillery.v1.GeneratorInfo\x12\'\n\x05scene\x18\x11 \x01(\x0b\x32\x18.distillery.v1.SceneInfo\x12\x11\n\tmax_batch\x18\x12 \x01(\r\x12\x11\n\tinstances\x18\x13 \x01(\r\x12\x0f\n\x07threads\x18\x14 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x15 \x01(\x04\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xc7\x01\n\rGeneratorInfo\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x11\n\tcondition\x18\x04 \x01(\t\x12\x13\n\x0bnum_classes\x18\x05 \x01(\r\x12\x13\n\x0b\x63lass_names\x18\x06 \x03(\t\x12\x11\n\tnum_steps\x18\x07 \x01(\r\x12\x11\n\tmax_steps\x18\x08 \x01(\r\x12\x10\n\x08guidance\x18\t \x01(\x01\x12\x10\n\x08guidable\x18\n \x01(\x08\"u\n\tSceneInfo\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\r\n\x05\x62ound\x18\x02 \x01(\x01\x12\x0e\n\x06radius\x18\x03 \x01(\x01\x12\x13\n\x0b\x66ov_degrees\x18\x04 \x01(\x01\x12\x12\n\nbackground\x18\x05 \x03(\x01\x12\x11\n\ttransform\x18\x06 \x03(\x01\")\n\x11ListModelsRequest\x12\x14\n\x0c\x61ll_versions\x18\x01 \x01(\x08\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.distillery.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.distillery.v1.Model\"!\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"8\n\x11LoadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.distillery.v1.Model\"#\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse\"\x14\n\x12WatchModelsRequest\":\n\x13WatchModelsResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.distillery.v1.Model*\xa6\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x05\x32\xad\x03\n\rModelsService\x12Q\n\nListModels\x12 .distillery.v1.ListModelsRequest\x1a!.distillery.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.distillery.v1.GetModelRequest\x1a\x1f.distillery.v1.GetModelResponse\x12N\n\tLoadModel\x12\x1f.distillery.v1.LoadModelRequest\x1a .distillery.v1.LoadModelResponse\x12T\n\x0bUnloadModel\x12!.distillery.v1.UnloadModelRequest\x1a\".distillery.v1.UnloadModelResponse\x12V\n\x0bWatchModels\x12!.distillery.v1.WatchModelsRequest\x1a\".distillery.v1.WatchModelsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64istillery/v1/models.proto\x12\rdistillery.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xe5\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0f\n\x07\x61liases\x18\x03 \x03(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12(\n\x05state\x18\x05 \x01(\x0e\x32\x19.distillery.v1.ModelState\x12\x0f\n\x07message\x18\x06 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\r\n\x05title\x18\x08 \x01(\t\x12\x0e\n\x06method\x18\t \x01(\t\x12\r\n\x05paper\x18\n \x01(\t\x12\x0f\n\x07licence\x18\x0b \x01(\t\x12\x0f\n\x07\x63reated\x18\x0c \x01(\t\x12\x0f\n\x07parents\x18\r \x03(\t\x12\x0f\n\x07\x65xports\x18\x0e \x03(\t\x12\x32\n\x07metrics\x18\x0f \x03(\x0b\x32!.distillery.v1.Model.MetricsEntry\x12/\n\tgenerator\x18\x10 \x01(\x0b\x32\x1c.distillery.v1.GeneratorInfo\x12\'\n\x05scene\x18\x11 \x01(\x0b\x32\x18.distillery.v1.SceneInfo\x12\x11\n\tmax_batch\x18\x12 \x01(\r\x12\x11\n\tinstances\x18\x13 \x01(\r\x12\x0f\n\x07threads\x18\x14 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x15 \x01(\x04\x12.\n\tfunctions\x18\x16 \x03(\x0b\x32\x1b.distillery.v1.FunctionInfo\x12%\n\x04\x63\x61rd\x18\x17 \x01(\x0b\x32\x17.google.protobuf.Struct\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xc7\x01\n\rGeneratorInfo\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x10\n\x08\x63hannels\x18\x03 \x01(\r\x12\x11\n\tcondition\x18\x04 \x01(\t\x12\x13\n\x0bnum_classes\x18\x05 \x01(\r\x12\x13\n\x0b\x63lass_names\x18\x06 \x03(\t\x12\x11\n\tnum_steps\x18\x07 \x01(\r\x12\x11\n\tmax_steps\x18\x08 \x01(\r\x12\x10\n\x08guidance\x18\t \x01(\x01\x12\x10\n\x08guidable\x18\n \x01(\x08\"\x84\x01\n\x0c\x46unctionInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06inputs\x18\x02 \x03(\x0b\x32\x19.distillery.v1.TensorInfo\x12*\n\x07outputs\x18\x03 \x03(\x0b\x32\x19.distillery.v1.TensorInfo\x12\x0f\n\x07\x62\x61tched\x18\x04 \x01(\x08\"\xa8\x01\n\nTensorInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x11\n\tmax_shape\x18\x04 \x03(\x03\x12\x13\n\x0bmultiple_of\x18\x05 \x01(\r\x12\x10\n\x08optional\x18\x06 \x01(\x08\x12\x10\n\x03low\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04high\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_lowB\x07\n\x05_high\"u\n\tSceneInfo\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\r\n\x05\x62ound\x18\x02 \x01(\x01\x12\x0e\n\x06radius\x18\x03 \x01(\x01\x12\x13\n\x0b\x66ov_degrees\x18\x04 \x01(\x01\x12\x12\n\nbackground\x18\x05 \x03(\x01\x12\x11\n\ttransform\x18\x06 \x03(\x01\")\n\x11ListModelsRequest\x12\x14\n\x0c\x61ll_versions\x18\x01 \x01(\x08\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.distillery.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.distillery.v1.Model\"!\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"8\n\x11LoadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.distillery.v1.Model\"#\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse\"\x14\n\x12WatchModelsRequest\":\n\x13WatchModelsResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.distillery.v1.Model*\xa6\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x05\x32\xad\x03\n\rModelsService\x12Q\n\nListModels\x12 .distillery.v1.ListModelsRequest\x1a!.distillery.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.distillery.v1.GetModelRequest\x1a\x1f.distillery.v1.GetModelResponse\x12N\n\tLoadModel\x12\x1f.distillery.v1.LoadModelRequest\x1a .distillery.v1.LoadModelResponse\x12T\n\x0bUnloadModel\x12!.distillery.v1.UnloadModelRequest\x1a\".distillery.v1.UnloadModelResponse\x12V\n\x0bWatchModels\x12!.distillery.v1.WatchModelsRequest\x1a\".distillery.v1.WatchModelsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,36 +34,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODEL_METRICSENTRY']._loaded_options = None
   _globals['_MODEL_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_MODELSTATE']._serialized_start=1325
-  _globals['_MODELSTATE']._serialized_end=1491
-  _globals['_MODEL']._serialized_start=46
-  _globals['_MODEL']._serialized_end=572
-  _globals['_MODEL_METRICSENTRY']._serialized_start=526
-  _globals['_MODEL_METRICSENTRY']._serialized_end=572
-  _globals['_GENERATORINFO']._serialized_start=575
-  _globals['_GENERATORINFO']._serialized_end=774
-  _globals['_SCENEINFO']._serialized_start=776
-  _globals['_SCENEINFO']._serialized_end=893
-  _globals['_LISTMODELSREQUEST']._serialized_start=895
-  _globals['_LISTMODELSREQUEST']._serialized_end=936
-  _globals['_LISTMODELSRESPONSE']._serialized_start=938
-  _globals['_LISTMODELSRESPONSE']._serialized_end=996
-  _globals['_GETMODELREQUEST']._serialized_start=998
-  _globals['_GETMODELREQUEST']._serialized_end=1030
-  _globals['_GETMODELRESPONSE']._serialized_start=1032
-  _globals['_GETMODELRESPONSE']._serialized_end=1087
-  _globals['_LOADMODELREQUEST']._serialized_start=1089
-  _globals['_LOADMODELREQUEST']._serialized_end=1122
-  _globals['_LOADMODELRESPONSE']._serialized_start=1124
-  _globals['_LOADMODELRESPONSE']._serialized_end=1180
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1182
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1217
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1219
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1240
-  _globals['_WATCHMODELSREQUEST']._serialized_start=1242
-  _globals['_WATCHMODELSREQUEST']._serialized_end=1262
-  _globals['_WATCHMODELSRESPONSE']._serialized_start=1264
-  _globals['_WATCHMODELSRESPONSE']._serialized_end=1322
-  _globals['_MODELSSERVICE']._serialized_start=1494
-  _globals['_MODELSSERVICE']._serialized_end=1923
+  _globals['_MODELSTATE']._serialized_start=1748
+  _globals['_MODELSTATE']._serialized_end=1914
+  _globals['_MODEL']._serialized_start=76
+  _globals['_MODEL']._serialized_end=689
+  _globals['_MODEL_METRICSENTRY']._serialized_start=643
+  _globals['_MODEL_METRICSENTRY']._serialized_end=689
+  _globals['_GENERATORINFO']._serialized_start=692
+  _globals['_GENERATORINFO']._serialized_end=891
+  _globals['_FUNCTIONINFO']._serialized_start=894
+  _globals['_FUNCTIONINFO']._serialized_end=1026
+  _globals['_TENSORINFO']._serialized_start=1029
+  _globals['_TENSORINFO']._serialized_end=1197
+  _globals['_SCENEINFO']._serialized_start=1199
+  _globals['_SCENEINFO']._serialized_end=1316
+  _globals['_LISTMODELSREQUEST']._serialized_start=1318
+  _globals['_LISTMODELSREQUEST']._serialized_end=1359
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1361
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1419
+  _globals['_GETMODELREQUEST']._serialized_start=1421
+  _globals['_GETMODELREQUEST']._serialized_end=1453
+  _globals['_GETMODELRESPONSE']._serialized_start=1455
+  _globals['_GETMODELRESPONSE']._serialized_end=1510
+  _globals['_LOADMODELREQUEST']._serialized_start=1512
+  _globals['_LOADMODELREQUEST']._serialized_end=1545
+  _globals['_LOADMODELRESPONSE']._serialized_start=1547
+  _globals['_LOADMODELRESPONSE']._serialized_end=1603
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1605
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1640
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1642
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1663
+  _globals['_WATCHMODELSREQUEST']._serialized_start=1665
+  _globals['_WATCHMODELSREQUEST']._serialized_end=1685
+  _globals['_WATCHMODELSRESPONSE']._serialized_start=1687
+  _globals['_WATCHMODELSRESPONSE']._serialized_end=1745
+  _globals['_MODELSSERVICE']._serialized_start=1917
+  _globals['_MODELSSERVICE']._serialized_end=2346
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -23,7 +24,7 @@ MODEL_STATE_FAILED: ModelState
 MODEL_STATE_UNLOADED: ModelState
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "aliases", "kind", "state", "message", "backend", "title", "method", "paper", "licence", "created", "parents", "exports", "metrics", "generator", "scene", "max_batch", "instances", "threads", "memory_bytes")
+    __slots__ = ("name", "version", "aliases", "kind", "state", "message", "backend", "title", "method", "paper", "licence", "created", "parents", "exports", "metrics", "generator", "scene", "max_batch", "instances", "threads", "memory_bytes", "functions", "card")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +53,8 @@ class Model(_message.Message):
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FUNCTIONS_FIELD_NUMBER: _ClassVar[int]
+    CARD_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     aliases: _containers.RepeatedScalarFieldContainer[str]
@@ -73,7 +76,9 @@ class Model(_message.Message):
     instances: int
     threads: int
     memory_bytes: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., message: _Optional[str] = ..., backend: _Optional[str] = ..., title: _Optional[str] = ..., method: _Optional[str] = ..., paper: _Optional[str] = ..., licence: _Optional[str] = ..., created: _Optional[str] = ..., parents: _Optional[_Iterable[str]] = ..., exports: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., generator: _Optional[_Union[GeneratorInfo, _Mapping]] = ..., scene: _Optional[_Union[SceneInfo, _Mapping]] = ..., max_batch: _Optional[int] = ..., instances: _Optional[int] = ..., threads: _Optional[int] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+    functions: _containers.RepeatedCompositeFieldContainer[FunctionInfo]
+    card: _struct_pb2.Struct
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., aliases: _Optional[_Iterable[str]] = ..., kind: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., message: _Optional[str] = ..., backend: _Optional[str] = ..., title: _Optional[str] = ..., method: _Optional[str] = ..., paper: _Optional[str] = ..., licence: _Optional[str] = ..., created: _Optional[str] = ..., parents: _Optional[_Iterable[str]] = ..., exports: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., generator: _Optional[_Union[GeneratorInfo, _Mapping]] = ..., scene: _Optional[_Union[SceneInfo, _Mapping]] = ..., max_batch: _Optional[int] = ..., instances: _Optional[int] = ..., threads: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., functions: _Optional[_Iterable[_Union[FunctionInfo, _Mapping]]] = ..., card: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
 class GeneratorInfo(_message.Message):
     __slots__ = ("width", "height", "channels", "condition", "num_classes", "class_names", "num_steps", "max_steps", "guidance", "guidable")
@@ -98,6 +103,38 @@ class GeneratorInfo(_message.Message):
     guidance: float
     guidable: bool
     def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ..., channels: _Optional[int] = ..., condition: _Optional[str] = ..., num_classes: _Optional[int] = ..., class_names: _Optional[_Iterable[str]] = ..., num_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., guidance: _Optional[float] = ..., guidable: _Optional[bool] = ...) -> None: ...
+
+class FunctionInfo(_message.Message):
+    __slots__ = ("name", "inputs", "outputs", "batched")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    BATCHED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    inputs: _containers.RepeatedCompositeFieldContainer[TensorInfo]
+    outputs: _containers.RepeatedCompositeFieldContainer[TensorInfo]
+    batched: bool
+    def __init__(self, name: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorInfo, _Mapping]]] = ..., batched: _Optional[bool] = ...) -> None: ...
+
+class TensorInfo(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "max_shape", "multiple_of", "optional", "low", "high")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    MAX_SHAPE_FIELD_NUMBER: _ClassVar[int]
+    MULTIPLE_OF_FIELD_NUMBER: _ClassVar[int]
+    OPTIONAL_FIELD_NUMBER: _ClassVar[int]
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    max_shape: _containers.RepeatedScalarFieldContainer[int]
+    multiple_of: int
+    optional: bool
+    low: float
+    high: float
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., max_shape: _Optional[_Iterable[int]] = ..., multiple_of: _Optional[int] = ..., optional: _Optional[bool] = ..., low: _Optional[float] = ..., high: _Optional[float] = ...) -> None: ...
 
 class SceneInfo(_message.Message):
     __slots__ = ("field", "bound", "radius", "fov_degrees", "background", "transform")

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class SamplerServiceStub:
-    """Pictures from generators, and views of scenes.
+    """Pictures from generators, views of scenes, and answers of what is called by its signature.
     """
 
     def __init__(self, channel):
@@ -55,10 +55,15 @@ class SamplerServiceStub:
                 request_serializer=distillery_dot_v1_dot_sampler__pb2.RenderPathRequest.SerializeToString,
                 response_deserializer=distillery_dot_v1_dot_sampler__pb2.RenderPathResponse.FromString,
                 _registered_method=True)
+        self.Predict = channel.unary_unary(
+                '/distillery.v1.SamplerService/Predict',
+                request_serializer=distillery_dot_v1_dot_sampler__pb2.PredictRequest.SerializeToString,
+                response_deserializer=distillery_dot_v1_dot_sampler__pb2.PredictResponse.FromString,
+                _registered_method=True)
 
 
 class SamplerServiceServicer:
-    """Pictures from generators, and views of scenes.
+    """Pictures from generators, views of scenes, and answers of what is called by its signature.
     """
 
     def Generate(self, request, context):
@@ -88,6 +93,12 @@ class SamplerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Predict(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SamplerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +122,11 @@ def add_SamplerServiceServicer_to_server(servicer, server):
                     request_deserializer=distillery_dot_v1_dot_sampler__pb2.RenderPathRequest.FromString,
                     response_serializer=distillery_dot_v1_dot_sampler__pb2.RenderPathResponse.SerializeToString,
             ),
+            'Predict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Predict,
+                    request_deserializer=distillery_dot_v1_dot_sampler__pb2.PredictRequest.FromString,
+                    response_serializer=distillery_dot_v1_dot_sampler__pb2.PredictResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'distillery.v1.SamplerService', rpc_method_handlers)
@@ -120,7 +136,7 @@ def add_SamplerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SamplerService:
-    """Pictures from generators, and views of scenes.
+    """Pictures from generators, views of scenes, and answers of what is called by its signature.
     """
 
     @staticmethod
@@ -221,6 +237,33 @@ class SamplerService:
             '/distillery.v1.SamplerService/RenderPath',
             distillery_dot_v1_dot_sampler__pb2.RenderPathRequest.SerializeToString,
             distillery_dot_v1_dot_sampler__pb2.RenderPathResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Predict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/distillery.v1.SamplerService/Predict',
+            distillery_dot_v1_dot_sampler__pb2.PredictRequest.SerializeToString,
+            distillery_dot_v1_dot_sampler__pb2.PredictResponse.FromString,
             options,
             channel_credentials,
             insecure,

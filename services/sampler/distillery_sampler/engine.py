@@ -1,4 +1,4 @@
-"""Requests to pictures and views: checks, queues, gathers. Knows no gRPC."""
+"""Requests to pictures, views and answers of functions: checks, queues, gathers. Knows no gRPC."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distill_core.artifacts import ArtifactStore, ImageSpec
+import numpy as np
+
+from distill_core.artifacts import ArtifactStore, ImageSpec, Manifest
 from distill_core.errors import ConfigError
-from distill_core.kinds.cards import generator_card
-from distillery_sampler.backends.base import Generator, SceneRenderer
+from distill_core.kinds.cards import generator_card, served_by
+from distillery_sampler.backends.base import Functions, Generator, SceneRenderer
 from distillery_sampler.beginnings import given
-from distillery_sampler.checks import check_view, image_items, image_key
+from distillery_sampler.checks import check_reply, check_view, image_items, image_key
 from distillery_sampler.drawing import QUICK_VALUES, DrawAhead, draw
 from distillery_sampler.loading import LoadedModel
 from distillery_sampler.metrics import Metrics
+from distillery_sampler.predicting import QUICK_VALUES as QUICK_INPUTS
+from distillery_sampler.predicting import calls_of, reply_bytes, size_of
 from distillery_sampler.registry import Registry
 from distillery_sampler.requests import (
     Call,
@@ -27,13 +31,16 @@ from distillery_sampler.requests import (
     ImageItem,
     ImageKey,
     Picture,
+    PredictRequest,
     Rendered,
     RenderRequest,
     Summary,
 )
 from distillery_sampler.settings import SamplerSettings
+from distillery_sampler.statistics import packing
 from distillery_sampler.views import drop, render_views, terms
 
+RPCS = {"generate": "Generate", "render": "Render", "call": "Predict"}
 Approve = Callable[[ImageSpec, int], None]  # (what a picture is like, how many)
 
 
@@ -116,7 +123,7 @@ class Engine:
             model = until.enter_context(await self.models.acquire(request.model))
             manifest = model.manifest
             if not isinstance(model.backend, Generator):
-                raise ConfigError(f"{manifest.ref} is a {manifest.kind}; use Render", field="model")
+                raise _other_kind(manifest)
             items = image_items(request, manifest, self.settings)
             key = image_key(request, manifest)
             card = generator_card(manifest)
@@ -156,9 +163,7 @@ class Engine:
             check_view(view, self.settings)
         with await self.models.acquire(request.model) as model:
             if not isinstance(model.backend, SceneRenderer):
-                raise ConfigError(
-                    f"{model.manifest.ref} is a {model.manifest.kind}; use Generate", field="model"
-                )
+                raise _other_kind(model.manifest)
             instances = model.tuned.layout.instances
             with model.stats.requests.request(len(request.views)):
                 async with aclosing(render_views(request, model.batcher, instances)) as shown:
@@ -167,17 +172,52 @@ class Engine:
             seconds = time.perf_counter() - started
             yield Summary(model.manifest.ref, model.backend.name, len(request.views), seconds)
 
+    async def predict(self, request: PredictRequest) -> tuple[dict[str, np.ndarray], Summary]:
+        """What one of a model's functions answers, (B, …) by output. Item i is the same whatever it was batched with.
+
+        Raises:
+            ConfigError, NotFound, ArtifactError: the request or its model is wrong.
+            Overloaded, Expired: there is no time for it.
+        """
+        started = time.perf_counter()
+        with await self.models.acquire(request.model) as model:
+            manifest = model.manifest
+            if not isinstance(model.backend, Functions):
+                raise _other_kind(manifest)
+            if size_of(request.inputs) > QUICK_INPUTS:
+                calls = await asyncio.to_thread(calls_of, request, manifest, self.settings)
+            else:
+                calls = calls_of(request, manifest, self.settings)
+            self._check_size(model, len(calls.payloads), "items", "inputs")
+            with model.stats.requests.request(calls.count, model.stats.of(calls.key.function)) as times:
+                times.queued()
+                futures = model.batcher.submit(calls.key, calls.payloads, **terms(request.call))
+                try:
+                    answers = [await future for future in futures]
+                finally:
+                    drop(futures)
+                with packing():
+                    outputs = calls.joined(answers)
+                check_reply(1, reply_bytes(outputs), self.settings, field="inputs", stream="smaller requests")
+            seconds = time.perf_counter() - started
+            return outputs, Summary(manifest.ref, model.backend.name, calls.count, seconds)
+
     async def close(self) -> None:
         """Free all models."""
         await self.models.close()
         self._ahead.close()
 
-    def _check_size(self, model: LoadedModel, images: int) -> None:
-        if images > model.batcher.max_queue:
+    def _check_size(self, model: LoadedModel, count: int, what: str = "images", field: str = "count") -> None:
+        if count > model.batcher.max_queue:
             raise ConfigError(
-                f"{images} images are more than the queue of {model.batcher.max_queue}; send fewer",
-                field="count",
+                f"{count} {what} are more than the queue of {model.batcher.max_queue}; send fewer",
+                field=field,
             )
+
+
+def _other_kind(manifest: Manifest) -> ConfigError:
+    """The refusal of a call that a kind of model does not answer; names the one that it does."""
+    return ConfigError(f"{manifest.ref} is a {manifest.kind}; use {RPCS[served_by(manifest)]}", field="model")
 
 
 async def _as_ready(futures: list[asyncio.Future[object]]) -> AsyncIterator[int]:

@@ -4,36 +4,53 @@ A generator takes `class_label` INT64 [B,1] or `prompt` BYTES [B,1] if it is con
 likes: `seed` UINT64 [B,1], without which a picture is that of seed 0 and its place, `latents` FP32 [B,C,H,W], which are
 its first noise, `negative_prompt` BYTES [B,1], `guidance_scale` FP32 [B,1], equal for all. It answers `images` UINT8
 [B,H,W,C]. A scene takes `pose` FP32 [B,4,4] and `intrinsics` FP32 [B,4] and answers `rgb` and `depth`; a picture is
-twice its principal point in size, unless the parameters `width` and `height` say otherwise. Parameters of any request:
-`priority` (from 2 on: bulk), `timeout` (microseconds); of generators: `num_steps`, `guidance`, `negative_scale`.
+twice its principal point in size, unless the parameters `width` and `height` say otherwise. What is called by its
+signature takes and answers what that names: see `kserve_functions`. Parameters of any request: `priority` (from 2 on:
+bulk), `timeout` (microseconds); of generators: `num_steps`, `guidance`, `negative_scale`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from grpc.aio import ServicerContext
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from distill_core.artifacts import ImageSpec, Manifest
-from distill_core.errors import ArtifactError, ConfigError, DistilleryError, NotFound, nearest
+from distill_core.artifacts import ImageSpec
+from distill_core.errors import ArtifactError, ConfigError, DistilleryError, NotFound
 from distill_core.kinds.cards import served_by
 from distill_service.status import StatusError, shortened
 from distillery_sampler.checks import check_reply
 from distillery_sampler.engine import Engine
 from distillery_sampler.images import rgb_to_uint8, to_uint8
-from distillery_sampler.kserve_models import PRIORITIES, config, inputs_of, metadata, outputs_of, statistics
+from distillery_sampler.kserve_functions import (
+    from_protocol,
+    listed_functions,
+    served_name,
+    split_name,
+    to_protocol,
+)
+from distillery_sampler.kserve_models import config, inputs_of, metadata, outputs_of, statistics
+from distillery_sampler.kserve_parameters import (
+    guidance_of,
+    pictures_of,
+    read_parameters,
+    whole,
+    with_terms,
+)
+from distillery_sampler.loading import LoadedModel
 from distillery_sampler.requests import (
     Call,
     GenerateRequest,
     ModelInfo,
     Picture,
+    PredictRequest,
     Rendered,
     RenderRequest,
     View,
@@ -42,6 +59,8 @@ from distillery_sampler.servicer import QUICK_VALUES, call_of
 from distillery_sampler.statistics import RequestStats, packing
 from distillery_sampler.tensors import TensorSpec, read_inputs, write_outputs
 
+Answered = tuple[str, dict[str, np.ndarray], tuple[int, ...]]  # version, outputs, images with a cut prompt
+Run = Callable[[str, dict[str, np.ndarray], dict[str, float], Call], Awaitable[Answered]]
 SERVICE = "inference.GRPCInferenceService"
 ADMIN_METHODS = frozenset(f"/{SERVICE}/{name}" for name in ("RepositoryModelLoad", "RepositoryModelUnload"))
 FOR_PICTURES = frozenset({f"/{SERVICE}/ModelInfer"})
@@ -57,9 +76,6 @@ _UNSERVED = {
     "TraceSetting": "set OTEL_EXPORTER_OTLP_ENDPOINT for the sampler to trace calls",
     "LogSettings": "set DISTILLERY_LOG_LEVEL and DISTILLERY_LOG_FORMAT for the sampler",
 }
-_OF_ALL = ("priority", "timeout")
-_OF_GENERATORS = ("num_steps", "guidance", "negative_scale")
-_OF_SCENES = ("width", "height")
 
 
 class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -81,47 +97,61 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: service_pb2.ModelReadyRequest, context: Any
     ) -> service_pb2.ModelReadyResponse:
         """Whether a request is answered, as the index says; an unknown version is not ready, as in Triton."""
+        name, function = split_name(request.name)
         try:
-            info = await self._engine.models.get(_ref(request.name, request.version))
+            info = await self._engine.models.get(_ref(name, request.version))
         except NotFound:
             return service_pb2.ModelReadyResponse(ready=False)
-        return service_pb2.ModelReadyResponse(ready=info.answers)
+        there = not function or function in info.manifest.signature.functions
+        return service_pb2.ModelReadyResponse(ready=info.answers and there)
 
     async def ModelMetadata(
         self, request: service_pb2.ModelMetadataRequest, context: Any
     ) -> service_pb2.ModelMetadataResponse:
-        return metadata(await self._described(request.name, request.version))
+        info, function = await self._described(request.name, request.version)
+        return metadata(info, function)
 
     async def ModelConfig(
         self, request: service_pb2.ModelConfigRequest, context: Any
     ) -> service_pb2.ModelConfigResponse:
-        info = await self._described(request.name, request.version)
-        return service_pb2.ModelConfigResponse(config=config(info, self._engine.settings))
+        info, function = await self._described(request.name, request.version)
+        return service_pb2.ModelConfigResponse(config=config(info, self._engine.settings, function))
 
     async def ModelStatistics(
         self, request: service_pb2.ModelStatisticsRequest, context: Any
     ) -> service_pb2.ModelStatisticsResponse:
         """Of what is loaded; zeros for another version that is asked for, or that is ready."""
+        asked, function = split_name(request.name)
         found = {}
         for model in self._engine.models.loaded():
             name, version = model.manifest.name, model.manifest.version
-            if request.name in ("", name) and request.version in ("", str(version)):
-                found[name, version] = statistics(name, version, model.stats.requests)
-        if not request.name:
-            others = [info for info in await self._engine.models.infos() if info.answers]
+            if asked in ("", name) and request.version in ("", str(version)):
+                for part in _parts(model, function, every=not asked):
+                    listed = served_name(name, part)
+                    found[listed, version] = statistics(listed, version, model.stats.of(part))
+        if not asked:
+            others = [(info, "") for info in await self._engine.models.infos() if info.answers]
         else:
             others = [] if found else [await self._described(request.name, request.version)]
-        for info in others:
-            name, version = info.manifest.name, info.manifest.version
-            found.setdefault((name, version), statistics(name, version, RequestStats()))
+        for info, part in others:
+            version = info.manifest.version
+            for listed in listed_functions(info.manifest) if not asked else [part]:
+                name = served_name(info.manifest.name, listed)
+                found.setdefault((name, version), statistics(name, version, RequestStats()))
         return service_pb2.ModelStatisticsResponse(model_stats=found.values())
 
-    async def _described(self, name: str, version: str) -> ModelInfo:
-        """A version of which it can be said what it takes and answers; others are refused as a request is."""
-        info = await self._engine.models.get(_ref(name, version))
+    async def _described(self, name: str, version: str) -> tuple[ModelInfo, str]:
+        """A version of which it can be said what it takes and answers, and a function of it.
+
+        Others are refused as a request is.
+        """
+        model, function = split_name(name)
+        info = await self._engine.models.get(_ref(model, version))
         if info.state == "failed":
             raise ArtifactError(info.message, field="model")
-        return info
+        if function:
+            info.manifest.signature.function(function)
+        return info, function
 
     async def RepositoryIndex(
         self, request: service_pb2.RepositoryIndexRequest, context: Any
@@ -130,12 +160,13 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         for info in await self._engine.models.infos():
             if info.answers or not request.ready:
                 not_ready = "LOADING" if info.state == "loading" else "UNAVAILABLE"
-                reply.models.add(
-                    name=info.manifest.name,
-                    version=str(info.manifest.version),
-                    state="READY" if info.answers else not_ready,
-                    reason=info.message,
-                )
+                for function in listed_functions(info.manifest):
+                    reply.models.add(
+                        name=served_name(info.manifest.name, function),
+                        version=str(info.manifest.version),
+                        state="READY" if info.answers else not_ready,
+                        reason=info.message,
+                    )
         return reply
 
     async def RepositoryModelLoad(
@@ -176,27 +207,49 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
     async def _infer(
         self, request: service_pb2.ModelInferRequest, call: Call
     ) -> service_pb2.ModelInferResponse:
-        ref = _ref(request.model_name, request.model_version)
+        asked, function = split_name(request.model_name)
+        ref = _ref(asked, request.model_version)
         manifest = await self._engine.models.manifest(ref)
-        parameters = _parameters(request, manifest)
-        inputs = read_inputs(request, inputs_of(manifest))
-        outputs = outputs_of(manifest)
+        parameters = read_parameters(request, manifest)
+        inputs = read_inputs(request, inputs_of(manifest, function))
+        outputs = outputs_of(manifest, function)
         wanted = _wanted(request, outputs)
-        run = self._views if served_by(manifest) == "render" else self._images
-        version, arrays, cut = await run(ref, inputs, parameters, _with_terms(call, parameters))
+        runs: dict[str, Run] = {
+            "render": self._views,
+            "generate": self._images,
+            "call": partial(self._called, function),
+        }
+        version, arrays, cut = await runs[served_by(manifest)](
+            ref, inputs, parameters, with_terms(call, parameters)
+        )
         name, _, number = version.partition("@")
-        reply = service_pb2.ModelInferResponse(model_name=name, model_version=number, id=request.id)
+        reply = service_pb2.ModelInferResponse(
+            model_name=served_name(name, function), model_version=number, id=request.id
+        )
         with packing():
             if cut:
                 reply.parameters["cut_prompts"].string_param = ",".join(map(str, cut))
             write_outputs(reply, {k: (outputs[k].datatype, arrays[k]) for k in outputs if k in wanted})
         return reply
 
+    async def _called(
+        self,
+        function: str,
+        ref: str,
+        inputs: dict[str, np.ndarray],
+        parameters: dict[str, float],
+        call: Call,
+    ) -> Answered:
+        spec = (await self._engine.models.manifest(ref)).signature.function(function)
+        wanted = PredictRequest(ref, function, from_protocol(spec.inputs, inputs), call)
+        outputs, summary = await self._engine.predict(wanted)
+        return summary.model, to_protocol(spec.outputs, outputs), ()
+
     async def _images(
         self, ref: str, inputs: dict[str, np.ndarray], parameters: dict[str, float], call: Call
-    ) -> tuple[str, dict[str, np.ndarray], tuple[int, ...]]:
+    ) -> Answered:
         nothing = np.empty(0, dtype=object)
-        guidance = _guidance(inputs, parameters, _pictures(inputs))
+        guidance = guidance_of(inputs, parameters, pictures_of(inputs))
         if guidance == 1 and "guidance_scale" in inputs:
             inputs.pop("negative_prompt", None)  # it has no weight then: who fills in every input may
         wanted = GenerateRequest(
@@ -207,7 +260,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             prompts=tuple(inputs.get("prompt", nothing).ravel()),
             negative_prompts=tuple(inputs.get("negative_prompt", nothing).ravel()),
             negative_scale=parameters.get("negative_scale"),
-            num_steps=_whole(parameters, "num_steps"),
+            num_steps=whole(parameters, "num_steps"),
             guidance=guidance,
             call=call,
         )
@@ -229,7 +282,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def _views(
         self, ref: str, inputs: dict[str, np.ndarray], parameters: dict[str, float], call: Call
-    ) -> tuple[str, dict[str, np.ndarray], tuple[int, ...]]:
+    ) -> Answered:
         poses, pinholes = inputs["pose"], inputs["intrinsics"]
         if len(poses) != len(pinholes):
             raise ConfigError(
@@ -245,7 +298,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
             raise ConfigError("intrinsics hold NaN or infinity", field="inputs.intrinsics")
         width, height = (
             round(2 * float(pinholes[0, axis])) if given is None else given
-            for axis, given in ((2, _whole(parameters, "width")), (3, _whole(parameters, "height")))
+            for axis, given in ((2, whole(parameters, "width")), (3, whole(parameters, "height")))
         )
         check_reply(
             len(poses),
@@ -288,6 +341,13 @@ def _ref(name: str, version: str) -> str:
     return f"{name}@{version}" if version else name
 
 
+def _parts(model: LoadedModel, function: str, *, every: bool) -> list[str]:
+    """Functions of a loaded model whose statistics are asked for."""
+    if function:
+        model.manifest.signature.function(function)
+    return listed_functions(model.manifest) if every else [function]
+
+
 def _stacked(pictures: list[Picture]) -> dict[str, np.ndarray]:
     return {"images": np.stack([to_uint8(picture.pixels) for picture in pictures])}
 
@@ -311,67 +371,3 @@ def _wanted(request: service_pb2.ModelInferRequest, outputs: Mapping[str, Tensor
                 field="outputs",
             )
     return {output.name for output in request.outputs} or set(outputs)
-
-
-def _parameters(request: service_pb2.ModelInferRequest, manifest: Manifest) -> dict[str, float]:
-    """The request's parameters, all of them numbers; what Triton's own clients add for Triton is passed over."""
-    known = (*_OF_ALL, *(_OF_SCENES if served_by(manifest) == "render" else _OF_GENERATORS))
-    found = {}
-    for name, given in request.parameters.items():
-        if name.startswith("triton_"):
-            continue
-        if name not in known:
-            raise ConfigError(
-                f"parameter {name!r} is not known{nearest(name, known)}", field=f"parameters.{name}"
-            )
-        value = getattr(given, given.WhichOneof("parameter_choice") or "int64_param")
-        whole = name not in ("guidance", "negative_scale")
-        if isinstance(value, bool | str) or (whole and not float(value).is_integer()):
-            kind = "a whole number" if whole else "a number"
-            raise ConfigError(f"parameter {name} = {value!r} is not {kind}", field=f"parameters.{name}")
-        found[name] = value
-    return found
-
-
-def _whole(parameters: Mapping[str, float], name: str) -> int | None:
-    return int(parameters[name]) if name in parameters else None
-
-
-def _pictures(inputs: Mapping[str, np.ndarray]) -> int:
-    """How many pictures are asked for: the batch of the inputs that are given; without any it is one."""
-    return next((len(value) for name, value in inputs.items() if name != "guidance_scale"), 1)
-
-
-def _guidance(
-    inputs: Mapping[str, np.ndarray], parameters: Mapping[str, float], pictures: int
-) -> float | None:
-    """From the parameter `guidance` or the input `guidance_scale`."""
-    scales = inputs.get("guidance_scale")
-    if scales is None:
-        return parameters.get("guidance")
-    if "guidance" in parameters:
-        raise ConfigError(
-            "guidance is given as input guidance_scale and as parameter; give one",
-            field="parameters.guidance",
-        )
-    if len(scales) != pictures or (scales != scales[0]).any():
-        raise ConfigError(
-            "guidance_scale must hold one value for each picture, and these must be equal; send several requests",
-            field="inputs.guidance_scale",
-        )
-    return float(scales[0, 0])
-
-
-def _with_terms(call: Call, parameters: Mapping[str, float]) -> Call:
-    """Triton's `priority` and `timeout`."""
-    for name in _OF_ALL:
-        if parameters.get(name, 0) < 0:
-            raise ConfigError(
-                f"parameter {name} = {parameters[name]} is not allowed: give 0 or more",
-                field=f"parameters.{name}",
-            )
-    timeout = parameters.get("timeout", 0)
-    if timeout:
-        until = asyncio.get_running_loop().time() + timeout / 1e6
-        call = replace(call, deadline=until if call.deadline is None else min(until, call.deadline))
-    return replace(call, bulk=parameters.get("priority", 0) >= PRIORITIES)

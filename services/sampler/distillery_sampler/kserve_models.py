@@ -10,6 +10,8 @@ from distill_core.artifacts import Manifest
 from distill_core.kinds.cards import generator_card, served_by
 from distillery_sampler.backends.opening import check_kind
 from distillery_sampler.checks import can_guide
+from distillery_sampler.kserve_functions import served_name, tensor_specs
+from distillery_sampler.predicting import output_bytes
 from distillery_sampler.requests import ModelInfo
 from distillery_sampler.settings import SamplerSettings
 from distillery_sampler.statistics import Duration, RequestStats
@@ -19,13 +21,15 @@ PRIORITIES = 2  # Triton's levels: 1 interactive, from 2 on bulk
 NANOSECONDS = 1e9
 
 
-def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
+def inputs_of(manifest: Manifest, function: str = "") -> dict[str, TensorSpec]:
     """The inputs of a model, by name; a request that fills in all of them, or but those not optional, is answered.
 
     Raises:
-        ArtifactError: a kind of model that is not sampled.
+        ArtifactError: a kind of model that is not sampled. ConfigError: it has no such function.
     """
     check_kind(manifest)
+    if function or served_by(manifest) == "call":
+        return tensor_specs(manifest.signature.function(function).inputs)
     if served_by(manifest) == "render":
         specs = [
             TensorSpec("pose", "FP32", (-1, 4, 4), accepts=FLOATS),
@@ -49,8 +53,10 @@ def inputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
     return {spec.name: spec for spec in specs}
 
 
-def outputs_of(manifest: Manifest) -> dict[str, TensorSpec]:
+def outputs_of(manifest: Manifest, function: str = "") -> dict[str, TensorSpec]:
     """The outputs of a model, by name."""
+    if function or served_by(manifest) == "call":
+        return tensor_specs(manifest.signature.function(function).outputs)
     if served_by(manifest) == "render":
         specs = [TensorSpec("rgb", "UINT8", (-1, -1, -1, 3)), TensorSpec("depth", "FP32", (-1, -1, -1))]
         return {spec.name: spec for spec in specs}
@@ -64,15 +70,15 @@ def platform(info: ModelInfo) -> str:
     return f"distillery_{info.manifest.kind}"
 
 
-def metadata(info: ModelInfo) -> service_pb2.ModelMetadataResponse:
+def metadata(info: ModelInfo, function: str = "") -> service_pb2.ModelMetadataResponse:
     """A version's inputs and outputs."""
     tensor = service_pb2.ModelMetadataResponse.TensorMetadata
     inputs, outputs = (
         [tensor(name=spec.name, datatype=spec.datatype, shape=spec.shape) for spec in specs.values()]
-        for specs in (inputs_of(info.manifest), outputs_of(info.manifest))
+        for specs in (inputs_of(info.manifest, function), outputs_of(info.manifest, function))
     )
     return service_pb2.ModelMetadataResponse(
-        name=info.manifest.name,
+        name=served_name(info.manifest.name, function),
         versions=[str(info.manifest.version)],
         platform=platform(info),
         inputs=inputs,
@@ -80,13 +86,15 @@ def metadata(info: ModelInfo) -> service_pb2.ModelMetadataResponse:
     )
 
 
-def config(info: ModelInfo, settings: SamplerSettings) -> model_config_pb2.ModelConfig:
+def config(info: ModelInfo, settings: SamplerSettings, function: str = "") -> model_config_pb2.ModelConfig:
     """How a version is served, in the fields that Triton has for it."""
     described = model_config_pb2.ModelConfig(
-        name=info.manifest.name,
+        name=served_name(info.manifest.name, function),
         platform=platform(info),
         backend=info.backend,
-        max_batch_size=_most(info.manifest, settings),  # of a request; it is split over device batches
+        max_batch_size=_most(
+            info.manifest, settings, function
+        ),  # of a request; it is split over device batches
     )
     if info.instances:  # found by timing, when the version was loaded
         described.instance_group.add(count=info.instances)
@@ -96,17 +104,22 @@ def config(info: ModelInfo, settings: SamplerSettings) -> model_config_pb2.Model
     batching.priority_levels, batching.default_priority_level = PRIORITIES, 1
     batching.default_queue_policy.allow_timeout_override = True
     batching.default_queue_policy.max_queue_size = settings.max_queue_images
-    for spec in inputs_of(info.manifest).values():
+    for spec in inputs_of(info.manifest, function).values():
         described.input.add(
             name=spec.name, data_type=_type(spec), dims=spec.shape[1:], optional=spec.optional
         )
-    for spec in outputs_of(info.manifest).values():
+    for spec in outputs_of(info.manifest, function).values():
         described.output.add(name=spec.name, data_type=_type(spec), dims=spec.shape[1:])
     return described
 
 
-def _most(manifest: Manifest, settings: SamplerSettings) -> int:
-    """How many pictures or views one request may ask for."""
+def _most(manifest: Manifest, settings: SamplerSettings, function: str) -> int:
+    """How many pictures, views or items one request may ask for."""
+    if served_by(manifest) == "call":
+        called = manifest.signature.function(function)
+        in_a_message = settings.max_reply_bytes // max(1, output_bytes(called))
+        waiting = settings.max_queue_images if called.batched else settings.max_images
+        return max(1, min(settings.max_images, waiting, in_a_message))
     card = generator_card(manifest)
     if card.image is None:
         return settings.max_views

@@ -17,13 +17,15 @@ from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, DistilleryError, Unavailable, out_of_memory
 from distill_core.kinds.cards import generator_card
 from distill_core.parity import SEED, VIEW_DEGREES, VIEW_SIDE
-from distillery_sampler.backends.base import Backend, Generator, SceneRenderer
-from distillery_sampler.backends.fixed import Padded
+from distillery_sampler.backends.base import Backend, Functions, Generator, SceneRenderer
+from distillery_sampler.backends.fixed import Padded, PaddedFunctions
 from distillery_sampler.backends.opening import Choice, choices, open_backend
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.batcher import Batcher
 from distillery_sampler.memory import Held, resident, total
 from distillery_sampler.metrics import Metrics, ModelStats
+from distillery_sampler.predicting import cost_by, runner
+from distillery_sampler.probing import answer_probes
 from distillery_sampler.requests import ImageItem, ImageKey, ModelInfo, Orbit, Region, Tile, View
 from distillery_sampler.settings import SamplerSettings
 from distillery_sampler.tuning import Question, Tuned, layouts, tune, warm
@@ -135,6 +137,8 @@ def open_model(
             backend, tuned = tune(backend, partial(opened, choice), question, settings)
         if isinstance(backend, Padded) and backend.on_gpu:
             warm(backend, question, tuned.max_batch, backend.sizes)
+    elif isinstance(backend, Functions):
+        tuned = answer_probes(backend, folder, manifest, choice.precision, settings)
     else:
         tuned = _look(backend, manifest, settings)
     return Opened(manifest, backend, tuned, resident() - before)
@@ -208,17 +212,17 @@ def start_model(opened: Opened, metrics: Metrics, settings: SamplerSettings) -> 
     """Put a warm model behind a queue."""
     manifest, backend, tuned, grown = opened
     stats = ModelStats(metrics, (manifest.name, str(manifest.version), backend.name))
-    if isinstance(backend, Padded):
+    if isinstance(backend, Padded | PaddedFunctions):
         backend.on_padding = stats.padding
     batcher = Batcher(
-        _runner(backend),
+        stats.counting(_runner(backend)),
         stats,
         max_batch=tuned.max_batch,
         max_queue=settings.max_queue_images,
         instances=tuned.layout.instances,
         max_delay_s=settings.max_delay_s,
-        max_cost=math.inf if isinstance(backend, Generator) else TILE_RAYS,
-        cost=_cost,
+        max_cost=TILE_RAYS if isinstance(backend, SceneRenderer) else math.inf,
+        cost=cost_by(manifest.signature) if isinstance(backend, Functions) else _cost,
         kind=_kind(manifest),
         seconds_per_cost=tuned.seconds,
     )
@@ -244,4 +248,6 @@ def _kind(manifest: Manifest) -> Callable[[Any], Any]:
 def _runner(backend: Backend) -> Any:
     if isinstance(backend, Generator):
         return lambda key, items: list(backend.generate(key, items))
+    if isinstance(backend, Functions):
+        return runner(backend)
     return lambda key, tiles: backend.render(tiles, normals=key.normals)

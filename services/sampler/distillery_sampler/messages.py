@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from google.protobuf.struct_pb2 import Struct
 
 from distill_core.errors import ConfigError
 from distill_core.kinds.cards import generator_card, scene_spec
+from distill_core.signature import TensorSpec
 from distillery.v1 import models_pb2, sampler_pb2
 from distillery_sampler.checks import can_guide
 from distillery_sampler.images import Format
@@ -17,12 +19,13 @@ from distillery_sampler.requests import (
     ImageInput,
     ModelInfo,
     Orbit,
+    PredictRequest,
     RenderRequest,
     Summary,
     View,
 )
 from distillery_sampler.settings import SamplerSettings
-from distillery_sampler.wire import FORMATS
+from distillery_sampler.wire import FORMATS, array_from, array_to
 
 FULL_TURN = 360.0
 PRIORITIES = frozenset(sampler_pb2.Priority.values())
@@ -77,6 +80,22 @@ def generate_summary(summary: Summary) -> sampler_pb2.GenerateSummary:
         seconds=summary.seconds,
         cut_prompts=summary.cut_prompts,
         prompt_tokens=summary.prompt_tokens,
+    )
+
+
+def predict_from(message: sampler_pb2.PredictRequest, call: Call) -> PredictRequest:
+    """The engine's request for a call of a function."""
+    inputs = {name: array_from(tensor, f"inputs.{name}") for name, tensor in message.inputs.items()}
+    return PredictRequest(message.model, message.function, inputs, call)
+
+
+def predicted(outputs: Mapping[str, np.ndarray], summary: Summary) -> sampler_pb2.PredictResponse:
+    """What a function answered, and how that went."""
+    return sampler_pb2.PredictResponse(
+        outputs={name: array_to(values, name) for name, values in outputs.items()},
+        summary=sampler_pb2.PredictSummary(
+            model=summary.model, backend=summary.backend, count=summary.count, seconds=summary.seconds
+        ),
     )
 
 
@@ -219,7 +238,40 @@ def model_to(info: ModelInfo) -> models_pb2.Model:
         instances=info.instances,
         threads=info.threads,
         memory_bytes=info.memory,
+        functions=_functions(info),
+        card=_card(info),
     )
+
+
+def _functions(info: ModelInfo) -> list[models_pb2.FunctionInfo]:
+    return [
+        models_pb2.FunctionInfo(
+            name=name,
+            inputs=[_tensor_info(key, spec) for key, spec in function.inputs.items()],
+            outputs=[_tensor_info(key, spec) for key, spec in function.outputs.items()],
+            batched=function.batched,
+        )
+        for name, function in info.manifest.signature.functions.items()
+    ]
+
+
+def _tensor_info(name: str, spec: TensorSpec) -> models_pb2.TensorInfo:
+    return models_pb2.TensorInfo(
+        name=name,
+        dtype=spec.dtype,
+        shape=spec.shape,
+        max_shape=spec.max_shape,
+        multiple_of=spec.multiple_of,
+        optional=spec.optional,
+        low=spec.low,
+        high=spec.high,
+    )
+
+
+def _card(info: ModelInfo) -> Struct:
+    card = Struct()
+    card.update(info.manifest.card)
+    return card
 
 
 def _generator(info: ModelInfo) -> models_pb2.GeneratorInfo | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from distill_service.metrics import SECONDS
 from distill_service.tracing import Tracing, tracing
+from distillery_sampler.requests import CallKey
 from distillery_sampler.statistics import RequestStats, current_request
 
 IMAGES = (1, 2, 4, 8, 16, 32, 64)
@@ -114,6 +116,7 @@ class ModelStats:
     labels: Labels
     requests: RequestStats = field(default_factory=RequestStats)
     traced: Tracing | None = field(default_factory=tracing)
+    functions: dict[str, RequestStats] = field(default_factory=dict)  # of those that were called
 
     def __post_init__(self) -> None:
         """Series are looked up once, not for each image, and are there before the first one."""
@@ -146,6 +149,22 @@ class ModelStats:
             names = dict(zip(MODEL, self.labels, strict=True))
             spans = [span for _, span in origins]
             self.traced.batch(spans, waits, seconds, {**names, "images": images, "reason": reason})
+
+    def of(self, function: str) -> RequestStats:
+        """The requests of one function; "" is all of the model's."""
+        return self.functions.setdefault(function, RequestStats()) if function else self.requests
+
+    def counting(self, run: Callable[[Any, list[Any]], Any]) -> Callable[[Any, list[Any]], Any]:
+        """`run`, whose batches are recorded by the function that they call, too."""
+
+        def counted(key: Any, payloads: list[Any]) -> Any:
+            started = time.perf_counter()
+            answers = run(key, payloads)
+            if isinstance(key, CallKey):
+                self.of(key.function).ran(len(payloads), time.perf_counter() - started)
+            return answers
+
+        return counted
 
     def padding(self, images: int) -> None:
         """Record images that only filled a batch up to a fixed size."""

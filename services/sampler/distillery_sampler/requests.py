@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,6 +49,25 @@ class GenerateRequest:
     negative_scale: float | None = None
     latents: Float | None = field(default=None, compare=False)  # (B, C, H, W): the first draw, given
     call: Call = Call()
+
+
+@dataclass(frozen=True)
+class PredictRequest:
+    """A call of one of a model's functions, "" its first one, with arrays (B, …) by the names of its inputs."""
+
+    model: str
+    function: str = ""
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False)
+    call: Call = Call()
+
+
+@dataclass(frozen=True)
+class CallKey:
+    """What items of one batch have in common: the function, and the shape of each input."""
+
+    function: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    alone: int = 0  # other than 0: a request that is one call, and shares it with no other
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,8 @@ from distillery_sampler.messages import (
     model_to,
     outputs_from,
     path_from,
+    predict_from,
+    predicted,
     render_from,
     render_summary,
 )
@@ -46,7 +48,8 @@ from distillery_sampler.wire import tensor_to
 NUMBERS = {name: common_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{name}") for name in get_args(images.Format)}
 QUICK_VALUES = 2**17  # of a picture that is packed where it is, in less than a millisecond
 FOR_PICTURES = frozenset(
-    f"/distillery.v1.SamplerService/{name}" for name in ("Generate", "GenerateStream", "Render", "RenderPath")
+    f"/distillery.v1.SamplerService/{name}"
+    for name in ("Generate", "GenerateStream", "Render", "RenderPath", "Predict")
 )
 ADMIN_METHODS = frozenset(f"/distillery.v1.ModelsService/{name}" for name in ("LoadModel", "UnloadModel"))
 
@@ -185,6 +188,14 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
                     yield sampler_pb2.RenderPathResponse(view=view)
                 else:
                     yield sampler_pb2.RenderPathResponse(summary=render_summary(event))
+
+    async def Predict(
+        self, request: sampler_pb2.PredictRequest, context: ServicerContext
+    ) -> sampler_pb2.PredictResponse:
+        wanted = predict_from(request, call_of(context, bulk=is_bulk(request.priority)))
+        outputs, summary = await self._engine.predict(wanted)
+        with packing():
+            return predicted(outputs, summary)
 
     def _approve(self, image_format: images.Format, bytes_per_value: int) -> Approve:
         def approve(image: ImageSpec, count: int) -> None:

@@ -48,15 +48,15 @@ class RequestStats:
         """Record a batch."""
         self.batches.setdefault(size, Duration()).add(seconds)
 
-    def request(self, inferences: int) -> RequestTimes:
-        """Around a request for so many pictures or views: its end is recorded, and how it was."""
-        return RequestTimes(self, inferences)
+    def request(self, inferences: int, also: RequestStats | None = None) -> RequestTimes:
+        """Around a request for so many pictures, views or items: its end is recorded, here and in `also`."""
+        return RequestTimes([self] if also is None else [self, also], inferences)
 
 
 class RequestTimes:
     """When one request's images or tiles waited and ran; seconds of `time.perf_counter`."""
 
-    def __init__(self, stats: RequestStats, inferences: int) -> None:
+    def __init__(self, stats: list[RequestStats], inferences: int) -> None:
         self._stats, self._inferences = stats, inferences
         self._began, self._ended = time.perf_counter(), False
         self.all, self.run = _Covered(), _Covered()  # from queueing to the batch's end; of that, in a batch
@@ -67,18 +67,20 @@ class RequestTimes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        stats = self._stats
         if kind is not None:
             if not issubclass(kind, ConfigError):  # the request was wrong: that says nothing of the model
-                stats.fail.add(self.end())
+                seconds = self.end()
+                for stats in self._stats:
+                    stats.fail.add(seconds)
             return
-        stats.success.add(self.end())
-        stats.inferences += self._inferences
-        waited, infer = self.all.seconds, self.run.seconds
-        stats.queue.add(waited - infer)
-        stats.compute_input.add(self.input_s)
-        stats.compute_infer.add(infer)
-        stats.compute_output.count += 1
+        seconds, waited, infer = self.end(), self.all.seconds, self.run.seconds
+        for stats in self._stats:
+            stats.success.add(seconds)
+            stats.inferences += self._inferences
+            stats.queue.add(waited - infer)
+            stats.compute_input.add(self.input_s)
+            stats.compute_infer.add(infer)
+            stats.compute_output.count += 1
 
     def queued(self) -> None:
         """Say that everything is decoded."""
@@ -93,14 +95,16 @@ class RequestTimes:
     def end(self) -> float:
         """How long the request took."""
         self._ended = True
-        self._stats.last_ms = time.time_ns() // 1_000_000
+        for stats in self._stats:
+            stats.last_ms = time.time_ns() // 1_000_000
         return time.perf_counter() - self._began
 
     def packed(self, seconds: float) -> None:
         """Pictures were packed, before the request's end or right after it."""
-        self._stats.compute_output.seconds += seconds
-        if self._ended:
-            self._stats.success.seconds += seconds
+        for stats in self._stats:
+            stats.compute_output.seconds += seconds
+            if self._ended:
+                stats.success.seconds += seconds
 
 
 class _Covered:

@@ -11,11 +11,22 @@ from tritonclient.grpc import service_pb2
 
 from distill_core.errors import ConfigError
 
-DTYPES = {"UINT64": "<u8", "INT64": "<i8", "UINT8": "u1", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
+DTYPES = {
+    "UINT64": "<u8",
+    "INT64": "<i8",
+    "INT32": "<i4",
+    "UINT8": "u1",
+    "BOOL": "?",
+    "FP16": "<f2",
+    "FP32": "<f4",
+    "FP64": "<f8",
+}
 FLOATS = ("FP16", "FP64")  # taken where FP32 is wanted
 _TYPED = {
     "UINT64": "uint64_contents",
     "INT64": "int64_contents",
+    "INT32": "int_contents",
+    "BOOL": "bool_contents",
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
@@ -114,6 +125,8 @@ def _values(
         raise ConfigError(
             f"input {tensor.name} has {len(raw)} bytes, no multiple of {dtype.itemsize}", field=field
         )
+    if tensor.datatype == "BOOL":
+        return np.frombuffer(raw, dtype=np.uint8) != 0
     return np.frombuffer(raw, dtype=dtype)
 
 
@@ -136,4 +149,11 @@ def write_outputs(
     """Add tensors (name -> datatype, array) to a reply, as raw contents."""
     for name, (datatype, array) in values.items():
         response.outputs.add(name=name, datatype=datatype, shape=array.shape)
-        response.raw_output_contents.append(np.ascontiguousarray(array, dtype=DTYPES[datatype]).tobytes())
+        response.raw_output_contents.append(_bytes(datatype, array))
+
+
+def _bytes(datatype: str, array: np.ndarray) -> bytes:
+    if datatype != "BYTES":
+        return np.ascontiguousarray(array, dtype=DTYPES[datatype]).tobytes()
+    texts = [text.encode() for text in array.ravel().tolist()]
+    return b"".join(struct.pack("<I", len(text)) + text for text in texts)

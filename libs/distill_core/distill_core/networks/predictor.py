@@ -16,7 +16,7 @@ from distill_core.config import Config, NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds.predictor.card import Card
 from distill_core.networks.predictors import build_network
-from distill_core.signature import Function, TensorSpec
+from distill_core.signature import Function, FunctionName, TensorSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -27,7 +27,7 @@ class PredictorFile(Config):
     kind: Literal["predictor"] = "predictor"
     version: Literal[1] = 1
     network: NetworkConfig  # with every argument, those that followed from the data too
-    functions: dict[str, Function] = Field(min_length=1)
+    functions: dict[FunctionName, Function] = Field(min_length=1)
     class_names: tuple[str, ...] = ()
 
 

@@ -15,11 +15,10 @@ from distill_core.data import Source
 from distill_core.kinds import find_kind
 from distill_core.kinds.base import described
 from distill_core.method import Method, Model
+from distill_core.parity import PROBE
 from distill_core.pictures import save_sheet
 from distill_core.running.keys import move_alias, parents
 from distill_core.training.run import Run
-
-PROBE = "probe.safetensors"  # beside the weights: `FUNCTION/inputs.NAME` and `FUNCTION/outputs.NAME`
 
 
 def save_models(method: Method, source: Source, recipe: Recipe, run: Run) -> None:

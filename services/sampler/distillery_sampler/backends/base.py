@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
 from distill_core.diffusion.noise import unit_normals
+from distill_core.errors import ArtifactError
+from distill_core.signature import Signature, TensorSpec
 from distillery_sampler.requests import ImageItem, ImageKey, Rendered, Tile
 
 
@@ -45,7 +47,58 @@ class SceneRenderer(abc.ABC):
         """As a generator's."""
 
 
-Backend = Generator | SceneRenderer
+class Functions(abc.ABC):
+    """Functions of a signature, called by name."""
+
+    name: str
+    on_gpu = False
+
+    def __init__(self, signature: Signature) -> None:
+        self.signature = signature
+
+    def call(self, function: str, items: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+        """Outputs of each item, without batch axis as the items; up to rounding they depend on that item alone.
+
+        All items have the same inputs, of the same shapes.
+        """
+        outputs = self.run(function, {name: stacked([item[name] for item in items]) for name in items[0]})
+        return [{name: values[row] for name, values in outputs.items()} for row in range(len(items))]
+
+    def run(self, function: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs (B, …) of inputs (B, …), in the types of the signature.
+
+        Raises:
+            ArtifactError: the model answers with something else than its signature says.
+        """
+        size, made = len(next(iter(inputs.values()))), self._run(function, inputs)
+        specs = self.signature.functions[function].outputs
+        return {name: _described(name, made.get(name), spec, size) for name, spec in specs.items()}
+
+    @abc.abstractmethod
+    def _run(self, function: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name, in any type."""
+
+    @abc.abstractmethod
+    def held(self) -> dict[Hashable, int]:
+        """As a generator's."""
+
+
+Backend = Generator | SceneRenderer | Functions
+
+
+def stacked(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Items as a batch; texts as an array of objects."""
+    return np.array(values, dtype=object) if isinstance(values[0], str) else np.stack(values)
+
+
+def _described(name: str, values: np.ndarray | None, spec: TensorSpec, size: int) -> np.ndarray:
+    shape = None if values is None else values.shape
+    if values is None or not shape or shape[0] != size or not spec.fits(shape[1:]):
+        said = "is not answered" if shape is None else f"has the shape {shape}"
+        raise ArtifactError(
+            f"output {name} {said} for {size} items, its signature says {spec.described}; publish it again"
+        )
+    return values.astype(object if spec.dtype == "text" else spec.dtype, copy=False)
 
 
 def noise(items: Sequence[ImageItem], draw: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -18,7 +18,16 @@ from distillery_sampler.backends.graph_generator import GraphGenerator
 from distillery_sampler.backends.rewriting import rewritten
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-DTYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64}
+DTYPES: dict[str, type[np.generic]] = {
+    "tensor(float16)": np.float16,
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+    "tensor(string)": np.object_,
+}
 MAX_BINDINGS = 32  # shapes of the inputs whose buffers are kept
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from distill_core.artifacts import Manifest
 from distill_core.errors import ArtifactError, missing_package
 from distill_core.kinds.cards import generator_card, served_by
-from distillery_sampler.backends.base import Backend, Generator
-from distillery_sampler.backends.fixed import BUCKETS, Padded
+from distillery_sampler.backends.base import Backend, Functions, Generator
+from distillery_sampler.backends.fixed import BUCKETS, Padded, PaddedFunctions
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.settings import SamplerSettings
 
@@ -32,6 +32,11 @@ def check_kind(manifest: Manifest) -> None:
     if not served_by(manifest):
         raise ArtifactError(
             f"{manifest.ref} is a {manifest.kind}, which no sampler serves; `distillery models` shows the kinds",
+            field="model",
+        )
+    if served_by(manifest) == "call" and not manifest.signature.functions:
+        raise ArtifactError(
+            f"{manifest.ref} does not say what it takes and answers: its signature is empty; publish it again",
             field="model",
         )
 
@@ -70,7 +75,11 @@ def choices(manifest: Manifest, settings: SamplerSettings) -> list[Choice]:
         raise ArtifactError(f"{manifest.ref}: its manifest lacks image, cond or sampler; publish it again")
     # a field's marching is not in an exported graph
     wanted = "torch" if served_by(manifest) == "render" else settings.backend
-    allowed = [target for target in settings.targets if wanted in ("auto", _runtime(target))]
+    runtimes: tuple[str, ...] = ("onnxruntime", "tensorrt")
+    if served_by(manifest) == "call":  # engines are of denoisers
+        runtimes = ("onnxruntime",)
+        _refuse_engines(manifest, wanted)
+    allowed = [t for t in settings.targets if _runtime(t) in runtimes and wanted in ("auto", _runtime(t))]
     targets = [target for target in allowed if target in manifest.exports]
     if not targets:
         _require_no_export(manifest, wanted, allowed, settings)
@@ -78,6 +87,14 @@ def choices(manifest: Manifest, settings: SamplerSettings) -> list[Choice]:
     found = [Choice(_runtime(target), target, target.rpartition("-")[2]) for target in targets]
     last = next((at for at, choice in enumerate(found) if choice.backend != "tensorrt"), len(found) - 1)
     return found[: last + 1]
+
+
+def _refuse_engines(manifest: Manifest, wanted: str) -> None:
+    if wanted == "tensorrt":
+        raise ArtifactError(
+            f"{manifest.ref} is a {manifest.kind}, which no TensorRT engine runs here; set "
+            "DISTILLERY_SAMPLER_BACKEND to auto, onnxruntime or torch"
+        )
 
 
 def _require_no_export(
@@ -114,6 +131,8 @@ def open_backend(
         raise missing_package(lacking, EXTRAS[choice.backend])
     opened = _opened(folder, manifest, choice, threads, settings, weights)
     sizes = settings.buckets or (BUCKETS if opened.on_gpu else None)
+    if sizes and isinstance(opened, Functions):
+        return PaddedFunctions(opened, sizes)
     return Padded(opened, sizes) if sizes and isinstance(opened, Generator) else opened
 
 
@@ -125,6 +144,8 @@ def _opened(
     settings: SamplerSettings,
     weights: SharedWeights,
 ) -> Backend:
+    if served_by(manifest) == "call":
+        return _functions(folder, manifest, choice, threads, settings, weights)
     if choice.target is None:
         from distillery_sampler.backends import torch_backend
 
@@ -137,6 +158,24 @@ def _opened(
     from distillery_sampler.backends.onnx_backend import open_onnx
 
     return open_onnx(folder, exports, manifest, threads=threads, rewrite=settings.rewrite_graphs)
+
+
+def _functions(
+    folder: Path,
+    manifest: Manifest,
+    choice: Choice,
+    threads: int,
+    settings: SamplerSettings,
+    weights: SharedWeights,
+) -> Functions:
+    if choice.target is None:
+        from distillery_sampler.backends.torch_functions import TorchFunctions
+
+        return TorchFunctions(folder, manifest, settings, weights, threads=threads)
+    from distillery_sampler.backends.onnx_functions import OnnxFunctions
+
+    exports = folder / "exports" / choice.target
+    return OnnxFunctions(exports, manifest, threads=threads, rewrite=settings.rewrite_graphs)
 
 
 def _runtime(target: str) -> str:

@@ -23,8 +23,10 @@ from distillery_sampler.client.messages import (
     ViewOptions,
     improved,
     orbit,
+    outputs_of,
     path_request,
     picture_from,
+    predict_request,
     progressive_request,
     raw_request,
     render_request,
@@ -185,6 +187,27 @@ class AsyncSamplerClient:
                 if reply.HasField("view"):
                     shown = improved(shown, reply.view, request.options)
                     yield shown
+
+    async def predict(
+        self,
+        model: str,
+        function: str = "",
+        *,
+        timeout_s: float | None = None,
+        bulk: bool = False,
+        **arrays: Any,
+    ) -> dict[str, np.ndarray]:
+        """As `SamplerClient.predict`."""
+        request = predict_request(model, function, arrays, bulk=bulk)
+        return outputs_of(await self.call_predict(request, timeout_s=timeout_s))
+
+    async def call_predict(
+        self, request: sampler_pb2.PredictRequest, *, timeout_s: float | None = None
+    ) -> sampler_pb2.PredictResponse:
+        """As `SamplerClient.call_predict`."""
+        seconds = self._seconds(timeout_s)
+        with self._calling(request.model, seconds):
+            return await self._sampler.Predict(request, timeout=seconds)
 
     async def models(self, *, all_versions: bool = False) -> list[models_pb2.Model]:
         """As `SamplerClient.models`."""

@@ -12,7 +12,7 @@ from PIL import Image
 from distill_core.errors import ConfigError, nearest
 from distillery.v1 import common_pb2, sampler_pb2
 from distillery_sampler.images import decode, encode
-from distillery_sampler.wire import FORMATS, tensor_from
+from distillery_sampler.wire import FORMATS, array_from, array_to, tensor_from
 
 OnSummary = Callable[[sampler_pb2.GenerateSummary], None]
 FLOATS = ("depth", "opacity", "normal")  # of a view, beside its colours
@@ -249,6 +249,27 @@ def progressive_request(
 
 def _pose(pose: Any) -> sampler_pb2.Pose:
     return sampler_pb2.Pose(matrix=np.asarray(pose, dtype=np.float32).ravel())
+
+
+def predict_request(
+    model: str, function: str, arrays: Mapping[str, Any], *, bulk: bool
+) -> sampler_pb2.PredictRequest:
+    """The message of a Predict.
+
+    Raises:
+        ConfigError: an array of values that no message holds.
+    """
+    return sampler_pb2.PredictRequest(
+        model=model,
+        function=function,
+        inputs={name: array_to(values, name) for name, values in arrays.items()},
+        priority=_priority(bulk),
+    )
+
+
+def outputs_of(reply: sampler_pb2.PredictResponse) -> dict[str, np.ndarray]:
+    """The arrays of an answer, by name; texts as arrays of objects (str)."""
+    return {name: array_from(tensor, name) for name, tensor in reply.outputs.items()}
 
 
 def picture_from(image: common_pb2.Image) -> np.ndarray:

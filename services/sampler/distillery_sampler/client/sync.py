@@ -24,8 +24,10 @@ from distillery_sampler.client.messages import (
     ViewOptions,
     improved,
     orbit,
+    outputs_of,
     path_request,
     picture_from,
+    predict_request,
     progressive_request,
     raw_request,
     render_request,
@@ -202,6 +204,31 @@ class SamplerClient:
             if reply.HasField("view"):
                 shown = improved(shown, reply.view, request.options)
                 yield shown
+
+    def predict(
+        self,
+        model: str,
+        function: str = "",
+        *,
+        timeout_s: float | None = None,
+        bulk: bool = False,
+        **arrays: Any,
+    ) -> dict[str, np.ndarray]:
+        """What one of a model's functions, "" its first, answers to `arrays` (B, …) by input; (B, …) by output.
+
+        `sampler.predict("digits-student", image=batch)["logits"]`; `sampler.model(ref).functions` says what there is.
+        `bulk` waits while others' interactive requests wait.
+        """
+        request = predict_request(model, function, arrays, bulk=bulk)
+        return outputs_of(self.call_predict(request, timeout_s=timeout_s))
+
+    def call_predict(
+        self, request: sampler_pb2.PredictRequest, *, timeout_s: float | None = None
+    ) -> sampler_pb2.PredictResponse:
+        """Predict with the messages themselves: tensors, and the summary."""
+        seconds = self._seconds(timeout_s)
+        with self._calling(request.model, seconds):
+            return self._sampler.Predict(request, timeout=seconds)
 
     def models(self, *, all_versions: bool = False) -> list[models_pb2.Model]:
         """The models of the sampler's store, and which are loaded."""

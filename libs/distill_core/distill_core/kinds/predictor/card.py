@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from distill_core.config import Config, DataTable, EvaluateConfig
-from distill_core.signature import Function, Signature
+from distill_core.signature import Function, FunctionName, Signature
 
 SERVED = "call"
 
@@ -15,7 +15,7 @@ SERVED = "call"
 class Card(Config):
     """Facts of a predictor that a server needs without its weights."""
 
-    functions: dict[str, Function] = {}  # the first is the one that the model's bare name calls
+    functions: dict[FunctionName, Function] = {}  # the first is the one that the model's bare name calls
     class_names: tuple[str, ...] = ()  # of the last axis of `logits`
     parameters: int = Field(0, ge=0)
 
