@@ -11,6 +11,7 @@ from PIL import Image
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.radiance.renderer import save_scene
 from tests.helpers import REPOSITORY
+from tests.services.predictor_helpers import classifier, publish_classifier
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser
 from tests.services.test_sampler_render import cloud
 
@@ -22,6 +23,7 @@ def sampler(tmp_path_factory):
     root = tmp_path_factory.mktemp("examples")
     store = ArtifactStore(root / "store")
     publish_denoiser(store, root / "model", name="dmd2-digits")
+    publish_classifier(store, root / "classifier", classifier(5), name="kd-digits")
     scene = cloud(num_steps=4)
     save_scene(scene, root / "scene")
     store.publish(

@@ -181,12 +181,12 @@ def test_no_more_models_stay_loaded_than_allowed(store, tmp_path):
 def test_a_kind_that_is_not_sampled_and_a_lacking_export_are_refused(store, tmp_path):
     from distill_core.artifacts import Manifest
 
-    (tmp_path / "judge").mkdir()
-    (tmp_path / "judge" / "config.json").write_text("{}")
-    store.publish(tmp_path / "judge", Manifest(name="judge", kind="predictor"))
+    (tmp_path / "splats").mkdir()
+    (tmp_path / "splats" / "config.json").write_text("{}")
+    store.publish(tmp_path / "splats", Manifest(name="splats", kind="gaussians"))
     with SamplerProcess(store.url) as sampler, sampler.client() as client:
-        with pytest.raises(ArtifactError, match="a sampler serves denoisers and fields"):
-            client.generate("judge", class_labels=[1])
+        with pytest.raises(ArtifactError, match="is a gaussians, which no sampler serves"):
+            client.generate("splats", class_labels=[1])
         assert len(client.generate("digits", class_labels=[1])) == 1
 
 

@@ -13,6 +13,7 @@ from distill_core.artifacts import ArtifactStore, CondSpec, Manifest
 from distill_core.kinds.base import described
 from distill_core.networks.diffusers_io import load_denoiser
 from tests.helpers import tiny_text_to_image
+from tests.services.predictor_helpers import classifier, publish_classifier, publish_mixed
 from tests.services.sampler_helpers import (
     SIZE,
     SamplerProcess,
@@ -24,21 +25,33 @@ from tests.services.sampler_helpers import (
 from tests.services.test_sampler_render import cloud, publish_cloud
 
 NOT_SERVED = {
-    "judge": "is a classifier; a sampler serves denoisers and fields",
-    "splats": "is a gaussians; a sampler serves denoisers and fields",
+    "judge": "its signature is empty",
+    "splats": "is a gaussians, which no sampler serves",
     "bare": "its manifest lacks image, cond or sampler",
     "alone": "is an adapter over nobody@1, which is missing",
 }
-SERVED = ["cloud", "digits", "plain", "prompted", "steady", "teacher"]
+SERVED = [
+    "animals",
+    "animals:features",
+    "cloud",
+    "digits",
+    "mixed",
+    "plain",
+    "prompted",
+    "steady",
+    "teacher",
+]
 FILLS = {"zeros": 0, "ones": 1, "threes": 3}
 
 
 def publish_like(
-    store: ArtifactStore, folder: Path, name: str, *, conditional: bool = True, **changed
+    store: ArtifactStore, folder: Path, name: str, cond: CondSpec, *, conditional: bool = True
 ) -> None:
-    """The teacher's graph under another name and manifest."""
+    """The teacher's graph under another name and condition."""
     write_denoiser(folder / name / "exports/onnx-fp32/denoiser.onnx", class_means(), conditional=conditional)
-    store.publish(folder / name, store.manifest("teacher").model_copy(update={"name": name, **changed}))
+    teacher = store.manifest("teacher")
+    card = {**teacher.card, "cond": cond.model_dump(mode="json")}
+    store.publish(folder / name, teacher.model_copy(update={"name": name, "card": card}))
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +60,23 @@ def store(tmp_path_factory) -> ArtifactStore:
     store = ArtifactStore(root / "store")
     publish_denoiser(store, root / "student")
     publish_denoiser(store, root / "teacher", name="teacher", sampler=teacher_spec())
-    publish_like(store, root, "steady", cond=CondSpec(kind="class_label", num_classes=10))  # no null class
-    publish_like(store, root, "plain", conditional=False, cond=CondSpec(kind="none"))
+    publish_like(store, root, "steady", CondSpec(kind="class_label", num_classes=10))  # no null class
+    publish_like(store, root, "plain", CondSpec(kind="none"), conditional=False)
     publish_cloud(store, root / "cloud", cloud(num_steps=4))
     denoiser = load_denoiser(tiny_text_to_image(root / "pipeline"))
     denoiser.save(root / "prompted")
     store.publish(root / "prompted", Manifest(name="prompted", **described(denoiser)))
-    for name, kind in (("judge", "classifier"), ("splats", "gaussians"), ("bare", "denoiser")):
+    publish_classifier(store, root / "animals", classifier(5))
+    publish_mixed(store, root / "mixed")
+    for name, kind in (("judge", "predictor"), ("splats", "gaussians"), ("bare", "denoiser")):
         (root / name).mkdir()
         (root / name / "config.json").write_text("{}")
         store.publish(root / name, Manifest(name=name, kind=kind))
     (root / "alone" / "adapter").mkdir(parents=True)
     (root / "alone" / "adapter" / "adapter_config.json").write_text("{}")
-    adapter = store.manifest("prompted").model_copy(update={"name": "alone", "base": "nobody@1"})
+    prompted = store.manifest("prompted")
+    card = {**prompted.card, "base": "nobody@1"}
+    adapter = prompted.model_copy(update={"name": "alone", "card": card})
     store.publish(root / "alone", adapter)
     return store
 
@@ -74,7 +91,7 @@ def filled(listed: list, batch: int, value: int) -> list[InferInput]:
     """What a client that knows nothing of the model sends: every listed input, of the type and shape that are said."""
     inputs = []
     for tensor in listed:
-        shape = [batch, *(int(side) for side in tensor["shape"][1:])]
+        shape = [batch, *(max(1, int(side)) for side in tensor["shape"][1:])]  # -1: any size
         dtype = triton_to_np_dtype(tensor["datatype"])
         array = (
             np.full(shape, b"a cat", object)
@@ -83,6 +100,8 @@ def filled(listed: list, batch: int, value: int) -> list[InferInput]:
         )
         if tensor["name"] == "pose":
             array = np.tile(np.eye(4, dtype=np.float32), (batch, 1, 1))
+        if tensor["name"] == "image":  # lies in [-1, 1], which the protocol has no words for
+            array = np.full(shape, value / 4, np.float32)
         if tensor["name"] == "intrinsics":
             array = np.full(shape, 4, np.float32)
         inputs.append(InferInput(tensor["name"], shape, tensor["datatype"]))
@@ -115,7 +134,7 @@ def ready_names(triton: InferenceServerClient) -> list[str]:
 
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_who_fills_in_every_listed_input_gets_a_picture_of_every_ready_model(triton, batch, fill):
+def test_who_fills_in_every_listed_input_gets_an_answer_of_every_ready_model(triton, batch, fill):
     assert set(SERVED) <= set(ready_names(triton))
     for name in SERVED:
         described = triton.get_model_metadata(name, as_json=True)

@@ -51,7 +51,7 @@ def test_nothing_on_the_page_is_left_out():
     assert languages == {"python", "bash"}
     guarded = [code for code in blocks(PAGE, "python") if ADDRESS not in code]
     assert len(guarded) == 1  # TLS and tokens, below
-    assert len(SNIPPETS) == 8
+    assert len(SNIPPETS) == 9
     assert {command[0] for command in COMMANDS} == {"grpcurl"}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from distill_core.artifacts import Manifest
+from distill_core.config import ModelSource
 from distill_core.diffusion.image_to_image import Beginning
 from distill_core.diffusion.sampling import sample
 from distill_core.errors import ArtifactError
@@ -52,6 +53,27 @@ def open_model(
     return OneThread(generator) if settings.device.startswith("cuda") else generator()
 
 
+class SharedBases:
+    """Models that others rest on, each loaded once for all of them; `held` are those that were asked for."""
+
+    def __init__(self, weights: SharedWeights) -> None:
+        self._weights, self.held = weights, list[torch.nn.Module]()
+
+    def folder(self, source: ModelSource) -> Path:
+        """The folder of a version, fetched and verified."""
+        assert source.artifact is not None
+        return self._weights.fetch(source.artifact)
+
+    def artifact(self, ref: str, *, device: str = "cpu") -> torch.nn.Module:
+        """The model of a store reference, without another's low-rank factors."""
+        fetch = self._weights.fetch
+        model: torch.nn.Module = self._weights.get(
+            ref, device, lambda: plain(load_model(fetch(ref), device=device, models=self))
+        )
+        self.held.append(model)
+        return model
+
+
 class TorchGenerator(Generator):
     """A denoiser. Adapters are module trees of their own over the very weights of one base: none is switched."""
 
@@ -71,18 +93,13 @@ class TorchGenerator(Generator):
         self.on_gpu, self._threads = device.startswith("cuda"), threads
         if self.on_gpu and ":" in device:
             torch.cuda.set_device(device)  # of this thread
-        self._bases: list[torch.nn.Module] = []  # held for as long as this adapter uses them
-
-        def base(ref: str) -> torch.nn.Module:
-            fetch = weights.fetch
-            model = weights.get(ref, device, lambda: plain(load_model(fetch(ref), device=device, base=base)))
-            self._bases.append(model)
-            return model
+        bases = SharedBases(weights)
+        self._bases = bases.held  # for as long as this adapter uses them
 
         def load() -> Any:
             if generator_card(manifest).partition is not None:  # an expert nobody asks for takes no memory
                 return StoredExperts(folder, device=device, on_read=partial(log_expert, manifest.ref))
-            model: Any = load_model(folder, device=device, base=base).eval()
+            model: Any = load_model(folder, device=device, models=bases).eval()
             return prepare(model, device, precision) if isinstance(model, DiffusersDenoiser) else model
 
         whole = manifest.form != "adapter"

@@ -252,7 +252,7 @@ def _pose(pose: Any) -> sampler_pb2.Pose:
 
 
 def predict_request(
-    model: str, function: str, arrays: Mapping[str, Any], *, bulk: bool
+    model: str, function: str, arrays: Mapping[str, Any], *, bulk: bool = False
 ) -> sampler_pb2.PredictRequest:
     """The message of a Predict.
 
