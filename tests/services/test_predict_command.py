@@ -104,7 +104,7 @@ def test_arrays_of_a_file_are_sent_as_they_are_and_outputs_written(ask, tmp_path
         (("digits", "p.png"), 2, "digits@1 is a denoiser and has no functions"),
         (("mixed", "p.png"), 2, "takes no pictures alone but x float16 [2, 3], gain float64 []"),
         (("animals", "p.png", "--function", "nothing"), 2, "it has predict, features"),
-        (("animals", "none.png"), 65, "none.png is no file"),
+        (("animals", "none.png"), 65, "none.png does not exist"),
         (("animals", "text.png"), 65, "text.png is not a picture that can be read"),
         (("animals", "text.safetensors"), 65, "cannot be read as .safetensors"),
         (("animals", "scalar.safetensors"), 2, "image is a single value"),
