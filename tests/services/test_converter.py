@@ -168,13 +168,16 @@ def test_a_tolerance_that_is_no_distance_is_refused(converted, tolerance):
         convert(converted[0], "digits", "onnx-fp32", tolerance=tolerance)
 
 
-@pytest.mark.parametrize("kind", ["gaussians", "classifier"])
-def test_only_denoisers_and_fields_are_converted(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("gaussians", "such a scene is no function of tensors"), ("predictor", "it does not say what it takes")],
+)
+def test_what_no_graph_is_made_of_is_refused_with_the_reason(tmp_path, kind, said):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     store = ArtifactStore(tmp_path / "store")
     store.publish(tmp_path / "model", Manifest(name="other", kind=kind))
-    with pytest.raises(ArtifactError, match=f"other@1 is of kind {kind}, and only denoisers and fields"):
+    with pytest.raises(ArtifactError, match=f"other@1 cannot be converted: {said}"):
         convert(store, "other", "onnx-fp32")
 
 

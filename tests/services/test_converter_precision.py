@@ -289,7 +289,7 @@ def text(width: int) -> Graph:
     return Graph(
         "text_encoder",
         Encoder(width),
-        "prompt_embeds",
+        ("prompt_embeds",),
         lambda batch: {"input_ids": tokens["input_ids"][:batch]},
         served=lambda seed: [tokens],
     )

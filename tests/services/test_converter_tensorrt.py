@@ -33,7 +33,7 @@ class Double(nn.Module):
         return 2 * x_sigma
 
 
-GRAPH = Graph("double", Double(), "x0", lambda batch: {"x_sigma": np.ones((batch, 1, 4, 4), np.float32)})
+GRAPH = Graph("double", Double(), ("x0",), lambda batch: {"x_sigma": np.ones((batch, 1, 4, 4), np.float32)})
 PROFILE = {"x_sigma": ((1, 1, 4, 4), (8, 1, 4, 4), (32, 1, 4, 4))}
 
 
@@ -98,7 +98,9 @@ def test_an_engine_is_built_once_for_a_graph_a_machine_and_a_profile(trt, source
     (tmp_path / "out" / "double.plan").unlink()
     assert not built(trt, source, tmp_path)
     assert (tmp_path / "out" / "double.plan").read_bytes() == b"a plan"
-    wider = Graph("double", Double(), "x0", lambda batch: {"x_sigma": np.ones((batch, 1, 8, 8), np.float32)})
+    wider = Graph(
+        "double", Double(), ("x0",), lambda batch: {"x_sigma": np.ones((batch, 1, 8, 8), np.float32)}
+    )
     assert built(trt, source, tmp_path, wider)
     source.write_bytes(b"another onnx file")
     assert built(trt, source, tmp_path)

@@ -120,6 +120,7 @@ def _export(report: ExportReport) -> list[tuple[str, str]]:
         said = [f"{graph.precision}, {graph.size / 1e6:.2f} MB, relative L2 {graph.rel_l2:.2g}"]
         said += [f"{graph.snr_db:.1f} dB"] if graph.snr_db is not None else []
         said += [f"{graph.changed_pixels:.2%} of pixels differ"] if graph.changed_pixels is not None else []
+        said += [f"{graph.agreement:.2%} of answers agree"] if graph.agreement is not None else []
         said += [f"in float: {graph.left_in_float}"] if graph.left_in_float else []
         parts.append((f".{name}", ", ".join(said)))
     return [("", "; ".join(whole)), *parts]

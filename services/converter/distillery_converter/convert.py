@@ -23,10 +23,10 @@ from distill_core.kinds.cards import generator_card
 from distill_core.kinds.convertible import check_convertible
 from distill_core.kinds.loading import load_artifact
 from distillery_converter import frechet, int8, onnx, parity, tensorrt
-from distillery_converter.fields import field_graphs
 from distillery_converter.forms import Form, write_forms
 from distillery_converter.frechet import Side
-from distillery_converter.graphs import Graph, load_graphs
+from distillery_converter.graphs import Graph
+from distillery_converter.kinds import graphs_of
 from distillery_converter.targets import Target, find_target
 
 OnProgress = Callable[[int, int], None]  # (steps done, steps in all)
@@ -53,8 +53,9 @@ def convert(
     temporary files, `cache` the one for what is worth keeping (copies of remote models, TensorRT's timings).
 
     Raises:
-        ConfigError: an unknown target or a bad tolerance. NotFound: no such model or version.
-        ArtifactError: neither denoiser nor field, a damaged file, or outputs that differ too much from PyTorch.
+        ConfigError: an unknown target, one that this model has no form for, or a bad tolerance.
+        NotFound: no such model or version.
+        ArtifactError: a kind that no graph is made of, a damaged file, or outputs that differ too much from PyTorch.
         Unavailable: the target needs a GPU or a package that is not here, or the disk is full.
     """
     goal = find_target(target, tolerance=tolerance)
@@ -76,10 +77,7 @@ def convert(
                 store.fetch(source.ref, cache), folder, ignore=shutil.ignore_patterns(MANIFEST, ".claim")
             )
             on_progress(1, STEPS)
-            if source.kind == "field":
-                graphs = field_graphs(folder, goal)
-            else:
-                graphs = load_graphs(folder, source, lambda ref: load_artifact(store, ref, cache))
+            graphs = graphs_of(folder, source, store, cache, goal)
             report = _export(folder, graphs, source, goal, versions, cache)
             on_progress(STEPS - 1, STEPS)
             # older versions have none

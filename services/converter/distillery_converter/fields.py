@@ -19,13 +19,14 @@ from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.fields import RadianceField
 from distill_core.radiance.renderer import load_scene
 from distillery_converter.graphs import SEED, Arrays, Graph, noise
+from distillery_converter.precision import half_field
 from distillery_converter.targets import Target
 
 POINTS = 512  # of a calibration batch: points cost little
 
 
 class Block1Graph(nn.Module):
-    """Log-density and feature as one tensor: a graph has one output."""
+    """Log-density and feature as one tensor."""
 
     def __init__(self, field: RadianceField) -> None:
         super().__init__()
@@ -76,9 +77,21 @@ def field_graphs(folder: Path, goal: Target) -> list[Graph]:
 
     return [
         Graph(
-            "block1", Block1Graph(field), "log_density_geo", positions, lambda seed: [positions(POINTS, seed)]
+            "block1",
+            Block1Graph(field),
+            ("log_density_geo",),
+            positions,
+            lambda seed: [positions(POINTS, seed)],
+            halved=half_field,
         ),
-        Graph("block2", Block2Graph(field), "radiance", features, lambda seed: [features(POINTS, seed)]),
+        Graph(
+            "block2",
+            Block2Graph(field),
+            ("radiance",),
+            features,
+            lambda seed: [features(POINTS, seed)],
+            halved=half_field,
+        ),
     ]
 
 

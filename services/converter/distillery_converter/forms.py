@@ -6,16 +6,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distill_core.artifacts import GraphReport
 from distill_core.errors import ArtifactError
 from distill_core.networks.engine_building import SOURCES
 from distillery_converter import onnx, parity, tensorrt
-from distillery_converter.graphs import DenoiserGraph, Graph
+from distillery_converter.graphs import Graph
 from distillery_converter.int8 import quantise
 from distillery_converter.parity import Parity
-from distillery_converter.precision import half_field, lowered
+from distillery_converter.precision import lowered
 from distillery_converter.targets import Target
 from distillery_converter.walks import Run
 
@@ -45,6 +45,7 @@ class Form:
             rel_l2=self.parity.rel_l2,
             snr_db=self.parity.snr_db,
             changed_pixels=self.parity.changed_pixels,
+            agreement=self.parity.agreement,
             left_in_float=self.left_in_float,
         )
 
@@ -94,13 +95,13 @@ def _fp16(graph: Graph, exports: Path, scratch: Path, goal: Target) -> Form:
     half = lowered(graph, "fp16")
     if half is not graph:
         return _form(graph, onnx.export(half, exports), "fp16")
-    if graph.name.startswith("block"):
-        return _if_worth_it(graph, exports, scratch, goal, lambda source, target: half_field(source, target))
+    if graph.halved is not None:
+        return _if_worth_it(graph, exports, scratch, goal, graph.halved)
     return _form(graph, onnx.export(graph, exports), "fp32", left_in_float=ONCE)
 
 
 def _int8(graph: Graph, exports: Path, scratch: Path, goal: Target) -> Form:
-    if not isinstance(graph.module, DenoiserGraph):
+    if graph.whole is None:
         return _if_worth_it(
             graph, exports, scratch, goal, lambda source, target: quantise(graph, source, target)
         )
@@ -111,7 +112,7 @@ def _int8(graph: Graph, exports: Path, scratch: Path, goal: Target) -> Form:
 
 
 def _if_worth_it(
-    graph: Graph, exports: Path, scratch: Path, goal: Target, write: Callable[[Path, Path], str | None]
+    graph: Graph, exports: Path, scratch: Path, goal: Target, write: Callable[[Path, Path], Any]
 ) -> Form:
     """The graph as `write` makes it of its float32 file; that file where the gate fails or little is gained."""
     exports.mkdir(parents=True, exist_ok=True)
@@ -143,9 +144,9 @@ def _refused(form: Form, size: int, goal: Target) -> str:
 def _form(
     graph: Graph, path: Path, precision: Precision, *, as_served: bool = False, left_in_float: str = ""
 ) -> Form:
-    run = parity.onnx_runner(path)
-    found = parity.compare(graph, run, as_served=as_served)
-    return Form(graph, run, found, precision, _size(path), left_in_float)
+    answers = parity.onnx_runner(path)
+    found = parity.compare(graph, answers, as_served=as_served)
+    return Form(graph, lambda inputs: answers(inputs)[0], found, precision, _size(path), left_in_float)
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from distill_core.artifacts import CondSpec, Manifest
 from distill_core.diffusion.noise import unit_normals
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError, out_of_memory
+from distill_core.kinds.base import Models
 from distill_core.kinds.cards import generator_card
-from distill_core.kinds.loading import Load, load_model
+from distill_core.kinds.loading import load_model
 from distill_core.networks.adapters import plain
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.routed import RoutedDenoiser
@@ -35,25 +36,34 @@ EVALUATION_ERRORS = (RuntimeError, ValueError, TypeError, ArithmeticError, Attri
 
 @dataclass(frozen=True)
 class Graph:
-    """One network to export: `module(*inputs.values())` is one tensor, every input has the batch first."""
+    """One network to export: `module(*inputs.values())` is one tensor, or a tuple of them; all have the batch first."""
 
     name: str  # file stem
     module: nn.Module
-    output: str
+    outputs: tuple[str, ...]
     inputs: Callable[[int], Arrays]  # fixed inputs for a batch of this size
     served: Callable[[int], list[Arrays]] | None = None  # see `feeds`; None: the fixed inputs are such
     walk: Walk | None = None  # of a denoiser
     makes_pictures: bool = False  # the output is pixels in [-1, 1]
+    whole: nn.Module | None = None  # the network in `module` that is lowered in one; None: part by part
+    halved: Callable[[Path, Path], None] | None = None  # writes the float32 file's layers in float16
+    frees: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # see `kinds.base.Graph`
+    classes: str = ""  # the output whose largest entry is the answer
 
     def run(self, inputs: Arrays) -> np.ndarray:
-        """What PyTorch computes, on the CPU.
+        """The first of `answers`."""
+        return self.answers(inputs)[0]
+
+    def answers(self, inputs: Arrays) -> tuple[np.ndarray, ...]:
+        """All outputs as PyTorch computes them, on the CPU.
 
         Raises:
             ArtifactError: it cannot, as the model's weights and settings do not fit together.
         """
         try:
             with torch.inference_mode():
-                return self.module(*tensors(inputs)).numpy()
+                found = self.module(*tensors(inputs))
+                return tuple(one.numpy() for one in (found if isinstance(found, tuple) else (found,)))
         except EVALUATION_ERRORS as error:
             if out_of_memory(error):
                 raise
@@ -119,15 +129,15 @@ class TextEncoderGraph(nn.Module):
         return self.model(input_ids)[0]
 
 
-def load_graphs(folder: Path, manifest: Manifest, base: Load | None = None) -> list[Graph]:
+def load_graphs(folder: Path, manifest: Manifest, models: Models | None = None) -> list[Graph]:
     """All graphs of a model's folder: the denoiser or each expert, for text-to-image decoder, encoder and text encoder.
 
-    Factors of an adapter are added into the weights of its base, which `base` loads.
+    Factors of an adapter are added into the weights of its base, which `models` finds.
 
     Raises:
         ArtifactError: the folder is damaged, no denoiser, or an adapter whose base cannot be loaded.
     """
-    model: Any = plain(load_model(folder, base=base))
+    model: Any = plain(load_model(folder, models=models))
     experts: list[Any] = list(model.experts) if isinstance(model, RoutedDenoiser) else [model]
     for expert in experts:
         fuse_adapters(expert.network)
@@ -196,9 +206,10 @@ def denoiser_graph(
     graph = Graph(
         "denoiser",
         DenoiserGraph(denoiser, conditions),
-        "x0",
+        ("x0",),
         inputs,
         walk=walk,
+        whole=denoiser.network,
         makes_pictures=denoiser.codec is None,
     )
     return replace(graph, served=lambda seed: walk.trail(graph.run, seed)[0])
@@ -224,7 +235,7 @@ def decoder_graph(denoiser: DiffusersDenoiser, ends: Callable[[int], np.ndarray]
     return Graph(
         "decoder",
         DecoderGraph(denoiser),
-        "picture",
+        ("picture",),
         lambda batch: {"x0": noise(batch, shape, draw=2)},
         served=lambda seed: [{"x0": ends(seed)}],
         makes_pictures=True,
@@ -243,7 +254,7 @@ def encoder_graph(denoiser: DiffusersDenoiser, ends: Callable[[int], np.ndarray]
     return Graph(
         "encoder",
         EncoderGraph(denoiser),
-        "x0",
+        ("x0",),
         lambda batch: {"picture": np.tanh(fixed(batch))},
         served=served,
     )
@@ -263,7 +274,7 @@ def text_graph(text: TextEncoder, examples: Sequence[str] = ()) -> Graph:
     def inputs(batch: int) -> Arrays:
         return {"input_ids": fixed_tokens(batch, text.max_tokens, vocabulary)}
 
-    return Graph("text_encoder", TextEncoderGraph(text), "prompt_embeds", inputs, served=served)
+    return Graph("text_encoder", TextEncoderGraph(text), ("prompt_embeds",), inputs, served=served)
 
 
 def noise(batch: int, shape: tuple[int, ...], *, draw: int, seed: int = SEED) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 
 from distill_core.errors import ArtifactError
-from distillery_converter.graphs import COUNT, DenoiserGraph, Graph
+from distillery_converter.graphs import COUNT, Graph
 
 CALIBRATION = "1"  # counts up when anything here changes what is written
 CALIBRATION_ITEMS = 128  # inputs that activations' ranges are read from, at least
@@ -77,13 +77,16 @@ def _quantise(graph: Graph, source: Path, target: Path, scratch: Path) -> str:
             ],  # their sums leave in float32: 1 to 3 dB
         },
     )
+    written = onnx.load(str(target), load_external_data=False).graph.node
+    if not any(node.op_type == "DequantizeLinear" for node in written):
+        raise ValueError("it has neither convolutions nor products with weights in float32")
     left = [f"input layer ({', '.join(first)})"] if first else []
     return "; ".join([*left, "all but convolutions and products with weights"])
 
 
 def _input_layer(graph: Graph, prepared: Path) -> list[str]:
     """Names of the nodes that read a denoiser's noisy image: its range is the widest of all, and it costs little."""
-    if not isinstance(graph.module, DenoiserGraph):
+    if graph.walk is None:
         return []
     nodes = onnx.load(str(prepared), load_external_data=False).graph.node
     return [node.name for node in nodes if node.op_type == "Conv"][:1]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir
 import torch
+from onnxscript import opset20 as op
 
 from distill_core.errors import ArtifactError
 from distillery_converter.graphs import EXAMPLE_BATCH, Graph, tensors
@@ -33,7 +36,7 @@ def tool_versions() -> dict[str, str]:
 def export(graph: Graph, folder: Path, *, opset: int = OPSET) -> Path:
     """Write `<folder>/<graph.name>.onnx`, with a side file only if the weights exceed 1.5 GB.
 
-    The first axis of every input and of the output is called `batch`; all others are fixed.
+    The first axis of every input and output is called `batch`; of the others those are free that `graph.frees` names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{graph.name}.onnx"
@@ -42,7 +45,7 @@ def export(graph: Graph, folder: Path, *, opset: int = OPSET) -> Path:
     widen(program.model)
     _strip(program.model)
     program.save(path, external_data=_weight_bytes(module) > INLINE_BYTES)
-    _require_dynamic_batch(path)
+    _require_free_axes(path, graph)
     onnx.checker.check_model(str(path), full_check=True)
     log.info("exported %s, opset %d, %d bytes", path.name, opset, path.stat().st_size)
     return path
@@ -54,19 +57,25 @@ def _strip(model: onnx_ir.Model) -> None:
         node.metadata_props.clear()
 
 
-def _require_dynamic_batch(path: Path) -> None:
-    """The exporter can bake the example's batch in without a word, e.g. where a network calls `len(x)`."""
-    graph = onnx.load(str(path), load_external_data=False).graph
-    for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.shape.dim[0].dim_param != "batch":
+def _require_free_axes(path: Path, graph: Graph) -> None:
+    """The exporter can bake the example's sizes in without a word, e.g. where a network calls `len(x)`."""
+    file = onnx.load(str(path), load_external_data=False).graph
+    for value in (*file.input, *file.output):
+        axes = value.type.tensor_type.shape.dim
+        if not axes or axes[0].dim_param != "batch":
             raise ArtifactError(
                 f"{path.name}: the network fixes the batch of {value.name}, so it cannot be served"
             )
+        for axis in graph.frees.get(value.name, ()):
+            if not axes[axis].dim_param:
+                raise ArtifactError(
+                    f"{path.name}: the network fixes axis {axis} of {value.name} at {axes[axis].dim_value}, where "
+                    "its signature says that any size is taken; say the size there, or mend the network"
+                )
 
 
 def _program(graph: Graph, module: torch.nn.Module, opset: int) -> torch.onnx.ONNXProgram:
     inputs = graph.inputs(EXAMPLE_BATCH)
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
@@ -76,9 +85,10 @@ def _program(graph: Graph, module: torch.nn.Module, opset: int) -> torch.onnx.ON
                 module,
                 tensors(inputs),
                 input_names=list(inputs),
-                output_names=[graph.output],
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                output_names=list(graph.outputs),
+                dynamic_shapes=_dynamic_shapes(graph, module),
                 opset_version=opset,
+                custom_translation_table={torch.ops.aten._cdist_forward.default: _distances},
                 dynamo=True,
                 verbose=False,
             )
@@ -86,6 +96,28 @@ def _program(graph: Graph, module: torch.nn.Module, opset: int) -> torch.onnx.ON
             raise ArtifactError(f"{graph.name} cannot be exported as ONNX: {_reason(error)}") from error
     assert program is not None
     return program
+
+
+def _distances(x: Any, y: Any, p: float, compute_mode: int | None = None) -> Any:
+    """`torch.cdist`, for which the exporter has no words, in its own form for many points."""
+    if p != 2:
+        raise NotImplementedError(f"only Euclidean distances are exported, not those of p = {p}")
+    product = op.Einsum(x, y, equation="...id,...jd->...ij")
+    of_x = op.ReduceSumSquare(x, [-1], keepdims=1)
+    of_y = op.Unsqueeze(op.ReduceSumSquare(y, [-1], keepdims=0), [-2])
+    return op.Sqrt(op.Relu(op.Sub(op.Add(of_x, of_y), op.Add(product, product))))
+
+
+def _dynamic_shapes(graph: Graph, module: torch.nn.Module) -> tuple[Any, ...]:
+    """The free axes of each input, as the module's arguments take them."""
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    shapes = tuple(
+        {0: batch, **{axis: torch.export.Dim.AUTO for axis in graph.frees.get(name, ())}}
+        for name in graph.inputs(EXAMPLE_BATCH)
+    )
+    arguments = inspect.signature(module.forward).parameters.values()
+    collected = any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in arguments)
+    return (shapes,) if collected else shapes
 
 
 def _reason(error: BaseException) -> str:

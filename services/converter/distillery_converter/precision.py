@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from distillery_converter.graphs import DenoiserGraph, Graph
+from distillery_converter.graphs import EXAMPLE_BATCH, Graph
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LAYERS = ("MatMul", "Gemm")  # of a field
@@ -23,18 +23,37 @@ MOVES = ("Slice", "Squeeze", "Split", "Transpose", "Reshape", "Gather")  # by wh
 
 
 def lowered(graph: Graph, precision: str) -> Graph:
-    """The graph with its network in `fp16` or `bf16`; inputs, outputs and preconditioning stay float32.
+    """The graph with its `whole` network in `fp16` or `bf16`; inputs, outputs and preconditioning stay as they are.
 
     sigma**2 overflows float16. Decoder, encoder and text encoder are left as they are: they run once an image, and
     published decoders overflow it too.
     """
-    if not isinstance(graph.module, DenoiserGraph):
+    if graph.whole is None:
         return graph
-    module = copy.deepcopy(graph.module)
-    network, dtype = module.denoiser.network, DTYPES[precision]
-    nn.Module.to(network, dtype)  # diffusers' own warns of layers to keep, also where there are none
-    network.register_forward_pre_hook(partial(_given, dtype), with_kwargs=True)
-    return replace(graph, module=module)
+    dtype = DTYPES[precision]
+    module, whole = copy.deepcopy(
+        (graph.module, graph.whole)
+    )  # in one, so that one stays a part of the other
+    nn.Module.to(whole, dtype)  # diffusers' own warns of layers to keep, also where there are none
+    if whole is module:
+        outputs = [torch.from_numpy(one).dtype for one in graph.answers(graph.inputs(EXAMPLE_BATCH))]
+        return replace(graph, module=Lowered(module, dtype, outputs), whole=None)
+    whole.register_forward_pre_hook(partial(_given, dtype), with_kwargs=True)
+    return replace(graph, module=module, whole=whole)
+
+
+class Lowered(nn.Module):
+    """A module in `dtype` whose inputs and outputs keep their own types."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, outputs: Sequence[torch.dtype]) -> None:
+        super().__init__()
+        self.module, self.dtype, self.outputs = module, dtype, tuple(outputs)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        cast = (value.to(self.dtype) if value.is_floating_point() else value for value in inputs)
+        found = self.module(*cast)
+        answers = found if isinstance(found, tuple) else (found,)
+        return tuple(one.to(dtype) for one, dtype in zip(answers, self.outputs, strict=True))
 
 
 def _given(

@@ -29,6 +29,7 @@ class GraphReport(Config):
     rel_l2: float
     snr_db: float | None = None  # the same as a signal-to-noise ratio; None: no difference at all
     changed_pixels: float | None = None  # share of 8-bit values that differ; None: its output is no picture
+    agreement: float | None = None  # share of equal answers; None: it is no classifier
     left_in_float: str = ""  # what of it is in float32, and why, where the target says otherwise
 
 
@@ -68,11 +69,13 @@ class ExportReport(Config):
     def figures(self) -> dict[str, float]:
         """What was measured, by name."""
         changed = [graph.changed_pixels for graph in self.graphs.values() if graph.changed_pixels is not None]
+        agreed = [graph.agreement for graph in self.graphs.values() if graph.agreement is not None]
         found = {
             "max_abs_difference": self.max_abs_difference,
             "rel_l2": self.rel_l2,
             "snr_db": self.snr_db,
             "changed_pixels": max(changed, default=None),
+            "agreement": min(agreed, default=None),
             "frechet_before": self.frechet.before if self.frechet else None,
             "frechet_after": self.frechet.after if self.frechet else None,
             "frechet_ratio": self.frechet.ratio if self.frechet else None,

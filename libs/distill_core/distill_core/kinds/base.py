@@ -19,6 +19,8 @@ from distill_core.method import Model
 from distill_core.parity import ParitySample
 from distill_core.signature import Signature
 
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+
 
 class Models(Protocol):
     """Where a kind finds other models: those that measure, and the bases of adapters."""
@@ -54,18 +56,23 @@ class Evaluator(Protocol):
 class Graph:
     """One function of a model as a converter exports it.
 
-    `example` holds one batch of inputs by name, in the order of the module's arguments; batches of other sizes are
-    made by repeating it. `outputs` names what the module returns.
+    `example` holds one batch of at least two inputs by name, in the order of the module's arguments; batches of other
+    sizes are made by repeating it. `outputs` names what the module returns: a tensor, or a tuple of them. What of
+    `module` is a floating point weight or input is lowered to the precisions that `precisions` allows.
     """
 
     name: str
     module: nn.Module
     example: Mapping[str, Tensor]
     outputs: tuple[str, ...]
-    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")  # that it may be exported in
+    precisions: tuple[str, ...] = PRECISIONS  # that it may be exported in
     frees: Mapping[str, tuple[int, ...]] = field(
         default_factory=dict
-    )  # axes of free size by input, batch aside
+    )  # axes of any size; the batch is axis 0
+    others: Callable[[int], Mapping[str, Tensor]] | None = (
+        None  # 16 further inputs by seed, also of other sizes
+    )
+    classes: str = ""  # the output whose largest entry along the last axis is the answer
 
 
 class Kind(abc.ABC):

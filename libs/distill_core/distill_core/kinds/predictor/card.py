@@ -40,4 +40,22 @@ def facts(card: Card) -> dict[str, Any]:
 
 def why_not_exported(card: Card) -> str:
     """Why no graph is made of such a model; "" where there is one."""
-    return "" if card.functions else "it does not say what it takes and answers; train and publish it again"
+    if not card.functions:
+        return "it does not say what it takes and answers; train and publish it again"
+    return next(filter(None, (_why_not(name, function) for name, function in card.functions.items())), "")
+
+
+def _why_not(name: str, function: Function) -> str:
+    for key, spec in (*function.inputs.items(), *function.outputs.items()):
+        if spec.dtype == "text":
+            return (
+                f"{key} of its function {name} is text, and graphs take and give numbers; serve it with torch"
+            )
+    if not function.inputs:
+        return f"its function {name} has no input, and a graph's batch is that of its inputs; serve it with torch"
+    if shared := sorted(function.inputs.keys() & function.outputs.keys()):
+        return (
+            f"{shared[0]} is an input and an output of its function {name}, and a graph tells its tensors apart by "
+            "name alone; give one of them another name and publish it again"
+        )
+    return ""

@@ -14,7 +14,7 @@ from distill_core.artifacts import Manifest
 from distill_core.config import EvaluateConfig
 from distill_core.data import Source, build_source
 from distill_core.errors import ConfigError
-from distill_core.kinds.base import Graph, Kind, Measured, Models
+from distill_core.kinds.base import PRECISIONS, Graph, Kind, Measured, Models
 from distill_core.kinds.loading import config_kind
 from distill_core.kinds.predictor.card import Card, Evaluate
 from distill_core.metrics.classification import accuracy, calibration_error, negative_log_likelihood
@@ -29,6 +29,7 @@ LOADERS: dict[str, Callable[..., Any]] = {  # by what config.json says that the 
     "clip": load_clip,
 }
 PROBED = 2  # items of a probe
+EXAMPLES = 16  # items that a graph is traced, calibrated and compared with
 PROBE_BYTES = 2**20
 
 
@@ -58,6 +59,8 @@ class PredictorKind(Kind):
     def probe(self, model: Any) -> Mapping[str, Mapping[str, np.ndarray]]:
         found = {}
         for name, function in model.card().functions.items():
+            if any(spec.dtype == "text" for spec in function.inputs.values()):
+                continue  # of which there is no example
             inputs = example_inputs(function, PROBED)
             outputs = _called(model, name, inputs)
             arrays = {f"inputs.{key}": value.numpy() for key, value in inputs.items()}
@@ -67,27 +70,45 @@ class PredictorKind(Kind):
         return found
 
     def graphs(self, model: Any, manifest: Manifest) -> list[Graph]:
-        functions = model.card().functions
-        return [
-            Graph(
-                name,
-                _FunctionModule(model, name, tuple(function.inputs)).eval(),
-                example_inputs(function, PROBED),
-                tuple(function.outputs),
-            )
-            for name, function in functions.items()
-        ]
+        functions = manifest.signature.functions or model.card().functions
+        classes = "logits" if model.card().class_names else ""
+        return [_graph(model, name, function, classes) for name, function in functions.items()]
 
 
 class _FunctionModule(nn.Module):
-    """One function as a module of positional inputs."""
+    """One function as a module of positional inputs and outputs, in the order of its description."""
 
-    def __init__(self, model: Any, function: str, inputs: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, name: str, function: Function) -> None:
         super().__init__()
-        self.model, self.function, self.inputs = model, function, inputs
+        self.model, self.name = model, name
+        self.inputs, self.outputs = tuple(function.inputs), tuple(function.outputs)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model.call(self.function, dict(zip(self.inputs, inputs))).values())
+        found = self.model.call(self.name, dict(zip(self.inputs, inputs)))
+        return tuple(found[name] for name in self.outputs)
+
+
+def _graph(model: nn.Module, name: str, function: Function, classes: str) -> Graph:
+    held = [*model.parameters(), *model.buffers()]
+    specs = [*function.inputs.values(), *function.outputs.values()]
+    double = any(value.dtype == torch.float64 for value in held) or any(
+        spec.dtype == "float64" for spec in specs
+    )
+    sizes = {key: _free_axes(spec) for key, spec in function.inputs.items()}
+    return Graph(
+        name,
+        _FunctionModule(model, name, function).eval(),
+        example_inputs(function, EXAMPLES),
+        tuple(function.outputs),
+        precisions=("fp32",) if double else PRECISIONS,
+        frees={key: axes for key, axes in sizes.items() if axes},
+        others=lambda seed: example_inputs(function, EXAMPLES, seed=seed),
+        classes=classes if classes in function.outputs else "",
+    )
+
+
+def _free_axes(spec: TensorSpec) -> tuple[int, ...]:
+    return tuple(axis for axis, size in enumerate(spec.shape, start=1) if size == -1)
 
 
 class ClassifierEvaluator:
@@ -133,21 +154,33 @@ class ClassifierEvaluator:
             yield logits.float().cpu(), batch.columns["class_label"]
 
 
-def example_inputs(function: Function, count: int) -> dict[str, Tensor]:
-    """Inputs that the specifications allow: the same at each call, in the middle of what is allowed.
+def example_inputs(function: Function, count: int, *, seed: int = 1) -> dict[str, Tensor]:
+    """Inputs that the specifications allow: the same for the same seed; free axes are of two to five units.
 
     Raises:
         ConfigError: an input that is text, of which there is no example.
     """
-    generator = torch.Generator().manual_seed(1)
-    return {name: _example(name, spec, count, generator) for name, spec in function.inputs.items()}
+    generator = torch.Generator().manual_seed(seed)
+    units = 2 + seed % 4
+    return {
+        name: _example(name, spec, (count, *_sizes(spec, units)), generator)
+        for name, spec in function.inputs.items()
+    }
 
 
-def _example(name: str, spec: TensorSpec, count: int, generator: torch.Generator) -> Tensor:
+def _sizes(spec: TensorSpec, units: int) -> tuple[int, ...]:
+    """The shape with `units` times `multiple_of` along free axes, or what is allowed at most."""
+    bounds = spec.max_shape or spec.shape
+    step = spec.multiple_of
+    return tuple(
+        size if size != -1 else step * max(1, min(units, bound // step))
+        for size, bound in zip(spec.shape, bounds)
+    )
+
+
+def _example(name: str, spec: TensorSpec, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     if spec.dtype == "text":
         raise ConfigError(f"input {name} is text, of which no example is made", field=name)
-    free = max(spec.multiple_of, 1)
-    shape = (count, *(free if size == -1 else size for size in spec.shape))
     dtype = getattr(torch, spec.dtype)
     if dtype.is_floating_point:
         low, high = (-1.0 if spec.low is None else spec.low), (1.0 if spec.high is None else spec.high)
