@@ -13,6 +13,7 @@ import pytest
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, ConfigError, NotFound
+from distill_core.kinds.predictor.card import Card
 
 
 @pytest.fixture
@@ -41,6 +42,15 @@ def test_a_published_version_is_found_verified_and_listed(store, folder):
     assert (fetched / "unet" / "weights.safetensors").read_bytes() == b"weights"
     assert store.manifest("digits@latest").metrics == {"frechet_distance": 1.5}
     assert store.read_bytes("digits", "preview.png") == b"png"
+
+
+def test_reading_a_card_changes_no_manifest_and_a_copy_reads_its_own():
+    read, unread = (Manifest(name="reader", kind="predictor", card={"parameters": 3}) for _ in range(2))
+    assert read.card_as(Card) is read.card_as(Card)
+    assert read == unread
+    assert read.model_dump_json() == unread.model_dump_json()
+    assert read.model_copy(update={"card": {"parameters": 4}}).card_as(Card).parameters == 4
+    assert read.card_as(Card).parameters == 3
 
 
 def test_the_same_job_publishes_once(store, folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, PrivateAttr, StringConstraints
+from pydantic import Field, StringConstraints
 
 from distill_core.config import Config, Name
 from distill_core.parity import ParitySample
@@ -109,7 +109,6 @@ class Manifest(Config):
     metrics: dict[str, float | int | str] = {}
     exports: dict[str, ExportReport] = {}
     files: dict[str, FileEntry] = {}
-    _cards: dict[type[Config], tuple[dict[str, Any], Config]] = PrivateAttr(default_factory=dict)
 
     def card_as(self, cls: type[C]) -> C:
         """The card, read as its kind's `Card` once.
@@ -117,11 +116,11 @@ class Manifest(Config):
         Raises:
             ConfigError: facts that a card of that kind does not have.
         """
-        read_from, read = self._cards.get(cls, (None, None))
-        if read_from is not self.card:  # copies with another card share this memory
-            read = cls.parse(self.card, where="card")
-            self._cards[cls] = self.card, read
-        return read  # type: ignore[return-value]
+        held = self.__dict__.get("_read")  # beside the fields, as cached properties are: not compared, not written
+        if held is None or held[0] is not self.card or type(held[1]) is not cls:  # a copy may have another card
+            held = self.__dict__["_read"] = (self.card, cls.parse(self.card, where="card"))
+        card: C = held[1]
+        return card
 
     @property
     def ref(self) -> str:
