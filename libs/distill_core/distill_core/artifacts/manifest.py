@@ -116,8 +116,12 @@ class Manifest(Config):
         Raises:
             ConfigError: facts that a card of that kind does not have.
         """
-        held = self.__dict__.get("_read")  # beside the fields, as cached properties are: not compared, not written
-        if held is None or held[0] is not self.card or type(held[1]) is not cls:  # a copy may have another card
+        held = self.__dict__.get(
+            "_read"
+        )  # beside the fields, as cached properties are: not compared, not written
+        if (
+            held is None or held[0] is not self.card or type(held[1]) is not cls
+        ):  # a copy may have another card
             held = self.__dict__["_read"] = (self.card, cls.parse(self.card, where="card"))
         card: C = held[1]
         return card
