@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distill_core.config import load_recipe
+from distill_core.data import named_tables
 from distill_core.kinds import kind_names
 from distill_core.kinds.base import described
 from distill_core.methods import find_method, method_names, needs
@@ -24,7 +25,9 @@ def test_a_method_names_its_paper_its_roles_and_its_result(name):
     assert re.search(r"\b(19|20)\d\d\b", method.paper), "the paper needs its year"
     assert method.roles
     assert method.result in method.roles
-    assert set(needs(method)) <= {"teacher", "student", "network", "data", "pairs", "extractor", "seed"}
+    recipe = load_recipe(recipe_of(name))
+    own = {*recipe.teachers, *named_tables(recipe.data or {})}
+    assert set(needs(method)) <= {"teacher", "student", "network", "data", "pairs", "extractor", "seed", *own}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -54,6 +57,8 @@ def test_an_update_moves_only_its_own_role(name, context, tmp_path, monkeypatch)
 
     monkeypatch.setattr(trainer, "apply", watched)
     for _ in range(2):
+        trainer.enter_next()
+        before = parameters_by_module(method)
         values = trainer.train_step()
         trainer.step += 1
         assert all(torch.isfinite(torch.as_tensor(value)).all() for value in values.values())

@@ -140,7 +140,7 @@ class SceneSource(Source):
 
     def batch(self, size: int, *, epoch_seed: int, position: int) -> Batch:
         """`size` rays to be drawn, by the method, from the step's random numbers."""
-        return Batch(size)
+        return Batch.of(size)
 
 
 def read_image(path: Path, *, turn: bool = True) -> Tensor:

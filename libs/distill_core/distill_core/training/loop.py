@@ -120,7 +120,7 @@ class Trainer:
             if self._all_stop(should_stop()):
                 self.checkpoint()
                 return Outcome(self.step, stopped=True)
-            self._enter_next()
+            self.enter_next()
             values = self.train_step()
             self.step += 1
             self._after_step(meter, values)
@@ -128,7 +128,7 @@ class Trainer:
             self.checkpoint()
         return Outcome(self.step, stopped=False)
 
-    def _enter_next(self) -> None:
+    def enter_next(self) -> None:
         """Enter the stage of this step, if that is another one; what it begins with is checkpointed."""
         placed = stage_at(self.stages, self.step)
         if placed.index == self.placed.index:
