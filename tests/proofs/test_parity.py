@@ -16,7 +16,7 @@ import pytest
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.methods import method_names
 from distillery_converter.convert import convert
 from distillery_converter.parity import BATCHES

@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from distill_core.artifacts import ArtifactStore, Manifest, SamplerSpec
 from distill_core.diffusion.noise import unit_normal
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.radiance.cameras import orbit_camera
 from distillery_sampler.client import SamplerClient

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
 from distill_core.config import NetworkConfig
 from distill_core.kinds import find_kind
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.kinds.predictor.card import Card
 from distill_core.networks.predictor import Predictor, image_classifier
 from distill_core.networks.predictors import build_network

@@ -12,8 +12,7 @@ import torch
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import LoraConfig
 from distill_core.errors import ArtifactError
-from distill_core.kinds.base import described
-from distill_core.kinds.cards import generator_card
+from distill_core.kinds.cards import described, generator_card
 from distill_core.kinds.loading import load_artifact
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_io import load_denoiser

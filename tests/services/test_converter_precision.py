@@ -16,7 +16,7 @@ from distill_core.artifacts import ArtifactStore, FrechetReport, Manifest, Sampl
 from distill_core.config import load_recipe
 from distill_core.diffusion.noise import unit_normal
 from distill_core.errors import ArtifactError, Unavailable
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.networks.generation import generate
 from distill_service.settings import settings as service_settings
 from distillery_cli.app import main

@@ -15,7 +15,7 @@ from torch import nn
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import Config, NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.kinds.predictor.kind import KIND
 from distill_core.networks import predictors
 from distill_core.networks.predictor import Predictor, PredictorFile, image_classifier, load_predictor

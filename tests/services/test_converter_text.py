@@ -13,7 +13,7 @@ from peft import LoraConfig
 from tritonclient.grpc import InferenceServerClient
 
 from distill_core.artifacts import ArtifactStore, Manifest, SamplerSpec
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.generation import generate

@@ -9,8 +9,7 @@ import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import NetworkConfig
-from distill_core.kinds.base import described
-from distill_core.kinds.cards import generator_card
+from distill_core.kinds.cards import described, generator_card
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.tileable import make_tileable
 from distillery_converter.convert import convert

@@ -11,7 +11,7 @@ import torch
 from tritonclient.grpc import InferenceServerClient, InferInput
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.text import load_text_encoder
 from distill_service.settings import settings

@@ -17,7 +17,7 @@ import torch
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.errors import ArtifactError
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.kinds.loading import load_artifact
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_new import build_denoiser

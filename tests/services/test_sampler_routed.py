@@ -19,8 +19,7 @@ from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
 from distill_core.config import NetworkConfig
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError
-from distill_core.kinds.base import described
-from distill_core.kinds.cards import generator_card
+from distill_core.kinds.cards import described, generator_card
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate

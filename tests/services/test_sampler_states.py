@@ -10,7 +10,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput, service_pb2
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from distill_core.artifacts import ArtifactStore, CondSpec, Manifest
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.networks.diffusers_io import load_denoiser
 from tests.helpers import tiny_text_to_image
 from tests.services.predictor_helpers import classifier, publish_classifier, publish_mixed

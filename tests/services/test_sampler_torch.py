@@ -12,7 +12,7 @@ import torch
 from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
 from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser

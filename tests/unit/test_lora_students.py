@@ -15,8 +15,7 @@ from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import NetworkConfig, Recipe, load_recipe
 from distill_core.context import Context
 from distill_core.errors import ArtifactError, ConfigError
-from distill_core.kinds.base import described
-from distill_core.kinds.cards import generator_card
+from distill_core.kinds.cards import described, generator_card
 from distill_core.kinds.loading import load_artifact
 from distill_core.networks.adapters import LoraDenoiser, plain
 from distill_core.networks.denoiser import Denoiser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -77,8 +77,8 @@ def _known(model: type[BaseModel], values: Mapping[str, Any], before: str = "") 
         yield f"{before}{name}"
         nested = values.get(name)
         inner = next((kind for kind in _kinds(field.annotation) if _is_model(kind)), None)
-        if inner is None:
-            continue
+        if inner is None or tuple in {get_origin(kind) for kind in _kinds(field.annotation)}:
+            continue  # a list of tables is set as a whole
         at = nested if isinstance(nested, Mapping) else {}
         if dict in {
             getattr(kind, "__origin__", None) for kind in (field.annotation, *get_args(field.annotation))

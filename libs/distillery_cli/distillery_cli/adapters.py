@@ -11,7 +11,7 @@ import typer
 
 from distill_core.config import check_name
 from distill_core.errors import ConfigError
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distillery_cli.output import AsJson, StoreUrl, emit_json, results, waiting
 
 if TYPE_CHECKING:

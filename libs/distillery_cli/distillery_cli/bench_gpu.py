@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill_core.errors import Unavailable
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distillery_cli.bench_processes import Child, Sampler
 
 CONCURRENCY = (1, 2, 8, 32)

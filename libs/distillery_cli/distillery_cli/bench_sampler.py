@@ -78,7 +78,7 @@ def converted(subject: Subject, store_url: str, jobs: str, work: Path) -> str:
     from distill_core.config import NetworkConfig
     from distill_core.diffusion.sampling import SamplerSpec
     from distill_core.errors import DistilleryError
-    from distill_core.kinds.base import described
+    from distill_core.kinds.cards import described
     from distill_core.networks.diffusers_new import build_denoiser
     from distillery_trainer.client import JobsClient, convert_spec
 

@@ -5,7 +5,7 @@ import torch
 
 from distill_core.artifacts import Manifest
 from distill_core.errors import ArtifactError, ConfigError
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.networks.classifier import Classifier, ClassifierConfig, answers, load_classifier
 
 

@@ -16,8 +16,7 @@ from distill_core.artifacts import Manifest
 from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.diffusion.routing import class_parts, prompt_parts
 from distill_core.errors import ArtifactError, ConfigError
-from distill_core.kinds.base import described
-from distill_core.kinds.cards import generator_card
+from distill_core.kinds.cards import described, generator_card
 from distill_core.kinds.loading import load_model
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser

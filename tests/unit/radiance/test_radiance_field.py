@@ -12,7 +12,7 @@ from distill_core.config import load_recipe
 from distill_core.data.digits import Digits
 from distill_core.data.scenes import BlenderScene, ProceduralScene
 from distill_core.errors import ConfigError, DataError
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.kinds.field.card import Evaluate as EvaluateConfig
 from distill_core.method import Batch
 from distill_core.methods import find_method

@@ -15,7 +15,6 @@ from distill_core.artifacts import Manifest
 from distill_core.config import Config, EvaluateConfig, ModelSource
 from distill_core.data import Source
 from distill_core.kinds import find_card, find_kind
-from distill_core.method import Model
 from distill_core.parity import ParitySample
 from distill_core.signature import Signature
 
@@ -141,13 +140,6 @@ class Kind(abc.ABC):
     def graphs(self, model: Any, manifest: Manifest) -> list[Graph]:
         """What a converter exports; [] for what is not exported."""
         return []
-
-
-def described(model: Model) -> dict[str, Any]:
-    """What a manifest says of a model: kind, card and signature."""
-    card = model.card()
-    signature = find_card(model.kind).signature(card)
-    return {"kind": model.kind, "card": card.model_dump(mode="json"), "signature": signature}
 
 
 def parity_of(model: Any) -> ParitySample | None:

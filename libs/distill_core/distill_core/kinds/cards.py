@@ -52,3 +52,10 @@ def facts(manifest: Manifest) -> dict[str, Any]:
         return {}
     said: dict[str, Any] = module.facts(manifest.card_as(module.Card))
     return {name: value for name, value in said.items() if value not in (None, "")}
+
+
+def described(model: Any) -> dict[str, Any]:
+    """What a manifest says of a model: kind, card and signature."""
+    card = model.card()
+    signature = find_card(model.kind).signature(card)
+    return {"kind": model.kind, "card": card.model_dump(mode="json"), "signature": signature}

@@ -13,7 +13,7 @@ from distill_core.config import Recipe
 from distill_core.context import Context
 from distill_core.data import Source
 from distill_core.kinds import find_kind
-from distill_core.kinds.base import described
+from distill_core.kinds.cards import described
 from distill_core.method import Method, Model
 from distill_core.parity import PROBE
 from distill_core.pictures import save_sheet
