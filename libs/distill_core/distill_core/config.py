@@ -35,19 +35,41 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _PathMark:
-    """Mark of a value that names a file or folder of the machine that runs the recipe."""
+class PathMark:
+    """Mark of a value that names a file or folder of the machine that runs the recipe.
+
+    `inside` is the option beside it whose folder a relative name begins in.
+    """
+
+    def __init__(self, inside: str = "") -> None:
+        self.inside = inside
 
 
-class _TableMark:
-    """Mark of a table with a schema of its own, which its `name` decides."""
+class RecipeMark:
+    """Mark of a recipe's name, which may be that of a file."""
 
-    def __init__(self, of: Literal["data", "network"]) -> None:
+
+class WordsMark:
+    """Mark of text that is data (a title, a prompt, the name of a class or column) and never a path."""
+
+
+class TableMark:
+    """Mark of a table whose schema is elsewhere.
+
+    `data`: that of a data source, by its `name`, or what is otherwise than in `[data]`; `network`: arguments of a
+    network; `method`, `evaluate`: of the recipe's method, and of its result's kind; `changes`: overrides by dotted key.
+    """
+
+    def __init__(self, of: Literal["data", "network", "method", "evaluate", "changes"]) -> None:
         self.of = of
 
 
-DataPath = Annotated[str, _PathMark()]
-DataTable = Annotated[dict[str, Any], _TableMark("data")]
+DataPath = Annotated[str, PathMark()]
+Words = Annotated[str, WordsMark()]
+RecipeName = Annotated[str, RecipeMark()]
+DataTable = Annotated[dict[str, Any], TableMark("data")]
+NetworkArgs = Annotated[dict[str, Any], TableMark("network")]
+Changes = Annotated[dict[str, Any], TableMark("changes")]
 
 
 class Config(BaseModel):
@@ -126,9 +148,9 @@ def _model_at(cls: type[BaseModel], path: Iterable[int | str]) -> type[BaseModel
 class ModelSource(Config):
     """Where a frozen model comes from: one of a store artifact, a folder, a recipe that trains it, a formula."""
 
-    artifact: str | None = None  # name@version or name@alias in the artifact store
+    artifact: Words | None = None  # name@version or name@alias in the artifact store
     path: DataPath | None = None  # a diffusers folder or an artifact folder on disk
-    recipe: str | None = None  # trained once, then cached under the recipe's content
+    recipe: RecipeName | None = None  # trained once, then cached under the recipe's content
     scene: Literal["procedural", "alcove"] | None = None  # a radiance field in closed form, without training
 
     @model_validator(mode="after")
@@ -141,8 +163,8 @@ class ModelSource(Config):
 class NetworkConfig(Config):
     """A network built from scratch: a class that `networks` knows, and that class's own arguments."""
 
-    name: str
-    args: dict[str, Any] = {}
+    name: Words
+    args: NetworkArgs = {}
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -153,7 +175,7 @@ class LoraConfig(Config):
 
     rank: int = Field(64, ge=1, le=4096)
     alpha: float = Field(64.0, gt=0)
-    targets: Literal["all-linear"] | tuple[str, ...] = ATTENTION  # ends of layer names, as in peft
+    targets: Literal["all-linear"] | tuple[Words, ...] = ATTENTION  # ends of layer names, as in peft
 
     @property
     def layers(self) -> tuple[str, ...] | None:
@@ -164,9 +186,9 @@ class LoraConfig(Config):
 class StudentConfig(Config):
     """What the student begins as; with nothing set, a trainable copy of the teacher."""
 
-    artifact: str | None = None  # begin as this student instead of the teacher: a store artifact,
+    artifact: Words | None = None  # begin as this student instead of the teacher: a store artifact,
     path: DataPath | None = None  # a folder,
-    recipe: str | None = None  # or what a recipe trained, once, then cached
+    recipe: RecipeName | None = None  # or what a recipe trained, once, then cached
     network: NetworkConfig | None = None  # a new network instead, of another size; begins random
     lora: LoraConfig | None = None  # train low-rank factors over what it begins as, whose weights stay
     gradient_checkpointing: bool = False  # less memory for about a third more time; results are the same
@@ -203,7 +225,7 @@ class PairsConfig(Config):
 class ParameterGroup(Config):
     """Parameters by pattern, with what is different for them; of several patterns the first that fits counts."""
 
-    match: str  # of parameter names, as in a shell: "head.*", "*.bias"
+    match: Words  # of parameter names, as in a shell: "head.*", "*.bias"
     lr_scale: float = Field(1.0, ge=0)
     weight_decay: float | None = Field(None, ge=0)  # unset: that of the optimiser
 
@@ -260,7 +282,7 @@ class EvaluateConfig(Config):
 class CheckAblation(Config):
     """The same recipe with the method's key part off, which must be worse by a factor or an amount."""
 
-    set: dict[str, Any]
+    set: Changes
     ratio_at_least: float | None = None  # ablation / method, for metrics where less is better
     gap_at_least: float | None = None  # method - ablation, for metrics where more is better
 
@@ -268,8 +290,8 @@ class CheckAblation(Config):
 class Claim(Config):
     """A figure's bounds, alone or against another figure of the same run, and what switching the key part off does."""
 
-    metric: str
-    reference: str | None = None  # another figure of the same run, e.g. teacher_frechet_distance
+    metric: Words
+    reference: Words | None = None  # another figure of the same run, e.g. teacher_frechet_distance
     ratio_at_most: float | None = None  # metric / reference
     ratio_at_least: float | None = None
     at_most: float | None = None
@@ -287,14 +309,14 @@ class Claim(Config):
 class CheckConfig(Claim):
     """The recipe's claim, and others on the same runs."""
 
-    set: dict[str, Any] = {}  # overrides for the check's size
+    set: Changes = {}  # overrides for the check's size
     seeds: list[Seed] = Field([0], min_length=1)  # figures are means over these
     also: list[Claim] = []
 
 
 class PublishConfig(Config):
     name: Name
-    licence: str = ""  # of the model; unset: nobody has chosen one
+    licence: Words = ""  # of the model; unset: nobody has chosen one
     alias: Name | None = None
     form: Literal["merged", "adapter"] = "merged"  # of a LoRA student; adapter: without its base's weights
 
@@ -309,8 +331,8 @@ class PublishConfig(Config):
 class ReplacedTeacher(Config):
     """Whom a recipe was written for, where overrides name another teacher."""
 
-    recipe: str  # that trains the former teacher
-    given: tuple[str, ...] = ()  # keys that were set since: they are meant for the new one
+    recipe: RecipeName  # that trains the former teacher
+    given: tuple[Words, ...] = ()  # keys that were set since: they are meant for the new one
 
 
 MODEL_SOURCES = frozenset(ModelSource.model_fields)
@@ -328,8 +350,8 @@ IN_TITLES = ("levels", "level", "step_counts", "parts")  # and of [config] what 
 class Recipe(Config):
     """Everything that decides a run's result. Data only: it travels through the queue and executes nothing."""
 
-    method: str
-    title: str = ""
+    method: Words
+    title: Words = ""
     seed: Seed = 0
     steps: int = Field(ge=1, le=100_000_000)
     batch_size: int = Field(
@@ -347,7 +369,7 @@ class Recipe(Config):
     sample_every: int = Field(500, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
-    config: dict[str, Any] = {}
+    config: Annotated[dict[str, Any], TableMark("method")] = {}
     data: DataTable | None = None  # `[data.NAME]` within it are further data sets
     teacher: ModelSource | None = None
     teachers: dict[str, ModelSource] = {}  # further ones, by the names that the method gives them
@@ -358,7 +380,8 @@ class Recipe(Config):
     optim: dict[str, OptimConfig] = {}
     stages: dict[str, StageConfig] = {}  # by the names that the method gives its stages
     ema: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}
-    evaluate: dict[str, Any] = {}  # the result's kind says which keys; see `kinds/*/card.py`
+    # the result's kind says which keys; see `kinds/*/card.py`
+    evaluate: Annotated[dict[str, Any], TableMark("evaluate")] = {}
     check: CheckConfig | None = None
     publish: PublishConfig | None = None
     replaced: ReplacedTeacher | None = None  # written by overrides that name another teacher

@@ -7,12 +7,13 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from distill_core.config import Config as SourceConfig
 from distill_core.data.augmentation import ViewConfig
 from distill_core.data.order import OrderConfig
 from distill_core.data.source import Source
 from distill_core.errors import ConfigError, nearest
 
-__all__ = ["Source", "build_source", "named_tables", "source_types"]
+__all__ = ["Source", "build_source", "named_tables", "parse_source", "source_types"]
 
 
 def source_types() -> dict[str, type[Source]]:
@@ -37,6 +38,20 @@ def build_source(values: Mapping[str, Any], *, where: str = "data") -> Source:
         ConfigError: no or an unknown `name`, an unknown option, or a value out of range.
         DataError: the data cannot be used; the message names the file or item.
     """
+    cls, config = parse_source(values, where=where)
+    order = OrderConfig.parse(_table(values, "order", where), where=f"{where}.order")
+    view = ViewConfig.parse(_table(values, "view", where), where=f"{where}.view")
+    source: Source = cls(config)
+    source.arrange(order, view)
+    return source
+
+
+def parse_source(values: Mapping[str, Any], *, where: str = "data") -> tuple[Any, SourceConfig]:
+    """The class of the source that a table names, and its options; nothing is read of the data.
+
+    Raises:
+        ConfigError: no or an unknown `name`, an unknown option, or a value out of range.
+    """
     known = source_types()
     name = values.get("name")
     if not isinstance(name, str):
@@ -47,11 +62,7 @@ def build_source(values: Mapping[str, Any], *, where: str = "data") -> Source:
         raise ConfigError(f"no data source is called {name!r}{nearest(name, known)}", field=f"{where}.name")
     cls: Any = known[name]
     own = {key: value for key, value in values.items() if key not in ("order", "view")}
-    order = OrderConfig.parse(_table(values, "order", where), where=f"{where}.order")
-    view = ViewConfig.parse(_table(values, "view", where), where=f"{where}.view")
-    source: Source = cls(cls.Config.parse(own, where=where))
-    source.arrange(order, view)
-    return source
+    return cls, cls.Config.parse(own, where=where)
 
 
 def _table(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

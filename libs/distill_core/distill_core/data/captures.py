@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill_core.artifacts import SceneSpec
 from distill_core.config import Config as SourceConfig
+from distill_core.config import DataPath, PathMark
 from distill_core.data.capture_formats import FORMATS
 from distill_core.data.frames import Box, Capture, Frame
 from distill_core.data.posed import SceneSource
@@ -35,9 +36,10 @@ class CapturedScene(SceneSource):
         """Which folder, and how it is read."""
 
         name: Literal["capture"] = "capture"
-        path: str
+        path: DataPath
         format: Literal["auto", "nerfstudio", "colmap", "llff", "nsvf"] = "auto"
-        images: str | None = None  # the pictures' folder, for COLMAP and LLFF; unset: images, images_4 …
+        # the pictures' folder, for COLMAP and LLFF; unset: images, images_4 …
+        images: Annotated[str, PathMark(inside="path")] | None = None
         factor: int = Field(1, ge=1, le=64)  # pictures are averaged over factor x factor pixels
         test_every: int = Field(8, ge=2, le=1000)  # where the format names no test views
         max_views: int = Field(1000, ge=2, le=100_000)  # evenly thinned out above it

@@ -17,6 +17,7 @@ from torch import nn
 
 from distill_core.artifacts import CondSpec
 from distill_core.config import Config as SourceConfig
+from distill_core.config import Words
 from distill_core.data.source import Source
 from distill_core.errors import ConfigError, nearest
 from distill_core.networks.classifier import Classifier, ClassifierConfig
@@ -32,7 +33,7 @@ class Renaming(SourceConfig):
 
     # what the model calls a class, by what the data calls it, e.g. { tabby = "cat" }; of a model without names its
     # number, e.g. { tabby = "281" }
-    rename_classes: dict[str, str] = {}
+    rename_classes: dict[Words, Words] = {}
 
     @field_validator("rename_classes")
     @classmethod

@@ -8,12 +8,13 @@ import torch
 from pydantic import Field, StringConstraints, model_validator
 
 from distill_core.config import Config as SourceConfig
+from distill_core.config import DataPath, Words
 from distill_core.data.huggingface import is_table, prompts_in
 from distill_core.data.prompts import MAX_PROMPT, checked_prompts, read_lines
 from distill_core.data.source import Source, existing
 from distill_core.method import Batch
 
-Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT)]
+Prompt = Annotated[Words, StringConstraints(min_length=1, max_length=MAX_PROMPT)]
 
 
 class Classes(Source):
@@ -37,11 +38,11 @@ class Prompts(Source):
         """Options of the recipe's `[data]` table."""
 
         name: Literal["prompts"] = "prompts"
-        path: str | None = (
+        path: DataPath | None = (
             None  # a text file, one prompt per line; a parquet or arrow file, or a folder of them
         )
-        column: str | None = None  # of a table; unset: found by its name
-        split: str = "train"  # of a table
+        column: Words | None = None  # of a table; unset: found by its name
+        split: Words = "train"  # of a table
         prompts: tuple[Prompt, ...] | None = None
 
         @model_validator(mode="after")

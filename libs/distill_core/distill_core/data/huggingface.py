@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
+from distill_core.config import DataPath, Words
 from distill_core.data.classes import Renaming
 from distill_core.data.damaged import Skipping
 from distill_core.data.pictures import EncodedPixels
@@ -50,11 +51,11 @@ class HuggingFace(Source):
         """Options of the recipe's `[data]` table."""
 
         name: Literal["huggingface"] = "huggingface"
-        path: str  # a parquet or arrow file, a folder of them, or what `Dataset.save_to_disk` wrote
-        split: str = "train"
-        image_column: str | None = None  # unset: found by its type or name
-        label_column: str | None = None  # unset: found by its type or name; "" means no labels
-        prompt_column: str | None = None  # unset: found by its name; "" means no prompts
+        path: DataPath  # a parquet or arrow file, a folder of them, or what `Dataset.save_to_disk` wrote
+        split: Words = "train"
+        image_column: Words | None = None  # unset: found by its type or name
+        label_column: Words | None = None  # unset: found by its type or name; "" means no labels
+        prompt_column: Words | None = None  # unset: found by its name; "" means no prompts
         num_classes: int | None = Field(
             None, ge=1, le=1_000_000
         )  # unset: as the data says, or highest label + 1

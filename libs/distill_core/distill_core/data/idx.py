@@ -11,6 +11,7 @@ from typing import IO, Literal
 import numpy as np
 from pydantic import Field
 
+from distill_core.config import DataPath
 from distill_core.data.classes import Renaming
 from distill_core.data.source import Source, array_pixels, checked_labels, existing
 from distill_core.errors import DataError
@@ -27,8 +28,8 @@ class Idx(Source):
         """Options of the recipe's `[data]` table."""
 
         name: Literal["idx"] = "idx"
-        path: str  # a folder with the MNIST file names, or the file of pictures
-        labels: str | None = None  # the file of labels; in a folder it is found by its name
+        path: DataPath  # a folder with the MNIST file names, or the file of pictures
+        labels: DataPath | None = None  # the file of labels; in a folder it is found by its name
         split: Literal["train", "test"] = "train"  # which files of a folder
         num_classes: int | None = Field(None, ge=1, le=1_000_000)  # unset: the highest label + 1
         value_range: tuple[float, float] | None = None  # of the numbers; unset: 0..255 integers, 0..1 floats

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from distill_core.config import DataPath
 from distill_core.data.classes import Renaming
 from distill_core.data.damaged import Skipping
 from distill_core.data.pictures import SUFFIXES, EncodedPixels
@@ -28,7 +29,7 @@ class ImageFolder(Source):
         """Options of the recipe's `[data]` table."""
 
         name: Literal["images"] = "images"
-        path: str
+        path: DataPath
         size: int | None = Field(None, ge=1, le=4096)  # scale the shorter side to it, then crop the centre
         channels: Literal[1, 3] | None = None  # unset: as the first picture
         labels: Literal["auto", "folder", "none"] = (

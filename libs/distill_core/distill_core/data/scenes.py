@@ -11,6 +11,7 @@ from pydantic import Field
 
 from distill_core.artifacts import SceneSpec
 from distill_core.config import Config as SourceConfig
+from distill_core.config import DataPath
 from distill_core.data.posed import PosedImages, SceneSource, check_total
 from distill_core.data.source import existing
 from distill_core.data.transforms_json import read_transforms
@@ -88,7 +89,7 @@ class BlenderScene(SceneSource):
         """Which folder, and how it is read."""
 
         name: Literal["blender"] = "blender"
-        path: str
+        path: DataPath
         factor: int = Field(1, ge=1, le=64)  # pictures are averaged over factor x factor pixels
         test_split: Literal["test", "val"] = "test"
         max_test_views: int = Field(12, ge=1, le=1000)

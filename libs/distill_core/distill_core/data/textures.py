@@ -20,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from distill_core.config import Config as SourceConfig
+from distill_core.config import Words
 from distill_core.data.source import Source
 from distill_core.errors import nearest
 
@@ -132,8 +133,8 @@ class Textures(Source):
         name: Literal["textures"] = "textures"
         size: int = Field(32, ge=8, le=512)  # pixels a side
         kind: Literal["grey", "rgb", "materials"] = "rgb"  # materials: the 8 channels of MAPS
-        families: tuple[str, ...] = tuple(FAMILIES)  # the classes, in order
-        only: tuple[str, ...] = ()  # give items of these families alone; the classes stay. () = all
+        families: tuple[Words, ...] = tuple(FAMILIES)  # the classes, in order
+        only: tuple[Words, ...] = ()  # give items of these families alone; the classes stay. () = all
         window: float = Field(
             1.0, gt=0, le=1
         )  # share of the tile's side shown; below 1 a picture does not repeat

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.config import Config
+from distill_core.config import Config, Words
 from distill_core.errors import ConfigError
 
 Conditions = dict[str, Tensor]
@@ -23,7 +23,7 @@ class RewardConfig(Config):
     """Which reward. All but `ink` read pictures with the recipe's `[extractor]`."""
 
     name: Literal["ink", "class_probability", "text_similarity"] = "ink"
-    texts: tuple[str, ...] = Field(())  # text_similarity: one for all pictures, or one per class
+    texts: tuple[Words, ...] = Field(())  # text_similarity: one for all pictures, or one per class
 
 
 class RewardModel(Protocol):

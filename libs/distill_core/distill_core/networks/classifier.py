@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill_core.config import Config
+from distill_core.config import Config, Words
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds.predictor.card import Card
 from distill_core.signature import Function, TensorSpec
@@ -27,10 +27,10 @@ GROUPS = 8
 class ClassifierConfig(Config):
     """What decides the network's shape; kept beside its weights as config.json."""
 
-    kind: str = Field("classifier", pattern="^classifier$")
+    kind: Words = Field("classifier", pattern="^classifier$")
     shape: tuple[int, int, int]  # (C, H, W) of the pictures
     num_classes: int = Field(ge=2, le=1_000_000)
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[Words, ...] = ()
     width: int = Field(32, ge=GROUPS, le=1024, multiple_of=GROUPS)  # channels of stage 1, doubled per stage
     num_features: int = Field(32, ge=2, le=4096)
 

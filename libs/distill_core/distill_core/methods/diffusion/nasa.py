@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from pydantic import Field
 
-from distill_core.config import EvaluateConfig
+from distill_core.config import EvaluateConfig, Words
 from distill_core.data.source import Source
 from distill_core.errors import ConfigError
 from distill_core.method import Batch, Cond, Update
@@ -27,7 +27,7 @@ from distill_core.networks.steering import NEGATIVE, with_negative
 
 
 class Config(PGSBConfig):
-    negative_prompts: tuple[str, ...] = ()  # one is drawn for each item; () = PG-SB
+    negative_prompts: tuple[Words, ...] = ()  # one is drawn for each item; () = PG-SB
     scale_max: float = Field(1.0, ge=0)  # alpha ~ U(0, scale_max), one per update
     scale: float = Field(
         0.5, ge=0

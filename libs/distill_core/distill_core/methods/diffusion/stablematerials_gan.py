@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from distill_core.config import EvaluateConfig
+from distill_core.config import DataTable, EvaluateConfig
 from distill_core.data import Source, build_source
 from distill_core.data.classes import use_classes_of
 from distill_core.errors import ConfigError, DataError
@@ -38,9 +37,7 @@ NUM_LEVELS = 4  # of a student whose recipe does not say them
 
 
 class Config(flow_matching.Config):
-    unannotated: dict[
-        str, Any
-    ] = {}  # what to change in [data] to get pictures without maps, e.g. kind = "rgb"
+    unannotated: DataTable = {}  # what to change in [data] to get pictures without maps, e.g. kind = "rgb"
     gan_weight: float = Field(0.1, ge=0)  # lambda; the paper's is not published
     levels: Levels = ()  # where x0_hat is predicted and sampled; data std, descending; () = four from the start on
     log_sigma_mean: float = -1.2  # noise on the discriminator's input, log-normal

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.config import EvaluateConfig, NetworkConfig
+from distill_core.config import DataTable, EvaluateConfig, NetworkConfig
 from distill_core.data import Source, build_source
 from distill_core.errors import ConfigError, DataError, nearest
 from distill_core.method import Batch, Method, MethodConfig, Update
@@ -29,7 +29,7 @@ class Config(MethodConfig):
     shift: int = Field(0, ge=0, le=64)  # random translation, pixels to each side; the border is repeated
     flip: bool = False  # random mirror image: right for photographs, wrong for digits
     noise: float = Field(0.0, ge=0, le=10)  # standard deviation of added noise, in data units
-    held_out: dict[str, Any] = {}  # what to change in [data] to get unseen data, e.g. { split = "test" }
+    held_out: DataTable = {}  # what to change in [data] to get unseen data, e.g. { split = "test" }
 
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

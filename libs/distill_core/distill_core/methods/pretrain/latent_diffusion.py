@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.config import NetworkConfig
+from distill_core.config import NetworkArgs, NetworkConfig
 from distill_core.data.source import Source
 from distill_core.method import Batch, Method, Stage, Update
 from distill_core.methods.pretrain.flow_matching import Config as FlowConfig
@@ -28,7 +28,7 @@ MEASURED = 256  # pictures by which the latents' deviation is taken
 class Config(FlowConfig):
     warmup_steps: int = Field(500, ge=1)  # in which only the codec learns
     kl_weight: float = Field(1e-4, ge=0)  # per pixel value; the paper's is 1e-6 per latent, for larger codecs
-    codec: dict[str, Any] = {}  # arguments of diffusers' AutoencoderKL
+    codec: NetworkArgs = {}  # arguments of diffusers' AutoencoderKL
 
 
 def codec_loss(codec: Any, x: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distill_core.config import EvaluateConfig, NetworkConfig
+from distill_core.config import EvaluateConfig, NetworkConfig, Words
 from distill_core.data.coloured_objects import ColouredObjectScene
 from distill_core.data.scenes import SceneSource
 from distill_core.errors import ConfigError, nearest
@@ -44,8 +44,8 @@ ENCODED = 8  # pictures at once
 
 
 class Config(MethodConfig):
-    source: str  # what the scene shows: a prompt, or the name of one of the teacher's classes
-    target: str  # what it is to show
+    source: Words  # what the scene shows: a prompt, or the name of one of the teacher's classes
+    target: Words  # what it is to show
     reconstruct_steps: int = Field(500, ge=1)  # of phase 1
     refinement: bool = True  # False: no head
     refinement_weight: float = Field(1.0, ge=0)  # of its loss beside the rays'
