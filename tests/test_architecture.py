@@ -51,7 +51,7 @@ LAYERS = [
     ),
     ("networks", "data", "radiance", "metrics"),
     ("methods", "training", "suiting", "kinds.base", "kinds.loading", *KINDS),
-    ("context",),
+    ("context", "recipe_paths"),
     ("building",),
     ("running",),
     ("api",),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import tomli_w
 
+from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.config import load_recipe, recipe_names
-from distill_core.data import source_types
-from distill_core.errors import ConfigError
+from distill_core.dry_run import dry_run
+from distill_core.errors import ConfigError, NotFound
+from distill_core.recipe_paths import check_job
 from distill_service.jobs import queue, specs
-from distill_service.jobs.paths import FILE_KEYS, PATH_KEYS, check_paths
+from distill_service.jobs.paths import absolute, check_paths
 from distill_service.jobs.supervisor import Supervisor
 from distill_service.settings import load_settings
 from tests.services.jobs_stack import COMMANDS, submit
@@ -135,10 +140,199 @@ def test_a_worker_refuses_what_slipped_into_the_table(db, root):
     assert not (root / "state" / "runs" / job.id).exists()
 
 
-def test_every_option_of_a_data_source_that_is_a_file_is_known(root):
-    """A new source with a new name for a file must add it to PATH_KEYS or FILE_KEYS."""
-    words = {"name", "split", "format", "column", "label_column", "image_column", "prompt_column", "captions"}
-    for name, source in source_types().items():
-        for option, field in source.Config.model_fields.items():
-            if field.annotation in (str, str | None):
-                assert option in PATH_KEYS | FILE_KEYS | words, f"{name}.{option}: a file, or a word?"
+OUTSIDE = """
+from typing import Any
+from distill_core.config import DataPath, Words
+from distill_core.method import Method, MethodConfig
+
+
+class Config(MethodConfig):
+    soft_labels: DataPath = "none"
+    caption: Words = ""
+    either: DataPath | None = None
+    several: tuple[DataPath, ...] = ()
+    by_class: dict[str, DataPath] = {}
+    unsaid: dict[str, Any] = {}
+
+
+class StoredLabels(Method):
+    Config = Config
+    roles = ("student",)
+
+    def __init__(self, config, *, data):
+        raise AssertionError("a job is refused before its method is built")
+"""
+
+
+@pytest.fixture
+def outside_method(tmp_path, monkeypatch):
+    """A method of another package, whose options no list of ours knows."""
+    (tmp_path / "stored_labels_package.py").write_text(OUTSIDE)
+    info = tmp_path / "stored_labels_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stored-labels-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[distillery.methods]\nstored_labels = stored_labels_package\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    yield "stored_labels"
+    sys.modules.pop("stored_labels_package", None)
+
+
+def in_the_job(draft: specs.Draft, root: Path) -> None:
+    """What the job's process asks before it builds anything."""
+    roots = [str(path) for path in settings(root).readable_roots()]
+    check_job(draft.spec, roots, ArtifactStore(root / "store"))
+
+
+def of_the_method(config: dict, **tables) -> specs.Draft:
+    return train(**{"method": "stored_labels", "data": {"name": "digits"}, "config": config, **tables})
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"soft_labels": "{}"}, "soft_labels"),
+        ({"either": "{}"}, "either"),
+        ({"several": ["{root}/data/mine", "{}"]}, "several.1"),
+        ({"by_class": {"cat": "{}"}}, "by_class.cat"),
+        ({"unsaid": {"deep": ["word", "{}"]}}, "unsaid.deep.1"),
+    ],
+)
+def test_a_file_of_an_outside_method_is_refused_before_it_is_queued_and_in_the_job(
+    root, outside_method, config, key
+):
+    def filled(value, path):
+        if isinstance(value, dict):
+            return {name: filled(entry, path) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [filled(entry, path) for entry in value]
+        return value.format(path, root=root)
+
+    for check in (in_the_job, lambda draft, root: check_paths(draft.spec, settings(root))):
+        check(of_the_method({"soft_labels": f"{root}/data/mine", **filled(config, root / "data/mine")}), root)
+        secret = filled(config, root / "secret")
+        with pytest.raises(ConfigError, match="may not be read by a job") as caught:
+            check(of_the_method({"soft_labels": f"{root}/data/mine", **secret}), root)
+        assert caught.value.field == f"config.{key}"
+
+
+def test_text_that_a_schema_calls_words_is_no_path_in_the_job(root, outside_method):
+    inside = {"soft_labels": str(root / "data/mine")}
+    in_the_job(of_the_method({**inside, "caption": "../ and /etc are words here"}), root)
+
+
+def test_a_link_does_not_lead_out_in_the_job_either(root, outside_method):
+    (root / "data" / "link").symlink_to(root / "secret")
+    with pytest.raises(ConfigError, match="config.soft_labels = .* may not be read"):
+        in_the_job(of_the_method({"soft_labels": str(root / "data" / "link")}), root)
+
+
+def test_a_job_that_the_early_check_let_through_is_refused_in_its_own_process(db, root, outside_method):
+    draft = of_the_method({"soft_labels": "labels.safetensors"})
+    check_paths(draft.spec, settings(root))  # a plain word, for all that the names of keys can tell
+    submit(db, draft)
+    claim = queue.claim(db, ["train"], worker="w", lease_s=60)
+    outcome = Supervisor(db, settings(root), worker="w").run(claim)
+    assert outcome.verdict == "failed"
+    assert outcome.error["field"] == "config.soft_labels"
+    assert "config.soft_labels = 'labels.safetensors' may not be read by a job" in outcome.error["message"]
+
+
+@pytest.mark.parametrize("key", [key for key in places("") if "deep" not in key and key != "evaluate.lpips"])
+def test_the_job_refuses_what_our_own_tables_name(root, key):
+    if key != "data.path":
+        given = {"data": {"name": "digits"}}
+    else:
+        given = {}
+    in_the_job(train(**{**given, **places(str(root / "data/mine"))[key]}), root)
+    with pytest.raises(ConfigError, match="may not be read by a job") as caught:
+        in_the_job(train(**{**given, **places(str(root / "secret"))[key]}), root)
+    assert caught.value.field in (key, "data.path")
+
+
+def test_further_tables_of_data_and_teachers_are_walked(root):
+    secret = str(root / "secret")
+    unseen = {"name": "digits", "held_out": {"name": "images", "path": secret}}
+    capture = {"name": "capture", "path": str(root / "data/mine"), "images": "link"}
+    (root / "data" / "mine" / "link").symlink_to(root / "secret")
+    for key, tables in {
+        "data.held_out.path": {"data": unseen},
+        "data.images": {"data": capture},
+        "teachers.second.path": {"teachers": {"second": {"path": secret}}},
+        "evaluate.lpips": {"method": "radiance_field", "evaluate": {"lpips": secret}},
+        "config.held_out.path": {
+            "method": "classifier",
+            "config": {"held_out": {"name": "images", "path": secret}},
+        },
+        "network.args.anything": {"network": {"name": "UNet2DModel", "args": {"anything": secret}}},
+    }.items():
+        with pytest.raises(ConfigError, match="may not be read by a job") as caught:
+            in_the_job(train(**{"data": {"name": "digits"}, **tables}), root)
+        assert caught.value.field == key
+
+
+def test_what_changes_the_data_is_walked_with_the_data_that_it_changes(root):
+    data = {"name": "images", "path": str(root / "data/mine")}
+    in_the_job(train(method="classifier", data=data, config={"held_out": {"limit": 3}}), root)
+    config = {"held_out": {"path": "elsewhere"}}
+    with pytest.raises(ConfigError, match="config.held_out.path"):
+        in_the_job(train(method="classifier", data=data, config=config), root)
+
+
+def test_the_job_refuses_a_recipe_that_is_a_file(root):
+    inside = str(root / "data" / "mine.toml")
+    with pytest.raises(ConfigError, match="teacher.recipe = .* is a file"):
+        in_the_job(train(data={"name": "digits"}, teacher={"recipe": inside}), root)
+
+
+def test_an_evaluation_of_a_folder_instead_of_a_model_is_refused_in_the_job(root):
+    draft = specs.Draft("evaluate", {"artifact": str(root / "secret"), "data": {"name": "digits"}}, "x")
+    with pytest.raises((ConfigError, NotFound)):
+        in_the_job(draft, root)
+
+
+@pytest.mark.parametrize(
+    ("key", "tables"),
+    [
+        ("data.path", {"data": {"name": "images", "path": "{}"}}),
+        ("evaluate.judge.path", {"data": {"name": "digits"}, "evaluate": {"judge": {"path": "{}"}}}),
+        (
+            "evaluate.data.labels",
+            {"evaluate": {"data": {"name": "idx", "path": "{root}/data", "labels": "{}"}}},
+        ),
+    ],
+)
+def test_an_evaluations_files_are_looked_at_in_the_job_too(root, key, tables):
+    model = root / "model"
+    model.mkdir()
+    (model / "weights.safetensors").write_bytes(b"weights")
+    ArtifactStore(root / "store").publish(model, Manifest(name="mine", kind="denoiser"))
+    for folder in ("data/mine", "secret"):
+        text = json.dumps(tables).replace("{}", str(root / folder)).replace("{root}", str(root))
+        draft = specs.Draft("evaluate", {"artifact": "mine@1", **json.loads(text)}, "x")
+        if folder == "data/mine":
+            in_the_job(draft, root)
+            continue
+        with pytest.raises(ConfigError, match="may not be read by a job") as caught:
+            in_the_job(draft, root)
+        assert caught.value.field == key
+
+
+def test_a_dry_run_reads_no_file_that_the_job_may_not_read(root, outside_method):
+    draft = of_the_method({"soft_labels": "labels.safetensors"})
+    job = {"name": "x", "kind": "train", "spec": draft.spec}
+    where = {"store": str(root / "store"), "cache": str(root / "cache"), "roots": [str(root / "data")]}
+    with pytest.raises(ConfigError, match="config.soft_labels = 'labels.safetensors' may not be read"):
+        dry_run({"jobs": [job], **where}, lambda event: None)
+
+
+@pytest.mark.parametrize("name", SELF_CONTAINED)
+def test_the_job_lets_a_shipped_recipe_that_names_no_file_pass(root, name):
+    in_the_job(specs.draft_train(name=name), root)
+
+
+def test_a_submitted_path_is_meant_from_where_its_user_is(root, monkeypatch):
+    monkeypatch.chdir(root)
+    made = absolute({"title": "~ words", "config": {"soft_labels": "./labels"}, "publish": {"licence": "/x"}})
+    assert made["config"]["soft_labels"] == str(root / "labels")
+    assert (made["title"], made["publish"]["licence"]) == ("~ words", "/x")

@@ -30,7 +30,6 @@ NAME_PATTERN = r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$"
 NAME_RULE = (
     "allowed are 1 to 64 characters a-z, 0-9, '.', '_', '-', beginning and ending with a letter or digit"
 )
-Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -66,6 +65,7 @@ class TableMark:
 
 DataPath = Annotated[str, PathMark()]
 Words = Annotated[str, WordsMark()]
+Name = Annotated[Words, StringConstraints(pattern=NAME_PATTERN)]
 RecipeName = Annotated[str, RecipeMark()]
 DataTable = Annotated[dict[str, Any], TableMark("data")]
 NetworkArgs = Annotated[dict[str, Any], TableMark("network")]

@@ -13,6 +13,7 @@ from distill_core.context import Context
 from distill_core.errors import DistilleryError
 from distill_core.kinds import find_card
 from distill_core.kinds.convertible import check_convertible
+from distill_core.recipe_paths import check_job
 from distill_core.training.memory import Unplannable, too_large, training_device
 
 
@@ -36,6 +37,8 @@ def dry_run(spec: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int
     for values in spec["jobs"]:
         job = _Job(values["name"], values["kind"], values["spec"], tuple(values.get("waits_for", ())))
         try:
+            if not job.waits_for and job.kind != "convert":  # a conversion names no file
+                check_job(job.spec, spec.get("roots"), where.store)
             told = _looked_at(job, where)
         except DistilleryError as error:
             said = type(error)(f"{job.name}: {error}" if len(spec["jobs"]) > 1 else str(error))

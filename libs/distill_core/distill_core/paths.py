@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -28,6 +29,33 @@ def there(path: Path) -> bool:
         return path.exists()
     except OSError:
         return False
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether text can only be meant as a path: it is absolute, begins at home or here, or climbs."""
+    return text.startswith(("/", "~", "./")) or ".." in Path(text).parts
+
+
+def check_readable(key: str, name: str, roots: Sequence[Path], *, recipe: bool = False) -> None:
+    """Refuse a path that a job names outside the data `roots`; `recipe`: it is a recipe, which no job may bring along.
+
+    Raises:
+        ConfigError: `field` is `key`.
+    """
+    if recipe:
+        raise ConfigError(
+            f"{key} = {name!r} is a file: a job names recipes that come with the library", field=key
+        )
+    # resolve() follows links, so that one inside a root cannot lead out of it
+    where = user_path(name, field=key).resolve()
+    if not Path(name).is_absolute() or not any(where.is_relative_to(root) for root in roots):
+        raise ConfigError(f"{key} = {name!r} may not be read by a job: {_allowed(roots)}", field=key)
+
+
+def _allowed(roots: Sequence[Path]) -> str:
+    if not roots:
+        return "no folder is open to jobs; the operator names some in DISTILLERY_DATA_ROOTS"
+    return f"give an absolute path under {', '.join(map(str, roots))} (DISTILLERY_DATA_ROOTS)"
 
 
 def url_of(scheme: str, path: Path | str) -> str:

@@ -82,9 +82,11 @@ def _run(spec: dict[str, Any], tell: Any, stop: _StopFlag) -> int:
         return dry_run(spec, tell)
     from distill_core import api  # after the signal handler: importing torch takes seconds
     from distill_core.config import Recipe
+    from distill_core.recipe_paths import check_job
 
     run_dir = Path(spec["run_dir"])
     where = api.context(spec["store"], Path(spec.get("cache") or run_dir / "cache"))
+    check_job(spec["spec"], spec.get("roots"), where.store)
     if spec["kind"] == "prepare":
         prepared = api.prepare(Recipe.parse(spec["spec"]["recipe"]), where, listener=tell, should_stop=stop)
         return 0 if prepared else EXIT_STOPPED

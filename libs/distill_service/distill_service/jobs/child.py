@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,8 +31,18 @@ class FolderBusy(Exception):
     """An earlier attempt's process on this machine still works in the run folder and cannot be ended."""
 
 
-def prepare_run(run_dir: Path, claim: Claim, *, store_url: str, cache_dir: Path) -> Path:
-    """Make the run folder, write `spec.json` (and `recipe.toml`) into it, and return the former's path."""
+def prepare_run(
+    run_dir: Path,
+    claim: Claim,
+    *,
+    store_url: str,
+    cache_dir: Path,
+    roots: Sequence[Path] | None = None,
+) -> Path:
+    """Make the run folder, write `spec.json` (and `recipe.toml`) into it, and return the former's path.
+
+    `roots` are the folders that the job's process may read data from; None: any.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     recipe = claim.spec.get("recipe")
     if claim.kind == "train" and recipe is not None:
@@ -45,6 +55,7 @@ def prepare_run(run_dir: Path, claim: Claim, *, store_url: str, cache_dir: Path)
         "run_dir": str(run_dir),
         "store": store_url,
         "cache": str(cache_dir),  # teachers trained from recipes, shared by all jobs of this machine
+        "roots": None if roots is None else [str(root) for root in roots],
     }
     spec = run_dir / "spec.json"
     _replace(spec, json.dumps(content, indent=1))

@@ -79,7 +79,9 @@ class DryRuns:
             for d in drafts
         ]
         where = {"store": self._settings.store_url, "cache": str(self._settings.cache_dir)}
-        return {"kind": "dry-run", "jobs": jobs, "run_dir": str(folder), **where}
+        roots = self._settings.readable_roots()
+        readable = None if roots is None else [str(root) for root in roots]
+        return {"kind": "dry-run", "jobs": jobs, "run_dir": str(folder), "roots": readable, **where}
 
 
 def _heard(out: bytes, log: bytes, code: int) -> list[dict[str, Any]]:

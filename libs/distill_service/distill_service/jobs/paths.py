@@ -1,23 +1,29 @@
 """Which of a worker's files a submitted job may name: those under the data roots, and no others.
 
+This check goes by the names of keys and by what looks like a path, so that it needs no model library. The binding one
+is the job's own process's, which walks the schemas of the recipe's tables (`distill_core.recipe_paths`).
+
 Training in one's own process (`distillery train`) is not concerned: there the files are the caller's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distill_core.errors import ConfigError
-from distill_core.paths import user_path
+from distill_core.paths import check_readable, looks_like_path, user_path
 from distill_service.settings import Settings
 
 PATH_KEYS = frozenset({"path", "lpips"})  # keys of a recipe whose value is a file or folder
 FILE_KEYS = frozenset(
     {"labels", "images"}
 )  # keys whose value is one, unless it is a word or in the data's folder
-WORD_TABLES = frozenset({"rename_classes"})  # tables of words: a class may be called `path`
+WORD_KEYS = frozenset({"title"})  # keys whose value is words
+WORD_LISTS = frozenset(
+    {"prompts", "negative_prompts", "texts", "class_names"}
+)  # the same, where it is a list
+WORD_TABLES = frozenset({"rename_classes", "publish"})  # tables of words: a class may be called `path`
 LABEL_WORDS = frozenset({"auto", "folder", "none"})  # what data.labels may say instead
 
 
@@ -33,14 +39,7 @@ def check_paths(spec: Mapping[str, Any], settings: Settings) -> None:
     if roots is None:
         return
     for key, name in _named(spec):
-        if key.rpartition(".")[2] == "recipe":
-            raise ConfigError(
-                f"{key} = {name!r} is a file: a job names recipes that come with the library", field=key
-            )
-        # resolve() follows links, so that one inside a root cannot lead out of it
-        where = user_path(name, field=key).resolve()
-        if not Path(name).is_absolute() or not any(where.is_relative_to(root) for root in roots):
-            raise ConfigError(f"{key} = {name!r} may not be read by a job: {_allowed(roots)}", field=key)
+        check_readable(key, name, roots, recipe=key.rpartition(".")[2] == "recipe")
 
 
 def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,8 +57,10 @@ def absolute_value(key: str, value: Any) -> Any:
 
 
 def _absolute(key: str, value: Any) -> Any:
+    if _is_words(key, value):
+        return dict(value) if isinstance(value, Mapping) else value
     if isinstance(value, Mapping):
-        return dict(value) if key in WORD_TABLES else absolute(value)
+        return absolute(value)
     if isinstance(value, list | tuple):
         return [_absolute("", item) for item in value]
     in_the_data = key == "images"  # pictures of a capture, from its own folder
@@ -68,17 +69,11 @@ def _absolute(key: str, value: Any) -> Any:
     return value
 
 
-def _allowed(roots: Sequence[Path]) -> str:
-    if not roots:
-        return "no folder is open to jobs; the operator names some in DISTILLERY_DATA_ROOTS"
-    return f"give an absolute path under {', '.join(map(str, roots))} (DISTILLERY_DATA_ROOTS)"
-
-
 def _named(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str]]:
     """The dotted keys and values of a specification that name files."""
     for key, value in values.items():
         dotted = f"{where}.{key}" if where else key
-        if key in WORD_TABLES:
+        if _is_words(key, value):
             continue
         if isinstance(value, Mapping):
             yield from _named(value, dotted)
@@ -90,9 +85,16 @@ def _named(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, st
             yield dotted.removeprefix("recipe."), f"{base}/{value}" if inside else value
 
 
+def _is_words(key: str, value: Any) -> bool:
+    listed = key in WORD_LISTS and isinstance(value, list | tuple)
+    return listed or key in WORD_TABLES or (key in WORD_KEYS and isinstance(value, str))
+
+
 def _is_path(key: str, value: str) -> bool:
+    if looks_like_path(value):
+        return True
     if key == "recipe":
         return Path(value).suffix == ".toml"
     if key == "labels":
         return value not in LABEL_WORDS
-    return key in PATH_KEYS or (key in FILE_KEYS and ("/" in value or value.startswith("~")))
+    return key in PATH_KEYS or (key in FILE_KEYS and "/" in value)

@@ -115,7 +115,13 @@ class Supervisor:
             raise DistilleryError(f"this worker cannot run {claim.kind} jobs")
         settings = self.settings
         check_paths(claim.spec, settings)
-        spec = prepare_run(run_dir, claim, store_url=settings.store_url, cache_dir=settings.cache_dir)
+        spec = prepare_run(
+            run_dir,
+            claim,
+            store_url=settings.store_url,
+            cache_dir=settings.cache_dir,
+            roots=settings.readable_roots(),
+        )
         processes = processes_of(claim.spec)
         return Child(self._commands[claim.kind], spec, log=run_dir / "log.txt", processes=processes)
 
