@@ -241,7 +241,7 @@ def test_the_tables_of_methods_and_evidence_are_those_of_the_kept_results(tmp_pa
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs/scenes.json", tmp_path / "docs")
     write_documents(tmp_path, kept(ROOT))
-    for name in ("README.md", "docs/evidence.md", "docs/evidence.json"):
+    for name in ("README.md", "docs/methods.md", "docs/evidence.md", "docs/evidence.json"):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), (
             f"{name}: distillery claims --no-run"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from distill_core import api
 from distill_core.config import load_recipe, recipe_names
 from distill_core.errors import ConfigError, DataError, NotFound
 from distill_service.settings import settings
@@ -50,6 +51,11 @@ def write(checkout: Path, *outcomes: dict) -> tuple[str, str]:
     return (checkout / "README.md").read_text(), (checkout / "docs/evidence.md").read_text()
 
 
+def methods(checkout: Path) -> str:
+    """The page of all methods that was written last."""
+    return (checkout / "docs/methods.md").read_text()
+
+
 def row(page: str, recipe: str) -> list[str]:
     (line,) = [line for line in page.splitlines() if line.startswith(f"| `{recipe}` ")]
     return [cell.strip() for cell in line.strip("|").split(" | ")]
@@ -57,7 +63,7 @@ def row(page: str, recipe: str) -> list[str]:
 
 def test_only_the_table_between_the_markers_changes(checkout):
     readme, _ = write(checkout)
-    assert readme.startswith(f"# Title\n\nbefore\n\n{claims.BEGIN}\n| method |")
+    assert readme.startswith(f"# Title\n\nbefore\n\n{claims.BEGIN}\n| family |")
     assert readme.endswith(f" |\n{claims.END}\n\nafter\n")
     assert "old table" not in readme
     again, _ = write(checkout)
@@ -65,25 +71,25 @@ def test_only_the_table_between_the_markers_changes(checkout):
 
 
 def test_a_recipe_without_result_or_claim_shows_no_figure(checkout):
-    readme, evidence = write(checkout)
+    _, evidence = write(checkout)
     for name in recipe_names():
         cells = row(evidence, name)
         claimed = load_recipe(name).check is not None
         assert cells[3] == claims.RUNS_ONLY if not claimed else cells[4] == claims.UNMEASURED
         assert not any(any(char.isdigit() for char in cell) for cell in cells[4:])
-    assert f"`dmd2`: {claims.UNMEASURED}" in readme
+    assert f"`dmd2`: {claims.UNMEASURED}" in methods(checkout)
 
 
-def test_a_measured_claim_stands_in_both_documents_with_all_its_figures(checkout):
-    readme, evidence = write(checkout, DMD2)
+def test_a_measured_claim_stands_on_both_pages_with_all_its_figures(checkout):
+    _, evidence = write(checkout, DMD2)
     assert row(evidence, "dmd2")[4:] == ["1.25", "2.5", "8", "yes", "61.5", "0123456789"]
-    assert "`dmd2`: claim holds" in readme
+    assert "`dmd2`: claim holds" in methods(checkout)
 
 
 def test_a_claim_that_failed_or_broke_off_is_shown_as_such(checkout):
-    readme, evidence = write(checkout, {**DMD2, "passed": False, "measured": 9.0})
+    _, evidence = write(checkout, {**DMD2, "passed": False, "measured": 9.0})
     assert row(evidence, "dmd2")[7] == "**no**"
-    assert "`dmd2`: claim does **not** hold" in readme
+    assert "`dmd2`: claim does **not** hold" in methods(checkout)
     broken = {key: DMD2[key] for key in ("name", "commit", "recipe_sha256")}
     _, evidence = write(checkout, {**broken, "passed": False, "error": "the loss became nan"})
     assert row(evidence, "dmd2")[4:8] == ["", "", "", "**no**"]
@@ -91,9 +97,25 @@ def test_a_claim_that_failed_or_broke_off_is_shown_as_such(checkout):
 
 
 def test_figures_of_an_earlier_recipe_are_marked(checkout):
-    readme, evidence = write(checkout, {**DMD2, "recipe_sha256": "0" * 64})
-    assert "claim holds (an earlier recipe)" in readme
+    _, evidence = write(checkout, {**DMD2, "recipe_sha256": "0" * 64})
+    assert "claim holds (an earlier recipe)" in methods(checkout)
     assert "`dmd2` was measured before its recipe changed" in evidence
+
+
+def test_a_family_counts_its_claims_that_hold_and_names_those_that_do_not_or_may_not(checkout):
+    fresh = {**DMD2, "name": "nasa", "recipe_sha256": claims.fingerprint(load_recipe("nasa"))}
+    failed = {**DMD2, "name": "hipa", "passed": False, "recipe_sha256": "0" * 64}
+    earlier = {**DMD2, "name": "pg_sb", "recipe_sha256": "0" * 64}
+    elsewhere = {**DMD2, "name": "judge_digits", "passed": False}
+    readme, _ = write(checkout, DMD2, fresh, failed, earlier, elsewhere)
+    (line,) = [line for line in readme.splitlines() if line.startswith("| diffusion ")]
+    _, named, holding, broken, unknown = (cell.strip() for cell in line.strip("|").split(" | "))
+    family = [entry for entry in api.describe_methods() if entry["family"] == "diffusion"]
+    assert named == ", ".join(f"`{entry['name']}`" for entry in family)
+    claimed = {name for entry in family for name in entry["recipes"] if load_recipe(name).check is not None}
+    assert holding == f"2 of {len(claimed)}"
+    assert broken == "`hipa`"
+    assert unknown == ", ".join(f"`{name}`" for name in sorted(claimed - {"dmd2", "nasa", "hipa"}))
 
 
 def test_results_that_the_checkout_keeps_survive_a_machine_that_has_none(checkout, tmp_path):

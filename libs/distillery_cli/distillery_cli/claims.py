@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,8 @@ from distillery_cli.output import AsJson, bar, emit_json, figure, markdown_table
 
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
 EVIDENCE, KEPT, README = Path("docs/evidence.md"), Path("docs/evidence.json"), Path("README.md")
-RUNS_ONLY, UNMEASURED = "runs; no claim", "not measured yet"
+METHODS = Path("docs/methods.md")
+RUNS_ONLY, UNMEASURED, HOLDS = "runs; no claim", "not measured yet", "claim holds"
 COLUMNS = (
     "recipe",
     "method",
@@ -31,6 +32,7 @@ COLUMNS = (
     "seconds",
     "commit",
 )
+FAMILY_COLUMNS = ("family", "methods", "claims that hold", "that do not", "not measured as they are")
 Outcome = Mapping[str, Any]  # what api.check gives, or an error's sentence; with commit and recipe_sha256
 
 
@@ -50,7 +52,7 @@ def claims(
     repository: Annotated[Path, typer.Option(help="The checkout whose documents are written.")] = Path(),
     as_json: AsJson = False,
 ) -> int:
-    """Measure the recipes' claims, and write the figures into docs/evidence.md and the README's table.
+    """Measure the recipes' claims, and write the figures into docs/evidence.md, docs/methods.md and the README's table.
 
     Exits with 1 if a claim that was asked for did not hold.
     """
@@ -64,7 +66,8 @@ def claims(
     if as_json:
         emit_json(told)
     else:
-        results.print(f"{len(told)} of {len(chosen)} claims measured; written: {EVIDENCE}, {KEPT}, {README}")
+        written = f"{EVIDENCE}, {KEPT}, {METHODS}, {README}"
+        results.print(f"{len(told)} of {len(chosen)} claims measured; written: {written}")
     return 0 if not run or all(outcome["passed"] for outcome in told) else 1
 
 
@@ -145,17 +148,19 @@ def _read(path: Path) -> Outcome:
 
 
 def write_documents(repository: Path, outcomes: Mapping[str, Outcome]) -> None:
-    """Write evidence.md, evidence.json and the README's table of methods from these results alone."""
+    """Write evidence.md, evidence.json, methods.md and the README's table of families from these results alone."""
     from distill_core import api
     from distill_core.methods import method_files
 
     known = {name: outcomes[name] for name in recipe_names() if name in outcomes}
     ours = [entry for entry in api.describe_methods() if entry["name"] in method_files()]
-    readme = with_table(read_readme(repository), methods_table(ours, known))
+    readme = with_table(read_readme(repository), families_table(ours, known))
     (repository / EVIDENCE).parent.mkdir(parents=True, exist_ok=True)
     (repository / KEPT).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     page = evidence(ours, known) + scene_evidence.section(repository)
     (repository / EVIDENCE).write_text(page, encoding="utf-8")
+    table = methods_table(ours, known)
+    (repository / METHODS).write_text(f"{_METHODS_PREAMBLE}\n{table}", encoding="utf-8")
     (repository / README).write_text(readme, encoding="utf-8")
 
 
@@ -182,6 +187,27 @@ def with_table(readme: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}{END}{rest.split(END)[1]}"
 
 
+def families_table(described: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Outcome]) -> str:
+    """A line for each family: its methods, how many claims hold, and the recipes whose claims do not or may not."""
+    rows = []
+    for family in sorted({entry["family"] for entry in described}):
+        methods = [entry for entry in described if entry["family"] == family]
+        claimed = [
+            name for entry in methods for name in entry["recipes"] if load_recipe(name).check is not None
+        ]
+        holding = [name for name in claimed if state(load_recipe(name), outcomes.get(name)) == HOLDS]
+        failed = [name for name in claimed if name in outcomes and not outcomes[name]["passed"]]
+        unknown = set(claimed) - {*holding, *failed}  # never measured, or before the recipe changed
+        names = [entry["name"] for entry in methods]
+        counted = f"{len(holding)} of {len(claimed)}"
+        rows.append([family, _named(names), counted, _named(failed), _named(unknown)])
+    return markdown_table(FAMILY_COLUMNS, rows)
+
+
+def _named(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
 def methods_table(described: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Outcome]) -> str:
     """A line for each method: what it is, its recipes, and whether their claims hold."""
     rows = []
@@ -203,7 +229,7 @@ def state(recipe: Recipe, outcome: Outcome | None) -> str:
         return RUNS_ONLY
     if outcome is None:
         return UNMEASURED
-    word = "claim holds" if outcome["passed"] else "claim does **not** hold"
+    word = HOLDS if outcome["passed"] else "claim does **not** hold"
     return word if outcome["recipe_sha256"] == fingerprint(recipe) else f"{word} (an earlier recipe)"
 
 
@@ -288,6 +314,14 @@ def _said(claim: Claim, circumstances: str = "") -> str:
 def _settings(changes: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {json.dumps(value)}" for key, value in changes.items())
 
+
+_METHODS_PREAMBLE = """# Methods
+
+Written by `distillery claims` (`make claims`) from `docs/evidence.json`; not edited by hand.
+
+"Claim holds" means that `distillery check RECIPE` passed: the result against a reference and against the same recipe
+with the method's key part off, in one run. The figures are in [evidence.md](evidence.md).
+"""
 
 _PREAMBLE = """# Evidence
 
