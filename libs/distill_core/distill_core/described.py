@@ -53,7 +53,10 @@ def tables(
     upper: Mapping[str, str] | None = None,
 ) -> Iterator[Table]:
     """The table of `model` and those inside it; `upper` names what users choose a name for, as `optim` its ROLE."""
-    said = {**words.get("any", {}), **words.get(model.__name__, {}), **words.get(path, {}), **meanings(model)}
+    said = dict(words.get("any", {}))
+    for place in (*(base.__name__ for base in reversed(model.__mro__)), path):
+        said |= words.get(place, {})
+    said |= meanings(model)
     schema = model.model_json_schema()
     inner, keys = [], []
     for name, field in model.model_fields.items():
@@ -69,7 +72,7 @@ def tables(
                 inner.append((nested, deeper))
     yield Table(path, first_sentence(model), tuple(keys))
     for nested, deeper in inner:
-        first, *rest = tables(nested, deeper, words)
+        first, *rest = tables(nested, deeper, words, upper=upper)
         yield from (replace(first, meaning=first.meaning or said.get(deeper.rpartition(".")[2], "")), *rest)
 
 

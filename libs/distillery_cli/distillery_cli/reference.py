@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distill_core.reference import Key, Table
 
 COLUMNS = ["key", "type", "default", "allowed", "meaning"]
+SHORT = ("data", "config", "network", "evaluate")  # in a recipe the name after these is said elsewhere
 INTRODUCTION = (
     "Written by `distillery reference --write docs/reference` from the classes; not edited by hand."
 )
@@ -94,10 +95,10 @@ def _with_keys(everything: Sequence[Table], path: str) -> list[Table]:
 
 
 def _is(path: str, full: str) -> bool:
-    """Whether `path` is that key: a ROLE may have any name, and a source, method or field need not be named."""
+    """Whether `path` is that key: a ROLE may have any name, and a source, method, kind or field need not be named."""
     chapter, _, rest = full.partition(".")
-    short = f"{chapter}.{rest.partition('.')[2]}" if chapter in ("data", "config", "network") else full
-    pattern = re.escape(full).replace("ROLE", r"[^.]+")
+    short = f"{chapter}.{rest.partition('.')[2]}" if chapter in SHORT else full
+    pattern = re.sub(r"\b[A-Z]+\b", r"[^.]+", re.escape(full)) if "." in full else re.escape(full)
     return path == short or re.fullmatch(pattern, path) is not None or _prefixed(path, full)
 
 

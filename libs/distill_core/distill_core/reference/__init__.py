@@ -13,10 +13,14 @@ from pydantic import BaseModel
 from distill_core.config import Recipe
 from distill_core.data import source_types
 from distill_core.described import Key, Table, first_sentence, tables
+from distill_core.kinds import find_card, kind_names
 from distill_core.methods import find_method, method_names
 from distill_core.networks.fields import FIELDS
 
 __all__ = ["Key", "Table", "figures", "library_reference", "settings_reference", "words"]
+
+
+NAMED = {"optim": "ROLE", "teachers": "NAME", "stages": "STAGE"}  # tables of tables, and what their names are
 
 
 def words() -> dict[str, dict[str, str]]:
@@ -28,7 +32,8 @@ def library_reference() -> dict[str, list[Table]]:
     """Chapters of tables: the recipe, data sources, methods, fields, figures."""
     said = words()
     return {
-        "Recipe": list(tables(Recipe, "", said, upper={"optim": "ROLE"})),
+        "Recipe": list(tables(Recipe, "", said, upper=NAMED)),
+        "Evaluation": [table for name in kind_names() for table in _of_kind(name, said)],
         "Data sources": [
             table
             for name, cls in source_types().items()
@@ -72,6 +77,13 @@ def _of_method(name: str, said: dict[str, dict[str, str]]) -> list[Table]:
     method = find_method(name)
     module: Any = inspect.getmodule(method)
     return _about(method.Config, f"config.{name}", module, said)
+
+
+def _of_kind(name: str, said: dict[str, dict[str, str]]) -> list[Table]:
+    """The [evaluate] table of a method whose result is of this kind."""
+    card = find_card(name)
+    first, *rest = tables(card.Evaluate, f"evaluate.{name}", said)
+    return [replace(first, meaning=f"Of a result of the kind {name}. {first.meaning}"), *rest]
 
 
 def _about(model: type[BaseModel], path: str, described: Any, said: dict[str, dict[str, str]]) -> list[Table]:
