@@ -111,10 +111,11 @@ def test_a_conversion_that_cannot_succeed_is_refused_when_it_is_submitted(client
     (tmp_path / "config.json").write_text("{}")
     store = ArtifactStore(running.settings.store_url)
     wide = CondSpec(kind="prompt", max_tokens=77, embed_dim=2048, pooled_dim=1280)
-    store.publish(tmp_path, Manifest(name="wide", kind="denoiser", cond=wide))
+    card = {"cond": wide.model_dump(mode="json")}
+    store.publish(tmp_path, Manifest(name="wide", kind="denoiser", card=card))
     store.publish(tmp_path, Manifest(name="judge", kind="predictor"))
     before = len(client.list())
-    for name, said in (("wide", "wide@1 is of the SDXL kind"), ("judge", "judge@1 is of kind classifier")):
+    for name, said in (("wide", "models of the SDXL kind"), ("judge", "does not say what it takes")):
         with pytest.raises(ArtifactError, match=said):
             client.submit(convert_spec(name, "onnx-fp32"))
     assert len(client.list()) == before

@@ -107,7 +107,7 @@ def test_statistics_are_those_of_the_requests_that_were_counted(sampler, triton)
         list(client.generate_stream("teacher", class_labels=[1], num_steps=50))
         with pytest.raises(ConfigError):
             client.generate("teacher", class_labels=[99])  # refused by its checks: no request of the model's
-        with pytest.raises(ConfigError, match="no picture"):
+        with pytest.raises(ConfigError, match="not a picture"):
             client.generate("teacher", class_labels=[1], image=b"nor is this")
     packed = statistics(triton, "teacher").inference_stats.compute_output.ns
     triton.infer("teacher", digits([1, 2], [1, 2]), parameters={"num_steps": 50})

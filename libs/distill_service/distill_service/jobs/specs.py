@@ -14,6 +14,7 @@ from pydantic import Field
 from distill_core.config import (
     NAME_PATTERN,
     Config,
+    EvaluateConfig,
     Recipe,
     check_name,
     load_recipe,
@@ -104,6 +105,8 @@ def draft_convert(values: Mapping[str, Any]) -> Draft:
 def draft_evaluate(values: Mapping[str, Any]) -> Draft:
     """An evaluation job."""
     spec = EvaluateSpec.parse(values)
+    common = {key: value for key, value in spec.evaluate.items() if key in EvaluateConfig.model_fields}
+    EvaluateConfig.parse(common, where="evaluate")  # what all kinds have; the job itself checks the rest
     _check_artifact(spec.artifact)
     dump = _limited(spec.model_dump(mode="json", exclude_none=True))
     return Draft(Kind.EVALUATE, dump, f"evaluate {spec.artifact}", publishes=False)
