@@ -62,7 +62,7 @@ def test_a_package_that_is_missing_is_named_with_what_brings_it(store, tmp_path,
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else find(name))
 
     async def use(engine: Engine) -> None:
-        with pytest.raises(DistilleryError, match=r"onnx.*distillery\[sampler\]"):
+        with pytest.raises(DistilleryError, match=r"onnx is not installed.*\[sampler\]"):
             await ask(engine, "digits")
 
     run(store, tmp_path, use)

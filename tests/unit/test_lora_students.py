@@ -12,6 +12,7 @@ import torch
 
 from distill_core import api
 from distill_core.artifacts import ArtifactStore, Manifest
+from distill_core.artifacts.upgrade import upgraded
 from distill_core.config import NetworkConfig, Recipe, load_recipe
 from distill_core.context import Context
 from distill_core.errors import ArtifactError, ConfigError
@@ -105,7 +106,7 @@ def test_the_adapter_form_holds_no_base_and_is_loaded_over_it(where):
     manifest = where.store.manifest("small")
     assert (manifest.form, generator_card(manifest).base) == ("adapter", "teacher@1")
     files = {"adapter_config.json", "adapter_model.safetensors", "base.json"}
-    own = {"distillery.json", "recipe.toml", "preview.png"}
+    own = {"distillery.json", "recipe.toml", "preview.png", "README.md", "scheduler/scheduler_config.json"}
     assert manifest.files.keys() == {f"adapter/{name}" for name in files} | own
     loaded = api.load("small@1", where)
     assert isinstance(loaded, LoraDenoiser)
@@ -192,9 +193,11 @@ def test_an_adapter_is_not_put_over_another_model_that_is_called_like_its_base(w
 
 def test_manifests_and_folders_of_before_are_read(where, tmp_path):
     values = where.store.manifest("teacher").model_dump(mode="json")
-    del values["base"]
-    old = Manifest.parse(values)
-    assert (old.form, old.base) == ("full", "")
+    card = values.pop("card")
+    del card["base"], values["signature"]
+    old = Manifest.parse(upgraded({**values, **card, "schema_version": 1}))
+    assert (old.form, generator_card(old).base) == ("full", "")
+    assert generator_card(old) == generator_card(where.store.manifest("teacher"))
     folder = tmp_path / "model"
     shutil.copytree(where.store.fetch("whole"), folder)
     shutil.rmtree(folder / "adapter")

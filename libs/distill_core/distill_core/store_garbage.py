@@ -104,7 +104,7 @@ def _keep_parents(manifests: Mapping[str, Manifest], kept: dict[str, str]) -> No
     frontier = [ref for ref in kept if ref in manifests]
     while frontier:
         child = manifests[frontier.pop()]
-        for parent in (*child.parents, child.base):
+        for parent in (*child.parents, str(child.card.get("base") or "")):
             if parent in manifests and parent not in kept:
                 kept[parent] = f"parent of {child.ref}"
                 frontier.append(parent)

@@ -169,14 +169,13 @@ def fuse_adapters(network: Any) -> None:
 
 def denoiser_graphs(experts: list[DiffusersDenoiser], manifest: Manifest) -> list[Graph]:
     """`denoiser`, or for a routed model `expert-0` and so on: each is compared on what is routed to it."""
-    sampler = generator_card(manifest).sampler or experts[0].sampler
-    if generator_card(manifest).partition is None:
+    card = generator_card(manifest)
+    sampler, partition = card.sampler or experts[0].sampler, card.partition
+    if partition is None:
         return [denoiser_graph(experts[0], sampler)]
     graphs = []
     for part, expert in enumerate(experts):
-        classes = tuple(
-            label for label, own in enumerate(generator_card(manifest).partition.of_class) if own == part
-        )
+        classes = tuple(label for label, own in enumerate(partition.of_class) if own == part)
         graph = denoiser_graph(expert, sampler, classes=classes)
         graphs.append(replace(graph, name=f"expert-{part}"))
     return graphs

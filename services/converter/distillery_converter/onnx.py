@@ -102,9 +102,11 @@ def _distances(x: Any, y: Any, p: float, compute_mode: int | None = None) -> Any
     """`torch.cdist`, for which the exporter has no words, in its own form for many points."""
     if p != 2:
         raise NotImplementedError(f"only Euclidean distances are exported, not those of p = {p}")
+    last: Any = [-1]
+    before: Any = [-2]
     product = op.Einsum(x, y, equation="...id,...jd->...ij")
-    of_x = op.ReduceSumSquare(x, [-1], keepdims=1)
-    of_y = op.Unsqueeze(op.ReduceSumSquare(y, [-1], keepdims=0), [-2])
+    of_x = op.ReduceSumSquare(x, last, keepdims=1)
+    of_y = op.Unsqueeze(op.ReduceSumSquare(y, last, keepdims=0), before)
     return op.Sqrt(op.Relu(op.Sub(op.Add(of_x, of_y), op.Add(product, product))))
 
 

@@ -275,12 +275,36 @@ def test_a_rate_rises_over_the_warm_up_and_then_falls_as_its_decay_says(decay, r
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_every_setting_of_an_optimiser_reaches_it(name):
     config = OptimConfig(name=name, lr=0.03, betas=(0.7, 0.95), eps=1e-5, weight_decay=0.02)
-    (group,) = build_optimizer([torch.nn.Parameter(torch.ones(2))], config).param_groups
+    layer = torch.nn.Linear(3, 2)
+    (group,) = build_optimizer(layer, list(layer.parameters()), config).param_groups
     assert (group["lr"], group["weight_decay"]) == (0.03, 0.02)
     if name == "sgd":
         assert group["momentum"] == 0.7
     else:
         assert (group["betas"], group["eps"]) == ((0.7, 0.95), 1e-5)
+
+
+def test_groups_of_parameters_momentum_and_milestones_are_what_the_recipe_says():
+    layer = torch.nn.Linear(3, 2)
+    config = OptimConfig.parse(
+        {
+            "name": "sgd",
+            "lr": 0.03,
+            "momentum": 0.85,
+            "nesterov": True,
+            "weight_decay": 0.02,
+            "decay": "milestones",
+            "milestones": [0.25, 0.6],
+            "gamma": 0.3,
+            "groups": [{"match": "*bias", "lr_scale": 1.7, "weight_decay": 0.0}],
+        }
+    )
+    biases, rest = build_optimizer(layer, list(layer.parameters()), config).param_groups
+    assert (biases["params"], biases["lr_scale"], biases["weight_decay"]) == ([layer.bias], 1.7, 0.0)
+    assert (rest["params"], rest["weight_decay"]) == ([layer.weight], 0.02)
+    assert (rest["momentum"], rest["nesterov"]) == (0.85, True)
+    found = [learning_rate(config, step, 40) for step in (0, 9, 10, 23, 24, 39)]
+    assert found == pytest.approx([0.03, 0.03, 0.009, 0.009, 0.0027, 0.0027])
 
 
 def test_two_processes_take_the_step_of_the_whole_batch(tmp_path):

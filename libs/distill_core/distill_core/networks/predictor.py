@@ -42,6 +42,11 @@ class Predictor(nn.Module):
 
     def __init__(self, network: nn.Module, described: PredictorFile) -> None:
         super().__init__()
+        for name in described.functions:
+            if name != "predict" and (hasattr(nn.Module, name) or not hasattr(network, name)):
+                raise ConfigError(
+                    f"{type(network).__name__} has no function {name!r}", field=f"functions.{name}"
+                )
         self.network, self.described = network, described
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -103,6 +108,7 @@ def load_predictor(folder: Path, *, device: str = "cpu") -> Predictor:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         described = PredictorFile.parse(values if isinstance(values, dict) else {})
         network = build_network(described.network)
+        predictor = Predictor(network, described)
         network.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     except (OSError, ValueError, ConfigError, TypeError) as error:
         raise ArtifactError(f"{folder / CONFIG} does not describe a predictor: {error}") from None
@@ -111,4 +117,4 @@ def load_predictor(folder: Path, *, device: str = "cpu") -> Predictor:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise ArtifactError(f"{folder / WEIGHTS} is not what {CONFIG} describes: {reason}") from None
-    return Predictor(network, described).to(device).eval().requires_grad_(False)
+    return predictor.to(device).eval().requires_grad_(False)

@@ -197,7 +197,8 @@ class TorchScene(SceneRenderer):
         use_threads(threads)
         self.on_gpu, self._threads = device.startswith("cuda"), threads
         self._scene = refined(load_scene(folder, device=device))
-        said, bound = scene_spec(manifest).bound if scene_spec(manifest) else None, self._scene.spec.bound
+        described, bound = scene_spec(manifest), self._scene.spec.bound
+        said = None if described is None else described.bound
         if said is not None and said != bound:
             raise ArtifactError(
                 f"{manifest.ref} is said to lie in the box of half side {said:g}, but its field was trained in "
