@@ -203,7 +203,7 @@ def test_a_card_says_what_the_manifest_knows_and_no_licence_that_nobody_chose(tm
     (tmp_path / "model" / "README.md").write_text("# somebody's own\n\n## Use in diffusers\n\nso\n")
     store = ArtifactStore(tmp_path / "store")
     draft = Manifest(
-        name="m", kind="field", method="pvd", paper="Fang et al. 2023", parents=("a@1",), base="b@2"
+        name="m", kind="field", method="pvd", paper="Fang et al. 2023", parents=("a@1",), card={"base": "b@2"}
     )
     first = store.publish(tmp_path / "model", draft)
     second = store.publish(store.fetch(first.ref), draft)
