@@ -90,7 +90,7 @@ def test_a_smaller_network_may_stand_in_for_sdxls(folders, tmp_path):
 
 
 def test_a_v_predicting_folder_is_distilled_published_and_opens_in_diffusers(folders, tmp_path):
-    assert distilled(folders["sd21"], "dmd2", tmp_path).manifest.parameterisation == "v"
+    assert generator_card(distilled(folders["sd21"], "dmd2", tmp_path).manifest).parameterisation == "v"
     pipeline, _ = opened(diffusers.StableDiffusionPipeline, tmp_path)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     made = pipeline("a cat", num_inference_steps=1, height=16, width=16, output_type="np").images

@@ -86,7 +86,7 @@ def test_a_scene_is_converted_published_and_converted_on(home, capsys):
     manifest = ArtifactStore(str(home / "state" / "store")).manifest("packed@1")
     assert manifest.kind == "field"
     assert scene_spec(manifest).field == "sparse"
-    assert manifest.parents == ("procedural-tensors",)
+    assert manifest.parents == ("procedural-tensors@1",)
 
 
 @pytest.mark.parametrize(

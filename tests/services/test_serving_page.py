@@ -126,4 +126,6 @@ def test_the_errors_and_the_retry_policy_are_the_codes():
     }
     assert len(rows) == 5
     (policy,) = re.findall(r"`(\{\"methodConfig.*?\})`", PAGE, re.S)
-    assert json.loads(policy) == json.loads(dict(_options(MAX_RETRIES))["grpc.service_config"])
+    assert json.loads(policy) == json.loads(
+        dict(_options("localhost:50052", MAX_RETRIES))["grpc.service_config"]
+    )

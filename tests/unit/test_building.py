@@ -145,7 +145,8 @@ def test_pairs_are_what_the_teacher_makes_of_their_noise_and_are_made_once(built
     x = batch.z * method.teacher.sampler.noise_scale
     levels = method.teacher.sampler.levels(2)
     x0 = heun(lambda x, s: method.teacher(x, x.new_full((2,), s), batch.cond), x, levels)
-    assert torch.allclose(x0, batch.x0, atol=1e-5)
+    # two in a batch here, four there: float32 rounds otherwise, as far as the largest values go
+    assert torch.allclose(x0, batch.x0, rtol=0, atol=1e-5 * float(x0.abs().max()))
     assert torch.equal(batch.cond["class_label"], method.pairs.source.labels[[1, 4]])
 
     monkeypatch.setattr(pairs, "generate_x0", None)  # whatever is asked of the teacher now fails

@@ -155,7 +155,9 @@ def test_text_models_are_compared_with_pictures_and_their_prompts(
     found = measured.figures(denoiser, num_steps=1)
     made = generate(denoiser, denoiser.encode_prompts(source.prompts), 12, num_steps=1)
     cosines = load_scorer(clip).cosines(made, source.prompts)
-    assert found["clip_score"] == pytest.approx(100 * float(cosines.mean()), rel=1e-4)
+    assert found["clip_score"] == pytest.approx(
+        100 * float(cosines.mean()), abs=1e-3
+    )  # of cosines in [-100, 100]
     assert found["preference_score"] == found["clip_score"]
     extractor = load_extractor(clip)
     wanted = set_figures(extractor.features(source.all().x0), extractor.features(made))

@@ -91,7 +91,12 @@ def _added(key: str) -> Iterator[None]:
 
 def cache_key(recipe: Recipe, *, above: tuple[str, ...] = ()) -> str:
     """What made a model: the resolved recipe, its method's source, torch's version, and the models it is made from."""
-    made = recipe.model_copy(update={"title": "", "check": None, "publish": None}).to_toml()
+    replaced = recipe.replaced
+    if replaced is not None:  # what was set of these tables decides nothing either
+        given = [key for key in replaced.given if key.partition(".")[0] not in ("title", "check", "publish")]
+        replaced = replaced.model_copy(update={"given": tuple(given)})
+    apart = {"title": "", "check": None, "publish": None, "replaced": replaced}
+    made = recipe.model_copy(update=apart).to_toml()
     bases = [base for base in find_method(recipe.method).__mro__ if issubclass(base, Method)]
     sources = [inspect.getsource(inspect.getmodule(base)) for base in bases]  # type: ignore[arg-type]
     for source in (recipe.teacher, *recipe.teachers.values(), recipe.student.source, recipe.extractor):

@@ -139,7 +139,11 @@ def trainer(folder: Path, method: type[Method] = Pair, **changes: Any) -> Traine
         **changes,
     }
     recipe = load_recipe(values)
-    return Trainer(method(), build_source(recipe.data), recipe, Run(folder))
+    made = Trainer(method(), build_source(recipe.data), recipe, Run(folder))
+    made._preview = lambda: (
+        made.method.preview(0) if hasattr(made.method, "preview") else None
+    )  # its kind has none
+    return made
 
 
 def equals_replicated(folder: Path) -> dict[str, Any]:
