@@ -22,7 +22,7 @@ def sampler(tmp_path_factory):
     publish_classifier(store, root / "animals", classifier(5))
     publish_mixed(store, root / "mixed")
     publish_denoiser(store, root / "digits")
-    with SamplerProcess(store.url) as process:
+    with SamplerProcess(store.url, {"DISTILLERY_SAMPLER_PRELOAD": '["animals"]'}) as process:
         yield process
 
 

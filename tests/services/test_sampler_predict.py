@@ -29,6 +29,9 @@ from tests.services.predictor_helpers import (
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser
 from tests.services.test_sampler_reload import until
 
+WARM = {
+    "DISTILLERY_SAMPLER_PRELOAD": '["animals"]'
+}  # torch is imported before the first call, not in its time
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
@@ -54,7 +57,7 @@ def store(tmp_path_factory) -> ArtifactStore:
 
 @pytest.fixture(scope="module")
 def sampler(store):
-    with SamplerProcess(store.url) as process:
+    with SamplerProcess(store.url, WARM) as process:
         yield process
 
 
@@ -177,7 +180,7 @@ def test_a_call_for_pictures_is_told_what_to_use(client):
 
 
 def test_an_answer_larger_than_a_message_is_refused(store):
-    settings = {"DISTILLERY_SAMPLER_MAX_REPLY_BYTES": str(64 * len(CLASSES) * 4)}
+    settings = {**WARM, "DISTILLERY_SAMPLER_MAX_REPLY_BYTES": str(64 * len(CLASSES) * 4)}
     with SamplerProcess(store.url, settings) as process, process.client() as client:
         assert len(client.predict("animals", image=pictures(64))["logits"]) == 64
         with pytest.raises(ConfigError, match="use smaller requests"):
@@ -190,7 +193,7 @@ def test_triton_clients_call_functions_as_models_and_count_them(store, tmp_path)
         given.set_data_from_numpy(images)
         return triton.infer(name, [given], model_version=version)
 
-    with SamplerProcess(store.url) as process, InferenceServerClient(process.address) as triton:
+    with SamplerProcess(store.url, WARM) as process, InferenceServerClient(process.address) as triton:
         listed = {model.name: model.state for model in triton.get_model_repository_index().models}
         assert {"animals": "READY", "animals:features": "READY", "mixed": "READY"}.items() <= listed.items()
         assert triton.is_model_ready("animals:features")
@@ -240,8 +243,7 @@ def test_a_new_version_is_swapped_in_and_one_that_answers_otherwise_is_refused(t
     store = ArtifactStore(tmp_path / "store")
     publish_classifier(store, tmp_path / "one", classifier(5))
     images = pictures(3)
-    settings = {"DISTILLERY_SAMPLER_PRELOAD": '["animals"]'}
-    with SamplerProcess(store.url, settings) as process, process.client() as client:
+    with SamplerProcess(store.url, WARM) as process, process.client() as client:
         answered = lambda: client.predict("animals", image=images)["logits"]  # noqa: E731
         np.testing.assert_allclose(answered(), forward(5, images), **CLOSE)
         publish_classifier(store, tmp_path / "two", classifier(6))
@@ -329,7 +331,7 @@ def test_a_function_that_shares_no_call_gets_each_request_whole(tmp_path):
     }
     predictor.described = predictor.described.model_copy(update={"functions": functions})
     publish_classifier(store, tmp_path / "model", predictor)
-    settings = {"DISTILLERY_SAMPLER_MAX_BATCH": "4"}
+    settings = {**WARM, "DISTILLERY_SAMPLER_MAX_BATCH": "4"}
     with SamplerProcess(store.url, settings) as process, process.client() as client:
         with ThreadPoolExecutor(3) as pool:
             asked = [pool.submit(client.predict, "animals", image=pictures(9, k)) for k in range(3)]
