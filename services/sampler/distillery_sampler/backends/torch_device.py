@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -17,14 +16,6 @@ from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 MAX_GRAPHS = 16  # recorded, of one model
 WARM_UPS = 3  # eager calls before a recording, as torch's documentation asks for
 log = logging.getLogger(__name__)
-_own = threading.local()
-
-
-def use_threads(count: int) -> None:
-    """Let this thread's operators use `count` threads; torch keeps the number per thread."""
-    if getattr(_own, "count", None) != count:
-        torch.set_num_threads(count)
-        _own.count = count
 
 
 def prepare(denoiser: DiffusersDenoiser, device: str, precision: str) -> DiffusersDenoiser:
@@ -134,13 +125,3 @@ class HostBuffers:
         buffer.copy_(value, non_blocking=True)
         torch.cuda.current_stream().synchronize()
         return buffer.numpy().copy()
-
-
-def storages(modules: Iterable[Any]) -> dict[Hashable, int]:
-    """Bytes of all parameters and buffers, by where they are: what two modules share is there once."""
-    found: dict[Hashable, int] = {}
-    for module in modules:
-        for value in (*module.parameters(), *module.buffers()):
-            storage = value.untyped_storage()
-            found[value.device.type, storage.data_ptr()] = storage.nbytes()
-    return found
