@@ -136,7 +136,7 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
-    with pytest.raises(Unavailable, match=r"TensorRT is not installed; .*distillery\[trt\]"):
+    with pytest.raises(Unavailable, match=r"TensorRT is not installed; .*\[trt\]"):
         engines.this_host()
 
 

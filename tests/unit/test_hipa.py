@@ -164,7 +164,7 @@ def test_figures_of_a_perfect_student_and_of_one_that_blurs(tmp_path):
     assert found["high_frequency_ratio"] == pytest.approx(1, abs=0.01)
     assert found["pair_psnr"] > 45
     assert found["trained_share"] == 1
-    blurred = gaussian(tmp_path, sized(Pusher(MEAN - MEAN * SCALE, LEVEL * SCALE * 0.6))).evaluate(
+    blurred = gaussian(tmp_path, sized(Pusher(MEAN - MEAN * SCALE, LEVEL * SCALE * 0.6))).figures(
         EvaluateConfig()
     )
     assert blurred["high_frequency_ratio"] == pytest.approx(0.36, abs=0.01)

@@ -190,7 +190,10 @@ def test_a_judge_is_asked_for_the_class_of_the_item_whose_prompt_was_given(teach
     from distill_core.networks.generation import generate
 
     torch.manual_seed(0)
-    judge = Judge(Classifier(ClassifierConfig(shape=(3, 16, 16), num_classes=9, width=8)))
+    names = source.class_names
+    judge = Judge(
+        Classifier(ClassifierConfig(shape=(3, 16, 16), num_classes=len(names), class_names=names, width=8))
+    )
     config = EvaluateConfig(num_samples=80, batch_size=40)
     figures = Evaluator(source, config, judge=judge).figures(teacher, num_steps=1)
     items = torch.arange(80) % 64

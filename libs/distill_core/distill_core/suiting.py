@@ -19,7 +19,6 @@ from torch import nn
 from distill_core.config import ModelSource, OptimConfig, Recipe, load_recipe
 from distill_core.errors import ConfigError, DistilleryError
 from distill_core.methods import find_method
-from distill_core.networks.adapters import has_adapter
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_tensors import fake_tensors, is_faked, real_tensors
 from distill_core.networks.levels import keys_of_schedule, student_levels
@@ -45,8 +44,10 @@ def suited(recipe: Recipe, where: Models, former: Former) -> Recipe:
     if recipe.replaced is None or recipe.teacher is None or recipe.teacher.scene is not None:
         return recipe
     given, folder = recipe.replaced.given, where.folder(recipe.teacher)
-    # factors are put into their base's own weights, of which shapes are not enough
-    with contextlib.nullcontext() if has_adapter(folder) else _shapes_alone():
+    whole = any((folder / slot).is_dir() for slot in ("unet", "transformer"))
+    with (
+        _shapes_alone() if whole else contextlib.nullcontext()
+    ):  # only diffusers' folders load without weights
         teacher = where.load(recipe.teacher)
     if not isinstance(teacher, Denoiser):
         return recipe
