@@ -77,7 +77,7 @@ def test_render_saves_an_animation(run, tmp_path):
 
 def test_tritonclient_lists_describes_and_runs(run):
     listed, described, shape = run("tritonclient_infer.py").splitlines()
-    assert listed == "['dmd2-digits', 'procedural-scene']"
+    assert listed == "['dmd2-digits', 'kd-digits', 'kd-digits:features', 'procedural-scene']"
     assert "UINT64" in described
     assert shape == "(10, 8, 8, 1)"
 

@@ -146,7 +146,9 @@ def test_models_that_are_loaded_at_the_same_moment_do_not_disturb_each_other(sto
         answers = await asyncio.gather(*(ask(engine, name) for name in names))
         await engine.close()
         for name, pictures in zip(names, answers, strict=True):
-            np.testing.assert_allclose(pictures, expected(store, name), atol=1e-4)
+            np.testing.assert_allclose(
+                pictures, expected(store, name), atol=1e-3
+            )  # of other threads and batches; another model is 0.1 away
 
     asyncio.run(run())
 

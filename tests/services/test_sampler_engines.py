@@ -130,7 +130,7 @@ def test_without_the_package_the_next_export_is_used_and_without_one_the_model_i
         answer(store, tmp_path / "cache", WANTED, targets=("trt-fp16", "onnx-fp32"))
     (said,) = [entry for entry in logged if entry["log_level"] == "warning"]
     assert "tensorrt is not installed" in said["error"]
-    with pytest.raises(Unavailable, match=r"tensorrt is not installed.*distillery\[trt\]"):
+    with pytest.raises(Unavailable, match=r"tensorrt is not installed.*\[trt\]"):
         answer(store, tmp_path / "cache", WANTED, targets=("trt-fp16",))
     with pytest.raises(Unavailable, match="need an NVIDIA GPU"):
         tensorrt_backend.open_tensorrt(tmp_path, exported(store), store.manifest("engine"), tmp_path)
