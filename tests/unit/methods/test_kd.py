@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 
+from distill_core.config import NetworkConfig
+from distill_core.data import build_source
 from distill_core.errors import ConfigError
-from distill_core.methods.recognition.kd import soft_cross_entropy
+from distill_core.methods.recognition.kd import KD, Config, soft_cross_entropy
 from tests.helpers import tiny_trainer
+from tests.unit.data.test_classes import classifier, folder, taught
 
 
 def test_the_soft_loss_is_the_divergence_written_out():
@@ -45,5 +48,17 @@ def test_teacher_and_student_see_the_same_view_and_the_teacher_stays(context, tm
 
 
 def test_a_teacher_of_other_classes_is_refused_and_named(context, tmp_path):
-    with pytest.raises(ConfigError, match="use a teacher of the data's classes"):
+    with pytest.raises(
+        ConfigError, match="the data has a class 'red circle', and the classes of the teacher"
+    ):
         tiny_trainer("kd", context, tmp_path, **{"data": {"name": "shapes"}})
+
+
+def test_labels_are_the_teacher_s_numbers_of_the_same_classes_and_so_are_the_student_s(tmp_path):
+    data = build_source(folder(tmp_path, "cat", "fox"))
+    teacher = classifier("fox", "dog", "cat")
+    network = NetworkConfig(name="classifier", args={"width": 8})
+    method = KD(Config(), teacher=teacher, network=network, data=data)
+    assert taught(data) == {2: {"cat"}, 0: {"fox"}}
+    assert method.main.card().class_names == ("fox", "dog", "cat")
+    assert method.student(data.all().x0).shape == (8, 3)

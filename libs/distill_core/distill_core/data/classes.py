@@ -90,16 +90,27 @@ def use_classes_of(source: Source, cond: CondSpec) -> None:
     Raises:
         ConfigError: the data has no labels, or items of a class that the model does not have.
     """
-    known, labels = class_names(cond), source.labels
-    if labels is None:
+    if source.labels is None:
         raise ConfigError(
             f"the teacher knows {cond.num_classes} classes, the data has no labels; "
             "choose data whose labels the teacher was trained on",
             field="data",
         )
-    numbers = _known_numbers(source, known, owner="the teacher", field="data")
+    use_class_names(source, class_names(cond))
+
+
+def use_class_names(
+    source: Source, known: tuple[str, ...], *, owner: str = "the teacher", field: str = "data"
+) -> None:
+    """Make the labels of `source` the places in `known` of the same classes.
+
+    Raises:
+        ConfigError: the data has items of a class that `owner`, who knows them, does not have.
+    """
+    assert source.labels is not None
+    numbers, labels = _known_numbers(source, known, owner=owner, field=field), source.labels
     if numbers and source.class_names == _counted(len(numbers)) != known[: len(numbers)]:
-        log.info("the data's classes have no names: its label 0 is the teacher's class %r", known[numbers[0]])
+        log.info("the data's classes have no names: its label 0 is %s's class %r", owner, known[numbers[0]])
     if not _is_counting(numbers):
         source.labels = torch.tensor(numbers)[labels]
         source.class_names, source.num_classes = known, len(known)

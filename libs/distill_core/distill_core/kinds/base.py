@@ -78,6 +78,7 @@ class Kind(abc.ABC):
     """Base of the kinds: what is the same for all, and what each must say."""
 
     name: str
+    needs_held_out = False  # True: figures on the data of the training would say little, and are not made
 
     @property
     def Card(self) -> type[Config]:

@@ -25,6 +25,8 @@ def evaluator_of(method: Method, source: Source, recipe: Recipe, where: Context)
     """What measures the method's result; None for results that nothing measures but the method itself."""
     kind = find_kind(method.kind)
     config = kind.Evaluate.parse(recipe.evaluate, where="evaluate")
+    if kind.needs_held_out and config.data is None:
+        return None
     return kind.evaluator(method.main, source, config, where)
 
 
@@ -45,7 +47,12 @@ def evaluate(ref: str, table: dict[str, Any], data: dict[str, Any] | None, where
         ConfigError: nothing to measure with, or nothing to compare with.
     """
     model = load(ref, where)
-    kind = find_kind(getattr(model, "kind", ""))
+    if not hasattr(model, "kind"):
+        raise ConfigError(
+            f"nothing can be measured of {ref}: it measures other models; name it in evaluate instead",
+            field="model",
+        )
+    kind = find_kind(model.kind)
     config = kind.Evaluate.parse(table, where="evaluate")
     given = data or config.data
     if given is None:

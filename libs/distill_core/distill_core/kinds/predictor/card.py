@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from distill_core.config import Config, DataTable, EvaluateConfig
+from distill_core.config import Config, EvaluateConfig
 from distill_core.signature import Function, FunctionName, Signature
 
 SERVED = "call"
@@ -21,11 +21,7 @@ class Card(Config):
 
 
 class Evaluate(EvaluateConfig):
-    """What predictions are measured on."""
-
-    held_out: DataTable | None = (
-        None  # data kept from training; unset: `[data.held_out]` of the recipe, if any
-    )
+    """What predictions are measured on: `data`, kept from training. Without it a run has no figures of its result."""
 
 
 def signature(card: Card) -> Signature:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from distill_core.artifacts import Manifest
 from distill_core.config import EvaluateConfig
 from distill_core.data import Source, build_source
+from distill_core.data.classes import use_class_names
 from distill_core.errors import ConfigError
 from distill_core.kinds.base import PRECISIONS, Graph, Kind, Measured, Models
 from distill_core.kinds.loading import config_kind
-from distill_core.kinds.predictor.card import Card, Evaluate
+from distill_core.kinds.predictor.card import Card
 from distill_core.metrics.classification import accuracy, calibration_error, negative_log_likelihood
 from distill_core.networks.classifier import load_classifier
 from distill_core.networks.clip_io import load_clip
@@ -37,6 +38,7 @@ class PredictorKind(Kind):
     """Models that are called by the names of their functions."""
 
     name = "predictor"
+    needs_held_out = True
 
     def recognise(self, folder: Path) -> bool:
         return config_kind(folder) in LOADERS
@@ -47,13 +49,13 @@ class PredictorKind(Kind):
     def evaluator(
         self, model: Any, source: Source, config: EvaluateConfig, models: Models
     ) -> ClassifierEvaluator | None:
-        assert isinstance(config, Evaluate)
         card = model.card()
-        if config.held_out is not None:
-            source = build_source(config.held_out)
+        field = "data" if config.data is None else "evaluate.data"
+        source = source if config.data is None else build_source(config.data)
         takes_images = "image" in _inputs(card) and source.shape is not None
         if not card.class_names or not takes_images or source.labels is None:
             return None
+        use_class_names(source, card.class_names, owner="the model", field=field)
         return ClassifierEvaluator(source, config, card)
 
     def probe(self, model: Any) -> Mapping[str, Mapping[str, np.ndarray]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distill_core.config import NetworkConfig
 from distill_core.data import Source
+from distill_core.data.classes import use_class_names
 from distill_core.errors import ConfigError
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.networks.predictor import image_classifier
@@ -46,11 +47,11 @@ class KD(Method):
     def __init__(self, config: Config, *, teacher: nn.Module, network: NetworkConfig, data: Source) -> None:
         super().__init__()
         self.config, self.teacher = config, teacher
+        _use_classes_of(teacher, data)
         assert data.shape is not None  # `columns` asks for pictures
         facts = {"shape": data.shape, "num_classes": data.num_classes, "class_names": data.class_names}
         student = build_network(network, facts)
         self.student = image_classifier(student, network, shape=data.shape, class_names=data.class_names)
-        _check_classes(teacher, data)
 
     @classmethod
     def columns(cls, config: Config) -> Mapping[str, str]:
@@ -67,15 +68,11 @@ class KD(Method):
         yield Update("student", loss, {"train_accuracy": (logits.argmax(1) == labels).float().mean()})
 
 
-def _check_classes(teacher: nn.Module, data: Source) -> None:
-    if getattr(teacher, "kind", "") != "predictor":
+def _use_classes_of(teacher: nn.Module, data: Source) -> None:
+    names = teacher.card().class_names if getattr(teacher, "kind", "") == "predictor" else ()  # type: ignore[operator]
+    if not names:
         raise ConfigError(
-            "kd needs a classifier as teacher, e.g. teacher.recipe = 'judge_digits'", field="teacher"
-        )
-    known = teacher.card().class_names  # type: ignore[operator]
-    if tuple(known) != tuple(data.class_names):
-        raise ConfigError(
-            f"the teacher tells {len(known)} classes ({', '.join(known[:4])} …), the data has "
-            f"{len(data.class_names)} ({', '.join(data.class_names[:4])} …); use a teacher of the data's classes",
+            "kd needs a classifier that names its classes as teacher, e.g. teacher.recipe = 'judge_digits'",
             field="teacher",
         )
+    use_class_names(data, names)
