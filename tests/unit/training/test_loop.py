@@ -383,7 +383,7 @@ def test_a_resumed_run_tells_the_rate_of_its_own_steps_and_the_time_that_is_left
     told, run = [], trainer(tmp_path, steps=8)
     run.run = Run(tmp_path, listener=told.append)
     seconds = itertools.count(100.0, 0.5)  # half a second from look to look, so 2 steps a second
-    monkeypatch.setattr("distill_core.training.loop.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("distill_core.training.meter.time.monotonic", lambda: next(seconds))
     run.train()
     progress = [(e["step"], e["rate"], e["eta_s"]) for e in told if e["event"] == "progress"]
     assert progress == [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -29,11 +28,22 @@ from distill_core.training.checkpoint import (
 )
 from distill_core.training.ema import EMA
 from distill_core.training.layout import Replicated, place, trained
+from distill_core.training.meter import Meter
 from distill_core.training.micro_batch import fitting_accumulate
 from distill_core.training.optimizers import build_optimizer, learning_rate
 from distill_core.training.run import Run
 from distill_core.training.seeding import derive, seed_everything
-from distill_core.training.stages import Placed, check_tables, place_stages, select_parameters, stage_at
+from distill_core.training.stages import (
+    Placed,
+    begins_optimizers_anew,
+    check_sharded,
+    check_tables,
+    not_sharded,
+    place_stages,
+    select_parameters,
+    stage_at,
+    stage_optim,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +68,8 @@ class Trainer:
         method.to(self.accelerator.device)
         self.stages = place_stages(method.stages(getattr(method, "config", None), recipe.steps), recipe.steps)
         check_tables(self.stages, recipe.stages)
+        if recipe.sharding is not None:
+            check_sharded(self.stages, recipe.stages)
         self.placed = self.stages[0]
         self.arrange()
         self.step = 0
@@ -82,21 +94,22 @@ class Trainer:
         self.emas = {role: EMA(_module(method, role), decay) for role, decay in self.recipe.ema.items()}
 
     def _stage_optim(self) -> dict[str, OptimConfig]:
-        table = self.recipe.stages.get(self.placed.stage.name)
-        return {} if table is None else table.optim
+        return stage_optim(self.recipe.stages, self.placed)
 
     def enter(self, placed: Placed, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
         """Begin a stage: the method prepares it, and where networks changed or it says `restart`, so does the loop.
 
         `shapes` are those of a checkpoint inside the stage, whose tensors are loaded next.
         """
-        self.placed = placed
+        begins_anew, self.placed = begins_optimizers_anew(self.recipe.stages, self.placed, placed), placed
         seed_everything(derive(self.recipe.seed, "stage", placed.stage.name))
         before = self._trained_ids()
         self.method.enter(placed.stage, shapes)
         self.method.to(self.accelerator.device)
         select_parameters(self.method, placed.stage)
-        if placed.stage.restart or self._trained_ids() != before or self._stage_optim():
+        if begins_anew or self._trained_ids() != before:
+            if type(self.layout) is not Replicated:
+                raise not_sharded(placed)
             self.arrange()
 
     def _trained_ids(self) -> dict[str, list[int]]:
@@ -115,7 +128,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # nobody writes a checkpoint before all have read the last
         if self.recipe.micro_batch == "auto" and self.step == 0:
             self.accumulate = fitting_accumulate(self)
-        meter = _Meter(self.run, self.recipe, self.step, main=self.accelerator.is_main_process)
+        meter = Meter(self.run, self.recipe, self.step, main=self.accelerator.is_main_process)
         while self.step < self.recipe.steps:
             if self._all_stop(should_stop()):
                 self.checkpoint()
@@ -259,7 +272,7 @@ class Trainer:
             f"lower optim.{role}.lr (now {self.configs[role].lr:g}) or set optim.{role}.grad_clip"
         )
 
-    def _after_step(self, meter: _Meter, values: dict[str, Tensor]) -> None:
+    def _after_step(self, meter: Meter, values: dict[str, Tensor]) -> None:
         last = self.step == self.recipe.steps
         if self.layout.keeps:
             meter.tick(self.step)
@@ -270,7 +283,7 @@ class Trainer:
         if self.step % self.recipe.checkpoint_every == 0:
             self.checkpoint()
 
-    def _log(self, meter: _Meter, values: dict[str, Tensor]) -> None:
+    def _log(self, meter: Meter, values: dict[str, Tensor]) -> None:
         rates = {f"{role}_lr": self._rate(role) for role in self.optimizers}
         meter.log(self.step, {name: float(value) for name, value in values.items()} | rates)
 
@@ -323,7 +336,7 @@ class Trainer:
         loop = {}
         if self.recipe.micro_batch == "auto":
             loop["accumulate"] = torch.tensor(self.accumulate)
-        if self.placed.index:
+        if len(self.stages) > 1:
             loop["stage"] = torch.tensor(self.placed.index)
         return tensors | ({"loop": loop} if loop else {})
 
@@ -364,8 +377,13 @@ class Trainer:
         log.info("resumed from step %d", self.step)
 
     def _return_to_stage(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Enter the stages up to that of a checkpoint, so that its tensors find their modules."""
-        index = int(tensors.get("loop", {}).get("stage", torch.tensor(0)))
+        """Enter the stages up to that of a checkpoint, so that its tensors find their modules.
+
+        Which one it is, checkpoints of the first release do not say: it is that of the last step.
+        """
+        written = tensors.get("loop", {}).get("stage")
+        last = stage_at(self.stages, max(self.step - 1, 0)).index
+        index = last if written is None else int(written)
         shapes = {
             f"{part}/{name}": tuple(v.shape) for part, values in tensors.items() for name, v in values.items()
         }
@@ -403,50 +421,3 @@ def _check_roles(method: Method, recipe: Recipe) -> None:
             f"batch_size = {recipe.batch_size} is not divisible by accumulate = {recipe.accumulate}",
             field="accumulate",
         )
-
-
-class _Meter:
-    """Progress with rate and time left, told at most four times a second; metrics to file and TensorBoard."""
-
-    def __init__(self, run: Run, recipe: Recipe, start: int, *, main: bool = True) -> None:
-        self.batch_size = recipe.batch_size
-        self.run, self.steps, self.start, self.began, self.told = (
-            run,
-            recipe.steps,
-            start,
-            time.monotonic(),
-            0.0,
-        )
-        self.board = _tensorboard(run) if main else None
-
-    def tick(self, step: int) -> None:
-        now = time.monotonic()
-        if now - self.told < 0.25 and step < self.steps:
-            return
-        self.told = now
-        rate = (step - self.start) / max(now - self.began, 1e-9)
-        self.run.tell(
-            "progress",
-            step=step,
-            steps=self.steps,
-            rate=round(rate, 3),
-            eta_s=round((self.steps - step) / rate, 1),
-            images_per_second=round(rate * self.batch_size, 2),
-            gpu_memory_bytes=torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0,
-        )
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self.run.metrics(step, finite)
-        if self.board is not None:
-            for name, value in finite.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
-
-
-def _tensorboard(run: Run) -> object | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # metrics.jsonl has everything; TensorBoard is a convenience
-        return None
-    return SummaryWriter(str(run.folder / "tensorboard"))

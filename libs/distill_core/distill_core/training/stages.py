@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 from torch import nn
 
+from distill_core.config import OptimConfig, StageConfig
 from distill_core.errors import ConfigError, nearest
 from distill_core.method import Method, Stage
 
@@ -56,6 +58,33 @@ def check_tables(placed: Sequence[Placed], tables: Mapping[str, object]) -> None
     for name in tables:
         if name not in names:
             raise ConfigError(f"unknown stage stages.{name}{nearest(name, names)}", field=f"stages.{name}")
+
+
+def stage_optim(tables: Mapping[str, StageConfig], placed: Placed) -> dict[str, OptimConfig]:
+    """What `[stages.NAME.optim]` says, by role; {} without such a table."""
+    table = tables.get(placed.stage.name)
+    return {} if table is None else table.optim
+
+
+def begins_optimizers_anew(tables: Mapping[str, StageConfig], before: Placed, placed: Placed) -> bool:
+    """Whether `placed` has other optimisers than the stage `before` it: new ones, or those of its own table."""
+    return placed.stage.restart or any(stage_optim(tables, one) for one in (before, placed))
+
+
+def check_sharded(placed: Sequence[Placed], tables: Mapping[str, StageConfig]) -> None:
+    """Refuse sharding of a run in which a later stage begins with other optimisers."""
+    for before, one in pairwise(placed):
+        if begins_optimizers_anew(tables, before, one):
+            raise not_sharded(one)
+
+
+def not_sharded(placed: Placed) -> ConfigError:
+    """The sentence for a stage before which the networks would have to be sharded once more."""
+    return ConfigError(
+        f"sharding cannot follow stage {placed.stage.name}, which begins with other networks or optimisers; "
+        "leave sharding out",
+        field="sharding",
+    )
 
 
 def select_parameters(method: Method, stage: Stage) -> None:
