@@ -443,13 +443,28 @@ def test_curves_and_contact_sheet_are_drawn(tmp_path):
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("on_path", "typed", "program"),
+    [
+        (True, "anything", "distillery"),
+        (False, "/opt/a venv/bin/distillery", "'/opt/a venv/bin/distillery'"),
+        (False, "/lib/distillery_cli/__main__.py", f"{sys.executable} -m distillery_cli"),
+        (False, "-c", f"{sys.executable} -m distillery_cli"),
+    ],
+)
+def test_the_next_command_is_one_that_can_be_typed(home, monkeypatch, on_path, typed, program):
+    monkeypatch.setattr("distillery_cli.demo.shutil.which", lambda name: f"/bin/{name}" if on_path else None)
+    monkeypatch.setattr("sys.argv", [typed])
+    assert serving_command(str(home / "a b")) == f"{program} up --store '{home}/a b'"
+
+
 def test_what_the_demo_makes_is_where_the_next_command_looks(home, monkeypatch, capsys):
     settings = stack_settings(home / "demo", users_store())
     store = ArtifactStore(settings.store_url)
     (home / "model").mkdir()
     store.publish(home / "model", Manifest(name="digits", kind="denoiser"))
     assert "digits@1" in run(capsys, "models")[1]
-    assert serving_command(settings.store_url).endswith("distillery up")
+    assert serving_command(settings.store_url).endswith(" up")
     assert settings.state_dir == home / "demo"
 
 
@@ -465,7 +480,7 @@ def test_a_demo_keeps_its_models_where_the_user_s_store_is_not_theirs_to_write(
     settings.cache_clear()
     own = stack_settings(home / "a demo", users_store()).store_url
     assert own == str(home / "a demo" / "store")
-    assert serving_command(own).endswith(f"distillery up --store '{own}'")
+    assert serving_command(own).endswith(f" up --store '{own}'")
 
 
 def test_another_store_is_read_and_written_where_it_is_named(home, capsys):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import logging
 import urllib.request
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 
 from distill_core.errors import DistilleryError
 from distill_service.jobs.database import Database
@@ -27,9 +29,20 @@ def written(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_bytes().decode(errors="replace") for path in files}
 
 
+def with_password(url: str) -> str:
+    """The URL of a job table, with the password where its database takes one; `trust` lets any in."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        parsed = parsed.set(username=parsed.username or getpass.getuser(), password=PASSWORD)
+    return parsed.render_as_string(hide_password=False)
+
+
 @pytest.fixture
-def stack(tmp_path, monkeypatch):
-    """Server and worker at the most talkative level, with a token and secrets in their environment and settings."""
+def stack(tmp_path, monkeypatch, table_url):
+    """Server and worker at the most talkative level, with a token and secrets in their environment and settings.
+
+    A job table in a file has no password. The broker with one is not there.
+    """
     tokens = tmp_path / "tokens"
     tokens.write_text(f"ann:{hashlib.sha256(TOKEN.encode()).hexdigest()}:admin\n")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
@@ -38,8 +51,7 @@ def stack(tmp_path, monkeypatch):
         tmp_path / "state",
         tokens_file=tokens,
         log_level="debug",
-        # the password is in a query that SQLite ignores; the broker with one is not there
-        database_url=f"sqlite:///{tmp_path / 'jobs.db'}?password={PASSWORD}",
+        database_url=with_password(table_url),
         broker_url=f"redis://:{BROKER}@127.0.0.1:9/0",
     )
     with processes(values) as running:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill_core.errors import Unavailable
-from distill_core.kinds.cards import described
+from distill_core.kinds.cards import described, generator_card
 from distillery_cli.bench_processes import Child, Sampler
 
 CONCURRENCY = (1, 2, 8, 32)
@@ -81,7 +81,7 @@ def measure_gpu(
         "model": size.name,
         "device": _device_name(device),
         "precision": precision,
-        "picture": published.image.picture[-1],
+        "picture": generator_card(published).image.picture[-1],
         "loads": loads,
         "bare": bare,
         "p50_over_bare": alone / bare["sum_ms"],

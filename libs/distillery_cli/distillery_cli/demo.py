@@ -102,7 +102,8 @@ def serving_command(store: str) -> str:
     """What to type to serve the models of `store`."""
     from distill_service.settings import settings
 
-    typed = [sys.executable, "-m", "distillery_cli"] if Path(sys.argv[0]).suffix == ".py" else [sys.argv[0]]
+    script, module = [sys.argv[0]], [sys.executable, "-m", "distillery_cli"]
+    typed = script if Path(sys.argv[0]).name == "distillery" else module
     program = ["distillery"] if shutil.which("distillery") else typed
     return shlex.join([*program, "up", *([] if store == settings().store_url else ["--store", store])])
 
