@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable
+from distill_core.kinds import find_card
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,7 +164,8 @@ def open_scene(ref: str, store: str | None = None) -> ViewedScene:
             raise NotFound(f"{missing}; and no sampler could be asked: {error}") from None
     if not model.HasField("scene"):
         raise ConfigError(f"{ref} is of kind {model.kind}, and only scenes can be looked at", field="scene")
-    return ServedScene(sampler, ref, _spec(model.scene)) if model.kind == "field" else LocalScene(_load(ref))
+    rendered = find_card(model.kind).SERVED == "render"
+    return ServedScene(sampler, ref, _spec(model.scene)) if rendered else LocalScene(_load(ref))
 
 
 def _load(ref: str, store: str | None = None) -> Any:

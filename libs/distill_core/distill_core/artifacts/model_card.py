@@ -28,7 +28,7 @@ def model_card(manifest: Manifest, saved: str = "") -> str:
     lines = [f"- {name}: {escaped(value)}" for name, value in facts if value]
     head = [
         "---",
-        *front_matter(manifest),
+        *front_matter(manifest, library="diffusers" if USAGE in saved else ""),
         "---",
         "",
         f"# {escaped(manifest.title or manifest.name)}",
@@ -40,11 +40,11 @@ def model_card(manifest: Manifest, saved: str = "") -> str:
     return "\n".join([*head, "", section]).rstrip() + "\n"
 
 
-def front_matter(manifest: Manifest) -> list[str]:
-    """YAML, line by line; JSON's strings are YAML's."""
+def front_matter(manifest: Manifest, *, library: str) -> list[str]:
+    """YAML, line by line; JSON's strings are YAML's. `library` is the one that the section of use is for."""
     said = {
         "license": manifest.licence.lower(),
-        "library_name": "diffusers" if manifest.kind == "denoiser" else "",
+        "library_name": library,
         "base_model": _base(manifest),
         "tags": ["distillery", *([manifest.method] if manifest.method else [])],
     }

@@ -126,6 +126,10 @@ class Kind(abc.ABC):
         """
         return None
 
+    def as_saved(self, model: Any, folder: Path) -> Any:
+        """The model as a server reads it from `folder`, where its weights may be of less precision."""
+        return model
+
     def parity(self, model: Any) -> ParitySample | None:
         """The model's picture of fixed inputs, in few numbers, for kinds that make pictures."""
         return None

@@ -13,6 +13,7 @@ from distill_core.config import Recipe
 from distill_core.context import Context
 from distill_core.data import Source
 from distill_core.kinds import find_kind
+from distill_core.kinds.base import parity_of
 from distill_core.kinds.cards import described
 from distill_core.method import Method, Model
 from distill_core.parity import PROBE
@@ -55,7 +56,7 @@ def publish(
             recipe_sha256=hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
             step=recipe.steps,
             metrics=dict(figures),
-            parity=find_kind(model.kind).parity(_as_saved(model, folder)),
+            parity=parity_of(find_kind(model.kind).as_saved(model, folder)),
             **described(model),
         )
         manifests.append(where.store.publish(folder, draft, key=job))
@@ -71,11 +72,3 @@ def _folders(method: Method, run: Run) -> dict[Path, Model]:
     return {
         run.model if role == main else run.folder / f"model-{role}": model for role, model in models.items()
     }
-
-
-def _as_saved(model: Model, folder: Path) -> Model:
-    """A scene as it was written: its weights' precision on disk is what a server reads."""
-    if model.kind == "field":
-        loaded: Model = find_kind(model.kind).load(folder)
-        return loaded
-    return model

@@ -73,6 +73,9 @@ class FieldKind(SceneKind):
     def picture(self, model: Scene, camera: Camera) -> Tensor:
         return render(model, camera).rgb
 
+    def as_saved(self, model: Scene, folder: Path) -> Scene:
+        return self.load(folder)
+
     def parity(self, model: Scene) -> ParitySample | None:
         try:
             seen = render(model, parity_view(model.spec))
