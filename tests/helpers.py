@@ -106,6 +106,26 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return any(not torch.equal(before[name], after[name]) for name in before)
 
 
+TINY_NETWORKS: dict[str, dict[str, object]] = {
+    "DiTTransformer2DModel": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "patch_size": 4,
+    },
+    "UNet2DModel": {
+        "block_out_channels": [8, 8],
+        "down_block_types": ["DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    },
+}
+WITH_ATTENTION = {
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 4,
+}
 TINY_UNET = {
     "sample_size": 8,
     "block_out_channels": (8, 16),

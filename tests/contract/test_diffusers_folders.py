@@ -14,23 +14,8 @@ from distill_core.kinds.cards import generator_card
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
+from tests.helpers import TINY_NETWORKS as NETWORKS
 from tests.helpers import tiny_text_to_image
-
-NETWORKS = {
-    "DiTTransformer2DModel": {
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "patch_size": 4,
-    },
-    "UNet2DModel": {
-        "block_out_channels": [8, 8],
-        "down_block_types": ["DownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "UpBlock2D"],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-    },
-}
 
 
 def new_denoiser(name: str, parameterisation: str, num_classes: int | None = 10):

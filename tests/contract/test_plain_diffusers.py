@@ -19,7 +19,7 @@ from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.diffusers_plain import plain_use
 from distill_core.networks.levels import few_step_sampler, student_levels
-from tests.helpers import tiny_context, tiny_sdxl, tiny_text_to_image
+from tests.helpers import TINY_NETWORKS, tiny_context, tiny_sdxl, tiny_text_to_image
 
 PROMPTS = ["a red wall", "a blue wall"]
 ALWAYS = {"threads": 1, "batch_size": 4, "steps": 1, "evaluate": {}, "publish": {"name": "student"}}
@@ -258,20 +258,7 @@ def test_the_code_of_a_card_opens_the_folder_as_a_pipeline(kind, teachers, tmp_p
     assert "num_inference_steps=2" in code_of(tmp_path)
 
 
-NETWORKS = {
-    "DiTTransformer2DModel": {
-        "num_layers": 1,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "patch_size": 4,
-    },
-    "UNet2DModel": {
-        "block_out_channels": [8, 8],
-        "down_block_types": ["DownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "UpBlock2D"],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-    },
+NETWORKS = TINY_NETWORKS | {
     "UNet2DConditionModel": {
         "block_out_channels": [8, 8],
         "layers_per_block": 1,

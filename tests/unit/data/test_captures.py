@@ -600,7 +600,7 @@ def broken(kind, folder):  # noqa: C901 - a list of ways to be broken
         ("focal", "gives no focal length"),
         ("number", "cx is 'seven'"),
         ("sizes", "16 x 16 pixels, .*all views must have one size"),
-        ("json", "not valid JSON"),
+        ("json", "holds no JSON table with frames"),
         ("gone", "lists 4 pictures and has 0 of them"),
         ("poses", "9 poses for the 7 pictures"),
         ("seventeen", "17 finite numbers"),

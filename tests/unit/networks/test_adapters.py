@@ -17,24 +17,9 @@ from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.training.ema import EMA
-from tests.helpers import tiny_text_to_image
+from tests.helpers import TINY_NETWORKS, WITH_ATTENTION, tiny_text_to_image
 
-ARGS = {
-    "DiTTransformer2DModel": {
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "patch_size": 4,
-    },
-    "UNet2DModel": {
-        "block_out_channels": [8, 8],
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 4,
-    },
-}
+ARGS = {**TINY_NETWORKS, "UNet2DModel": TINY_NETWORKS["UNet2DModel"] | WITH_ATTENTION}
 ONE_STEP = SamplerSpec(kind="few_step", sigmas=(80.0,), noise_scale=80.0, num_steps=1, max_steps=1)
 NETWORKS = [*ARGS, "UNet2DConditionModel"]
 

@@ -218,7 +218,7 @@ def escaping_path(folder):
         (other_size, r"r_1\.png has 6 x 4 pixels, the views before it 8 x 4"),
         (sixteen_bit, r"r_1\.png has I;16 pixels"),
         (no_transforms, r"transforms_train\.json does not exist"),
-        (not_json, "is not valid JSON"),
+        (not_json, "holds no JSON table with frames"),
         (a_list, "holds list"),
         (no_frames, "lists no frames"),
         (no_angle, "camera_angle_x is None"),

@@ -5,7 +5,6 @@ Every key that changes what rays see is honoured or refused; the others are name
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ import torch
 from distill_core.data.frames import Box, Capture, Frame, Mask, picture_at, read_pose
 from distill_core.data.intrinsics import KEYS, number, read_intrinsics, refuse_unless_neutral
 from distill_core.errors import DataError
+from distill_core.json_tables import read_table
 
 log = logging.getLogger(__name__)
 NGP_SCALE, NGP_OFFSET = 0.33, 0.5  # instant-ngp puts p at 0.33 p + 0.5 of its unit cube
@@ -174,14 +174,11 @@ def _placed(described: dict[str, Any], path: Path) -> tuple[float, torch.Tensor]
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        return read_table(path)
     except FileNotFoundError:
         raise DataError(
             f"{path} does not exist; nerfstudio and instant-ngp write transforms.json, Blender's exporters "
             "transforms_train.json and transforms_test.json"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{path} holds {type(values).__name__}, not an object with frames")
-    return values
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} holds no JSON table with frames: {error}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from distill_core.artifacts import ArtifactStore
 from distill_core.config import ModelSource
 from distill_core.errors import ArtifactError
+from distill_core.json_tables import read_table
 from distill_core.kinds import find_kind, kind_names
 from distill_core.kinds.base import Kind, Models
 
@@ -66,7 +66,7 @@ def load_artifact(store: ArtifactStore, ref: str, cache: Path, *, device: str = 
 def config_kind(folder: Path) -> str:
     """What a folder's config.json says that it holds: our `kind`, or transformers' `model_type`."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_table(folder / "config.json")
         return str(config.get("kind") or config.get("model_type") or "")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return ""

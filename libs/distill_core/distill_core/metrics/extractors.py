@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.errors import ArtifactError
+from distill_core.json_tables import read_table
 from distill_core.networks.clip_io import Clip, load_clip
 from distill_core.pictures import to_uint8
 
@@ -117,7 +117,7 @@ def load_scorer(folder: Path) -> ClipScorer:
         ArtifactError: no CLIP folder, pickled weights, damaged or incomplete.
     """
     with _loading(folder):
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = read_table(folder / "config.json").get("model_type")
     if kind != "clip":
         raise ArtifactError(
             f"{folder} holds a {kind or 'model of no known kind'}; a score needs a CLIP model"

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 
 from distill_core.config import Config
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.json_tables import read_table
 
 MOST = 10**6  # of ranks: peft makes factors of that many rows before any file is read
 Rank = Annotated[int, Field(ge=1, le=MOST)]
@@ -72,9 +73,9 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         ArtifactError: damaged, of another kind than LoRA, or with a key that is not understood and not neutral.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_table(path)
         kind = values.pop("peft_type")
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged: {type(error).__name__} {error}") from None
     if kind != "LORA":
         raise ArtifactError(f"{path} says peft_type = {_shown(kind)}, which is no plain LoRA; {PLAIN}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from distill_core.config import Config, LoraConfig
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.json_tables import read_table
 from distill_core.kinds.denoiser.card import Card
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser
@@ -234,7 +234,7 @@ def has_adapter(folder: Path) -> bool:
 def read_base(adapter: Path) -> AdapterBase | None:
     """What the adapter in peft's format at `adapter` is over; None if it does not say."""
     try:
-        return AdapterBase.parse(json.loads((adapter / BASE).read_text(encoding="utf-8")))
+        return AdapterBase.parse(read_table(adapter / BASE))
     except FileNotFoundError:
         return None
     except (ValueError, ConfigError) as error:

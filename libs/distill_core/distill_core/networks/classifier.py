@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from distill_core.config import Config, Words
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.json_tables import read_table
 from distill_core.kinds.predictor.card import Card
 from distill_core.signature import Function, TensorSpec
 
@@ -143,10 +143,10 @@ def load_classifier(folder: Path, *, device: str = "cpu") -> Classifier:
                 f"{folder} is not a classifier: it has no {name}; train one with the recipe judge_digits"
             )
     try:
-        config = ClassifierConfig.parse(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        config = ClassifierConfig.parse(read_table(folder / CONFIG))
         classifier = Classifier(config)
         classifier.load_state_dict(load_file(folder / WEIGHTS, device=device))
-    except (json.JSONDecodeError, UnicodeDecodeError, ConfigError, TypeError) as error:
+    except (ValueError, ConfigError, TypeError) as error:
         raise ArtifactError(f"{folder / CONFIG} is damaged: {error}") from None
     except SafetensorError as error:
         raise ArtifactError(f"{folder / WEIGHTS} is damaged or not safetensors: {error}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_core.errors import ArtifactError
+from distill_core.json_tables import read_table
 
 PREPROCESSING = "preprocessor_config.json"
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's own training pictures (Radford et al. 2021)
@@ -57,7 +57,7 @@ def load_clip(folder: Path, *, device: str = "cpu") -> Clip:
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        given = json.loads((folder / PREPROCESSING).read_text()) if (folder / PREPROCESSING).is_file() else {}
+        given = read_table(folder / PREPROCESSING) if (folder / PREPROCESSING).is_file() else {}
     except Exception as error:  # transformers raises many kinds on damaged files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArtifactError(f"CLIP folder {folder} is damaged or incomplete: {reason}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from distill_core.errors import ArtifactError, ConfigError, NotFound
+from distill_core.json_tables import read_table
 from distill_core.networks.denoiser import loading
 from distill_core.networks.diffusers_codec import check_codec
 from distill_core.networks.diffusers_denoiser import SIDECAR, DiffusersDenoiser, Sidecar
@@ -103,12 +103,9 @@ def _scheduler_class(folder: Path, index: Index | None) -> Any:
 def _table(path: Path, otherwise: str) -> dict[str, Any]:
     """The table in a JSON file; what an error says of any other file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_table(path)
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} {otherwise}: {_reason(error)}") from None
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{path} {otherwise}: it holds no table")
-    return found
 
 
 def _reason(error: Exception) -> str:

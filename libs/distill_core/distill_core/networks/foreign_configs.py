@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from distill_core.errors import ArtifactError
+from distill_core.json_tables import read_table
 
 FILES = ("config.json", "scheduler_config.json")
 MOST = 10**6  # the largest vocabularies have a quarter of it
@@ -22,8 +22,8 @@ def check_numbers(folder: Path) -> None:
     """
     for path in (folder / name for name in FILES):
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # for whoever reads it to say
+            table = read_table(path)
+        except (OSError, ValueError):  # for whoever reads it to say
             continue
         for key, number in _numbers(table):
             most = MOST_LAYERS if "layers" in key else MOST

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from distill_core.config import Config, NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.json_tables import read_table
 from distill_core.kinds.predictor.card import Card
 from distill_core.networks.predictors import build_network
 from distill_core.signature import Function, FunctionName, TensorSpec
@@ -105,8 +105,7 @@ def load_predictor(folder: Path, *, device: str = "cpu") -> Predictor:
         ArtifactError: a file is missing or damaged, or the weights belong to another network.
     """
     try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        described = PredictorFile.parse(values if isinstance(values, dict) else {})
+        described = PredictorFile.parse(read_table(folder / CONFIG))
         network = build_network(described.network)
         predictor = Predictor(network, described)
         network.load_state_dict(load_file(folder / WEIGHTS), strict=True)

@@ -8,7 +8,6 @@ A model's folder holds `distillery.json` with the partition, for prompts `router
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from distill_core.artifacts.model_card import CARD
 from distill_core.config import Config
 from distill_core.diffusion.routing import ROUTER, PartitionSpec, class_parts, pooled, prompt_parts
 from distill_core.errors import ArtifactError, ConfigError, missing_package
+from distill_core.json_tables import read_table
 from distill_core.kinds.denoiser.card import Card
 from distill_core.method import Cond
 from distill_core.networks.adapters import plain
@@ -125,8 +125,7 @@ class ConditionPartition(nn.Module):
             ArtifactError: a file is missing or damaged.
         """
         try:
-            text = (folder / SIDECAR).read_text(encoding="utf-8")
-            spec = RoutedSidecar.parse(json.loads(text)).partition
+            spec = RoutedSidecar.parse(read_table(folder / SIDECAR)).partition
             tensors = load_file(folder / ROUTER) if spec.kind == "prompt" else {}
             if any(len(value) != spec.parts for value in tensors.values()):
                 raise ValueError(f"{ROUTER} is not of {spec.parts} parts")

@@ -15,6 +15,7 @@ import torch
 
 from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.json_tables import read_table
 from distill_core.method import Cond
 from distill_core.networks.fake_tensors import is_faked
 from distill_core.networks.foreign.texts import check_text_model, check_tokenizer
@@ -218,7 +219,10 @@ def _zero_null(folder: Path) -> bool:
     index = folder / "model_index.json"
     if not index.is_file():
         return True
-    return bool(json.loads(index.read_text(encoding="utf-8")).get("force_zeros_for_empty_prompt", True))
+    try:
+        return bool(read_table(index).get("force_zeros_for_empty_prompt", True))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{index} is damaged: {error}") from None
 
 
 def check_text(config: Any, text: TextEncoder) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from distill_core.config import Config
 from distill_core.errors import ArtifactError, ConfigError
+from distill_core.json_tables import read_table
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Described, Made = TypeVar("Described", bound=Config), TypeVar("Made")
@@ -36,8 +36,7 @@ def read_description(
     """
     path = folder / CONFIG
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        described = cls.parse(values if isinstance(values, dict) else {})
+        described = cls.parse(read_table(path))
         return described, make(described)
     except (OSError, ValueError, TypeError, ConfigError) as error:
         raise ArtifactError(f"{path} does not describe {what}: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from distill_core.data import Source
 from distill_core.data.classes import use_classes_of
 from distill_core.data.scenes import SceneSource
 from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
+from distill_core.json_tables import read_table
 from distill_core.kinds.base import Kind, Models
 from distill_core.kinds.denoiser.card import Evaluate
 from distill_core.kinds.denoiser.evaluation import Evaluator, load_evaluator
@@ -133,7 +133,7 @@ def _load_adapter(folder: Path, models: Models | None, device: str) -> LoraDenoi
 def _named(model: Denoiser, folder: Path) -> Denoiser:
     """`model` with the name under which the store has it, if `folder` came from there."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_table(folder / MANIFEST)
         model.ref = f"{manifest['name']}@{manifest['version']}"
     return model
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill_core.errors import ArtifactError
+from distill_core.json_tables import read_table
 from distill_core.networks.foreign.keys import UNSET, shown
 
 INDEX = "model_index.json"
@@ -72,11 +72,9 @@ def read_index(folder: Path) -> Index | None:
     if not path.is_file():
         return None
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        table = read_table(path)
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from None
-    if not isinstance(table, dict):
-        raise ArtifactError(f"{path} is damaged: it holds no table")
     pipeline = str(table.get("_class_name"))
     if pipeline not in PIPELINES:
         raise ArtifactError(

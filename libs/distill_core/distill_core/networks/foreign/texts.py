@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distill_core.errors import ArtifactError
+from distill_core.json_tables import read_table
 from distill_core.networks.foreign.keys import Keys, check_keys, names, shown
 
 ENCODER = Keys(
@@ -85,9 +85,6 @@ def check_tokenizer(folder: Path) -> None:
 
 def _table(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_table(path)
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"text encoder or tokenizer is damaged or incomplete: {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise ArtifactError(f"text encoder or tokenizer is damaged or incomplete: {path} holds no table")
-    return found
