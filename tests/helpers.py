@@ -9,11 +9,11 @@ import torch
 
 from distill_core import api
 from distill_core.building import build
-from distill_core.config import Recipe, load_recipe, recipe_names
 from distill_core.context import Context
 from distill_core.data import Source
 from distill_core.kinds import find_kind
 from distill_core.method import Method
+from distill_core.recipe import Recipe, load_recipe, recipe_names
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
 

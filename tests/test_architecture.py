@@ -36,28 +36,27 @@ KINDS = tuple(f"kinds.{path.parent.name}" for path in sorted((CORE / "kinds").gl
 
 # A module may import from its own layer and lower ones.
 LAYERS = [
-    ("errors", "library_bars", "meant", "config", "checking", "reached", "plain_text", "paths", "signature"),
+    ("errors", "library_bars", "config", "files", "recipe", "artifacts.remote", "signature"),
     ("diffusion", "losses", "metrics.image", "metrics.frechet", "metrics.classification"),
     (
         "artifacts",
         "parity",
-        "store_garbage",
         "pictures",
         "kinds",
         "method",
-        "radiance.sh",
-        "radiance.cameras",
-        "radiance.distortion",
+        "radiance.light.spherical_harmonics",
+        "radiance.cameras.camera",
+        "radiance.cameras.distortion",
     ),
-    ("networks", "data", "radiance", "metrics"),
-    ("methods", "training", "suiting", "kinds.base", "kinds.loading", *KINDS),
-    ("context", "recipe_paths"),
+    ("networks", "tensorrt", "data", "radiance", "metrics"),
+    ("methods", "training", "recipe.transfer", "kinds.base", "kinds.loading", *KINDS),
+    ("context", "recipe.paths"),
     ("building",),
     ("running",),
     ("api",),
-    ("dry_run",),
-    ("described", "reference"),
-    ("run", "launch"),
+    ("job.dry_run",),
+    ("reference",),
+    ("job",),
 ]
 
 

@@ -16,12 +16,13 @@ from onnx import TensorProto, helper
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.building import build
-from distill_core.config import NetworkConfig, Recipe, load_recipe
 from distill_core.data import build_source
 from distill_core.errors import DistilleryError
 from distill_core.kinds.loading import load_model
 from distill_core.metrics.extractors import load_extractor, load_scorer
 from distill_core.networks.diffusers_new import build_denoiser
+from distill_core.recipe import Recipe, load_recipe
+from distill_core.recipe.tables import NetworkConfig
 from distill_core.training.checkpoint import load_latest
 from distill_service.jobs import specs
 from tests.helpers import REPOSITORY, tiny_context

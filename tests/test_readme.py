@@ -15,11 +15,11 @@ import torch
 import typer
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.config import load_recipe, parse_overrides
 from distill_core.data import source_types
 from distill_core.errors import MEANINGS
 from distill_core.kinds.cards import described
 from distill_core.methods import find_method
+from distill_core.recipe import load_recipe, parse_overrides
 from distill_service.settings import Settings
 from distillery_cli.app import app
 from distillery_cli.claims import COLUMNS, write_documents

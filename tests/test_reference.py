@@ -9,9 +9,9 @@ import pytest
 from pydantic import Field
 
 from distill_core.config import Config
-from distill_core.described import tables
 from distill_core.errors import NotFound
 from distill_core.reference import figures, words
+from distill_core.reference.tables import tables
 from distillery_cli.reference import found, pages, whole_reference
 from tests.helpers import REPOSITORY
 

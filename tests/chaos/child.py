@@ -15,7 +15,7 @@ def main() -> int:
     """Run the job; its program's exit code."""
     task = json.loads(Path(sys.argv[1]).read_text())
     with Signature(task):
-        program = importlib.import_module("distill_core.run")
+        program = importlib.import_module("distill_core.job.entry")
         if task["kind"] != "convert":
             return int(program.main())
         return int(program.main(run=importlib.import_module(COMMANDS["convert"]).run))

@@ -16,8 +16,8 @@ from random import Random
 from typing import Any
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.config import Recipe, load_recipe
 from distill_core.errors import DistilleryError
+from distill_core.recipe import Recipe, load_recipe
 from distillery_trainer.client import (
     JobsClient,
     Work,
@@ -98,7 +98,7 @@ def _train(run_dir: Path, recipe: Recipe, store: Path, cache: Path) -> None:
     task["spec"] = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
     (run_dir / "spec.json").write_text(json.dumps(task))
     done = subprocess.run(
-        [sys.executable, "-m", "distill_core.run", str(run_dir / "spec.json")],
+        [sys.executable, "-m", "distill_core.job.entry", str(run_dir / "spec.json")],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from distill_core import api
-from distill_core.config import load_recipe
-from distill_core.radiance.cameras import Camera, orbit_camera
-from distill_core.radiance.procedural import render_procedural
+from distill_core.radiance.analytic.procedural import render_procedural
+from distill_core.radiance.cameras.camera import Camera, orbit_camera
+from distill_core.recipe import load_recipe
 
 SIZE, LENS = 48, {"k1": -0.3, "k2": 0.1, "p1": 0.002, "p2": -0.002}
 

@@ -8,12 +8,13 @@ import torch
 
 from distill_core import api
 from distill_core.artifacts import ArtifactStore
-from distill_core.config import NetworkConfig, load_recipe
 from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
 from distill_core.kinds.cards import generator_card
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
+from distill_core.recipe import load_recipe
+from distill_core.recipe.tables import NetworkConfig
 from tests.helpers import TINY_NETWORKS as NETWORKS
 from tests.helpers import tiny_text_to_image
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from distill_core import api
-from distill_core.config import load_recipe
 from distill_core.kinds.cards import generator_card
 from distill_core.methods import find_method, method_names, needs
 from distill_core.networks.generation import generate
+from distill_core.recipe import load_recipe
 from tests.helpers import recipe_of, tiny_text_to_image, tiny_trainer
 
 IMAGE_FREE = ["pg_sb", "swiftbrush"]

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill_core.config import load_recipe
 from distill_core.data import named_tables
 from distill_core.kinds import kind_names
 from distill_core.kinds.cards import described
 from distill_core.methods import find_method, method_names, needs
+from distill_core.recipe import load_recipe
 from distill_core.training.checkpoint import load_latest
 from tests.helpers import changed, parameters_by_module, recipe_of, tiny_recipe, tiny_trainer
 

@@ -53,7 +53,7 @@ def installed(tmp_path, monkeypatch):
 
 def test_an_installed_package_adds_a_method_and_its_recipe_trains(installed, context, tmp_path):
     from distill_core import api
-    from distill_core.config import load_recipe
+    from distill_core.recipe import load_recipe
 
     recipe_file = tmp_path / "mine.toml"
     recipe_file.write_text(

@@ -48,7 +48,7 @@ def test_a_student_is_distilled_from_an_own_teacher_on_own_pictures(png_folder, 
 
 
 def test_a_judge_of_other_pictures_is_left_out_with_a_warning(png_folder, tmp_path, context, caplog):
-    from distill_core.config import load_recipe
+    from distill_core.recipe import load_recipe
 
     data = {"name": "images", "path": str(png_folder), "size": 16}
     recipe = load_recipe("edm_digits").override(

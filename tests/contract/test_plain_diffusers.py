@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from distill_core.building import build
-from distill_core.config import NetworkConfig, load_recipe
 from distill_core.diffusion.sampling import sample
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.diffusers_plain import plain_use
 from distill_core.networks.levels import few_step_sampler, student_levels
+from distill_core.recipe import load_recipe
+from distill_core.recipe.tables import NetworkConfig
 from tests.helpers import TINY_NETWORKS, tiny_context, tiny_sdxl, tiny_text_to_image
 
 PROMPTS = ["a red wall", "a blue wall"]

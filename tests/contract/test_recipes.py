@@ -7,8 +7,8 @@ import tomllib
 import pytest
 
 from distill_core.building import build
-from distill_core.config import Recipe, load_recipe, recipe_names
 from distill_core.methods import find_method
+from distill_core.recipe import Recipe, load_recipe, recipe_names
 from tests.helpers import self_contained_recipes, tiny_recipe
 
 

@@ -9,22 +9,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel, Field
 
-from distill_core.config import (
-    Config,
-    DataPath,
-    DataTable,
-    PathMark,
-    Recipe,
-    RecipeMark,
-    TableMark,
-    Words,
-    WordsMark,
-)
+from distill_core.config import Config, DataPath, DataTable, PathMark, RecipeMark, TableMark, Words, WordsMark
 from distill_core.data import source_types
 from distill_core.kinds import find_card, kind_names
 from distill_core.methods import find_method, method_names
 from distill_core.networks.fields import FIELDS
 from distill_core.networks.predictors import network_types
+from distill_core.recipe import Recipe
 
 
 def schemas() -> dict[str, type[BaseModel]]:

@@ -12,11 +12,11 @@ from PIL import Image
 
 from distill_core import api
 from distill_core.artifacts import ArtifactStore
-from distill_core.config import load_recipe
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds.cards import generator_card
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.generation import generate
+from distill_core.recipe import load_recipe
 from tests.helpers import tiny_context, tiny_recipe, tiny_sdxl, tiny_text_to_image, tiny_trainer
 
 UNET = {

@@ -20,7 +20,7 @@ from distill_core.artifacts import ArtifactStore, Manifest, SamplerSpec
 from distill_core.diffusion.noise import unit_normal
 from distill_core.kinds.cards import described
 from distill_core.networks.diffusers_io import load_denoiser
-from distill_core.radiance.cameras import orbit_camera
+from distill_core.radiance.cameras.camera import orbit_camera
 from distillery_sampler.client import SamplerClient
 from tests.helpers import tiny_text_to_image
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser, teacher_spec

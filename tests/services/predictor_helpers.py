@@ -9,13 +9,13 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
-from distill_core.config import NetworkConfig
 from distill_core.kinds import find_kind
 from distill_core.kinds.cards import described
 from distill_core.kinds.predictor.card import Card
 from distill_core.networks.predictor import Predictor, image_classifier
 from distill_core.networks.predictors import build_network
 from distill_core.parity import PROBE
+from distill_core.recipe.tables import NetworkConfig
 from distill_core.signature import Function, Signature, TensorSpec
 
 SHAPE = (3, 6, 10)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from distill_core.networks.engines import Host
+from distill_core.tensorrt.engines import Host
 
 HOST = Host(tensorrt="11.4.0", gpu="NVIDIA L4", compute_capability="8.9")
 

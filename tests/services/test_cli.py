@@ -14,8 +14,8 @@ import typer
 
 from distill_core.api import Result
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.config import load_recipe, parse_overrides
 from distill_core.errors import ConfigError, NotFound
+from distill_core.recipe import load_recipe, parse_overrides
 from distill_service.settings import load_settings, settings
 from distillery.v1 import jobs_pb2
 from distillery_cli import report as reports

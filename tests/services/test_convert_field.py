@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from distill_core.artifacts import ArtifactStore
-from distill_core.config import load_recipe, parse_overrides
 from distill_core.kinds.cards import scene_spec
+from distill_core.recipe import load_recipe, parse_overrides
 from distill_service.settings import settings as service_settings
 from distillery_cli.app import main
 from distillery_cli.conversion import LEARNING_RATES, STEPS, settings

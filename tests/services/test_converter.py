@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable
 from distill_core.kinds.cards import described, generator_card
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
+from distill_core.recipe.tables import NetworkConfig
 from distill_service.jobs import requests
 from distill_service.jobs.database import Database
 from distill_service.jobs.specs import draft_convert

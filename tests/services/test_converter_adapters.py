@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.config import LoraConfig
 from distill_core.errors import ArtifactError
 from distill_core.kinds.cards import described, generator_card
 from distill_core.kinds.loading import load_artifact
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.generation import generate
+from distill_core.recipe.tables import LoraConfig
 from distillery_converter.convert import convert
 from distillery_sampler.engine import Engine
 from distillery_sampler.metrics import Metrics

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest, SceneSpec
-from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.fields import build_field
-from distill_core.radiance.renderer import Scene, load_scene, save_scene
+from distill_core.radiance.scenes.scene import Scene, load_scene, save_scene
+from distill_core.recipe.tables import NetworkConfig
 from distillery_converter import onnx as exporting
 from distillery_converter import parity
 from distillery_converter.convert import convert

@@ -13,11 +13,11 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from distill_core.artifacts import ArtifactStore, FrechetReport, Manifest, SamplerSpec
-from distill_core.config import load_recipe
 from distill_core.diffusion.noise import unit_normal
 from distill_core.errors import ArtifactError, Unavailable
 from distill_core.kinds.cards import described
 from distill_core.networks.generation import generate
+from distill_core.recipe import load_recipe
 from distill_service.settings import settings as service_settings
 from distillery_cli.app import main
 from distillery_converter import forms, frechet, int8, parity

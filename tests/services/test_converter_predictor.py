@@ -13,13 +13,14 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.config import Config, NetworkConfig
+from distill_core.config import Config
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds.cards import described
 from distill_core.kinds.predictor.kind import KIND
 from distill_core.networks import predictors
 from distill_core.networks.predictor import Predictor, PredictorFile, image_classifier, load_predictor
 from distill_core.networks.predictors import build_network
+from distill_core.recipe.tables import NetworkConfig
 from distill_core.signature import Function, TensorSpec
 from distillery_cli.models import _export
 from distillery_converter.convert import convert

@@ -12,8 +12,9 @@ from onnx import TensorProto, load
 from torch import nn
 
 from distill_core.errors import ArtifactError, Unavailable
-from distill_core.networks import engine_building, engines
-from distill_core.networks.engines import Host
+from distill_core.tensorrt import building as engine_building
+from distill_core.tensorrt import engines
+from distill_core.tensorrt.engines import Host
 from distillery_converter import onnx, parity, tensorrt
 from distillery_converter.graphs import Graph, denoiser_graph
 from distillery_converter.precision import lowered

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.config import NetworkConfig
 from distill_core.kinds.cards import described, generator_card
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.tileable import make_tileable
+from distill_core.recipe.tables import NetworkConfig
 from distillery_converter.convert import convert
 
 

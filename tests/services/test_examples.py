@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.radiance.renderer import save_scene
+from distill_core.radiance.scenes.scene import save_scene
 from tests.helpers import REPOSITORY
 from tests.services.predictor_helpers import classifier, publish_classifier
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser

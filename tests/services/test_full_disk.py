@@ -43,7 +43,7 @@ def test_a_job_on_a_full_disk_ends_with_a_sentence_and_no_half_checkpoint(small_
     }
     (run_dir / "spec.json").write_text(json.dumps(spec))
     done = subprocess.run(
-        [sys.executable, "-m", "distill_core.run", str(run_dir / "spec.json")],
+        [sys.executable, "-m", "distill_core.job.entry", str(run_dir / "spec.json")],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

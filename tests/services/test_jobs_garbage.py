@@ -12,8 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from distill_core.artifacts import MANIFEST, ArtifactStore, Manifest
+from distill_core.artifacts.garbage import Stored, find_garbage, remove_version
 from distill_core.errors import ConfigError
-from distill_core.store_garbage import Stored, find_garbage, remove_version
 from distill_service.jobs import garbage, queue, requests
 from distill_service.jobs.garbage import Rules, collect
 from distill_service.jobs.queue import Outcome

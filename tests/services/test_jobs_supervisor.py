@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from distill_core import run as process
 from distill_core.artifacts import ArtifactStore
+from distill_core.job import entry as process
 from distill_service.jobs import queue, requests
 from distill_service.jobs.child import Child, log_tail
 from distill_service.jobs.database import Database

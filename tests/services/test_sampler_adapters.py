@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.errors import ArtifactError
 from distill_core.kinds.cards import described
 from distill_core.kinds.loading import load_artifact
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
+from distill_core.recipe.tables import LoraConfig, NetworkConfig
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.client import SamplerClient, generate_request, tensor_from
 from distillery_sampler.engine import Engine

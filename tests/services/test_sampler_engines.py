@@ -12,9 +12,9 @@ import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, Unavailable
-from distill_core.networks import engine_building
-from distill_core.networks.engine_building import SOURCES, fitting
-from distill_core.networks.engines import read_info
+from distill_core.tensorrt import building as engine_building
+from distill_core.tensorrt.building import SOURCES, fitting
+from distill_core.tensorrt.engines import read_info
 from distillery_sampler.backends import tensorrt_backend
 from distillery_sampler.memory import weight_bytes
 from distillery_sampler.requests import GenerateRequest

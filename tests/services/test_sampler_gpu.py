@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.kinds.cards import described
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
+from distill_core.recipe.tables import LoraConfig, NetworkConfig
 from distillery_sampler.backends.fixed import OneThread
 from distillery_sampler.backends.torch_backend import TorchGenerator
 from distillery_sampler.backends.torch_device import Replayed

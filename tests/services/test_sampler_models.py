@@ -141,10 +141,10 @@ def test_a_scene_is_compared_too(tmp_path):
     import torch
 
     from distill_core.artifacts import SceneSpec
-    from distill_core.config import NetworkConfig
     from distill_core.kinds.base import parity_of
     from distill_core.networks.fields import build_field
-    from distill_core.radiance.renderer import Scene, load_scene, save_scene
+    from distill_core.radiance.scenes.scene import Scene, load_scene, save_scene
+    from distill_core.recipe.tables import NetworkConfig
 
     spec, store = SceneSpec(field="", bound=1.3, radius=3.0), ArtifactStore(tmp_path / "store")
     samples = []

@@ -9,11 +9,11 @@ import torch
 from tritonclient.grpc import InferenceServerClient, InferInput
 
 from distill_core.artifacts import ArtifactStore, Manifest, SceneSpec
-from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.networks.fields import build_field
-from distill_core.radiance.cameras import orbit_camera
-from distill_core.radiance.renderer import Scene, refined, render, save_scene
+from distill_core.radiance.cameras.camera import orbit_camera
+from distill_core.radiance.scenes.scene import Scene, refined, render, save_scene
+from distill_core.recipe.tables import NetworkConfig
 from distillery.v1 import sampler_pb2
 from tests.services.sampler_helpers import SamplerProcess, settled
 

@@ -16,7 +16,6 @@ from tritonclient.grpc import InferenceServerClient
 from typer.testing import CliRunner
 
 from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
-from distill_core.config import NetworkConfig
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError
 from distill_core.kinds.cards import described, generator_card
@@ -24,6 +23,7 @@ from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.routed import ConditionPartition, RoutedDenoiser
+from distill_core.recipe.tables import NetworkConfig
 from distill_service.settings import settings
 from distillery_cli.app import app
 from distillery_converter.convert import convert

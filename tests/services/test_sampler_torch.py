@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
-from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.kinds.cards import described
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
@@ -18,6 +17,7 @@ from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.steering import with_negative
+from distill_core.recipe.tables import NetworkConfig
 from distillery_sampler.images import encode, to_uint8
 from distillery_sampler.requests import GenerateRequest, ImageInput
 from tests.helpers import tiny_text_to_image

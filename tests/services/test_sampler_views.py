@@ -11,10 +11,10 @@ import torch
 from tritonclient.grpc import InferenceServerClient
 
 from distill_core.artifacts import ArtifactStore, Manifest, SceneSpec
-from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.fields import build_field
-from distill_core.radiance.renderer import Scene, refined, render, save_scene
+from distill_core.radiance.scenes.scene import Scene, refined, render, save_scene
+from distill_core.recipe.tables import NetworkConfig
 from distillery.v1 import common_pb2, sampler_pb2
 from distillery_cli.viewed import ServedScene, _spec
 from tests.services.jobs_stack import wait_for

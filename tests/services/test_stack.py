@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill_core.config import load_recipe
 from distill_core.errors import Unavailable
+from distill_core.recipe import load_recipe
 from distill_service.logs import configure_logging
 from distill_service.settings import settings
 from distillery_cli import stack as stacks

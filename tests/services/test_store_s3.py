@@ -13,11 +13,12 @@ import fsspec
 import pytest
 import torch
 
-from distill_core import api, store_garbage
+from distill_core import api
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.config import load_recipe
+from distill_core.artifacts import garbage as store_garbage
+from distill_core.artifacts.garbage import Stored, find_garbage, remove_upload, remove_version
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable
-from distill_core.store_garbage import Stored, find_garbage, remove_upload, remove_version
+from distill_core.recipe import load_recipe
 
 pytest.importorskip("s3fs", reason="the extra s3 is not installed")
 moto = pytest.importorskip("moto.server", reason="the extra dev (moto) is not installed")

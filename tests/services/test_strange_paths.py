@@ -11,7 +11,7 @@ from sqlalchemy import text
 from distill_core.artifacts import ArtifactStore
 from distill_core.data import build_source
 from distill_core.errors import ConfigError, DataError
-from distill_core.paths import path_of, url_of, user_path
+from distill_core.files.paths import path_of, url_of, user_path
 from distill_service.jobs import broker
 from distill_service.jobs.celery_app import RUN_NEXT, make_app, wake
 from distill_service.jobs.database import Database

@@ -15,8 +15,9 @@ from alembic.config import Config as AlembicConfig
 
 from distill_core import api
 from distill_core.artifacts import ArtifactStore
-from distill_core.config import EvaluateConfig, Recipe, load_recipe
 from distill_core.kinds.loading import load_artifact
+from distill_core.recipe import Recipe, load_recipe
+from distill_core.recipe.tables import EvaluateConfig
 from distill_core.training.checkpoint import load_latest
 from distill_service.jobs import database, queue, requests
 from distill_service.jobs.database import Database

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from distill_core.artifacts import SceneSpec
-from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError, DataError, Unavailable
 from distill_core.networks.fields import build_field
-from distill_core.radiance.camera_paths import read_camera_file
-from distill_core.radiance.cameras import orbit_camera
-from distill_core.radiance.renderer import Scene, render, save_scene
+from distill_core.radiance.cameras.camera import orbit_camera
+from distill_core.radiance.cameras.paths import read_camera_file
+from distill_core.radiance.scenes.scene import Scene, render, save_scene
+from distill_core.recipe.tables import NetworkConfig
 from distillery_cli.app import main
 from distillery_cli.viewed import LocalScene, needed_outputs, open_scene, picture_of
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from distill_core import api, building
-from distill_core.config import load_recipe
 from distill_core.context import cache_key
 from distill_core.data import pairs
 from distill_core.data.pairs import Pairs
@@ -16,6 +15,7 @@ from distill_core.method import Method, MethodConfig
 from distill_core.methods import find_method
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.denoiser import Denoiser
+from distill_core.recipe import load_recipe
 from tests.helpers import tiny_context
 
 

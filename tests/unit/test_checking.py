@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from distill_core.checking import verdict
-from distill_core.config import CheckConfig
 from distill_core.errors import ConfigError
+from distill_core.recipe.claims import CheckConfig
+from distill_core.recipe.verdicts import verdict
 
 OFF = {"config.key_part": False}
 

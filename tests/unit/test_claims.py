@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from distill_core import api
-from distill_core.config import load_recipe, recipe_names
 from distill_core.errors import ConfigError, DataError, NotFound
+from distill_core.recipe import load_recipe, recipe_names
 from distill_service.settings import settings
 from distillery_cli import claims
 from distillery_cli.app import main

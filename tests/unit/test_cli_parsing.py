@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill_core.config import parse_overrides
 from distill_core.errors import ConfigError
+from distill_core.recipe import parse_overrides
 from distillery_cli.parsing import parse_age, parse_labels, parse_moment, split_sweep
 
 

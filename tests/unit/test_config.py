@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from distill_core.config import NetworkConfig, load_recipe, parse_overrides
 from distill_core.errors import ConfigError, NotFound
+from distill_core.recipe import load_recipe, parse_overrides
+from distill_core.recipe.tables import NetworkConfig
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill_core.config import PairsConfig
 from distill_core.data import build_source
 from distill_core.data.pairs import Pairs, build_pairs
 from distill_core.errors import ConfigError
@@ -17,6 +16,7 @@ from distill_core.losses.denoising import add_noise
 from distill_core.losses.matching import dm_direction, surrogate_loss
 from distill_core.method import Batch
 from distill_core.methods.diffusion.dmd2 import DMD2
+from distill_core.recipe.tables import PairsConfig
 from tests.oracles import AffineDenoiser, Pusher, train
 
 MEAN, STD = 0.6, 0.3

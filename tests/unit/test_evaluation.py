@@ -9,7 +9,6 @@ from PIL import Image
 
 from distill_core import api
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
-from distill_core.config import load_recipe
 from distill_core.data import build_source
 from distill_core.diffusion.schedule import NoiseSchedule
 from distill_core.errors import ArtifactError, ConfigError, NotFound
@@ -22,6 +21,7 @@ from distill_core.networks.classifier import Classifier, ClassifierConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.generation import generate
+from distill_core.recipe import load_recipe
 from tests.helpers import tiny_clip, tiny_text_to_image, tiny_trainer
 
 COUNT = 40

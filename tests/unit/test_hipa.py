@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from distill_core.artifacts import ImageSpec
-from distill_core.config import EvaluateConfig, LoraConfig, NetworkConfig, PairsConfig
 from distill_core.data import build_source
 from distill_core.data.pairs import Pairs, build_pairs
 from distill_core.errors import ConfigError
@@ -17,6 +16,7 @@ from distill_core.methods.diffusion.hipa import HiPA
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.classifier import Classifier, ClassifierConfig
 from distill_core.networks.diffusers_new import build_denoiser
+from distill_core.recipe.tables import EvaluateConfig, LoraConfig, NetworkConfig, PairsConfig
 from tests.oracles import AffineDenoiser, Pusher
 
 MEAN, STD, LEVEL = 0.3, 0.25, 10.0

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-from distill_core.config import EvaluateConfig, LoraConfig, NetworkConfig, PairsConfig
 from distill_core.data import build_source
 from distill_core.data.pairs import build_pairs
 from distill_core.diffusion.sampling import SamplerSpec
@@ -20,6 +19,7 @@ from distill_core.methods.diffusion.hyper_sd_score import HyperSDScore
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.classifier import Classifier, ClassifierConfig
 from distill_core.networks.diffusers_new import build_denoiser
+from distill_core.recipe.tables import EvaluateConfig, LoraConfig, NetworkConfig, PairsConfig
 
 DIT = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 8}
 LORA = LoraConfig(rank=2, alpha=2.0, targets="all-linear")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 
 
 def test_a_table_is_read_with_and_without_a_byte_order_mark(tmp_path):

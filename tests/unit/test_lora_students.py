@@ -13,7 +13,6 @@ import torch
 from distill_core import api
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.artifacts.upgrade import upgraded
-from distill_core.config import NetworkConfig, Recipe, load_recipe
 from distill_core.context import Context
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds.cards import described, generator_card
@@ -23,6 +22,8 @@ from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
+from distill_core.recipe import Recipe, load_recipe
+from distill_core.recipe.tables import NetworkConfig
 from distill_service.settings import settings
 from distillery_cli.app import main
 from tests.helpers import TINY

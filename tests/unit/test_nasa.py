@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
-from distill_core.config import EvaluateConfig, NetworkConfig
 from distill_core.data import build_source
 from distill_core.errors import ConfigError
 from distill_core.methods.diffusion.nasa import NASA
 from distill_core.methods.diffusion.pg_sb import PGSB
 from distill_core.networks.diffusers_new import build_denoiser
+from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 
 UNET = {
     "block_out_channels": [8, 8],

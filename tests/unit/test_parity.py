@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
-from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.kinds.base import parity_of
 from distill_core.kinds.cards import described
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.parity import ParitySample
+from distill_core.recipe.tables import NetworkConfig
 from tests.helpers import tiny_text_to_image
 
 ARGS = {

@@ -8,9 +8,9 @@ import json
 import pytest
 from PIL import Image
 
-from distill_core.config import load_recipe
 from distill_core.data import build_source
-from distill_core.plain_text import lines, read_text
+from distill_core.files.text import lines, read_text
+from distill_core.recipe import load_recipe
 from distill_core.training.run import Run
 from distill_service.auth import Tokens
 from distill_service.settings import Settings

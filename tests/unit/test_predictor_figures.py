@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from distill_core import api
-from distill_core.config import EvaluateConfig
 from distill_core.data import build_source
 from distill_core.errors import ConfigError
 from distill_core.kinds import find_kind
 from distill_core.metrics.classification import accuracy
 from distill_core.networks.classifier import load_classifier
+from distill_core.recipe.tables import EvaluateConfig
 from tests.helpers import tiny_clip, tiny_recipe
 from tests.unit.data.test_classes import classifier, folder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill_core import api
-from distill_core.config import load_recipe
+from distill_core.recipe import load_recipe
 from distillery_cli.output import Bars
 
 LITTLE = {"steps": 2, "batch_size": 8, "threads": 1}

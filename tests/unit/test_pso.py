@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from distill_core.config import EvaluateConfig, LoraConfig, NetworkConfig
 from distill_core.data import build_source
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ConfigError
@@ -16,6 +15,7 @@ from distill_core.method import Batch
 from distill_core.methods.diffusion.pso import PSO, concept_loss, offline_loss
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_new import build_denoiser
+from distill_core.recipe.tables import EvaluateConfig, LoraConfig, NetworkConfig
 
 DIT = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 8}
 LORA = LoraConfig(rank=2, alpha=2.0, targets="all-linear")

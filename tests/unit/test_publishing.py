@@ -12,8 +12,8 @@ from distill_core import api
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.artifacts.model_card import escaped, model_card
 from distill_core.building import for_its_teacher
-from distill_core.config import Recipe, load_recipe, recipe_names
 from distill_core.errors import ConfigError
+from distill_core.recipe import Recipe, load_recipe, recipe_names
 from tests.helpers import tiny_context, tiny_recipe, tiny_text_to_image
 
 OWN = {"name": "images", "path": "/pictures"}

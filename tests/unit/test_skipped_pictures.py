@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from distill_core import api
-from distill_core.config import load_recipe
+from distill_core.recipe import load_recipe
 
 
 def test_the_number_of_pictures_left_out_is_in_the_metrics_and_figures_of_a_run(tmp_path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import tomli_w
 
-from distill_core.config import load_recipe, parse_overrides
 from distill_core.errors import ConfigError
+from distill_core.recipe import load_recipe, parse_overrides
 from distill_service.jobs.specs import draft_train
 from distill_service.jobs.sweeps import draft_sweep
 from distillery_cli.parsing import split_sweep

@@ -200,7 +200,7 @@ list(tqdm([1, 2]))
     ("start", "begin"),
     [
         ("distillery_cli", "main(['--version'])"),
-        ("distill_core.run", "main([str(Path(sys.argv[1]) / 'none.json')])"),
+        ("distill_core.job.entry", "main([str(Path(sys.argv[1]) / 'none.json')])"),
     ],
     ids=["command", "job"],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distill_core.config import parse_overrides
+from distill_core.recipe import parse_overrides
 from distillery_trainer.client import train_spec
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill_core.config import load_recipe, recipe_names
 from distill_core.errors import DistilleryError
 from distill_core.methods import family, find_method, method_names, needs
+from distill_core.recipe import load_recipe, recipe_names
 from distill_core.running.check import check
 from distill_core.running.evaluate import Evaluation, evaluate
 from distill_core.running.models import load, merge_adapters

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill_core.config import ModelSource, Recipe, StudentConfig
 from distill_core.context import Context
 from distill_core.data import Source, build_source, named_tables
 from distill_core.data.classes import check_same_classes
@@ -26,7 +25,9 @@ from distill_core.methods import find_method, needs
 from distill_core.networks.adapters import LoraDenoiser, plain
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_tensors import real_tensors
-from distill_core.suiting import suited
+from distill_core.recipe import Recipe
+from distill_core.recipe.tables import ModelSource, StudentConfig
+from distill_core.recipe.transfer import suited
 from distill_core.training.seeding import derive, seed_everything
 
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from distill_core.artifacts import ArtifactStore
-from distill_core.config import ModelSource, Recipe, load_recipe
 from distill_core.errors import ConfigError, NotFound
+from distill_core.files.paths import there, user_path
 from distill_core.kinds.loading import load_model
 from distill_core.method import Method
 from distill_core.methods import find_method
-from distill_core.paths import there, user_path
+from distill_core.recipe import Recipe, load_recipe
+from distill_core.recipe.tables import ModelSource
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Context:
     def load(self, source: ModelSource) -> Any:
         """The model that a source names; an adapter over its base from the store."""
         if source.scene is not None:
-            from distill_core.radiance.closed_form import closed_form_scene
+            from distill_core.radiance.analytic.closed_form import closed_form_scene
 
             return closed_form_scene(source.scene)
         return load_model(self.folder(source), models=self)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.config import Config as MethodConfig
-from distill_core.config import EvaluateConfig
+from distill_core.recipe.tables import EvaluateConfig
 
 # conditions by name, batch dimension first: class_label (B,), prompt_embeds (B, T, D)
 Cond = dict[str, Tensor]

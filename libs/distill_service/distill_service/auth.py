@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from distill_core.errors import ConfigError
-from distill_core.plain_text import lines, read_text
+from distill_core.files.text import lines, read_text
 from distill_service.status import StatusError
 
 Scope = Literal["use", "admin"]

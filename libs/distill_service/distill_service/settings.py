@@ -13,8 +13,8 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from distill_core.errors import ConfigError, DistilleryError, Unavailable
-from distill_core.paths import url_of
-from distill_core.plain_text import read_text
+from distill_core.files.paths import url_of
+from distill_core.files.text import read_text
 from distill_service.addresses import check_host, dialled, is_loopback, without_proxy
 
 # One file a setting, named like its variable (distillery_database_url): how containers are given passwords.

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from distill_core.config import Recipe
     from distill_core.context import Context
+    from distill_core.recipe import Recipe
     from distill_core.training.loop import Trainer
 
 TEACHER, FROM_IMAGES, CONVERTED = "nerf_procedural", "nerf_procedural_mlp", "pvd"
@@ -67,7 +67,7 @@ def measure_conversion(work: Path, comparison: Comparison, tell: Tell) -> dict[s
     import torch
 
     from distill_core import api
-    from distill_core.config import load_recipe
+    from distill_core.recipe import load_recipe
 
     torch.set_num_threads(1)
     where = api.context(work / "store", work / "cache")
@@ -100,7 +100,7 @@ def measure_stages(work: Path, tell: Tell) -> dict[str, Any]:
     import torch
 
     from distill_core import api
-    from distill_core.config import load_recipe
+    from distill_core.recipe import load_recipe
 
     torch.set_num_threads(1)
     where = api.context(work / "store", work / "cache")

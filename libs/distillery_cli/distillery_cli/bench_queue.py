@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.errors import ConfigError
-from distill_core.paths import url_of
+from distill_core.files.paths import url_of
 from distillery_cli.bench import machine
 from distillery_cli.output import AsJson, emit_json, markdown_table, notes, results, table
 

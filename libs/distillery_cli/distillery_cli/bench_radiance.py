@@ -13,8 +13,8 @@ from distillery_cli.demo import stack_settings
 from distillery_cli.stack import Stack
 
 if TYPE_CHECKING:
-    from distill_core.radiance.cameras import Camera
-    from distill_core.radiance.renderer import Scene
+    from distill_core.radiance.cameras.camera import Camera
+    from distill_core.radiance.scenes.scene import Scene
     from distillery_sampler.client import SamplerClient
 
 RECIPE, SCENE = "nerf_procedural", "procedural-scene"
@@ -31,7 +31,7 @@ def measure_radiance(state: Path, seconds: float, say: Callable[[str], object]) 
     settings = stack_settings(state)
     say(f"{RECIPE}: training {STEPS} steps")
     folder, ref = _trained(settings.store_url, state)
-    from distill_core.radiance.renderer import load_scene, refined
+    from distill_core.radiance.scenes.scene import load_scene, refined
 
     scene = refined(load_scene(folder))
     say("dense rendering against grid and early stop")
@@ -50,7 +50,7 @@ def measure_radiance(state: Path, seconds: float, say: Callable[[str], object]) 
 def _trained(store_url: str, state: Path) -> tuple[Path, str]:
     """A field's folder, and its reference in the store."""
     from distill_core import api
-    from distill_core.config import load_recipe
+    from distill_core.recipe import load_recipe
 
     recipe = load_recipe(RECIPE, {"steps": STEPS})
     result = api.train(recipe, state / "run", api.context(store_url, state / "cache"))
@@ -63,9 +63,9 @@ def measure_sparse(scene: Scene) -> dict[str, float]:
     import torch
 
     from distill_core.metrics.image import psnr
-    from distill_core.radiance.procedural import render_procedural
-    from distill_core.radiance.renderer import render
-    from distill_core.radiance.rendering import over
+    from distill_core.radiance.analytic.procedural import render_procedural
+    from distill_core.radiance.rendering.quadrature import over
+    from distill_core.radiance.scenes.scene import render
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -103,8 +103,8 @@ def render_densely(scene: Scene, camera: Camera) -> Any:
     """The picture (H, W, 3) from every sample inside the box, all of a ray's at once."""
     import torch
 
-    from distill_core.radiance.march import march
-    from distill_core.radiance.renderer import SceneLimits, bands, develop, render_samples
+    from distill_core.radiance.rendering.march import march
+    from distill_core.radiance.scenes.scene import SceneLimits, bands, develop, render_samples
 
     parts = []
     with torch.inference_mode():
@@ -119,7 +119,7 @@ def measure_served(scene: Scene, sampler: SamplerClient, ref: str, seconds: floa
     """Views per second of the bare renderer, a thread a core, and of a path over gRPC, turn and turn about."""
     import torch
 
-    from distill_core.radiance.renderer import render
+    from distill_core.radiance.scenes.scene import render
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
@@ -172,7 +172,7 @@ def measure_first(sampler: SamplerClient, ref: str, side: int) -> dict[str, floa
 
 def _views(scene: Scene, count: int) -> list[Camera]:
     """An orbit at 20 degrees of elevation, as the sampler's."""
-    from distill_core.radiance.cameras import orbit_camera
+    from distill_core.radiance.cameras.camera import orbit_camera
 
     spec = scene.spec
     return [

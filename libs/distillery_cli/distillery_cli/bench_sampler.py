@@ -75,11 +75,11 @@ def measure_sampler(state: Path, seconds: float, say: Callable[[str], object]) -
 def converted(subject: Subject, store_url: str, jobs: str, work: Path) -> str:
     """Publish the network and have the converter export it."""
     from distill_core.artifacts import ArtifactStore, Manifest
-    from distill_core.config import NetworkConfig
     from distill_core.diffusion.sampling import SamplerSpec
     from distill_core.errors import DistilleryError
     from distill_core.kinds.cards import described
     from distill_core.networks.diffusers_new import build_denoiser
+    from distill_core.recipe.tables import NetworkConfig
     from distillery_trainer.client import JobsClient, convert_spec
 
     network = NetworkConfig(name=subject.network, args=subject.args)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distill_core.config import Recipe
     from distill_core.context import Context
+    from distill_core.recipe import Recipe
     from distill_core.training.loop import Trainer
 
 FAMILY = "diffusion"
@@ -29,8 +29,8 @@ def measure_trainer(
     import torch
 
     from distill_core import api
-    from distill_core.config import load_recipe
     from distill_core.errors import DistilleryError
+    from distill_core.recipe import load_recipe
 
     torch.set_num_threads(1)
     where = api.untrained(api.context(work / "store", work / "cache"), work / "untrained")
@@ -64,7 +64,7 @@ def benched_recipes() -> list[str]:
 
 
 def _is_self_contained(name: str) -> bool:
-    from distill_core.config import load_recipe
+    from distill_core.recipe import load_recipe
 
     recipe = load_recipe(name)
     models = (recipe.teacher, recipe.student.source, recipe.extractor)

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from distill_core.config import CheckConfig, Claim, Recipe, load_recipe, recipe_names
 from distill_core.errors import ConfigError, DataError, DistilleryError, NotFound, nearest
+from distill_core.recipe import Recipe, load_recipe, recipe_names
+from distill_core.recipe.claims import CheckConfig, Claim
 from distillery_cli import scene_evidence
 from distillery_cli.output import AsJson, bar, emit_json, figure, markdown_table, notes, results, styled
 

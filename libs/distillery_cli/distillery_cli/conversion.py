@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from distill_core.config import NAME_PATTERN, load_recipe, parse_overrides, recipe_names
+from distill_core.config import NAME_PATTERN
 from distill_core.errors import ConfigError, nearest
+from distill_core.recipe import load_recipe, parse_overrides, recipe_names
 from distillery_cli import training
 from distillery_cli.output import AsJson, Overrides, StoreUrl
 

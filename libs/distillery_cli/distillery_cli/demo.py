@@ -264,9 +264,9 @@ def _judged(
     import torch
 
     from distill_core.artifacts import ArtifactStore
-    from distill_core.config import load_recipe
     from distill_core.data import build_source
     from distill_core.metrics.judge import load_judge
+    from distill_core.recipe import load_recipe
 
     judge = load_judge(ArtifactStore(settings.store_url).fetch(trained.models["judge"]))
     real = build_source(load_recipe("edm_digits").data or {}).all(NUM_SAMPLES)

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 
 from distill_core.config import Config, Name
 from distill_core.errors import ConfigError, NotFound
-from distill_core.plain_text import read_text
+from distill_core.files.text import read_text
 
 if TYPE_CHECKING:
     from distillery.v1.jobs_pb2 import PipelineSpec, StageSpec

@@ -15,7 +15,7 @@ from distillery_cli.viewed import OUTPUTS, ViewedScene, needed_outputs, open_sce
 if TYPE_CHECKING:
     import numpy as np
 
-    from distill_core.radiance.cameras import Camera
+    from distill_core.radiance.cameras.camera import Camera
 
 FRAMES_PER_S = 20
 FILM = ".mp4"
@@ -52,7 +52,7 @@ def render(
     _check(out, orbit, cameras, output)
     opened = open_scene(scene, store)
     if cameras is not None:
-        from distill_core.radiance.camera_paths import read_camera_file
+        from distill_core.radiance.cameras.paths import read_camera_file
 
         views = read_camera_file(cameras, opened.spec)
     else:
@@ -82,7 +82,7 @@ def _check(out: Path, orbit: int | None, cameras: Path | None, output: str) -> N
 
 
 def _orbit(scene: ViewedScene, azimuth: float, elevation: float, radius: float | None, size: int) -> Camera:
-    from distill_core.radiance.cameras import orbit_camera
+    from distill_core.radiance.cameras.camera import orbit_camera
 
     spec = scene.spec
     distance = spec.radius if radius is None else radius

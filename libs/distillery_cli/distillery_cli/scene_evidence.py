@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill_core.config import load_recipe, parse_overrides
 from distill_core.errors import ConfigError
+from distill_core.recipe import load_recipe, parse_overrides
 from distillery_cli.conversion import STEPS, settings
 from distillery_cli.output import AsJson, Overrides, bar, emit_json, figure, markdown_table, results, table
 
 if TYPE_CHECKING:
-    from distill_core.config import Recipe
     from distill_core.data.scenes import SceneSource
-    from distill_core.radiance.cameras import Camera
-    from distill_core.radiance.renderer import Scene
+    from distill_core.radiance.cameras.camera import Camera
+    from distill_core.radiance.scenes.scene import Scene
+    from distill_core.recipe import Recipe
 
 FROM_IMAGES, CONVERSION = "nerf_blender", "pvd"
 KEPT, IMAGES = Path("docs/scenes.json"), Path("docs/images")
@@ -109,7 +109,7 @@ def _trained(kind: str, recipe: Recipe, camera: Camera, folder: Path) -> tuple[d
 def _photograph(source: SceneSource) -> Any:
     import torch
 
-    from distill_core.radiance.rendering import over
+    from distill_core.radiance.rendering.quadrature import over
 
     rgba = source.test.images[VIEW]
     return over(rgba[..., :3], rgba[..., 3:], torch.tensor(source.spec.background)).numpy()
@@ -117,7 +117,7 @@ def _photograph(source: SceneSource) -> Any:
 
 def _looked_at(folder: Path, camera: Camera) -> tuple[dict[str, float], Any]:
     """Size and speed of a saved field, and its picture."""
-    from distill_core.radiance.renderer import load_scene, render
+    from distill_core.radiance.scenes.scene import load_scene, render
 
     scene: Scene = load_scene(folder)
     render(scene, camera)  # the first frame pays for what is made once

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill_core.config import parse_overrides
 from distill_core.errors import ConfigError
+from distill_core.recipe import parse_overrides
 from distillery_cli.jobs import client, follow, job_values, show_submitted
 from distillery_cli.memory import size
 from distillery_cli.output import AsJson, Overrides, emit_json, notes, results, table

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from distill_core.config import Recipe, load_recipe, parse_overrides
 from distill_core.errors import ConfigError, DistilleryError
+from distill_core.recipe import Recipe, load_recipe, parse_overrides
 from distill_service.jobs.paths import PATH_KEYS
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill_core.config import Recipe, load_recipe, parse_overrides
 from distill_core.errors import EXIT_STOPPED, DistilleryError, Unavailable
+from distill_core.recipe import Recipe, load_recipe, parse_overrides
 from distillery_cli.output import (
     AsJson,
     Overrides,

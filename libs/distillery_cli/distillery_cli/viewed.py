@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from distill_core.artifacts import SceneSpec
-    from distill_core.radiance.cameras import Camera
+    from distill_core.radiance.cameras.camera import Camera
     from distillery.v1 import models_pb2
     from distillery_sampler.client import SamplerClient
 
@@ -84,8 +84,8 @@ class LocalScene(ViewedScene):
     """A field or Gaussians in this process."""
 
     def __init__(self, scene: Any) -> None:
-        from distill_core.radiance.gaussians import GaussianScene
-        from distill_core.radiance.renderer import Scene, refined
+        from distill_core.radiance.scenes.gaussians import GaussianScene
+        from distill_core.radiance.scenes.scene import Scene, refined
 
         if not isinstance(scene, Scene | GaussianScene):
             raise ArtifactError(
@@ -101,7 +101,7 @@ class LocalScene(ViewedScene):
         background: Colour | None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Seen]:
-        from distill_core.radiance.renderer import RenderStopped
+        from distill_core.radiance.scenes.scene import RenderStopped
 
         for factor in STAGES:
             try:
@@ -121,8 +121,8 @@ class LocalScene(ViewedScene):
         background: Colour | None,
         should_stop: Callable[[], bool],
     ) -> Seen:
-        from distill_core.radiance.gaussians import render_gaussians
-        from distill_core.radiance.renderer import render
+        from distill_core.radiance.scenes.gaussians import render_gaussians
+        from distill_core.radiance.scenes.scene import render
 
         if self._is_field:
             found: Any = render(

@@ -25,7 +25,7 @@ from distillery_cli.viewed import (
 if TYPE_CHECKING:
     import viser
 
-    from distill_core.radiance.cameras import Camera
+    from distill_core.radiance.cameras.camera import Camera
 
 MIN_SIZE, MAX_SIZE, SIZE_STEP = 64, 1024, 32
 JPEG_QUALITY = 90
@@ -55,7 +55,7 @@ def view(
         opened = open_scene(scene, store)
         viewer = Viewer(opened, host=host, port=port, size=size)
         if cameras is not None:
-            from distill_core.radiance.camera_paths import read_camera_file
+            from distill_core.radiance.cameras.paths import read_camera_file
 
             viewer.show_cameras(read_camera_file(cameras, opened.spec))
     from distill_service.addresses import dialled
@@ -114,7 +114,7 @@ class Viewer:
         self.server.stop()
 
     def _look_from_usual_place(self) -> None:
-        from distill_core.radiance.cameras import orbit_camera
+        from distill_core.radiance.cameras.camera import orbit_camera
 
         spec = self.scene.spec
         camera = orbit_camera(45, 30, spec.radius, fov_degrees=spec.fov_degrees, width=2, height=2)
@@ -219,7 +219,7 @@ def _from_viser(seen: viser.CameraHandle, size: int) -> Camera:
     import torch
     import viser.transforms
 
-    from distill_core.radiance.cameras import Camera
+    from distill_core.radiance.cameras.camera import Camera
 
     aspect = seen.aspect if seen.aspect > 0 else 1.0
     width, height = (size, round(size / aspect)) if aspect >= 1 else (round(size * aspect), size)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.fields import RadianceField
-from distill_core.radiance.renderer import load_scene
+from distill_core.radiance.scenes.scene import load_scene
 from distillery_converter.graphs import SEED, Arrays, Graph, noise
 from distillery_converter.precision import half_field
 from distillery_converter.targets import Target

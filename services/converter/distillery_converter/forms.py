@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from distill_core.artifacts import GraphReport
 from distill_core.errors import ArtifactError
-from distill_core.networks.engine_building import SOURCES
+from distill_core.tensorrt.building import SOURCES
 from distillery_converter import onnx, parity, tensorrt
 from distillery_converter.graphs import Graph
 from distillery_converter.int8 import quantise

@@ -17,10 +17,10 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from distill_core.artifacts import FrechetReport
-from distill_core.config import load_recipe
 from distill_core.data import build_source
 from distill_core.errors import ArtifactError, DistilleryError
 from distill_core.metrics.frechet import FeatureSet, frechet_distance
+from distill_core.recipe import load_recipe
 from distillery_converter.targets import Target
 from distillery_converter.walks import Run, Walk
 

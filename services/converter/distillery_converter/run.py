@@ -1,6 +1,6 @@
 """The job process: `python -m distillery_converter.run SPEC.json` converts, and says how in JSON lines.
 
-Exit codes are those of `distill_core.run`. A stopped conversion keeps nothing and publishes nothing.
+Exit codes are those of `distill_core.job.entry`. A stopped conversion keeps nothing and publishes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.errors import EXIT_STOPPED
-from distill_core.run import main
+from distill_core.job.entry import main
 
 Tell = Callable[[dict[str, Any]], None]
 

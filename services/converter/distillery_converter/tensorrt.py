@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_core.networks import engine_building
-from distill_core.networks.engines import Profile, open_engine, this_host
+from distill_core.tensorrt import building as engine_building
+from distill_core.tensorrt.engines import Profile, open_engine, this_host
 from distillery_converter.graphs import EXAMPLE_BATCH, Arrays, Graph
 
 MAX_BATCH = 32  # largest batch of the optimisation profile

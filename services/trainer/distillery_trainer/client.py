@@ -21,9 +21,9 @@ import tomli_w
 from google.protobuf.json_format import ParseDict
 from google.protobuf.struct_pb2 import Struct
 
-from distill_core.config import load_recipe, parse_overrides, recipe_names
 from distill_core.errors import ConfigError, DistilleryError, NotFound, Unavailable
-from distill_core.meant import no_such_recipe
+from distill_core.recipe import load_recipe, parse_overrides, recipe_names
+from distill_core.recipe.suggestions import no_such_recipe
 from distill_service.channels import channel
 from distill_service.jobs.paths import absolute, absolute_value
 from distill_service.settings import settings

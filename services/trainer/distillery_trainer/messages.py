@@ -13,8 +13,8 @@ from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from distill_core.config import parse_overrides
 from distill_core.errors import ConfigError, DistilleryError
+from distill_core.recipe import parse_overrides
 from distill_service.jobs import specs, watch
 from distill_service.jobs.garbage import DEFAULT_KEEP, DEFAULT_OLDER_THAN_S, Collected, Rules
 from distill_service.jobs.listing import Filters

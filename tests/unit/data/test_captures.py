@@ -16,7 +16,7 @@ from distill_core.data import build_source
 from distill_core.data.captures import BOUND, CapturedScene, read_capture
 from distill_core.errors import ConfigError, DataError
 from distill_core.metrics.image import psnr, ssim
-from distill_core.radiance.distortion import look_through
+from distill_core.radiance.cameras.distortion import look_through
 
 WIDTH, HEIGHT = 16, 12
 FOCAL = 20.0

@@ -12,7 +12,6 @@ from PIL import Image
 from distill_core import api
 from distill_core.artifacts import CondSpec
 from distill_core.building import build, fit
-from distill_core.config import LoraConfig, NetworkConfig, load_recipe
 from distill_core.data import build_source
 from distill_core.data.classes import ABSENT, class_numbers, in_order, naming_classes, use_classes_of
 from distill_core.errors import ConfigError
@@ -22,6 +21,8 @@ from distill_core.methods.diffusion.hyper_sd_feedback import HyperSDFeedback
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.classifier import Classifier, ClassifierConfig
 from distill_core.networks.diffusers_new import build_denoiser
+from distill_core.recipe import load_recipe
+from distill_core.recipe.tables import LoraConfig, NetworkConfig
 
 DIT = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "patch_size": 8}
 GREY = {"cat": 40, "dog": 110, "fox": 200, "ant": 15, "elk": 70}

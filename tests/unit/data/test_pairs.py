@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from distill_core.building import _pairs_folder
-from distill_core.config import PairsConfig, Recipe, load_recipe
 from distill_core.context import Context
 from distill_core.data import build_source
 from distill_core.data.pairs import build_pairs
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.networks.generation import generate
+from distill_core.recipe import Recipe, load_recipe
+from distill_core.recipe.tables import PairsConfig
 from tests.helpers import REPOSITORY
 from tests.oracles import AffineDenoiser
 

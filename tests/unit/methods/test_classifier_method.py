@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from distill_core.config import EvaluateConfig, NetworkConfig, load_recipe
 from distill_core.data import build_source
 from distill_core.errors import ConfigError, DataError
 from distill_core.methods.pretrain.classifier import (
@@ -11,6 +10,8 @@ from distill_core.methods.pretrain.classifier import (
     shifted,
 )
 from distill_core.networks.classifier import load_classifier
+from distill_core.recipe import load_recipe
+from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 
 
 def build(data=None, network=None, **config):

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill_core.config import EvaluateConfig, NetworkConfig
 from distill_core.data.coloured_objects import ColouredObjects, ColouredObjectScene
 from distill_core.data.digits import Digits
 from distill_core.errors import ArtifactError, ConfigError
@@ -13,8 +12,9 @@ from distill_core.kinds.loading import load_model
 from distill_core.method import Batch
 from distill_core.methods.radiance.ed_nerf import EDNeRF
 from distill_core.networks.diffusers_new import build_codec, build_denoiser, scale_latents
-from distill_core.radiance.latent_scene import LatentScene, latent_rays, load_latent_scene
-from distill_core.radiance.rendering import over
+from distill_core.radiance.rendering.quadrature import over
+from distill_core.radiance.scenes.latent import LatentScene, latent_rays, load_latent_scene
+from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 from tests.helpers import entered, previewed
 
 NETWORK = NetworkConfig(name="hash", args={"levels": 2, "log2_table_size": 10, "max_resolution": 16})

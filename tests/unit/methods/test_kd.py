@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from distill_core.config import NetworkConfig
 from distill_core.data import build_source
 from distill_core.errors import ConfigError
 from distill_core.methods.recognition.kd import KD, Config, soft_cross_entropy
+from distill_core.recipe.tables import NetworkConfig
 from tests.helpers import tiny_trainer
 from tests.unit.data.test_classes import classifier, folder, taught
 

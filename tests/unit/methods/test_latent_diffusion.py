@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from distill_core.config import NetworkConfig
 from distill_core.data.coloured_objects import ColouredObjects
 from distill_core.data.conditions import Classes
 from distill_core.errors import ConfigError
 from distill_core.kinds.loading import load_model
 from distill_core.methods.pretrain.latent_diffusion import LatentDiffusion, codec_loss
+from distill_core.recipe.tables import NetworkConfig
 from tests.helpers import entered
 
 CODEC = {"block_out_channels": [8, 8], "norm_num_groups": 4, "mid_block_add_attention": False}

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from distill_core.artifacts import CondSpec
-from distill_core.config import EvaluateConfig, NetworkConfig
 from distill_core.data import build_source
 from distill_core.data.pairs import PairBatch
 from distill_core.errors import ConfigError
@@ -22,6 +21,7 @@ from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.routed import RoutedDenoiser
+from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 from tests.helpers import tiny_text_to_image
 from tests.oracles import AffineDenoiser, Pusher
 

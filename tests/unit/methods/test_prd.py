@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from distill_core.artifacts import SceneSpec
-from distill_core.config import EvaluateConfig, NetworkConfig, load_recipe
 from distill_core.data.analytic_scenes import InverseScene
 from distill_core.data.digits import Digits
 from distill_core.data.scenes import PosedImages
@@ -15,11 +14,13 @@ from distill_core.errors import ConfigError
 from distill_core.method import Batch
 from distill_core.methods.radiance.prd import PRD, STAGES, Stage, density_normals, exposure
 from distill_core.networks.fields import build_field
-from distill_core.radiance.cameras import orbit_camera
-from distill_core.radiance.environment import EnvironmentLight, texels
-from distill_core.radiance.inverse_scene import GLOWS, environment, glow, render_inverse_scene
-from distill_core.radiance.renderer import Scene
-from distill_core.radiance.shading import GBuffer
+from distill_core.radiance.analytic.inverse import GLOWS, environment, glow, render_inverse_scene
+from distill_core.radiance.cameras.camera import orbit_camera
+from distill_core.radiance.light.environment import EnvironmentLight, texels
+from distill_core.radiance.light.shading import GBuffer
+from distill_core.radiance.scenes.scene import Scene
+from distill_core.recipe import load_recipe
+from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 from tests.helpers import previewed
 
 NETWORK = NetworkConfig(

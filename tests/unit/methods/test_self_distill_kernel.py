@@ -7,9 +7,9 @@ import pytest
 import torch
 from sklearn.kernel_ridge import KernelRidge
 
-from distill_core.config import NetworkConfig
 from distill_core.methods.recognition.self_distill_kernel import best_alpha, limit, mixed_targets
 from distill_core.networks.predictors import build_network
+from distill_core.recipe.tables import NetworkConfig
 from tests.helpers import tiny_trainer
 
 # 11 points of the paper's illustration (gamma 80, ridge 0.2) and its losses by round, from its repository's README

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
-from distill_core.config import EvaluateConfig, NetworkConfig
 from distill_core.data import build_source
 from distill_core.data.source import ArrayPixels, Source
 from distill_core.errors import ConfigError, DataError
@@ -20,6 +19,7 @@ from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.tileable import untiled
+from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 from tests.oracles import AffineDenoiser
 
 FAMILIES = ("checks", "dots")

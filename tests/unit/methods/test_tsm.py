@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill_core.config import EvaluateConfig
 from distill_core.data import build_source
 from distill_core.errors import ConfigError
 from distill_core.method import Batch
 from distill_core.methods.diffusion.tsm import TSM
+from distill_core.recipe.tables import EvaluateConfig
 from tests.oracles import AffineDenoiser
 
 MEAN, STD = 0.6, 0.3

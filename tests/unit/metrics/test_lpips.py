@@ -6,9 +6,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distill_core import api
-from distill_core.config import load_recipe
 from distill_core.errors import DataError, NotFound
 from distill_core.metrics.lpips import LPIPS
+from distill_core.recipe import load_recipe
 
 CHANNELS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.adapters import LoraDenoiser, combined
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_new import build_denoiser
+from distill_core.recipe.tables import LoraConfig, NetworkConfig
 
 ARGS = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 4}
 UNET = {

@@ -9,13 +9,13 @@ import peft
 import pytest
 import torch
 
-from distill_core.config import NetworkConfig
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.adapters import LoraConfig, LoraDenoiser, combined, plain
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
+from distill_core.recipe.tables import NetworkConfig
 from distill_core.training.ema import EMA
 from tests.helpers import TINY_NETWORKS, WITH_ATTENTION, tiny_text_to_image
 

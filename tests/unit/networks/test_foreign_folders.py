@@ -321,8 +321,8 @@ def test_a_codec_that_is_named_and_not_there_is_refused(sd):
 
 
 def test_a_new_network_is_refused_by_the_same_keys():
-    from distill_core.config import NetworkConfig
     from distill_core.networks.diffusers_new import build_denoiser
+    from distill_core.recipe.tables import NetworkConfig
 
     config = NetworkConfig(name="UNet2DModel", args={**TINY_UNET, "time_embedding_type": "fourier"})
     with pytest.raises(ConfigError, match="time_embedding_type = fourier, which is not understood"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distill_core import api
-from distill_core.config import load_recipe
 from distill_core.networks.diffusers_io import load_denoiser
+from distill_core.recipe import load_recipe
 from tests.helpers import tiny_text_to_image
 
 BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from distill_core.artifacts import Manifest
-from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.diffusion.routing import class_parts, prompt_parts
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds.cards import described, generator_card
@@ -24,6 +23,7 @@ from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.routed import ConditionPartition, RoutedDenoiser, StoredExperts
+from distill_core.recipe.tables import LoraConfig, NetworkConfig
 from tests.helpers import tiny_text_to_image
 
 DIT = NetworkConfig(

@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
-from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.steering import PlainAttention, with_negative
+from distill_core.recipe.tables import LoraConfig, NetworkConfig
 from tests.helpers import tiny_sdxl, tiny_text_to_image
 
 PROMPTS, NEGATIVES = ["a cat", "a dog", "two cats"], ["dog", "cat", "rain"]

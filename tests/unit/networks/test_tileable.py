@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill_core.config import LoraConfig, NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
@@ -24,6 +23,7 @@ from distill_core.networks.tileable import (
     make_tileable,
     untiled,
 )
+from distill_core.recipe.tables import LoraConfig, NetworkConfig
 from tests.helpers import tiny_text_to_image
 
 SIGMA = torch.tensor([1.0, 1.0])

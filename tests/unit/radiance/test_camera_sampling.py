@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from distill_core.errors import ConfigError
-from distill_core.radiance.camera_sampling import (
+from distill_core.radiance.cameras.camera import look_at
+from distill_core.radiance.cameras.sampling import (
     POSES_PER_DEGREE,
     PoseConfig,
     draw_poses,
@@ -14,7 +15,6 @@ from distill_core.radiance.camera_sampling import (
     look_at_centre,
     turned,
 )
-from distill_core.radiance.cameras import look_at
 
 
 @pytest.fixture(autouse=True)

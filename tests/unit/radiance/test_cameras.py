@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distill_core.errors import ConfigError
-from distill_core.radiance.cameras import Camera, look_at, orbit_camera
-from distill_core.radiance.sh import spherical_harmonics
+from distill_core.radiance.cameras.camera import Camera, look_at, orbit_camera
+from distill_core.radiance.light.spherical_harmonics import spherical_harmonics
 
 EYE = torch.eye(4)
 

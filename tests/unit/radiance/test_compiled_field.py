@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 
-from distill_core.config import load_recipe
 from distill_core.data.scenes import ProceduralScene
 from distill_core.method import Batch
 from distill_core.methods import find_method
+from distill_core.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from distill_core.config import load_recipe
 from distill_core.data.scenes import ProceduralScene
 from distill_core.errors import DataError
 from distill_core.kinds.field.card import Evaluate as EvaluateConfig
 from distill_core.methods import find_method
 from distill_core.metrics.image import depth_error
-from distill_core.radiance.cameras import Camera, look_at
-from distill_core.radiance.closed_form import closed_form_scene
-from distill_core.radiance.march import step_length
-from distill_core.radiance.procedural import SPHERE_CENTRE, SPHERE_RADIUS, procedural_distance
-from distill_core.radiance.renderer import render
+from distill_core.radiance.analytic.closed_form import closed_form_scene
+from distill_core.radiance.analytic.procedural import SPHERE_CENTRE, SPHERE_RADIUS, procedural_distance
+from distill_core.radiance.cameras.camera import Camera, look_at
+from distill_core.radiance.rendering.march import step_length
+from distill_core.radiance.scenes.scene import render
+from distill_core.recipe import load_recipe
 
 
 def test_the_error_is_the_mean_over_covered_pixels():

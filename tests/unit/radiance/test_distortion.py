@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from distill_core.errors import ConfigError
-from distill_core.radiance.cameras import Camera
-from distill_core.radiance.distortion import distort, look_through
+from distill_core.radiance.cameras.camera import Camera
+from distill_core.radiance.cameras.distortion import distort, look_through
 
 FOX = (0.058, -0.081, 0.0, 0.0, -0.0005, 0.0008)  # like a telephone's lens
 FISHEYE = (0.05, -0.01, 0.002, -0.0003, 0.0, 0.0)

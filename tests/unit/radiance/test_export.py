@@ -13,14 +13,14 @@ from distill_core.artifacts import SceneSpec
 from distill_core.data.captures import CapturedScene
 from distill_core.errors import ArtifactError, ConfigError, DataError
 from distill_core.networks.fields.base import FieldSample
-from distill_core.radiance.cameras import Camera, orbit_camera
+from distill_core.radiance.cameras.camera import Camera, orbit_camera
 from distill_core.radiance.export.dataset import orbit_cameras, read_cameras, save_dataset
 from distill_core.radiance.export.frame import from_input, similarity, to_input
 from distill_core.radiance.export.mesh import mesh_of, save_mesh
 from distill_core.radiance.export.splats import load_splats, moved, save_splats
-from distill_core.radiance.gaussians import GaussianModel, GaussianScene, rasterize
-from distill_core.radiance.renderer import Scene, render
-from distill_core.radiance.seeding import seed_gaussians
+from distill_core.radiance.scenes.gaussian_seeding import seed_gaussians
+from distill_core.radiance.scenes.gaussians import GaussianModel, GaussianScene, rasterize
+from distill_core.radiance.scenes.scene import Scene, render
 
 RADIUS, SHARPNESS = 0.55, 40.0
 TURN = Rotation.from_euler("xyz", [20, -35, 50], degrees=True).as_matrix()

@@ -8,20 +8,20 @@ import torch
 import trimesh
 
 from distill_core.artifacts import SceneSpec
-from distill_core.config import NetworkConfig
 from distill_core.data.captures import CapturedScene
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.fields import build_field
+from distill_core.radiance.analytic.procedural import signed_distances
 from distill_core.radiance.export.scene import export_scene, import_splats
-from distill_core.radiance.gaussians import (
+from distill_core.radiance.scenes.gaussians import (
     GaussianModel,
     GaussianScene,
     load_gaussians,
     render_gaussians,
     save_gaussians,
 )
-from distill_core.radiance.procedural import signed_distances
-from distill_core.radiance.renderer import Scene, save_scene
+from distill_core.radiance.scenes.scene import Scene, save_scene
+from distill_core.recipe.tables import NetworkConfig
 from distillery_cli.app import main
 
 SPEC = SceneSpec(field="analytic", bound=1.0, radius=2.8)

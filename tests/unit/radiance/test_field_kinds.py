@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from distill_core.artifacts import SceneSpec
-from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.networks.fields import build_field
 from distill_core.networks.fields.analytic import SOLID_DENSITY
 from distill_core.networks.fields.tensors import SparseField, TensorsConfig, TensorsField, touched_vertices
-from distill_core.radiance import alcove, procedural
-from distill_core.radiance.cameras import orbit_camera
-from distill_core.radiance.occupancy import is_occupied
-from distill_core.radiance.renderer import Scene, load_scene, render, save_scene
-from distill_core.radiance.sh import spherical_harmonics
+from distill_core.radiance.analytic import alcove, procedural
+from distill_core.radiance.cameras.camera import orbit_camera
+from distill_core.radiance.light.spherical_harmonics import spherical_harmonics
+from distill_core.radiance.rendering.occupancy import is_occupied
+from distill_core.radiance.scenes.scene import Scene, load_scene, render, save_scene
+from distill_core.recipe.tables import NetworkConfig
 
 SMALL = {"resolution": 5, "density_rank": 2, "color_rank": 3, "geo_dim": 4}
 

@@ -6,19 +6,20 @@ from torch import nn
 
 from distill_core import api
 from distill_core.artifacts import SceneSpec
-from distill_core.config import EvaluateConfig, load_recipe
 from distill_core.data import build_source
 from distill_core.data.scenes import ProceduralScene
 from distill_core.errors import ConfigError, DataError
 from distill_core.methods import find_method
 from distill_core.methods.radiance.field_to_gaussians import Config, linearized, splat_loss
 from distill_core.networks.fields.base import FieldSample
-from distill_core.radiance.closed_form import closed_form_scene
-from distill_core.radiance.gaussians import Splats, load_gaussians, render_gaussians
-from distill_core.radiance.procedural import shade, signed_distances, surface_normals
-from distill_core.radiance.renderer import Rendering, Scene
-from distill_core.radiance.seeding import seed_gaussians
-from distill_core.radiance.sh import C0
+from distill_core.radiance.analytic.closed_form import closed_form_scene
+from distill_core.radiance.analytic.procedural import shade, signed_distances, surface_normals
+from distill_core.radiance.light.spherical_harmonics import C0
+from distill_core.radiance.scenes.gaussian_seeding import seed_gaussians
+from distill_core.radiance.scenes.gaussians import Splats, load_gaussians, render_gaussians
+from distill_core.radiance.scenes.scene import Rendering, Scene
+from distill_core.recipe import load_recipe
+from distill_core.recipe.tables import EvaluateConfig
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
 from tests.helpers import previewed

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.networks.fields import FIELDS, build_field
 from distill_core.networks.fields.base import clip_straight_through
@@ -15,6 +14,7 @@ from distill_core.networks.fields.hash import (
     corner_weights,
     table_levels,
 )
+from distill_core.recipe.tables import NetworkConfig
 
 TRAINED = sorted(set(FIELDS) - {"analytic"})
 

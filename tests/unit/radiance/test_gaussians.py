@@ -9,9 +9,10 @@ from scipy.spatial.transform import Rotation
 
 from distill_core.artifacts import SceneSpec
 from distill_core.errors import ArtifactError, ConfigError
-from distill_core.radiance import gaussians as module
-from distill_core.radiance.cameras import Camera, look_at, orbit_camera
-from distill_core.radiance.gaussians import (
+from distill_core.radiance.cameras.camera import Camera, look_at, orbit_camera
+from distill_core.radiance.light.spherical_harmonics import C0, C1
+from distill_core.radiance.scenes import gaussians as module
+from distill_core.radiance.scenes.gaussians import (
     DILATION,
     GaussianModel,
     GaussianScene,
@@ -21,7 +22,6 @@ from distill_core.radiance.gaussians import (
     render_gaussians,
     save_gaussians,
 )
-from distill_core.radiance.sh import C0, C1
 
 SPEC = SceneSpec(field="gaussians", bound=1.0, radius=3.0)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from distill_core.artifacts import SceneSpec
-from distill_core.config import EvaluateConfig, ModelSource, NetworkConfig, load_recipe
 from distill_core.data.conditions import Nothing
 from distill_core.data.scenes import ProceduralScene
 from distill_core.errors import ConfigError
@@ -23,11 +22,13 @@ from distill_core.method import Batch
 from distill_core.methods import find_method
 from distill_core.networks.fields import build_field
 from distill_core.networks.fields.transfer import transfer_matching
-from distill_core.radiance.cameras import orbit_camera
-from distill_core.radiance.closed_form import closed_form_scene
-from distill_core.radiance.procedural import render_procedural
-from distill_core.radiance.renderer import Scene, load_scene, render
-from distill_core.radiance.rendering import over
+from distill_core.radiance.analytic.closed_form import closed_form_scene
+from distill_core.radiance.analytic.procedural import render_procedural
+from distill_core.radiance.cameras.camera import orbit_camera
+from distill_core.radiance.rendering.quadrature import over
+from distill_core.radiance.scenes.scene import Scene, load_scene, render
+from distill_core.recipe import load_recipe
+from distill_core.recipe.tables import EvaluateConfig, ModelSource, NetworkConfig
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
 from tests.helpers import previewed

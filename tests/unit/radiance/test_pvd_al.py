@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from distill_core.config import EvaluateConfig, load_recipe
 from distill_core.losses.field_distillation import FieldView
 from distill_core.method import Batch
 from distill_core.methods.radiance.pvd import Chosen
 from distill_core.methods.radiance.pvd_al import critical_points
-from distill_core.radiance.cameras import Rays
-from distill_core.radiance.march import Samples
+from distill_core.radiance.cameras.camera import Rays
+from distill_core.radiance.rendering.march import Samples
+from distill_core.recipe import load_recipe
+from distill_core.recipe.tables import EvaluateConfig
 from distill_core.training.checkpoint import load_latest
 from distill_core.training.hard_examples import HardExamplePool
 from distill_core.training.loop import Trainer

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from distill_core.config import load_recipe
 from distill_core.data.digits import Digits
 from distill_core.data.scenes import BlenderScene, ProceduralScene
 from distill_core.errors import ConfigError, DataError
@@ -17,7 +16,8 @@ from distill_core.kinds.field.card import Evaluate as EvaluateConfig
 from distill_core.method import Batch
 from distill_core.methods import find_method
 from distill_core.metrics.image import psnr, ssim
-from distill_core.radiance.renderer import load_scene, render
+from distill_core.radiance.scenes.scene import load_scene, render
+from distill_core.recipe import load_recipe
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
 from tests.helpers import previewed

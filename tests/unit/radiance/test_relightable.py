@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from distill_core.artifacts import SceneSpec
-from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds.loading import load_model
 from distill_core.networks.fields import build_field
 from distill_core.networks.materials import ALPHA, ALPHA_GAIN, BEGINS, MaterialConfig, MaterialField
-from distill_core.radiance.cameras import orbit_camera
-from distill_core.radiance.environment import EnvironmentLight
-from distill_core.radiance.inverse_scene import environment
-from distill_core.radiance.march import Samples, march
-from distill_core.radiance.relightable import RelightableScene, front_distance, load_relightable
-from distill_core.radiance.renderer import render_samples
-from distill_core.radiance.rendering import over
-from distill_core.radiance.shading import physical
+from distill_core.radiance.analytic.inverse import environment
+from distill_core.radiance.cameras.camera import orbit_camera
+from distill_core.radiance.light.environment import EnvironmentLight
+from distill_core.radiance.light.shading import physical
+from distill_core.radiance.rendering.march import Samples, march
+from distill_core.radiance.rendering.quadrature import over
+from distill_core.radiance.scenes.relightable import RelightableScene, front_distance, load_relightable
+from distill_core.radiance.scenes.scene import render_samples
+from distill_core.recipe.tables import NetworkConfig
 
 NETWORK = NetworkConfig(name="hash", args={"levels": 2, "log2_table_size": 10, "max_resolution": 16})
 MATERIALS = MaterialConfig(network=NETWORK, normal_width=8)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from distill_core.artifacts import SceneSpec
-from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.fields import build_field
-from distill_core.radiance.cameras import Camera, orbit_camera
-from distill_core.radiance.procedural import BOUND, render_procedural
-from distill_core.radiance.renderer import (
+from distill_core.radiance.analytic.procedural import BOUND, render_procedural
+from distill_core.radiance.cameras.camera import Camera, orbit_camera
+from distill_core.radiance.rendering.quadrature import over
+from distill_core.radiance.scenes.scene import (
     RenderStopped,
     Scene,
     SceneLimits,
@@ -19,7 +19,7 @@ from distill_core.radiance.renderer import (
     render,
     save_scene,
 )
-from distill_core.radiance.rendering import over
+from distill_core.recipe.tables import NetworkConfig
 
 SPEC = SceneSpec(field="hash", bound=1.0, radius=2.8)
 FULL = torch.ones(8, 8, 8, dtype=torch.bool)

@@ -7,14 +7,22 @@ import torch
 from torch import nn
 
 from distill_core.artifacts import SceneSpec
-from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError
 from distill_core.networks.fields import FIELDS, build_field
-from distill_core.radiance.cameras import Camera, Rays, orbit_camera
-from distill_core.radiance.march import march
-from distill_core.radiance.occupancy import is_occupied
-from distill_core.radiance.renderer import Scene, bands, develop, refined, render, render_rays, render_samples
-from distill_core.radiance.segments import STOP_TRANSMITTANCE, density_normals, render_tiles
+from distill_core.radiance.cameras.camera import Camera, Rays, orbit_camera
+from distill_core.radiance.rendering.march import march
+from distill_core.radiance.rendering.occupancy import is_occupied
+from distill_core.radiance.rendering.segments import STOP_TRANSMITTANCE, density_normals, render_tiles
+from distill_core.radiance.scenes.scene import (
+    Scene,
+    bands,
+    develop,
+    refined,
+    render,
+    render_rays,
+    render_samples,
+)
+from distill_core.recipe.tables import NetworkConfig
 
 BOUND, STEPS = 1.0, 64
 SPEC = SceneSpec(field="hash", bound=BOUND, radius=2.8)

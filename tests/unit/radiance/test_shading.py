@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from distill_core.errors import ConfigError
-from distill_core.radiance.environment import EnvironmentLight, ggx, look_up, project, texels
-from distill_core.radiance.inverse_scene import environment
-from distill_core.radiance.sh import spherical_harmonics
-from distill_core.radiance.shading import (
+from distill_core.radiance.analytic.inverse import environment
+from distill_core.radiance.light.environment import EnvironmentLight, ggx, look_up, project, texels
+from distill_core.radiance.light.shading import (
     GBuffer,
     blend_progress,
     physical,
@@ -21,6 +20,7 @@ from distill_core.radiance.shading import (
     srgb,
     tone_map,
 )
+from distill_core.radiance.light.spherical_harmonics import spherical_harmonics
 
 FINE = 96  # rows of the map that the integrals are taken over
 

@@ -3,8 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from distill_core.radiance.cameras import Rays, orbit_camera
-from distill_core.radiance.spheres import (
+from distill_core.radiance.analytic.spheres import (
     NOTHING,
     SLAB,
     SLAB_BOTTOM,
@@ -15,6 +14,7 @@ from distill_core.radiance.spheres import (
     pooled,
     resting,
 )
+from distill_core.radiance.cameras.camera import Rays, orbit_camera
 
 SPHERES = resting(torch.tensor([[-0.4, -0.2], [0.4, 0.1]]), torch.tensor([0.4, 0.3]))
 

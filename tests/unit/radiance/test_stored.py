@@ -9,7 +9,7 @@ from torch import nn
 from distill_core.config import Config
 from distill_core.errors import ArtifactError, DataError
 from distill_core.radiance.export.scene import import_splats
-from distill_core.radiance.stored import WEIGHTS, fill, read_description, read_tensors, write_scene
+from distill_core.radiance.scenes.storage import WEIGHTS, fill, read_description, read_tensors, write_scene
 
 
 class Wide(Config):

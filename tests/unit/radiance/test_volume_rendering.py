@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from distill_core.config import NetworkConfig
 from distill_core.networks.fields import build_field
-from distill_core.radiance.cameras import Rays, orbit_camera
-from distill_core.radiance.march import box_interval, fit_budget, march, step_length
-from distill_core.radiance.occupancy import OccupancyGrid, cell_index, is_occupied
-from distill_core.radiance.procedural import signed_distances
-from distill_core.radiance.rendering import composite, over, packed_weights, render_weights
+from distill_core.radiance.analytic.procedural import signed_distances
+from distill_core.radiance.cameras.camera import Rays, orbit_camera
+from distill_core.radiance.rendering.march import box_interval, fit_budget, march, step_length
+from distill_core.radiance.rendering.occupancy import OccupancyGrid, cell_index, is_occupied
+from distill_core.radiance.rendering.quadrature import composite, over, packed_weights, render_weights
+from distill_core.recipe.tables import NetworkConfig
 
 
 def axis_ray(distance: float = 4.0) -> Rays:

@@ -1,4 +1,4 @@
-"""A tiny training, one of several processes: `python -m distill_core.launch 2 tests.unit.training.scale_rank SPEC`."""
+"""A tiny training, one of several processes: `distill_core.job.launch 2 tests.unit.training.scale_rank SPEC`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from distill_core.config import Config, load_recipe
+from distill_core.config import Config
 from distill_core.data import build_source
 from distill_core.errors import EXIT_STOPPED
 from distill_core.method import Method, Update
+from distill_core.recipe import load_recipe
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
 

@@ -1,4 +1,4 @@
-"""Trainings that shard, in one of two processes: `python -m distill_core.launch 2 tests.unit.training.shard_rank SPEC`.
+"""Trainings that shard, in one of two processes: `distill_core.job.launch 2 tests.unit.training.shard_rank SPEC`.
 
 Each process goes through all of `SCENES` in one group, and leaves what it found in `rank-N.json`.
 """
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distill_core import api
-from distill_core.config import Config, load_recipe
+from distill_core.config import Config
 from distill_core.data import build_source
 from distill_core.errors import ConfigError
 from distill_core.losses.matching import over_processes
 from distill_core.method import Method, Update
-from distill_core.radiance.occupancy import OccupancyGrid
+from distill_core.radiance.rendering.occupancy import OccupancyGrid
+from distill_core.recipe import load_recipe
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
 from tests.helpers import tiny_recipe

@@ -11,10 +11,12 @@ from textwrap import dedent
 import pytest
 import torch
 
-from distill_core.config import Config, OptimConfig, load_recipe
+from distill_core.config import Config
 from distill_core.data import build_source
 from distill_core.errors import ArtifactError, ConfigError, DivergedError, Unavailable
 from distill_core.method import Method, Update
+from distill_core.recipe import load_recipe
+from distill_core.recipe.tables import OptimConfig
 from distill_core.training.checkpoint import complete_checkpoints, load_latest, save_checkpoint
 from distill_core.training.loop import Trainer
 from distill_core.training.optimizers import build_optimizer, learning_rate

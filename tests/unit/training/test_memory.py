@@ -8,10 +8,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from distill_core import api
 from distill_core.building import build
-from distill_core.config import load_recipe
 from distill_core.errors import ConfigError, NotFound
 from distill_core.method import Method, Update
 from distill_core.networks.fake_tensors import fake_tensors, is_faked, real_tensors
+from distill_core.recipe import load_recipe
 from distill_core.training.loop import Trainer
 from distill_core.training.memory import LiveBytes, MemoryPlan, plan_memory
 from distill_core.training.run import Run

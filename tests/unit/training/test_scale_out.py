@@ -15,9 +15,9 @@ import psutil
 import pytest
 import torch
 
-from distill_core import launch
-from distill_core.config import load_recipe
 from distill_core.errors import EXIT_STOPPED, ConfigError
+from distill_core.job import launch
+from distill_core.recipe import load_recipe
 from distill_core.training.checkpoint import complete_checkpoints, load_latest
 from tests.helpers import REPOSITORY
 from tests.unit.training import scale_rank
@@ -75,7 +75,7 @@ def launched(
     spec = folder / "spec.json"
     spec.write_text(json.dumps({"run_dir": str(folder), "spec": {"recipe": {}}, **task}))
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "distill_core.launch", "2", module, str(spec)]
+    command = [sys.executable, "-m", "distill_core.job.launch", "2", module, str(spec)]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -135,7 +135,7 @@ PROGRAMS = {
 def start(tmp_path: Path, program: str) -> subprocess.Popen[str]:
     (tmp_path / "program.py").write_text(PROGRAMS[program])
     code = (
-        "import sys; from pathlib import Path; from distill_core import launch; launch._LAST_WORDS_S = 0.1\n"
+        "import sys; from pathlib import Path; from distill_core.job import launch; launch._LAST_WORDS_S = 0.1\n"
         "sys.exit(launch.Launcher().run('program', Path('spec'), [{'RANK': '0'}, {'RANK': '1'}]))"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_core.config import load_recipe
 from distill_core.errors import ConfigError
 from distill_core.kinds.loading import load_model
-from distill_core.radiance.occupancy import OccupancyGrid
+from distill_core.radiance.rendering.occupancy import OccupancyGrid
+from distill_core.recipe import load_recipe
 from distill_core.training.checkpoint import load_latest
 from tests.unit.training import shard_rank
 from tests.unit.training.test_scale_out import launched

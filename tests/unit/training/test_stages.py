@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill_core.config import Config, load_recipe
+from distill_core.config import Config
 from distill_core.data import build_source
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.method import Method, Stage, Update
+from distill_core.recipe import load_recipe
 from distill_core.training.checkpoint import load_latest, save_checkpoint
 from distill_core.training.layout import Replicated
 from distill_core.training.loop import Trainer

@@ -26,11 +26,11 @@ import fsspec
 from distill_core.artifacts.files import entry_of, inside, publishable, verify
 from distill_core.artifacts.manifest import MANIFEST, AliasMove, FileEntry, Manifest
 from distill_core.artifacts.model_card import CARD, model_card
+from distill_core.artifacts.remote import Reached
 from distill_core.artifacts.upgrade import upgraded
 from distill_core.config import check_name, is_reserved_alias
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable, nearest
-from distill_core.paths import user_path
-from distill_core.reached import Reached
+from distill_core.files.paths import user_path
 
 
 class ArtifactStore:

@@ -12,10 +12,10 @@ from torch import Tensor
 from distill_core.artifacts import SceneSpec
 from distill_core.config import Config as SourceConfig
 from distill_core.data.scenes import GOLDEN_ANGLE, PosedImages, SceneSource, check_total
-from distill_core.radiance.cameras import Camera, orbit_camera
-from distill_core.radiance.environment import EnvironmentLight
-from distill_core.radiance.inverse_scene import environment, render_inverse_scene
-from distill_core.radiance.spheres import BOUND
+from distill_core.radiance.analytic.inverse import environment, render_inverse_scene
+from distill_core.radiance.analytic.spheres import BOUND
+from distill_core.radiance.cameras.camera import Camera, orbit_camera
+from distill_core.radiance.light.environment import EnvironmentLight
 
 LOWEST, HIGHEST = 8.0, 65.0  # degrees of elevation
 

@@ -12,7 +12,7 @@ import torch
 from distill_core.data.frames import OPENCV, Box, Capture, Frame, picture_at, read_pose
 from distill_core.data.intrinsics import FISHEYE, Intrinsics
 from distill_core.errors import DataError, missing_package
-from distill_core.radiance.distortion import COEFFICIENTS
+from distill_core.radiance.cameras.distortion import COEFFICIENTS
 
 log = logging.getLogger(__name__)
 MODELS = {  # parameters of COLMAP's camera models, by our names; one that begins with ! must be 0

@@ -13,9 +13,9 @@ from distill_core.config import Config as SourceConfig
 from distill_core.data.analytic_scenes import HIGHEST, LOWEST, AnalyticConfig, posed
 from distill_core.data.scenes import SceneSource
 from distill_core.data.source import ArrayPixels, Source
-from distill_core.radiance.cameras import Camera, orbit_camera
-from distill_core.radiance.coloured_scene import Colour, draw_scene, render_coloured
-from distill_core.radiance.rendering import over
+from distill_core.radiance.analytic.coloured import Colour, draw_scene, render_coloured
+from distill_core.radiance.cameras.camera import Camera, orbit_camera
+from distill_core.radiance.rendering.quadrature import over
 
 BACKGROUND = (1.0, 1.0, 1.0)
 

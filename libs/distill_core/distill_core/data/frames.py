@@ -13,7 +13,7 @@ from torch import Tensor
 from distill_core.data.intrinsics import Intrinsics
 from distill_core.errors import ConfigError, DataError
 from distill_core.pictures import upright_size
-from distill_core.radiance.cameras import check_pose
+from distill_core.radiance.cameras.camera import check_pose
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 OPENCV = torch.diag(

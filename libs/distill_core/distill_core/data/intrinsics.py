@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.errors import DataError
-from distill_core.radiance.distortion import COEFFICIENTS
+from distill_core.radiance.cameras.distortion import COEFFICIENTS
 
 Values = Mapping[str, Any]
 PERSPECTIVE = {  # camera models that are seen through COEFFICIENTS, and the ones of these that they have not

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill_core.config import PairsConfig
 from distill_core.data.source import Source
 from distill_core.diffusion.noise import unit_normals
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_tensors import is_faked
 from distill_core.networks.generation import generate_x0
+from distill_core.recipe.tables import PairsConfig
 
 log = logging.getLogger(__name__)
 SHARD = 1024  # pairs per file: what a kill can cost

@@ -18,8 +18,8 @@ from distill_core.config import Config as SourceConfig
 from distill_core.data.source import Source
 from distill_core.errors import DataError
 from distill_core.method import Batch
-from distill_core.radiance.cameras import Camera, Rays, pixel_rays
-from distill_core.radiance.rendering import over
+from distill_core.radiance.cameras.camera import Camera, Rays, pixel_rays
+from distill_core.radiance.rendering.quadrature import over
 
 MAX_PIXELS = 2**27  # of all views together, 2 GiB in memory
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from distill_core.data.source import existing
 from distill_core.errors import DataError
-from distill_core.plain_text import lines, read_text
+from distill_core.files.text import lines, read_text
 
 MAX_PROMPT_FILE = 64 * 2**20  # bytes
 MAX_PROMPT = 4096  # characters

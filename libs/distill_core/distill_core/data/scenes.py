@@ -17,9 +17,9 @@ from distill_core.data.source import existing
 from distill_core.data.transforms_json import read_transforms
 from distill_core.data.views import load_views
 from distill_core.errors import DataError
-from distill_core.radiance.cameras import Camera, orbit_camera
-from distill_core.radiance.procedural import BOUND as PROCEDURAL_BOUND
-from distill_core.radiance.procedural import procedural_distance, render_procedural
+from distill_core.radiance.analytic.procedural import BOUND as PROCEDURAL_BOUND
+from distill_core.radiance.analytic.procedural import procedural_distance, render_procedural
+from distill_core.radiance.cameras.camera import Camera, orbit_camera
 
 GOLDEN_ANGLE = 180 * (3 - math.sqrt(5))
 BLENDER_BOUND = 1.5  # of NeRF-synthetic scenes

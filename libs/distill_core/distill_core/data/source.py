@@ -16,8 +16,8 @@ from distill_core.config import Config as SourceConfig
 from distill_core.data.augmentation import ViewConfig, augment, draw_views
 from distill_core.data.order import Order, OrderConfig, permutation
 from distill_core.errors import ConfigError, DataError, nearest
+from distill_core.files.paths import there, user_path
 from distill_core.method import Batch, Cond
-from distill_core.paths import there, user_path
 from distill_core.signature import TensorSpec
 
 PICKLE_SUFFIXES = (*FORBIDDEN_SUFFIXES, ".npz", ".joblib")

@@ -14,7 +14,7 @@ import torch
 from distill_core.data.frames import Box, Capture, Frame, Mask, picture_at, read_pose
 from distill_core.data.intrinsics import KEYS, number, read_intrinsics, refuse_unless_neutral
 from distill_core.errors import DataError
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 
 log = logging.getLogger(__name__)
 NGP_SCALE, NGP_OFFSET = 0.33, 0.5  # instant-ngp puts p at 0.33 p + 0.5 of its unit cube

@@ -12,10 +12,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from distill_core.artifacts import Manifest
-from distill_core.config import Config, EvaluateConfig, ModelSource
+from distill_core.config import Config
 from distill_core.data import Source
 from distill_core.kinds import find_card, find_kind
 from distill_core.parity import ParitySample
+from distill_core.recipe.tables import EvaluateConfig, ModelSource
 from distill_core.signature import Signature
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")

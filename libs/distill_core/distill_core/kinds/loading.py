@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.artifacts import ArtifactStore
-from distill_core.config import ModelSource
 from distill_core.errors import ArtifactError
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 from distill_core.kinds import find_kind, kind_names
 from distill_core.kinds.base import Kind, Models
+from distill_core.recipe.tables import ModelSource
 
 Load = Callable[[str], Any]  # the model of a store reference
 

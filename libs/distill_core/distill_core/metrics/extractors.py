@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.errors import ArtifactError
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 from distill_core.networks.clip_io import Clip, load_clip
 from distill_core.pictures import to_uint8
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from distill_core.config import Config
 from distill_core.errors import ArtifactError, ConfigError
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 
 MOST = 10**6  # of ranks: peft makes factors of that many rows before any file is read
 Rank = Annotated[int, Field(ge=1, le=MOST)]

@@ -19,13 +19,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.config import Config, LoraConfig
+from distill_core.config import Config
 from distill_core.errors import ArtifactError, ConfigError
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 from distill_core.kinds.denoiser.card import Card
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_tensors import is_faked
+from distill_core.recipe.tables import LoraConfig
 
 ADAPTER, BASE = "adapter", "base.json"  # in a model's folder; beside peft's files
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill_core.config import Config, Words
 from distill_core.errors import ArtifactError, ConfigError
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 from distill_core.kinds.predictor.card import Card
 from distill_core.signature import Function, TensorSpec
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_core.errors import ArtifactError
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 
 PREPROCESSING = "preprocessor_config.json"
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's own training pictures (Radford et al. 2021)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distill_core.errors import ArtifactError, ConfigError, NotFound
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 from distill_core.networks.denoiser import loading
 from distill_core.networks.diffusers_codec import check_codec
 from distill_core.networks.diffusers_denoiser import SIDECAR, DiffusersDenoiser, Sidecar

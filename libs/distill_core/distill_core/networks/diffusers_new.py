@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
-from distill_core.config import NetworkConfig
 from distill_core.diffusion.schedule import Parameterisation
 from distill_core.errors import ConfigError, nearest, out_of_memory
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser, Sidecar
@@ -18,6 +17,7 @@ from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.foreign.keys import defaults_of, not_understood
 from distill_core.networks.foreign.networks import NETWORKS
 from distill_core.networks.text import text_for
+from distill_core.recipe.tables import NetworkConfig
 
 
 def build_denoiser(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.errors import ArtifactError
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 
 FILES = ("config.json", "scheduler_config.json")
 MOST = 10**6  # the largest vocabularies have a quarter of it

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.config import Config, NetworkConfig
+from distill_core.config import Config
 from distill_core.errors import ConfigError
 from distill_core.networks.fields import build_field
 from distill_core.networks.fields.base import clip_straight_through
 from distill_core.networks.fields.mlp import frequency_encoding
+from distill_core.recipe.tables import NetworkConfig
 
 BEGINS = (0.99, 0.99, 0.99, 0.99, 0.99)  # albedo, roughness, metallic before training
 ALPHA = 0.01  # before training; larger ones fall into the minimum that the method avoids

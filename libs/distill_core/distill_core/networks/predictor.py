@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill_core.config import Config, NetworkConfig
+from distill_core.config import Config
 from distill_core.errors import ArtifactError, ConfigError
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 from distill_core.kinds.predictor.card import Card
 from distill_core.networks.predictors import build_network
+from distill_core.recipe.tables import NetworkConfig
 from distill_core.signature import Function, FunctionName, TensorSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -22,7 +22,7 @@ from distill_core.artifacts.model_card import CARD
 from distill_core.config import Config
 from distill_core.diffusion.routing import ROUTER, PartitionSpec, class_parts, pooled, prompt_parts
 from distill_core.errors import ArtifactError, ConfigError, missing_package
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 from distill_core.kinds.denoiser.card import Card
 from distill_core.method import Cond
 from distill_core.networks.adapters import plain

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from distill_core.config import NetworkConfig
 from distill_core.errors import ArtifactError, ConfigError
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 from distill_core.method import Cond
 from distill_core.networks.fake_tensors import is_faked
 from distill_core.networks.foreign.texts import check_text_model, check_tokenizer
 from distill_core.networks.foreign.weights import variant_of
 from distill_core.networks.foreign_configs import check_numbers
+from distill_core.recipe.tables import NetworkConfig
 
 # Embeddings kept, so that no prompt in use is encoded twice: 1,100 prompts of Stable Diffusion 1.5, 400 of SDXL.
 CACHE_BYTES = 256 * 2**20

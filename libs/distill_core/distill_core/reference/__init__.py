@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from distill_core.config import Recipe
 from distill_core.data import source_types
-from distill_core.described import Key, Table, first_sentence, tables
 from distill_core.kinds import find_card, kind_names
 from distill_core.methods import find_method, method_names
 from distill_core.networks.fields import FIELDS
+from distill_core.recipe import Recipe
+from distill_core.reference.tables import Key, Table, first_sentence, tables
 
 __all__ = ["Key", "Table", "figures", "library_reference", "settings_reference", "words"]
 

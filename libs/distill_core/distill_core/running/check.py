@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill_core.checking import verdict
-from distill_core.config import load_recipe
 from distill_core.context import Context
 from distill_core.errors import ConfigError
+from distill_core.recipe import load_recipe
+from distill_core.recipe.verdicts import verdict
 from distill_core.running.train import missing_first, train
 from distill_core.training.run import Listener
 

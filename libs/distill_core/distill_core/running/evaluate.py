@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from distill_core.config import Recipe
 from distill_core.context import Context
 from distill_core.data import Source, build_source
 from distill_core.errors import ConfigError
 from distill_core.kinds import find_kind
 from distill_core.kinds.base import Evaluator, Measured
 from distill_core.method import Method
+from distill_core.recipe import Recipe
 from distill_core.running.models import load
 
 

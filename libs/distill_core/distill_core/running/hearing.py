@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distill_core.config import Recipe
+from distill_core.recipe import Recipe
 from distill_core.training.run import Listener
 
 should_stop_now: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)

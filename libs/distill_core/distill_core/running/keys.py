@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 
 from distill_core.artifacts import Manifest
-from distill_core.config import Recipe
 from distill_core.context import Context
 from distill_core.method import Method
+from distill_core.recipe import Recipe
 from distill_core.training.run import Run
 
 # before the names of figures, among a manifest's metrics: their grounds, in words

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill_core.config import ModelSource
 from distill_core.context import Context
 from distill_core.errors import ConfigError
 from distill_core.kinds.loading import load_model
 from distill_core.networks.adapters import ADAPTER, LoraDenoiser, combined, has_adapter, plain, read_base
 from distill_core.networks.denoiser import Denoiser
+from distill_core.recipe.tables import ModelSource
 
 
 def load(ref: str, where: Context, *, device: str = "cpu") -> Any:

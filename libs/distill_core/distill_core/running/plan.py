@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from distill_core.building import build
-from distill_core.config import Recipe
 from distill_core.context import Context
 from distill_core.methods import find_method
 from distill_core.networks.fake_tensors import fake_tensors, real_tensors
+from distill_core.recipe import Recipe
 from distill_core.training.memory import MemoryPlan, Unplannable, plan_memory, refusing_values
 
 

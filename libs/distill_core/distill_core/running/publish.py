@@ -9,7 +9,6 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from distill_core.artifacts import Manifest
-from distill_core.config import Recipe
 from distill_core.context import Context
 from distill_core.data import Source
 from distill_core.kinds import find_kind
@@ -18,6 +17,7 @@ from distill_core.kinds.cards import described
 from distill_core.method import Method, Model
 from distill_core.parity import PROBE
 from distill_core.pictures import save_sheet
+from distill_core.recipe import Recipe
 from distill_core.running.keys import move_alias, parents
 from distill_core.training.run import Run
 

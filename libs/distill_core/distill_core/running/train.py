@@ -8,10 +8,10 @@ from pathlib import Path
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.building import build, for_its_teacher
-from distill_core.config import Recipe
 from distill_core.context import Context
 from distill_core.data import Source
 from distill_core.method import Method
+from distill_core.recipe import Recipe
 from distill_core.running.evaluate import evaluator_of, figures_of
 from distill_core.running.hearing import (
     StoppedWhilePreparing,

@@ -14,11 +14,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from distill_core.config import OptimConfig, Recipe
 from distill_core.data.source import Source
 from distill_core.errors import ArtifactError, ConfigError, DivergedError, nearest
 from distill_core.kinds import find_kind
 from distill_core.method import Batch, Method, Update
+from distill_core.recipe import Recipe
+from distill_core.recipe.tables import OptimConfig
 from distill_core.training.checkpoint import (
     complete_checkpoints,
     load_latest,

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from distill_core.config import Recipe
 from distill_core.data.source import Source
 from distill_core.errors import ConfigError
 from distill_core.method import Batch, Method
 from distill_core.networks.fake_tensors import real_tensors
+from distill_core.recipe import Recipe
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
 

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from distill_core.config import Recipe
+from distill_core.recipe import Recipe
 from distill_core.training.run import Run
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill_core.config import OptimConfig
+from distill_core.recipe.tables import OptimConfig
 
 
 def build_optimizer(

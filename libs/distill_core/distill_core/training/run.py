@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from distill_core.config import Recipe
+from distill_core.files.text import lines, read_text
 from distill_core.pictures import save_sheet
-from distill_core.plain_text import lines, read_text
+from distill_core.recipe import Recipe
 
 Listener = Callable[
     [dict[str, Any]], None

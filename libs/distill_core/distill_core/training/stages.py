@@ -9,9 +9,9 @@ from itertools import pairwise
 
 from torch import nn
 
-from distill_core.config import OptimConfig, StageConfig
 from distill_core.errors import ConfigError, nearest
 from distill_core.method import Method, Stage
+from distill_core.recipe.tables import OptimConfig, StageConfig
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from distill_core.errors import Unavailable
-from distill_core.paths import url_of
+from distill_core.files.paths import url_of
 from distill_service.jobs.guard import guarded
 from distill_service.settings import Settings
 

@@ -14,7 +14,7 @@ import structlog
 from celery import Celery
 from kombu.exceptions import ChannelError, OperationalError
 
-from distill_core.paths import path_of
+from distill_core.files.paths import path_of
 
 RUN_NEXT = "distillery.run_next"
 _FOLDER = "filesystem"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from distill_core.config import Recipe
+from distill_core.recipe import Recipe
 from distill_service.jobs.guard import guarded
 from distill_service.jobs.queue import Claim
 
@@ -74,7 +74,9 @@ class Child:
     def __init__(
         self, module: str, spec: Path, *, log: Path, cwd: Path | None = None, processes: int = 1
     ) -> None:
-        launch = ["-m", "distill_core.launch", str(processes), module] if processes > 1 else ["-m", module]
+        launch = (
+            ["-m", "distill_core.job.launch", str(processes), module] if processes > 1 else ["-m", module]
+        )
         lock = _take_folder(spec.parent / ".lock")
         try:
             # Blank first: room for the holder on a full disk, and no earlier process is taken for this one.

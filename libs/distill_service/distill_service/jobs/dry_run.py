@@ -53,7 +53,7 @@ class DryRuns:
         spec = folder / "spec.json"
         spec.write_text(json.dumps(self._spec(drafts, folder)), encoding="utf-8")
         process = await asyncio.create_subprocess_exec(
-            *guarded(sys.executable, "-m", "distill_core.run", str(spec)),
+            *guarded(sys.executable, "-m", "distill_core.job.entry", str(spec)),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -23,8 +23,8 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from distill_core.artifacts import ArtifactStore
+from distill_core.artifacts.garbage import Found, find_garbage, remove_upload, remove_version
 from distill_core.errors import ConfigError
-from distill_core.store_garbage import Found, find_garbage, remove_upload, remove_version
 from distill_service.jobs.database import Database
 from distill_service.jobs.states import now
 from distill_service.jobs.table import ENDED, STOPPED, Event, Job, Parent

@@ -1,7 +1,7 @@
 """Which of a worker's files a submitted job may name: those under the data roots, and no others.
 
 This check goes by the names of keys and by what looks like a path, so that it needs no model library. The binding one
-is the job's own process's, which walks the schemas of the recipe's tables (`distill_core.recipe_paths`).
+is the job's own process's, which walks the schemas of the recipe's tables (`distill_core.recipe.paths`).
 
 Training in one's own process (`distillery train`) is not concerned: there the files are the caller's own.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distill_core.paths import check_readable, looks_like_path, user_path
+from distill_core.files.paths import check_readable, looks_like_path, user_path
 from distill_service.settings import Settings
 
 PATH_KEYS = frozenset({"path", "lpips"})  # keys of a recipe whose value is a file or folder

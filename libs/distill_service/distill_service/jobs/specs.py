@@ -11,15 +11,10 @@ from typing import Any
 
 from pydantic import Field
 
-from distill_core.config import (
-    NAME_PATTERN,
-    Config,
-    EvaluateConfig,
-    Recipe,
-    check_name,
-    load_recipe,
-)
+from distill_core.config import NAME_PATTERN, Config, check_name
 from distill_core.errors import ConfigError, DistilleryError, nearest
+from distill_core.recipe import Recipe, load_recipe
+from distill_core.recipe.tables import EvaluateConfig
 from distill_service.jobs.table import Kind
 
 MAX_SPEC_BYTES = 256 * 1024

@@ -25,8 +25,8 @@ from distill_service.jobs.table import processes_of
 from distill_service.settings import Settings
 
 COMMANDS = {
-    "train": "distill_core.run",
-    "evaluate": "distill_core.run",
+    "train": "distill_core.job.entry",
+    "evaluate": "distill_core.job.entry",
     "convert": "distillery_converter.run",
 }
 _POLL_S = 0.25  # how often a cancel is looked for

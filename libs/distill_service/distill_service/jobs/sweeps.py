@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from distill_core.config import parse_overrides
 from distill_core.errors import ConfigError, DistilleryError
+from distill_core.recipe import parse_overrides
 from distill_service.jobs.specs import Draft, draft_train
 
 MAX_AXES = 8

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 from distill_core.artifacts import Manifest
-from distill_core.networks.engine_building import fitting
-from distill_core.networks.engines import open_engine, this_host
+from distill_core.tensorrt.building import fitting
+from distill_core.tensorrt.engines import open_engine, this_host
 from distillery_sampler.backends.base import Generator
 from distillery_sampler.backends.fixed import OneThread
 from distillery_sampler.backends.graph_generator import GraphGenerator

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from distill_core.artifacts import Manifest
-from distill_core.config import ModelSource
 from distill_core.diffusion.image_to_image import Beginning
 from distill_core.diffusion.sampling import sample
 from distill_core.errors import ArtifactError
@@ -24,8 +23,9 @@ from distill_core.networks.denoiser import Denoiser, loading
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.routed import StoredExperts
 from distill_core.networks.steering import with_negative
-from distill_core.radiance.cameras import Camera, focal_length, orbit_camera
-from distill_core.radiance.renderer import develop, load_scene, refined, render_rays
+from distill_core.radiance.cameras.camera import Camera, focal_length, orbit_camera
+from distill_core.radiance.scenes.scene import develop, load_scene, refined, render_rays
+from distill_core.recipe.tables import ModelSource
 from distillery_sampler.backends.base import Backend, Generator, SceneRenderer, noise
 from distillery_sampler.backends.experts import log_expert
 from distillery_sampler.backends.fixed import OneThread

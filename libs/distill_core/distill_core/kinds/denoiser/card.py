@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
-from distill_core.config import Config, EvaluateConfig, ModelSource
+from distill_core.config import Config
 from distill_core.diffusion.routing import PartitionSpec
+from distill_core.recipe.tables import EvaluateConfig, ModelSource
 from distill_core.signature import Signature
 
 SERVED = "generate"

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from distill_core.artifacts import SamplerSpec
-from distill_core.config import ModelSource
 from distill_core.data import Source, build_source
 from distill_core.data.classes import answers_in_order, check_classes, class_names, in_order
 from distill_core.errors import ArtifactError, ConfigError, NotFound
@@ -34,6 +33,7 @@ from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.classifier import Classifier
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.generation import default_cond, generate_x0
+from distill_core.recipe.tables import ModelSource
 
 log = logging.getLogger(__name__)
 SCORES = {"clip": "clip_score", "preference": "preference_score"}  # key of [evaluate] -> figure

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.artifacts import MANIFEST
-from distill_core.config import EvaluateConfig
 from distill_core.data import Source
 from distill_core.data.classes import use_classes_of
 from distill_core.data.scenes import SceneSource
 from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 from distill_core.kinds.base import Kind, Models
 from distill_core.kinds.denoiser.card import Evaluate
 from distill_core.kinds.denoiser.evaluation import Evaluator, load_evaluator
@@ -26,6 +25,7 @@ from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.generation import generate, preview
 from distill_core.parity import SEED, ParitySample
+from distill_core.recipe.tables import EvaluateConfig
 
 EXAMPLES = 10  # prompts that a text-conditional model keeps for previews
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from distill_core.artifacts import SceneSpec
-from distill_core.config import Config, DataPath, EvaluateConfig
+from distill_core.config import Config, DataPath
+from distill_core.recipe.tables import EvaluateConfig
 from distill_core.signature import Signature
 
 SERVED = "render"

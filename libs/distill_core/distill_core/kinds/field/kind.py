@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from distill_core.artifacts import SceneSpec
-from distill_core.config import EvaluateConfig
 from distill_core.data import Source
 from distill_core.data.scenes import SceneSource
 from distill_core.errors import ConfigError
+from distill_core.files.paths import user_path
 from distill_core.kinds.base import Kind, Models
 from distill_core.kinds.field.card import Evaluate
 from distill_core.kinds.loading import config_kind
 from distill_core.metrics.lpips import LPIPS
 from distill_core.networks.fake_tensors import real_tensors
 from distill_core.parity import SEED, ParitySample
-from distill_core.paths import user_path
-from distill_core.radiance.cameras import Camera, orbit_camera
-from distill_core.radiance.renderer import Scene, load_scene, parity_view, render
+from distill_core.radiance.cameras.camera import Camera, orbit_camera
+from distill_core.radiance.scenes.scene import Scene, load_scene, parity_view, render
+from distill_core.recipe.tables import EvaluateConfig
 
 VIEWS = 4  # of a preview
 ELEVATION, SIDE = 20.0, 96  # of an orbit's views, where the data has none: degrees, pixels

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from distill_core.kinds.base import Models
 from distill_core.kinds.field.kind import SceneKind
-from distill_core.radiance.cameras import Camera
-from distill_core.radiance.gaussians import GaussianScene, load_gaussians, render_gaussians
+from distill_core.radiance.cameras.camera import Camera
+from distill_core.radiance.scenes.gaussians import GaussianScene, load_gaussians, render_gaussians
 
 
 class GaussiansKind(SceneKind):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from distill_core.kinds.base import Models
 from distill_core.kinds.field.kind import SceneKind
-from distill_core.radiance.cameras import Camera
-from distill_core.radiance.latent_scene import LatentScene, load_latent_scene
+from distill_core.radiance.cameras.camera import Camera
+from distill_core.radiance.scenes.latent import LatentScene, load_latent_scene
 
 
 class LatentFieldKind(SceneKind):

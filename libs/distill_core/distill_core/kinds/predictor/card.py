@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
-from distill_core.config import Config, EvaluateConfig
+from distill_core.config import Config
+from distill_core.recipe.tables import EvaluateConfig
 from distill_core.signature import Function, FunctionName, Signature
 
 SERVED = "call"

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.artifacts import Manifest
-from distill_core.config import EvaluateConfig
 from distill_core.data import Source, build_source
 from distill_core.data.classes import use_class_names
 from distill_core.errors import ConfigError
@@ -22,6 +21,7 @@ from distill_core.metrics.classification import accuracy, calibration_error, neg
 from distill_core.networks.classifier import load_classifier
 from distill_core.networks.clip_io import load_clip
 from distill_core.networks.predictor import load_predictor
+from distill_core.recipe.tables import EvaluateConfig
 from distill_core.signature import Function, TensorSpec
 
 LOADERS: dict[str, Callable[..., Any]] = {  # by what config.json says that the folder holds

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.config import EvaluateConfig
 from distill_core.data.pairs import PairBatch, Pairs
 from distill_core.errors import ConfigError
 from distill_core.losses.frequency import CUTOFF, high_frequency_distance
@@ -28,6 +27,7 @@ from distill_core.metrics.texture import high_frequency_ratio
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.levels import few_step_sampler, student_levels
 from distill_core.networks.perceptual import FeatureDistance
+from distill_core.recipe.tables import EvaluateConfig
 
 BALANCED_ON = 64  # pairs on which the two terms begin equal
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.config import EvaluateConfig
 from distill_core.data.classes import naming_classes
 from distill_core.diffusion.sampling import few_step
 from distill_core.errors import ConfigError
@@ -28,6 +27,7 @@ from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.classifier import Classifier
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.generation import default_cond, generate
+from distill_core.recipe.tables import EvaluateConfig
 
 STRENGTHS = {"off": 0.0, "half": 0.5, "full": 1.0}  # b, by the names of the figures
 

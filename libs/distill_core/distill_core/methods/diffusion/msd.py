@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.config import EvaluateConfig
 from distill_core.data.pairs import Pairs
 from distill_core.data.source import Source
 from distill_core.diffusion.routing import pooled
@@ -27,6 +26,7 @@ from distill_core.methods.diffusion.dmd2 import Config as DMD2Config
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_score import FakeScore
 from distill_core.networks.routed import ConditionPartition, RoutedDenoiser, RoutedFakeScore
+from distill_core.recipe.tables import EvaluateConfig
 
 MAX_PROMPTS = 20_000  # that the clusters are made from
 CHUNK = 256

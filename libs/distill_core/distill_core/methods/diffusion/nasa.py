@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from pydantic import Field
 
-from distill_core.config import EvaluateConfig, Words
+from distill_core.config import Words
 from distill_core.data.source import Source
 from distill_core.errors import ConfigError
 from distill_core.method import Batch, Cond, Update
@@ -24,6 +24,7 @@ from distill_core.methods.diffusion.pg_sb import Config as PGSBConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.steering import NEGATIVE, with_negative
+from distill_core.recipe.tables import EvaluateConfig
 
 
 class Config(PGSBConfig):

@@ -19,7 +19,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.config import EvaluateConfig
 from distill_core.data.classes import naming_classes
 from distill_core.data.source import Source
 from distill_core.errors import ConfigError
@@ -36,6 +35,7 @@ from distill_core.metrics.diversity import within_class_std
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.denoiser import Denoiser, expand
 from distill_core.networks.generation import default_cond, generate
+from distill_core.recipe.tables import EvaluateConfig
 
 Pair = tuple[Tensor, Tensor]  # of the preferred sample, and of the student's own; (B,) each
 RANKING_BATCH = 256

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from distill_core.config import DataTable, EvaluateConfig
+from distill_core.config import DataTable
 from distill_core.data import Source, build_source
 from distill_core.data.classes import use_classes_of
 from distill_core.errors import ConfigError, DataError
@@ -32,6 +32,7 @@ from distill_core.networks.discriminator import NoisyDiscriminator
 from distill_core.networks.generation import generate
 from distill_core.networks.levels import Levels, descending, few_step_sampler, student_levels
 from distill_core.networks.tileable import TiledDenoiser, Tiling, make_tileable, untiled
+from distill_core.recipe.tables import EvaluateConfig
 
 NUM_LEVELS = 4  # of a student whose recipe does not say them
 

@@ -15,12 +15,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from distill_core.config import EvaluateConfig
 from distill_core.data.source import Source
 from distill_core.losses.denoising import add_noise, denoising_loss
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.levels import Levels, descending, student_levels
+from distill_core.recipe.tables import EvaluateConfig
 
 
 class Config(MethodConfig):

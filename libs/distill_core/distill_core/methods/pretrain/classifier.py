@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.config import DataTable, EvaluateConfig, NetworkConfig
+from distill_core.config import DataTable
 from distill_core.data import Source, build_source
 from distill_core.errors import ConfigError, DataError, nearest
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.metrics.classification import accuracy, calibration_error, negative_log_likelihood
 from distill_core.networks.classifier import Classifier, ClassifierConfig, answers
+from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 
 
 class Config(MethodConfig):

@@ -12,12 +12,12 @@ from typing import Self
 import torch
 from pydantic import Field, model_validator
 
-from distill_core.config import NetworkConfig
 from distill_core.data.source import Source
 from distill_core.losses.denoising import add_noise, denoising_loss
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import drop_condition
+from distill_core.recipe.tables import NetworkConfig
 
 
 class Config(MethodConfig):

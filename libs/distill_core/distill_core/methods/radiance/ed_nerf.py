@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distill_core.config import EvaluateConfig, NetworkConfig, Words
+from distill_core.config import Words
 from distill_core.data.coloured_objects import ColouredObjectScene
 from distill_core.data.scenes import SceneSource
 from distill_core.errors import ConfigError, nearest
@@ -33,12 +33,13 @@ from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.fields import build_field
 from distill_core.networks.refinement import RefinementConfig, RefinementHead
-from distill_core.radiance.cameras import Rays
-from distill_core.radiance.coloured_scene import COLOURS
-from distill_core.radiance.latent_scene import Box, LatentScene, latent_rays
-from distill_core.radiance.march import step_length
-from distill_core.radiance.occupancy import OccupancyGrid
-from distill_core.radiance.rendering import over
+from distill_core.radiance.analytic.coloured import COLOURS
+from distill_core.radiance.cameras.camera import Rays
+from distill_core.radiance.rendering.march import step_length
+from distill_core.radiance.rendering.occupancy import OccupancyGrid
+from distill_core.radiance.rendering.quadrature import over
+from distill_core.radiance.scenes.latent import Box, LatentScene, latent_rays
+from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 
 ENCODED = 8  # pictures at once
 

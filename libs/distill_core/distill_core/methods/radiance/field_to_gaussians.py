@@ -15,22 +15,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.config import EvaluateConfig
 from distill_core.errors import ConfigError
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.metrics.image import psnr
-from distill_core.radiance.camera_sampling import PoseConfig, draw_poses
-from distill_core.radiance.cameras import Camera, focal_length
-from distill_core.radiance.gaussians import (
+from distill_core.radiance.cameras.camera import Camera, focal_length
+from distill_core.radiance.cameras.sampling import PoseConfig, draw_poses
+from distill_core.radiance.rendering.quadrature import over
+from distill_core.radiance.scenes.gaussian_seeding import seed_gaussians
+from distill_core.radiance.scenes.gaussians import (
     GaussianModel,
     GaussianScene,
     Splats,
     rasterize,
     render_gaussians,
 )
-from distill_core.radiance.renderer import Rendering, Scene, render
-from distill_core.radiance.rendering import over
-from distill_core.radiance.seeding import seed_gaussians
+from distill_core.radiance.scenes.scene import Rendering, Scene, render
+from distill_core.recipe.tables import EvaluateConfig
 
 BLACK = (0.0, 0.0, 0.0)
 

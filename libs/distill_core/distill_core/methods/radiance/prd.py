@@ -1,6 +1,6 @@
 """PRD: light and materials distilled out of a trained radiance field, as far as a physical model explains the pixels.
 
-    I = alpha I_phy + (1 - alpha) I_raw,        I_phy = (1 - m) I_diff + I_spec       (radiance/shading.py)
+    I = alpha I_phy + (1 - alpha) I_raw,        I_phy = (1 - m) I_diff + I_spec       (radiance/light/shading.py)
     L = L_rgb(I, I_image) + w_alpha |mask - alpha|^2 + w_light sum |L_env - mean_rgb L_env| + w_n (1 - n.n_density)
     L_rgb = 0.8 |.| + 0.2 (1 - SSIM)
 
@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from distill_core.config import EvaluateConfig
 from distill_core.data.analytic_scenes import InverseScene
 from distill_core.data.scenes import GOLDEN_ANGLE, PosedImages, SceneSource
 from distill_core.errors import ConfigError
@@ -35,13 +34,14 @@ from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.metrics.image import psnr
 from distill_core.networks.fields import RadianceField
 from distill_core.networks.materials import MaterialConfig, MaterialField
-from distill_core.radiance.cameras import Rays
-from distill_core.radiance.environment import EnvironmentLight, texels
-from distill_core.radiance.march import step_length
-from distill_core.radiance.relightable import RelightableScene
-from distill_core.radiance.renderer import Scene, render
-from distill_core.radiance.rendering import over
-from distill_core.radiance.shading import GBuffer
+from distill_core.radiance.cameras.camera import Rays
+from distill_core.radiance.light.environment import EnvironmentLight, texels
+from distill_core.radiance.light.shading import GBuffer
+from distill_core.radiance.rendering.march import step_length
+from distill_core.radiance.rendering.quadrature import over
+from distill_core.radiance.scenes.relightable import RelightableScene
+from distill_core.radiance.scenes.scene import Scene, render
+from distill_core.recipe.tables import EvaluateConfig
 
 NORMAL_RAYS, NORMAL_TAPS = 128, 20  # looked at per step, and around each for the density's gradient
 SURE = 0.9  # a pixel counts as inside or outside a region, or as surface, when this share of it is

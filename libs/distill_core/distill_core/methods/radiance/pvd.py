@@ -17,7 +17,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.config import EvaluateConfig, NetworkConfig
 from distill_core.data import Source
 from distill_core.data.scenes import SceneSource
 from distill_core.errors import ConfigError
@@ -34,11 +33,12 @@ from distill_core.networks.fields import RadianceField, build_field
 from distill_core.networks.fields.base import clip_straight_through
 from distill_core.networks.fields.regularizers import RegularizerWeights, check_trainable, regularization
 from distill_core.networks.fields.transfer import features_compare, transfer_matching
-from distill_core.radiance.camera_sampling import PoseConfig, draw_poses, draw_rays
-from distill_core.radiance.cameras import Camera, Rays, focal_length
-from distill_core.radiance.march import Samples, fit_budget, march
-from distill_core.radiance.renderer import Scene, render
-from distill_core.radiance.rendering import composite, over, packed_weights
+from distill_core.radiance.cameras.camera import Camera, Rays, focal_length
+from distill_core.radiance.cameras.sampling import PoseConfig, draw_poses, draw_rays
+from distill_core.radiance.rendering.march import Samples, fit_budget, march
+from distill_core.radiance.rendering.quadrature import composite, over, packed_weights
+from distill_core.radiance.scenes.scene import Scene, render
+from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 
 MAX_PSNR = 100.0  # dB, of pictures that are equal
 

@@ -16,15 +16,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.config import EvaluateConfig, NetworkConfig
 from distill_core.data import Source
 from distill_core.losses.field_distillation import FieldView
 from distill_core.methods.radiance.pvd import PVD, Chosen
 from distill_core.methods.radiance.pvd import Config as PVDConfig
-from distill_core.radiance.camera_sampling import turned
-from distill_core.radiance.cameras import Rays
-from distill_core.radiance.march import Samples
-from distill_core.radiance.renderer import Scene
+from distill_core.radiance.cameras.camera import Rays
+from distill_core.radiance.cameras.sampling import turned
+from distill_core.radiance.rendering.march import Samples
+from distill_core.radiance.scenes.scene import Scene
+from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 from distill_core.training.hard_examples import HardExamplePool
 
 

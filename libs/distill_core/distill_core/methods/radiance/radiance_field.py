@@ -17,21 +17,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.config import NetworkConfig
 from distill_core.data.scenes import SceneSource
 from distill_core.errors import ConfigError
+from distill_core.files.paths import user_path
 from distill_core.kinds.field.card import Evaluate
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.metrics.image import depth_error, psnr, ssim
 from distill_core.metrics.lpips import LPIPS
 from distill_core.networks.fields import build_field
 from distill_core.networks.fields.regularizers import RegularizerWeights, check_trainable, regularization
-from distill_core.paths import user_path
-from distill_core.radiance.cameras import Rays
-from distill_core.radiance.march import fit_budget, march, step_length
-from distill_core.radiance.occupancy import OccupancyGrid
-from distill_core.radiance.renderer import Rendering, Scene, render, render_samples
-from distill_core.radiance.rendering import over
+from distill_core.radiance.cameras.camera import Rays
+from distill_core.radiance.rendering.march import fit_budget, march, step_length
+from distill_core.radiance.rendering.occupancy import OccupancyGrid
+from distill_core.radiance.rendering.quadrature import over
+from distill_core.radiance.scenes.scene import Rendering, Scene, render, render_samples
+from distill_core.recipe.tables import NetworkConfig
 
 log = logging.getLogger(__name__)
 

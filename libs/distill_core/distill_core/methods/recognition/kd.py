@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.config import NetworkConfig
 from distill_core.data import Source
 from distill_core.data.classes import use_class_names
 from distill_core.errors import ConfigError
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.networks.predictor import image_classifier
 from distill_core.networks.predictors import build_network
+from distill_core.recipe.tables import NetworkConfig
 
 
 class Config(MethodConfig):

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.config import EvaluateConfig, NetworkConfig
 from distill_core.data import Source
 from distill_core.errors import ConfigError
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.networks.predictor import image_classifier
 from distill_core.networks.predictors import build_network
+from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 
 
 class Config(MethodConfig):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from distill_core.config import NetworkConfig
 from distill_core.errors import ConfigError, nearest
 from distill_core.networks.fields.analytic import AnalyticField
 from distill_core.networks.fields.base import FieldSample, RadianceField
@@ -10,6 +9,7 @@ from distill_core.networks.fields.factors import CPField, VMField
 from distill_core.networks.fields.hash import HashField
 from distill_core.networks.fields.mlp import MLPField
 from distill_core.networks.fields.tensors import SparseField, TensorsField
+from distill_core.recipe.tables import NetworkConfig
 
 __all__ = ["FIELDS", "FieldSample", "HashField", "MLPField", "RadianceField", "build_field"]
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_core.networks.fields.base import FieldConfig, RadianceField
-from distill_core.radiance import alcove, procedural
+from distill_core.radiance.analytic import alcove, procedural
 
 SCENES: dict[str, ModuleType] = {"procedural": procedural, "alcove": alcove}
 SOLID_DENSITY = 400.0  # 1/unit inside the objects; outside, what `min_log_density` says

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distill_core.config import Config
-from distill_core.radiance.sh import spherical_harmonics
+from distill_core.radiance.light.spherical_harmonics import spherical_harmonics
 
 
 class FieldConfig(Config):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.errors import ArtifactError
-from distill_core.json_tables import read_table
+from distill_core.files.json_tables import read_table
 from distill_core.networks.foreign.keys import Keys, check_keys, names, shown
 
 ENCODER = Keys(

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from distill_core.config import Config, NetworkConfig
+from distill_core.config import Config
 from distill_core.errors import ConfigError, nearest
+from distill_core.recipe.tables import NetworkConfig
 
 
 def network_types() -> dict[str, type[nn.Module]]:

@@ -17,11 +17,11 @@ from torch import Tensor
 from distill_core.artifacts import SceneSpec
 from distill_core.data.transforms_json import read_transforms
 from distill_core.errors import DataError
-from distill_core.radiance.cameras import Camera, orbit_camera
-from distill_core.radiance.distortion import COEFFICIENTS
+from distill_core.radiance.cameras.camera import Camera, orbit_camera
+from distill_core.radiance.cameras.distortion import COEFFICIENTS
 from distill_core.radiance.export.frame import from_input, to_input
-from distill_core.radiance.gaussians import GaussianScene, rasterize
-from distill_core.radiance.renderer import Scene, render
+from distill_core.radiance.scenes.gaussians import GaussianScene, rasterize
+from distill_core.radiance.scenes.scene import Scene, render
 
 TEST_EVERY = 8
 ELEVATIONS = (-10.0, 15.0, 40.0, 65.0)  # degrees; orbits take turns

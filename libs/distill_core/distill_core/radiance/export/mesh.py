@@ -16,8 +16,8 @@ from torch import Tensor
 
 from distill_core.errors import ConfigError, DataError, missing_package
 from distill_core.radiance.export.frame import to_input
-from distill_core.radiance.occupancy import is_occupied
-from distill_core.radiance.renderer import Scene
+from distill_core.radiance.rendering.occupancy import is_occupied
+from distill_core.radiance.scenes.scene import Scene
 
 if TYPE_CHECKING:
     import trimesh

@@ -19,8 +19,8 @@ from distill_core.radiance.export import mesh
 from distill_core.radiance.export.dataset import orbit_cameras, read_cameras, save_dataset
 from distill_core.radiance.export.frame import from_input
 from distill_core.radiance.export.splats import load_splats, moved, save_splats
-from distill_core.radiance.gaussians import GaussianScene
-from distill_core.radiance.renderer import Scene
+from distill_core.radiance.scenes.gaussians import GaussianScene
+from distill_core.radiance.scenes.scene import Scene
 
 CORE = 0.95  # share of the Gaussians per axis and side that an imported scene's box is made for
 VIEW_DISTANCE = 2.5  # from the centre of an imported scene, in half sides of its box

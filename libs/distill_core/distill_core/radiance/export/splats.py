@@ -16,8 +16,8 @@ from torch import Tensor
 
 from distill_core.errors import DataError
 from distill_core.radiance.export.frame import Similarity, to_input
-from distill_core.radiance.gaussians import GaussianModel, GaussianScene
-from distill_core.radiance.sh import spherical_harmonics
+from distill_core.radiance.light.spherical_harmonics import spherical_harmonics
+from distill_core.radiance.scenes.gaussians import GaussianModel, GaussianScene
 
 HEADER_BYTES = 2**16  # at most
 SH_SIZES = {0: 0, 9: 1, 24: 2, 45: 3}  # f_rest properties by degree

@@ -1,0 +1,1 @@
+"""Files that people and other programs write: text, JSON tables, paths. Imports no torch."""

@@ -1,0 +1,1 @@
+"""Scenes in closed form: data that needs no download, and oracles for tests."""

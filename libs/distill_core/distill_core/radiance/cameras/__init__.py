@@ -1,0 +1,1 @@
+"""Cameras: poses, lenses, paths and samplers of virtual views."""

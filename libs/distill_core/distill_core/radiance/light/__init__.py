@@ -1,0 +1,1 @@
+"""Light: spherical harmonics, environment maps and physically based shading."""

@@ -1,0 +1,1 @@
+"""Volume rendering: marching through occupied cells, and the sum along a ray."""

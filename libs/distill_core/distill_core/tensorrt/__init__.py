@@ -1,0 +1,1 @@
+"""TensorRT engines: how they are built, opened and fitted to the device."""
