@@ -23,9 +23,9 @@ from distill_core.artifacts import ArtifactStore, CondSpec, ExportReport, ImageS
 from distill_core.kinds.denoiser.card import Card
 from distillery.v1 import sampler_pb2_grpc
 from distillery_sampler.client import SamplerClient, generate_request
-from distillery_sampler.engine import Engine
+from distillery_sampler.engine.engine import Engine
+from distillery_sampler.engine.requests import GenerateRequest
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.requests import GenerateRequest
 from distillery_sampler.settings import SamplerSettings
 from tests.services.jobs_stack import free_port, wait_for
 

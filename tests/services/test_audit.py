@@ -19,8 +19,8 @@ from distill_service.rpc import RpcSettings, bind, build_server
 from distill_service.settings import load_settings
 from distillery.v1 import jobs_pb2, jobs_pb2_grpc, models_pb2, models_pb2_grpc
 from distillery_sampler.client import SamplerClient
-from distillery_sampler.kserve import ADMIN_METHODS as KSERVE_ADMIN
-from distillery_sampler.servicer import ADMIN_METHODS as MODELS_ADMIN
+from distillery_sampler.kserve.servicer import ADMIN_METHODS as KSERVE_ADMIN
+from distillery_sampler.v1.servicer import ADMIN_METHODS as MODELS_ADMIN
 from distillery_trainer.server import ADMIN_METHODS as JOBS_ADMIN
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser
 from tests.services.test_rpc import SERVICE, running

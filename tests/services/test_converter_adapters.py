@@ -18,9 +18,9 @@ from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.generation import generate
 from distill_core.recipe.tables import LoraConfig
 from distillery_converter.convert import convert
-from distillery_sampler.engine import Engine
+from distillery_sampler.engine.engine import Engine
+from distillery_sampler.engine.requests import GenerateRequest
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.requests import GenerateRequest
 from distillery_sampler.settings import SamplerSettings
 from tests.helpers import tiny_text_to_image
 

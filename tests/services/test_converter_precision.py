@@ -26,7 +26,7 @@ from distillery_converter.convert import convert
 from distillery_converter.frechet import Real, Side
 from distillery_converter.graphs import Graph, denoiser_graph, text_graph
 from distillery_converter.targets import TARGETS
-from distillery_sampler.requests import GenerateRequest
+from distillery_sampler.engine.requests import GenerateRequest
 from tests.services.sampler_helpers import answer
 from tests.services.test_converter import publish, tiny_denoiser
 

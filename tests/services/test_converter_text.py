@@ -21,7 +21,7 @@ from distill_core.networks.steering import with_negative
 from distillery_converter.convert import convert
 from distillery_converter.graphs import fuse_adapters, load_graphs, tensors
 from distillery_converter.precision import lowered
-from distillery_sampler.requests import GenerateRequest
+from distillery_sampler.engine.requests import GenerateRequest
 from tests.helpers import tiny_text_to_image
 from tests.services.sampler_helpers import SamplerProcess, answer
 from tests.services.test_sampler_kserve import tensors as triton_tensors

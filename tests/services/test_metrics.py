@@ -15,9 +15,9 @@ from distill_service.jobs.metrics import JobTableCollector, WorkerMetrics
 from distill_service.jobs.queue import Claim
 from distill_service.metrics import SECONDS, DiskCollector, serve_metrics
 from distill_service.settings import load_settings
-from distillery_sampler.engine import Engine
+from distillery_sampler.engine.engine import Engine
+from distillery_sampler.engine.requests import GenerateRequest
 from distillery_sampler.metrics import Metrics, ModelStats
-from distillery_sampler.requests import GenerateRequest
 from distillery_sampler.settings import SamplerSettings
 from tests.services.jobs_stack import free_port
 from tests.services.sampler_helpers import publish_denoiser

@@ -24,9 +24,9 @@ from distill_core.networks.generation import generate
 from distill_core.recipe.tables import LoraConfig, NetworkConfig
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.client import SamplerClient, generate_request, tensor_from
-from distillery_sampler.engine import Engine
+from distillery_sampler.engine.engine import Engine
+from distillery_sampler.engine.requests import GenerateRequest
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.requests import GenerateRequest
 from distillery_sampler.settings import SamplerSettings
 from tests.services.sampler_helpers import SamplerProcess
 

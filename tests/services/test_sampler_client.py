@@ -304,7 +304,7 @@ def test_the_client_needs_neither_torch_nor_the_server():
     code = (
         "import sys, distillery_sampler.client\n"
         "server = ('torch', 'onnxruntime', 'tritonclient', 'prometheus_client', 'distill_core.artifacts', "
-        "'distillery_sampler.engine', 'distillery_sampler.requests', 'distillery_sampler.settings')\n"
+        "'distillery_sampler.engine.engine', 'distillery_sampler.engine.requests', 'distillery_sampler.settings')\n"
         "print([name for name in server if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

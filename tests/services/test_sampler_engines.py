@@ -16,8 +16,8 @@ from distill_core.tensorrt import building as engine_building
 from distill_core.tensorrt.building import SOURCES, fitting
 from distill_core.tensorrt.engines import read_info
 from distillery_sampler.backends import tensorrt_backend
-from distillery_sampler.memory import weight_bytes
-from distillery_sampler.requests import GenerateRequest
+from distillery_sampler.engine.requests import GenerateRequest
+from distillery_sampler.models.memory import weight_bytes
 from tests.services.sampler_helpers import answer, publish_denoiser
 from tests.services.tensorrt_stand_in import HOST, install
 

@@ -15,7 +15,7 @@ from distill_core.recipe.tables import LoraConfig, NetworkConfig
 from distillery_sampler.backends.fixed import OneThread
 from distillery_sampler.backends.torch_backend import TorchGenerator
 from distillery_sampler.backends.torch_device import Replayed
-from distillery_sampler.requests import GenerateRequest, ImageItem, ImageKey
+from distillery_sampler.engine.requests import GenerateRequest, ImageItem, ImageKey
 from tests.helpers import tiny_text_to_image
 from tests.services.sampler_helpers import answer
 

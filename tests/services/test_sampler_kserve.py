@@ -10,7 +10,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from distill_core.artifacts import ArtifactStore
 from distill_core.diffusion.noise import unit_normal
 from distill_core.errors import ConfigError
-from distillery_sampler.tensors import TensorSpec, read_inputs
+from distillery_sampler.kserve.tensors import TensorSpec, read_inputs
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser, teacher_spec
 
 

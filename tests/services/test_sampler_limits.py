@@ -13,9 +13,9 @@ from distill_core.errors import ConfigError
 from distill_core.kinds.denoiser.card import Card
 from distill_service.rpc import MAX_RECEIVE_BYTES
 from distillery.v1 import sampler_pb2, sampler_pb2_grpc
-from distillery_sampler.checks import image_items
 from distillery_sampler.client import generate_request
-from distillery_sampler.requests import GenerateRequest
+from distillery_sampler.engine.checks import image_items
+from distillery_sampler.engine.requests import GenerateRequest
 from distillery_sampler.settings import SamplerSettings
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser
 from tests.services.test_sampler_kserve import digits, tensors

@@ -20,12 +20,12 @@ from distill_core.parity import ParitySample
 from distillery_sampler.backends.fixed import Padded
 from distillery_sampler.backends.onnx_backend import Session
 from distillery_sampler.backends.opening import choices
-from distillery_sampler.engine import Engine
-from distillery_sampler.memory import default_limit, readable, weight_bytes
+from distillery_sampler.engine.engine import Engine
+from distillery_sampler.engine.requests import GenerateRequest, ImageItem, ImageKey
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.requests import GenerateRequest, ImageItem, ImageKey
+from distillery_sampler.models.memory import default_limit, readable, weight_bytes
+from distillery_sampler.models.tuning import Layout, layouts
 from distillery_sampler.settings import SamplerSettings, load_sampler_settings
-from distillery_sampler.tuning import Layout, layouts
 from tests.services.sampler_helpers import answer, class_means, publish_denoiser
 
 FIXED = {"instances": 1, "max_batch": 4}  # no timing
@@ -355,7 +355,7 @@ def test_bound_buffers_answer_as_plain_calls_do(store):
 
 
 def test_settings_leave_open_what_is_timed(monkeypatch):
-    monkeypatch.setattr("distillery_sampler.tuning.cores", lambda: 8)
+    monkeypatch.setattr("distillery_sampler.models.tuning.cores", lambda: 8)
     assert layouts(SamplerSettings(), on_gpu=False) == [Layout(8, 1), Layout(1, 8)]
     assert layouts(SamplerSettings(), on_gpu=True) == [Layout(1, 1)]
     assert layouts(SamplerSettings(instances=2), on_gpu=False) == [Layout(2, 4)]
@@ -367,7 +367,7 @@ def test_settings_leave_open_what_is_timed(monkeypatch):
 
 HOLES = """
 import sys
-from distillery_sampler.memory import keep_tidy, resident
+from distillery_sampler.models.memory import keep_tidy, resident
 
 if sys.argv[1] == "tidy":
     keep_tidy()
@@ -390,7 +390,7 @@ FAULTS = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from resource import RUSAGE_THREAD, getrusage
-from distillery_sampler.memory import TORCH_LARGE, keep_tidy
+from distillery_sampler.models.memory import TORCH_LARGE, keep_tidy
 
 if sys.argv[1] == "tidy":
     keep_tidy(TORCH_LARGE)
@@ -437,7 +437,7 @@ def test_what_is_there_at_the_start_is_left_out_of_later_collections():
 
 FREED = """
 import gc, weakref
-from distillery_sampler.memory import give_back, settle
+from distillery_sampler.models.memory import give_back, settle
 
 class Model: ...
 

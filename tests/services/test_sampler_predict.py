@@ -13,9 +13,9 @@ from distill_core.artifacts import ArtifactStore, ExportReport
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds import find_kind
 from distillery_sampler.client import AsyncSamplerClient
-from distillery_sampler.engine import Engine
+from distillery_sampler.engine.engine import Engine
+from distillery_sampler.engine.requests import PredictRequest
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.requests import PredictRequest
 from distillery_sampler.settings import SamplerSettings
 from tests.services.predictor_helpers import (
     CLASSES,

@@ -18,8 +18,8 @@ from tritonclient.utils import InferenceServerException
 from distill_core.artifacts import ArtifactStore
 from distill_core.errors import ConfigError
 from distillery.v1 import models_pb2, sampler_pb2
-from distillery_sampler.statistics import RequestStats, current_request
-from distillery_sampler.tensors import FLOATS, TensorSpec, read_inputs
+from distillery_sampler.engine.statistics import RequestStats, current_request
+from distillery_sampler.kserve.tensors import FLOATS, TensorSpec, read_inputs
 from tests.services.sampler_helpers import SamplerProcess, executed, publish_denoiser, teacher_spec
 from tests.services.test_sampler_kserve import digits, tensors
 
@@ -149,7 +149,7 @@ def test_times_are_parted_into_waiting_and_running_whatever_overlaps():
     stats = RequestStats()
     now = [100.0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distillery_sampler.statistics.time.perf_counter", lambda: now[0])
+        patch.setattr("distillery_sampler.engine.statistics.time.perf_counter", lambda: now[0])
         with stats.request(3) as times:
             now[0] = 100.5
             times.queued()
@@ -172,7 +172,7 @@ def test_a_long_path_keeps_no_span_of_each_of_its_tiles():
     stats = RequestStats()
     now = [0.0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distillery_sampler.statistics.time.perf_counter", lambda: now[0])
+        patch.setattr("distillery_sampler.engine.statistics.time.perf_counter", lambda: now[0])
         with stats.request(1) as times:
             for _ in range(1000):
                 now[0] += 3.0

@@ -30,9 +30,9 @@ from distillery_converter.convert import convert
 from distillery_converter.graphs import DenoiserGraph, load_graphs
 from distillery_converter.precision import lowered
 from distillery_sampler.client import generate_request
-from distillery_sampler.engine import Engine
+from distillery_sampler.engine.engine import Engine
+from distillery_sampler.engine.requests import GenerateRequest
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.requests import GenerateRequest
 from distillery_sampler.settings import SamplerSettings
 from tests.helpers import tiny_text_to_image
 from tests.services.sampler_helpers import SamplerProcess

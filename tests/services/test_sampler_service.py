@@ -404,9 +404,9 @@ import asyncio, sys
 from pathlib import Path
 import distillery_sampler.server
 from distill_core.artifacts import ArtifactStore
-from distillery_sampler.engine import Engine
+from distillery_sampler.engine.engine import Engine
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.requests import GenerateRequest
+from distillery_sampler.engine.requests import GenerateRequest
 from distillery_sampler.settings import SamplerSettings
 
 async def run():

@@ -18,8 +18,8 @@ from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.steering import with_negative
 from distill_core.recipe.tables import NetworkConfig
-from distillery_sampler.images import encode, to_uint8
-from distillery_sampler.requests import GenerateRequest, ImageInput
+from distillery_sampler.engine.image_formats import encode, to_uint8
+from distillery_sampler.engine.requests import GenerateRequest, ImageInput
 from tests.helpers import tiny_text_to_image
 from tests.services.sampler_helpers import answer
 

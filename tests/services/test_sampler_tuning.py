@@ -11,10 +11,10 @@ import pytest
 from distill_core.artifacts import ArtifactStore
 from distillery_sampler.backends.base import Generator
 from distillery_sampler.backends.shared import SharedWeights
-from distillery_sampler.loading import open_model
-from distillery_sampler.requests import ImageItem, ImageKey
+from distillery_sampler.engine.requests import ImageItem, ImageKey
+from distillery_sampler.models.loading import open_model
+from distillery_sampler.models.tuning import Layout, Question, Tuned, cores, tune, warm
 from distillery_sampler.settings import SamplerSettings
-from distillery_sampler.tuning import Layout, Question, Tuned, cores, tune, warm
 from tests.services.sampler_helpers import publish_denoiser
 
 QUESTION = Question(ImageKey(1, 1.0), ImageItem(1))
@@ -38,7 +38,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     own = Clock()
-    monkeypatch.setattr("distillery_sampler.tuning.time", own)
+    monkeypatch.setattr("distillery_sampler.models.tuning.time", own)
     return own
 
 
@@ -100,7 +100,7 @@ def test_the_size_that_runs_out_of_memory_ends_the_search_but_a_single_image_mus
 
 @pytest.mark.parametrize(("quicker", "wanted"), [(5, Layout(1, 4)), (4, Layout(4, 1)), (2, Layout(4, 1))])
 def test_the_layout_with_the_most_images_per_second_wins(monkeypatch, clock, quicker, wanted):
-    monkeypatch.setattr("distillery_sampler.tuning.cores", lambda: 4)
+    monkeypatch.setattr("distillery_sampler.models.tuning.cores", lambda: 4)
     one = Device(clock, 0.0, 0.04, at_once=4)
     opened: list[int] = []
 

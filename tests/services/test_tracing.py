@@ -18,8 +18,8 @@ from distill_core.artifacts import ArtifactStore
 from distill_core.errors import ConfigError
 from distill_service import tracing
 from distill_service.settings import load_settings
-from distillery_sampler.batcher import Batcher
 from distillery_sampler.client import AsyncSamplerClient
+from distillery_sampler.engine.batcher import Batcher
 from distillery_sampler.metrics import Metrics, ModelStats
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser
 

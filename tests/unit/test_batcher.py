@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 
 from distill_core.errors import Overloaded
-from distillery_sampler.batcher import Batcher, Expired
+from distillery_sampler.engine.batcher import Batcher, Expired
 
 
 class Device:

@@ -10,8 +10,8 @@ import pytest
 
 from distill_core.diffusion.noise import unit_normal, unit_normals
 from distillery_sampler.backends.base import noise
-from distillery_sampler.drawing import AT_ONCE, DrawAhead
-from distillery_sampler.requests import ImageItem
+from distillery_sampler.engine.noise_prefetch import AT_ONCE, DrawAhead
+from distillery_sampler.engine.requests import ImageItem
 
 
 def test_noise_of_many_images_is_that_of_each_to_the_bit():
@@ -68,14 +68,14 @@ def test_what_is_drawn_ahead_is_what_the_image_would_have_drawn():
 
 
 def test_who_comes_and_goes_faster_than_it_draws_fills_no_memory(monkeypatch):
-    monkeypatch.setattr("distillery_sampler.drawing.MOST_ASKED", 2)
+    monkeypatch.setattr("distillery_sampler.engine.noise_prefetch.MOST_ASKED", 2)
     drawing, busy = DrawAhead(), threading.Event()
 
     def slow(images, draw, shape):
         busy.wait()
         return unit_normals(images, draw, shape)
 
-    monkeypatch.setattr("distillery_sampler.drawing.unit_normals", slow)
+    monkeypatch.setattr("distillery_sampler.engine.noise_prefetch.unit_normals", slow)
     drawing.ask([ImageItem(0)], (1, 2, 2))
     while drawing._asked.qsize():
         time.sleep(0.001)

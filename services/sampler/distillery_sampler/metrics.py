@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from distill_service.metrics import SECONDS
 from distill_service.tracing import Tracing, tracing
-from distillery_sampler.requests import CallKey
-from distillery_sampler.statistics import RequestStats, current_request
+from distillery_sampler.engine.requests import CallKey
+from distillery_sampler.engine.statistics import RequestStats, current_request
 
 IMAGES = (1, 2, 4, 8, 16, 32, 64)
 MODEL = ("model", "version", "backend")

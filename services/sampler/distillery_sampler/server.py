@@ -26,12 +26,13 @@ from distill_service.rpc import (
 from distill_service.settings import Settings, of_a_folder, settings
 from distill_service.tracing import start_tracing
 from distillery.v1 import models_pb2_grpc, sampler_pb2_grpc
-from distillery_sampler import kserve, servicer
-from distillery_sampler.engine import Engine
-from distillery_sampler.memory import keep_tidy, settle
+from distillery_sampler.engine.engine import Engine
+from distillery_sampler.kserve import servicer as kserve
 from distillery_sampler.metrics import Metrics
+from distillery_sampler.models.memory import keep_tidy, settle
+from distillery_sampler.models.watcher import watch_store
 from distillery_sampler.settings import SamplerSettings, load_sampler_settings
-from distillery_sampler.watcher import watch_store
+from distillery_sampler.v1 import servicer
 
 SERVICES = ("distillery.v1.SamplerService", "distillery.v1.ModelsService", kserve.SERVICE)
 FOR_PICTURES = servicer.FOR_PICTURES | kserve.FOR_PICTURES

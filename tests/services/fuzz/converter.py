@@ -30,7 +30,7 @@ from distill_core.errors import DistilleryError
 from distillery_converter.convert import convert
 from distillery_converter.graphs import load_graphs
 from distillery_sampler.backends.shared import SharedWeights
-from distillery_sampler.loading import open_model
+from distillery_sampler.models.loading import open_model
 from distillery_sampler.settings import SamplerSettings
 from tests.services.fuzz.damage import KINDS
 from tests.services.test_converter import publish, tiny_denoiser

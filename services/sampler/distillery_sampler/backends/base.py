@@ -10,7 +10,7 @@ import numpy as np
 from distill_core.diffusion.noise import unit_normals
 from distill_core.errors import ArtifactError
 from distill_core.signature import Signature, TensorSpec
-from distillery_sampler.requests import ImageItem, ImageKey, Rendered, Tile
+from distillery_sampler.engine.requests import ImageItem, ImageKey, Rendered, Tile
 
 
 class Generator(abc.ABC):

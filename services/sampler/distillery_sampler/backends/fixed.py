@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from distillery_sampler.backends.base import Functions, Generator
-from distillery_sampler.requests import ImageItem, ImageKey
+from distillery_sampler.engine.requests import ImageItem, ImageKey
 
 BUCKETS = (1, 2, 4, 8, 16, 32)  # of a GPU
 

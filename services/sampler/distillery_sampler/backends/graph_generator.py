@@ -18,8 +18,8 @@ from distill_core.kinds.cards import generator_card
 from distillery_sampler.backends.base import Generator, noise
 from distillery_sampler.backends.experts import Denoisers, Feed, Graph
 from distillery_sampler.backends.tokens import PromptTokens
-from distillery_sampler.beginnings import beginning, given_pictures, with_known_pixels
-from distillery_sampler.requests import ImageItem, ImageKey
+from distillery_sampler.engine.init_images import beginning, given_pictures, with_known_pixels
+from distillery_sampler.engine.requests import ImageItem, ImageKey
 
 TEXT_ENCODER, DECODER, ENCODER = "text_encoder", "decoder", "encoder"  # the latter two of latent models
 NEGATIVE_EMBEDS, NASA_SCALE = "negative_prompt_embeds", "nasa_scale"  # inputs of a graph that can be steered

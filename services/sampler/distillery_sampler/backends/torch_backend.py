@@ -32,9 +32,9 @@ from distillery_sampler.backends.fixed import OneThread
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.backends.torch_device import HostBuffers, Replayed, prepare
 from distillery_sampler.backends.torch_shared import storages, use_threads
-from distillery_sampler.beginnings import beginning, given_pictures, with_known_pixels
-from distillery_sampler.memory import TORCH_LARGE, keep_tidy
-from distillery_sampler.requests import ImageItem, ImageKey, Rendered, Tile, View
+from distillery_sampler.engine.init_images import beginning, given_pictures, with_known_pixels
+from distillery_sampler.engine.requests import ImageItem, ImageKey, Rendered, Tile, View
+from distillery_sampler.models.memory import TORCH_LARGE, keep_tidy
 from distillery_sampler.settings import SamplerSettings
 
 

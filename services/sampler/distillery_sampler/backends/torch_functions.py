@@ -16,7 +16,7 @@ from distill_core.networks.denoiser import loading
 from distillery_sampler.backends.base import Functions
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.backends.torch_shared import storages, use_threads
-from distillery_sampler.memory import TORCH_LARGE, keep_tidy
+from distillery_sampler.models.memory import TORCH_LARGE, keep_tidy
 from distillery_sampler.settings import SamplerSettings
 
 

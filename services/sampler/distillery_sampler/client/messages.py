@@ -11,8 +11,8 @@ from PIL import Image
 
 from distill_core.errors import ConfigError, nearest
 from distillery.v1 import common_pb2, sampler_pb2
-from distillery_sampler.images import decode, encode
-from distillery_sampler.wire import FORMATS, array_from, array_to, tensor_from
+from distillery_sampler.engine.image_formats import decode, encode
+from distillery_sampler.v1.wire import FORMATS, array_from, array_to, tensor_from
 
 OnSummary = Callable[[sampler_pb2.GenerateSummary], None]
 FLOATS = ("depth", "opacity", "normal")  # of a view, beside its colours

@@ -13,10 +13,10 @@ from distill_core.errors import ArtifactError, ConfigError, DistilleryError, out
 from distill_core.parity import Probe, read_probe
 from distillery_sampler.backends.base import Functions
 from distillery_sampler.backends.fixed import PaddedFunctions
-from distillery_sampler.predicting import cost_by
-from distillery_sampler.requests import CallKey
+from distillery_sampler.engine.predict import cost_by
+from distillery_sampler.engine.requests import CallKey
+from distillery_sampler.models.tuning import Tuned, layouts
 from distillery_sampler.settings import SamplerSettings
-from distillery_sampler.tuning import Tuned, layouts
 
 MAX_BATCH = 32
 # of an output, relative to its largest value, by precision; of whole numbers the share that may differ

@@ -9,9 +9,9 @@ from distill_core.artifacts import Manifest
 from distill_core.errors import ArtifactError, Overloaded
 from distill_core.kinds.cards import generator_card
 from distillery_sampler.backends.opening import usable
-from distillery_sampler.loading import LoadedModel
-from distillery_sampler.manifests import Key, Manifests
-from distillery_sampler.memory import default_limit, readable, total, weight_bytes
+from distillery_sampler.models.loading import LoadedModel
+from distillery_sampler.models.manifests import Key, Manifests
+from distillery_sampler.models.memory import default_limit, readable, total, weight_bytes
 from distillery_sampler.settings import SamplerSettings
 
 NO_ROOM = (

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distill_core.errors import Overloaded
-from distillery_sampler.batcher import Batcher
-from distillery_sampler.requests import Call, Region, Rendered, RenderRequest, Tile
+from distillery_sampler.engine.batcher import Batcher
+from distillery_sampler.engine.requests import Call, Region, Rendered, RenderRequest, Tile
 
 TILE_RAYS = 4096
 PREVIEW_RAYS = 1024  # of a preview, which is to be seen at once

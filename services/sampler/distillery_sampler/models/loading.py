@@ -21,15 +21,15 @@ from distillery_sampler.backends.base import Backend, Functions, Generator, Scen
 from distillery_sampler.backends.fixed import Padded, PaddedFunctions
 from distillery_sampler.backends.opening import Choice, choices, open_backend
 from distillery_sampler.backends.shared import SharedWeights
-from distillery_sampler.batcher import Batcher
-from distillery_sampler.memory import Held, resident, total
+from distillery_sampler.engine.batcher import Batcher
+from distillery_sampler.engine.predict import cost_by, runner
+from distillery_sampler.engine.requests import ImageItem, ImageKey, ModelInfo, Orbit, Region, Tile, View
+from distillery_sampler.engine.views import TILE_RAYS
 from distillery_sampler.metrics import Metrics, ModelStats
-from distillery_sampler.predicting import cost_by, runner
-from distillery_sampler.probing import answer_probes
-from distillery_sampler.requests import ImageItem, ImageKey, ModelInfo, Orbit, Region, Tile, View
+from distillery_sampler.models.memory import Held, resident, total
+from distillery_sampler.models.probing import answer_probes
+from distillery_sampler.models.tuning import Question, Tuned, layouts, tune, warm
 from distillery_sampler.settings import SamplerSettings
-from distillery_sampler.tuning import Question, Tuned, layouts, tune, warm
-from distillery_sampler.views import TILE_RAYS
 
 MAX_TILES = 64  # in a batch, whose pixels are those of one full tile at most
 # of a parity sample, by precision, in [-1, 1]

@@ -6,7 +6,7 @@ import asyncio
 
 import structlog
 
-from distillery_sampler.registry import Registry
+from distillery_sampler.models.registry import Registry
 
 _log = structlog.get_logger("distillery.sampler")
 

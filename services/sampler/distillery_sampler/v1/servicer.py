@@ -24,10 +24,13 @@ from distillery.v1 import (
     sampler_pb2,
     sampler_pb2_grpc,
 )
-from distillery_sampler import images
-from distillery_sampler.checks import check_reply
-from distillery_sampler.engine import Approve, Engine
-from distillery_sampler.messages import (
+from distillery_sampler.engine import image_formats
+from distillery_sampler.engine.checks import check_reply
+from distillery_sampler.engine.engine import Approve, Engine
+from distillery_sampler.engine.requests import Call, Picture, Rendered
+from distillery_sampler.engine.statistics import packing
+from distillery_sampler.models.tuning import cores
+from distillery_sampler.v1.messages import (
     format_from,
     generate_from,
     generate_summary,
@@ -40,12 +43,11 @@ from distillery_sampler.messages import (
     render_from,
     render_summary,
 )
-from distillery_sampler.requests import Call, Picture, Rendered
-from distillery_sampler.statistics import packing
-from distillery_sampler.tuning import cores
-from distillery_sampler.wire import tensor_to
+from distillery_sampler.v1.wire import tensor_to
 
-NUMBERS = {name: common_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{name}") for name in get_args(images.Format)}
+NUMBERS = {
+    name: common_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{name}") for name in get_args(image_formats.Format)
+}
 QUICK_VALUES = 2**17  # of a picture that is packed where it is, in less than a millisecond
 FOR_PICTURES = frozenset(
     f"/distillery.v1.SamplerService/{name}"
@@ -68,7 +70,9 @@ class Encoders:
         self._seconds = cache(engine.metrics.encode_seconds.labels)  # by format
         self._threads = ThreadPoolExecutor(cores(), thread_name_prefix="encode")
 
-    async def pictures(self, made: list[Picture], image_format: images.Format) -> list[common_pb2.Image]:
+    async def pictures(
+        self, made: list[Picture], image_format: image_formats.Format
+    ) -> list[common_pb2.Image]:
         """Pictures of one size as messages, in order."""
         if not _is_quick(made[0].pixels, image_format):
             loop, packed = asyncio.get_running_loop(), partial(self._picture, image_format)
@@ -77,27 +81,27 @@ class Encoders:
             )
         return [self._picture(image_format, picture) for picture in made]
 
-    async def view(self, rendered: Rendered, image_format: images.Format) -> common_pb2.Image:
+    async def view(self, rendered: Rendered, image_format: image_formats.Format) -> common_pb2.Image:
         """A view's colours as a message."""
-        packed = partial(self._packed, rendered.rgb, images.rgb_to_uint8, image_format, rendered.index)
+        packed = partial(self._packed, rendered.rgb, image_formats.rgb_to_uint8, image_format, rendered.index)
         if _is_quick(rendered.rgb, image_format):
             return packed()
         return await asyncio.get_running_loop().run_in_executor(self._threads, packed)
 
-    def _picture(self, image_format: images.Format, picture: Picture) -> common_pb2.Image:
-        return self._packed(picture.pixels, images.to_uint8, image_format, picture.index, picture.seed)
+    def _picture(self, image_format: image_formats.Format, picture: Picture) -> common_pb2.Image:
+        return self._packed(picture.pixels, image_formats.to_uint8, image_format, picture.index, picture.seed)
 
     def _packed(
         self,
         values: np.ndarray,
         to_uint8: Callable[[np.ndarray], np.ndarray],
-        image_format: images.Format,
+        image_format: image_formats.Format,
         index: int,
         seed: int = 0,
     ) -> common_pb2.Image:
         started = time.perf_counter()
         pixels = to_uint8(values)
-        data = images.encode(pixels, image_format)
+        data = image_formats.encode(pixels, image_format)
         self._seconds(image_format).observe(time.perf_counter() - started)
         height, width, channels = pixels.shape
         return common_pb2.Image(
@@ -111,7 +115,7 @@ class Encoders:
         )
 
 
-def _is_quick(pixels: np.ndarray, image_format: images.Format) -> bool:
+def _is_quick(pixels: np.ndarray, image_format: image_formats.Format) -> bool:
     """Whether packing keeps the event loop for no longer than a thread would keep the next tile waiting."""
     return image_format == "RAW_U8" and pixels.size <= QUICK_VALUES
 
@@ -197,9 +201,9 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         with packing():
             return predicted(outputs, summary)
 
-    def _approve(self, image_format: images.Format, bytes_per_value: int) -> Approve:
+    def _approve(self, image_format: image_formats.Format, bytes_per_value: int) -> Approve:
         def approve(image: ImageSpec, count: int) -> None:
-            images.check_format(image.picture[0], image_format)
+            image_formats.check_format(image.picture[0], image_format)
             check_reply(
                 count,
                 math.prod(image.picture) * bytes_per_value,
@@ -218,7 +222,7 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         )
 
     async def _view(
-        self, rendered: Rendered, outputs: frozenset[int], image_format: images.Format
+        self, rendered: Rendered, outputs: frozenset[int], image_format: image_formats.Format
     ) -> sampler_pb2.View:
         view = sampler_pb2.View(index=rendered.index)
         with packing():

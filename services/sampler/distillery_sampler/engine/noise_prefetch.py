@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 
 from distill_core.diffusion.noise import unit_normals
-from distillery_sampler.requests import ImageItem
+from distillery_sampler.engine.requests import ImageItem
 
 AT_ONCE = (
     16  # images: NumPy lets go of the interpreter in every operation, and under load waits to get it back

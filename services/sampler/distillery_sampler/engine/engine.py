@@ -17,15 +17,12 @@ from distill_core.artifacts import ArtifactStore, ImageSpec, Manifest
 from distill_core.errors import ConfigError
 from distill_core.kinds.cards import generator_card, served_by
 from distillery_sampler.backends.base import Functions, Generator, SceneRenderer
-from distillery_sampler.beginnings import given
-from distillery_sampler.checks import check_reply, check_view, image_items, image_key
-from distillery_sampler.drawing import QUICK_VALUES, DrawAhead, draw
-from distillery_sampler.loading import LoadedModel
-from distillery_sampler.metrics import Metrics
-from distillery_sampler.predicting import QUICK_VALUES as QUICK_INPUTS
-from distillery_sampler.predicting import calls_of, reply_bytes, size_of
-from distillery_sampler.registry import Registry
-from distillery_sampler.requests import (
+from distillery_sampler.engine.checks import check_reply, check_view, image_items, image_key
+from distillery_sampler.engine.init_images import given
+from distillery_sampler.engine.noise_prefetch import QUICK_VALUES, DrawAhead, draw
+from distillery_sampler.engine.predict import QUICK_VALUES as QUICK_INPUTS
+from distillery_sampler.engine.predict import calls_of, reply_bytes, size_of
+from distillery_sampler.engine.requests import (
     Call,
     GenerateRequest,
     ImageItem,
@@ -36,9 +33,12 @@ from distillery_sampler.requests import (
     RenderRequest,
     Summary,
 )
+from distillery_sampler.engine.statistics import packing
+from distillery_sampler.engine.views import drop, render_views, terms
+from distillery_sampler.metrics import Metrics
+from distillery_sampler.models.loading import LoadedModel
+from distillery_sampler.models.registry import Registry
 from distillery_sampler.settings import SamplerSettings
-from distillery_sampler.statistics import packing
-from distillery_sampler.views import drop, render_views, terms
 
 RPCS = {"generate": "Generate", "render": "Render", "call": "Predict"}
 Approve = Callable[[ImageSpec, int], None]  # (what a picture is like, how many)

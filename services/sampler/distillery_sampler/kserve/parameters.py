@@ -12,8 +12,8 @@ from tritonclient.grpc import service_pb2
 from distill_core.artifacts import Manifest
 from distill_core.errors import ConfigError, nearest
 from distill_core.kinds.cards import served_by
-from distillery_sampler.kserve_models import PRIORITIES
-from distillery_sampler.requests import Call
+from distillery_sampler.engine.requests import Call
+from distillery_sampler.kserve.models import PRIORITIES
 
 OF_ALL = ("priority", "timeout")
 OF_KINDS = {  # by how a model is served

@@ -9,7 +9,7 @@ import numpy as np
 
 from distill_core.errors import ConfigError
 from distillery.v1 import common_pb2
-from distillery_sampler.images import Format
+from distillery_sampler.engine.image_formats import Format
 
 FORMATS: dict[int, Format] = {
     common_pb2.IMAGE_FORMAT_UNSPECIFIED: "PNG",

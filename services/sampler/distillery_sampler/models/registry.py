@@ -12,14 +12,14 @@ import structlog
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, DistilleryError, NotFound, Overloaded, Unavailable
 from distillery_sampler.backends.shared import SharedWeights
-from distillery_sampler.loading import LoadedModel, open_model, start_model
-from distillery_sampler.manifests import Key, Manifests
-from distillery_sampler.memory import give_back, total
+from distillery_sampler.engine.requests import ModelInfo
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.requests import ModelInfo
-from distillery_sampler.room import Room
+from distillery_sampler.models.eviction import Room
+from distillery_sampler.models.loading import LoadedModel, open_model, start_model
+from distillery_sampler.models.manifests import Key, Manifests
+from distillery_sampler.models.memory import give_back, total
+from distillery_sampler.models.tuning import Tuned
 from distillery_sampler.settings import SamplerSettings
-from distillery_sampler.tuning import Tuned
 
 Alias = tuple[str, str]  # name, alias
 UNLOADED = "it was unloaded; a request or a load brings it back"

@@ -5,7 +5,7 @@ likes: `seed` UINT64 [B,1], without which a picture is that of seed 0 and its pl
 its first noise, `negative_prompt` BYTES [B,1], `guidance_scale` FP32 [B,1], equal for all. It answers `images` UINT8
 [B,H,W,C]. A scene takes `pose` FP32 [B,4,4] and `intrinsics` FP32 [B,4] and answers `rgb` and `depth`; a picture is
 twice its principal point in size, unless the parameters `width` and `height` say otherwise. What is called by its
-signature takes and answers what that names: see `kserve_functions`. Parameters of any request: `priority` (from 2 on:
+signature takes and answers what that names: see `kserve.functions`. Parameters of any request: `priority` (from 2 on:
 bulk), `timeout` (microseconds); of generators: `num_steps`, `guidance`, `negative_scale`.
 """
 
@@ -26,26 +26,10 @@ from distill_core.artifacts import ImageSpec
 from distill_core.errors import ArtifactError, ConfigError, DistilleryError, NotFound
 from distill_core.kinds.cards import served_by
 from distill_service.status import StatusError, shortened
-from distillery_sampler.checks import check_reply
-from distillery_sampler.engine import Engine
-from distillery_sampler.images import rgb_to_uint8, to_uint8
-from distillery_sampler.kserve_functions import (
-    from_protocol,
-    listed_functions,
-    served_name,
-    split_name,
-    to_protocol,
-)
-from distillery_sampler.kserve_models import config, inputs_of, metadata, outputs_of, statistics
-from distillery_sampler.kserve_parameters import (
-    guidance_of,
-    pictures_of,
-    read_parameters,
-    whole,
-    with_terms,
-)
-from distillery_sampler.loading import LoadedModel
-from distillery_sampler.requests import (
+from distillery_sampler.engine.checks import check_reply
+from distillery_sampler.engine.engine import Engine
+from distillery_sampler.engine.image_formats import rgb_to_uint8, to_uint8
+from distillery_sampler.engine.requests import (
     Call,
     GenerateRequest,
     ModelInfo,
@@ -55,9 +39,25 @@ from distillery_sampler.requests import (
     RenderRequest,
     View,
 )
-from distillery_sampler.servicer import QUICK_VALUES, call_of
-from distillery_sampler.statistics import RequestStats, packing
-from distillery_sampler.tensors import TensorSpec, read_inputs, write_outputs
+from distillery_sampler.engine.statistics import RequestStats, packing
+from distillery_sampler.kserve.functions import (
+    from_protocol,
+    listed_functions,
+    served_name,
+    split_name,
+    to_protocol,
+)
+from distillery_sampler.kserve.models import config, inputs_of, metadata, outputs_of, statistics
+from distillery_sampler.kserve.parameters import (
+    guidance_of,
+    pictures_of,
+    read_parameters,
+    whole,
+    with_terms,
+)
+from distillery_sampler.kserve.tensors import TensorSpec, read_inputs, write_outputs
+from distillery_sampler.models.loading import LoadedModel
+from distillery_sampler.v1.servicer import QUICK_VALUES, call_of
 
 Answered = tuple[str, dict[str, np.ndarray], tuple[int, ...]]  # version, outputs, images with a cut prompt
 Run = Callable[[str, dict[str, np.ndarray], dict[str, float], Call], Awaitable[Answered]]

@@ -12,7 +12,7 @@ from distill_core.diffusion.image_to_image import Beginning
 from distill_core.errors import ConfigError, DataError
 from distill_core.kinds.cards import generator_card
 from distill_core.pictures import on_white, read_image, upright_size
-from distillery_sampler.requests import BeginKey, Given, ImageInput, ImageItem
+from distillery_sampler.engine.requests import BeginKey, Given, ImageInput, ImageItem
 
 KINDS = ("PNG", "JPEG", "WEBP")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -10,7 +10,7 @@ import numpy as np
 from distill_core.artifacts import CondSpec, Manifest
 from distill_core.errors import ConfigError
 from distill_core.kinds.cards import generator_card
-from distillery_sampler.requests import Float, GenerateRequest, ImageItem, ImageKey, View
+from distillery_sampler.engine.requests import Float, GenerateRequest, ImageItem, ImageKey, View
 from distillery_sampler.settings import SamplerSettings
 
 MAX_SEED = 2**63

@@ -14,8 +14,8 @@ from distill_core.artifacts import Manifest
 from distill_core.errors import ConfigError
 from distill_core.signature import Function, Signature, TensorSpec
 from distillery_sampler.backends.base import Functions, stacked
-from distillery_sampler.checks import check_reply
-from distillery_sampler.requests import CallKey, PredictRequest
+from distillery_sampler.engine.checks import check_reply
+from distillery_sampler.engine.requests import CallKey, PredictRequest
 from distillery_sampler.settings import SamplerSettings
 
 QUICK_VALUES = 2**17  # of a request that is checked where it is, in less than a millisecond

@@ -9,13 +9,13 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 from distill_core.artifacts import Manifest
 from distill_core.kinds.cards import generator_card, served_by
 from distillery_sampler.backends.opening import check_kind
-from distillery_sampler.checks import can_guide
-from distillery_sampler.kserve_functions import served_name, tensor_specs
-from distillery_sampler.predicting import output_bytes
-from distillery_sampler.requests import ModelInfo
+from distillery_sampler.engine.checks import can_guide
+from distillery_sampler.engine.predict import output_bytes
+from distillery_sampler.engine.requests import ModelInfo
+from distillery_sampler.engine.statistics import Duration, RequestStats
+from distillery_sampler.kserve.functions import served_name, tensor_specs
+from distillery_sampler.kserve.tensors import FLOATS, TensorSpec
 from distillery_sampler.settings import SamplerSettings
-from distillery_sampler.statistics import Duration, RequestStats
-from distillery_sampler.tensors import FLOATS, TensorSpec
 
 PRIORITIES = 2  # Triton's levels: 1 interactive, from 2 on bulk
 NANOSECONDS = 1e9

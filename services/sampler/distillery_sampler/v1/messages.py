@@ -11,9 +11,9 @@ from distill_core.errors import ConfigError
 from distill_core.kinds.cards import generator_card, scene_spec
 from distill_core.signature import TensorSpec
 from distillery.v1 import models_pb2, sampler_pb2
-from distillery_sampler.checks import can_guide
-from distillery_sampler.images import Format
-from distillery_sampler.requests import (
+from distillery_sampler.engine.checks import can_guide
+from distillery_sampler.engine.image_formats import Format
+from distillery_sampler.engine.requests import (
     Call,
     GenerateRequest,
     ImageInput,
@@ -25,7 +25,7 @@ from distillery_sampler.requests import (
     View,
 )
 from distillery_sampler.settings import SamplerSettings
-from distillery_sampler.wire import FORMATS, array_from, array_to
+from distillery_sampler.v1.wire import FORMATS, array_from, array_to
 
 FULL_TURN = 360.0
 PRIORITIES = frozenset(sampler_pb2.Priority.values())

@@ -11,7 +11,7 @@ import numpy as np
 
 from distill_core import signature
 from distill_core.artifacts import Manifest
-from distillery_sampler.tensors import FLOATS, TensorSpec
+from distillery_sampler.kserve.tensors import FLOATS, TensorSpec
 
 DATATYPES = {
     "float16": "FP16",

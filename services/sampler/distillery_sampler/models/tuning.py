@@ -12,7 +12,7 @@ from typing import NamedTuple
 import structlog
 
 from distillery_sampler.backends.base import Generator
-from distillery_sampler.requests import ImageItem, ImageKey
+from distillery_sampler.engine.requests import ImageItem, ImageKey
 from distillery_sampler.settings import SamplerSettings
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)

@@ -1,0 +1,1 @@
+"""Requests to results: checks, queues, batches, statistics. Knows no gRPC."""

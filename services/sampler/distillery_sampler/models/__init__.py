@@ -1,0 +1,1 @@
+"""Models of the sampler: found, loaded, verified, measured, swapped, and held within the memory limit."""

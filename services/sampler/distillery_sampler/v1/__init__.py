@@ -1,0 +1,1 @@
+"""`distillery.v1`: its servicers and messages."""
