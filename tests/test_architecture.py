@@ -36,7 +36,7 @@ KINDS = tuple(f"kinds.{path.parent.name}" for path in sorted((CORE / "kinds").gl
 
 # A module may import from its own layer and lower ones.
 LAYERS = [
-    ("errors", "library_bars", "config", "files", "recipe", "artifacts.remote", "signature"),
+    ("errors", "library_bars", "config", "files", "recipe", "artifacts.remote", "signature", "reductions"),
     ("diffusion", "losses", "metrics.image", "metrics.frechet", "metrics.classification"),
     (
         "artifacts",

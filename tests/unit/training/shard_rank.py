@@ -19,10 +19,10 @@ from distill_core import api
 from distill_core.config import Config
 from distill_core.data import build_source
 from distill_core.errors import ConfigError
-from distill_core.losses.matching import over_processes
 from distill_core.method import Method, Update
 from distill_core.radiance.rendering.occupancy import OccupancyGrid
 from distill_core.recipe import load_recipe
+from distill_core.reductions import over_processes
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
 from tests.helpers import tiny_recipe

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from distill_core.losses.matching import over_processes
+from distill_core.reductions import over_processes
 
 Divergence = Literal[
     "reverse_kl",

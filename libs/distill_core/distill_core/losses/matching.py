@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
-
-import torch
 from torch import Tensor
-
-_alone = ContextVar("alone", default=False)
 
 
 def dm_direction(fake_x0: Tensor, teacher_x0: Tensor, x0: Tensor) -> Tensor:
@@ -34,21 +27,3 @@ def eps_direction(fake_x0: Tensor, teacher_x0: Tensor, sigma: Tensor) -> Tensor:
 def surrogate_loss(x0: Tensor, direction: Tensor) -> Tensor:
     """Scalar whose gradient in `x0` is direction / x0.numel(); its value says nothing about progress."""
     return 0.5 * (x0.float() - (x0 - direction).detach().float()).square().mean()
-
-
-def over_processes(values: Tensor, *, largest: bool = False) -> Tensor:
-    """The sum of `values` over all training processes, or their largest, in place; so that all decide alike."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and not _alone.get():
-        reduction = torch.distributed.ReduceOp.MAX if largest else torch.distributed.ReduceOp.SUM
-        torch.distributed.all_reduce(values, reduction)
-    return values
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """A trial step of this process, which the others need not take: its values are those of all for the duration."""
-    before = _alone.set(True)
-    try:
-        yield
-    finally:
-        _alone.reset(before)

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill_core.errors import out_of_memory
-from distill_core.losses.matching import alone
 from distill_core.recipe import Recipe
+from distill_core.reductions import alone
 from distill_core.training.layout import Parts
 
 log = logging.getLogger(__name__)

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from distill_core.data.pairs import Pairs
 from distill_core.losses.denoising import add_noise
-from distill_core.losses.matching import dm_direction, over_processes
+from distill_core.losses.matching import dm_direction
 from distill_core.method import Batch, Update
 from distill_core.methods.diffusion.dmd2 import DMD2
 from distill_core.methods.diffusion.dmd2 import Config as DMD2Config
 from distill_core.networks.denoiser import Denoiser
+from distill_core.reductions import over_processes
 
 
 class Config(DMD2Config):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from distill_core.losses.matching import over_processes
+from distill_core.reductions import over_processes
 
 DECAY = 0.95  # of a cell's density per update, so that what became empty is forgotten
 MIN_OPACITY = 0.01  # a cell counts when one training step through it absorbs more than this
