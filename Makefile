@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.setup-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 TYPED := libs/distill_core/distill_core/method.py libs/distill_core/distill_core/config.py libs/distill_core/distill_core/api.py \
          libs/distill_service/distill_service services
-OURS := libs services tests deploy benchmarks
+OURS := libs services tests deploy benchmarks tools
 
 .PHONY: setup demo test lint docs proto claims bench bench-serving bench-queue fuzz-sampler fuzz-converter chaos audit
 setup: $(STAMP)
@@ -45,7 +45,7 @@ prove-memory: setup
 	$(BIN)/python -m tests.proofs.memory
 
 claims: setup
-	$(BIN)/distillery claims
+	$(BIN)/python -m tools claims
 
 chaos: setup
 	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
@@ -55,10 +55,10 @@ audit: setup
 	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 bench: setup
-	$(BIN)/distillery bench --page docs/performance.md
+	$(BIN)/python -m benchmarks overview --page docs/performance.md
 
 bench-serving: setup
-	$(BIN)/distillery bench-serving --page docs/serving_performance.md
+	$(BIN)/python -m benchmarks serving --page docs/serving_performance.md
 
 # 20,000 broken calls against a live sampler, after a warm-up of 10,000; its table also as out/fuzz/sampler.json.
 fuzz-sampler: setup
@@ -69,4 +69,4 @@ fuzz-converter: setup
 	$(BIN)/python -m tests.services.fuzz.converter --seed $(or $(SEED),0) --count $(or $(COUNT),2000)
 
 bench-queue: setup
-	$(BIN)/distillery bench-queue --page docs/queue_performance.md
+	$(BIN)/python -m benchmarks queue --page docs/queue_performance.md

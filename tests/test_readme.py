@@ -22,13 +22,13 @@ from distill_core.methods import find_method
 from distill_core.recipe import load_recipe, parse_overrides
 from distill_service.settings import Settings
 from distillery_cli.app import app
-from distillery_cli.claims import COLUMNS, write_documents
-from distillery_cli.claims import kept_outcomes as kept
-from distillery_cli.parsing import split_sweep
-from distillery_cli.pipelines import read_pipeline
+from distillery_cli.jobs.pipelines import read_pipeline
+from distillery_cli.terminal.parsing import split_sweep
 from distillery_sampler.settings import SamplerSettings
 from tests.helpers import REPOSITORY, tiny_context, tiny_trainer
 from tests.services.sampler_helpers import SamplerProcess, publish_denoiser
+from tools.claims import COLUMNS, write_documents
+from tools.claims import kept_outcomes as kept
 
 ROOT = REPOSITORY
 PAGES = sorted(
@@ -236,14 +236,14 @@ def test_the_worked_example_of_contributing_trains_as_it_stands(tmp_path, monkey
 
 
 def test_the_tables_of_methods_and_evidence_are_those_of_the_kept_results(tmp_path):
-    """`distillery claims --no-run` would change nothing."""
+    """`python -m tools claims --no-run` would change nothing."""
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs/scenes.json", tmp_path / "docs")
     write_documents(tmp_path, kept(ROOT))
     for name in ("README.md", "docs/methods.md", "docs/evidence.md", "docs/evidence.json"):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), (
-            f"{name}: distillery claims --no-run"
+            f"{name}: python -m tools claims --no-run"
         )
     assert all(column in (ROOT / "docs/evidence.md").read_text() for column in COLUMNS)
 

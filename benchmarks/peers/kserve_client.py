@@ -1,4 +1,4 @@
-"""The load generator's call of a KServe v2 server, through tritonclient's asyncio gRPC client; see bench_load.py."""
+"""The load generator's call of a KServe v2 server, through tritonclient's asyncio gRPC client; see load.py."""
 
 from __future__ import annotations
 

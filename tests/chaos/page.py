@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distillery_cli.output import markdown_table
+from distillery_cli.terminal.output import markdown_table
 
 ZERO = {
     "jobs_lost": "jobs lost",

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from distill_service.jobs.database import Database
-from distillery_cli.temporary_postgres import initdb, temporary_postgres
+from tools.temporary_postgres import initdb, temporary_postgres
 
 
 @pytest.fixture

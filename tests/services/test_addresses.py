@@ -19,7 +19,7 @@ from distill_service.channels import channel
 from distill_service.rpc import RpcSettings, add_health_and_reflection, bind, build_server
 from distill_service.settings import settings
 from distillery_cli.app import main
-from distillery_cli.sampling import client
+from distillery_cli.models.generate import client
 from distillery_sampler.client import AsyncSamplerClient
 from distillery_trainer.client import JobsClient
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks.gpu import CONCURRENCY, SD15, Size, gpu_rows, measure_gpu, require_device
 from distill_core.errors import Unavailable
-from distillery_cli.bench_gpu import CONCURRENCY, SD15, Size, gpu_rows, measure_gpu, require_device
 
 TINY = Size(
     "tiny",

@@ -1,4 +1,4 @@
-"""`distillery bench-serving`: that its figures are consistent, and that what is slow looks slow."""
+"""`python -m benchmarks serving`: that its figures are consistent, and that what is slow looks slow."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import other_servers, serving
+from benchmarks.load import Refused, closed, offered, settled
+from benchmarks.other_servers import FOLDER, Peer, PeerServer, measure_peer
+from benchmarks.processes import HERE, Asked, Sampler, Served, bare, load
+from benchmarks.sampler import SIGMA, Subject
+from benchmarks.serving import Bench, measured, paired, scan
+from benchmarks.verdict import PLOT, figures, markdown, save_plot, verdicts
 from distill_core.artifacts import ArtifactStore
 from distill_core.errors import Unavailable
-from distillery_cli import bench_peers, bench_serving
-from distillery_cli.bench_load import Refused, closed, offered, settled
-from distillery_cli.bench_peers import FOLDER, Peer, PeerServer, measure_peer
-from distillery_cli.bench_processes import HERE, Asked, Sampler, Served, bare, load
-from distillery_cli.bench_sampler import SIGMA, Subject
-from distillery_cli.bench_serving import Bench, measured, paired, scan
-from distillery_cli.bench_verdict import PLOT, figures, markdown, save_plot, verdicts
 from tests.services.sampler_helpers import publish_denoiser
 
 SUBJECT = Subject("digits", (1, 8, 8), "", {})
@@ -156,7 +156,7 @@ def student(served: Served) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "client", [HERE / "bench_client.py", FOLDER / "kserve_client.py"], ids=lambda p: p.stem
+    "client", [HERE / "our_client.py", FOLDER / "kserve_client.py"], ids=lambda p: p.stem
 )
 def test_peers_make_the_very_picture_that_the_sampler_makes(served, work, client):
     with Sampler(served.ref, work, 1) as server:
@@ -172,7 +172,7 @@ def bench(served: Served, work: Path, lone, **options) -> Bench:
 
 
 def test_a_sampler_slowed_on_purpose_looks_slow(served, work, monkeypatch):
-    monkeypatch.setattr(bench_serving, "ROUNDS", 1)
+    monkeypatch.setattr(serving, "ROUNDS", 1)
     slow = {"DISTILLERY_SAMPLER_MAX_DELAY_S": "0.2", "DISTILLERY_SAMPLER_MAX_BATCH": "8"}
     found = {}
     with bare(served, 1, work) as lone:
@@ -180,7 +180,7 @@ def test_a_sampler_slowed_on_purpose_looks_slow(served, work, monkeypatch):
         for name, more in (("plain", {}), ("slow", slow)):
             with Sampler(served.ref, work, 1, **more) as server:
                 server.start_seconds()
-                with load(sys.executable, HERE / "bench_client.py", server.address, served.ref, work) as one:
+                with load(sys.executable, HERE / "our_client.py", server.address, served.ref, work) as one:
                     found[name] = measured(with_what, name, server, one, callers=(1, 2))
     assert found["slow"]["overhead_ms"] > 190
     assert found["slow"]["overhead_ms"] > found["plain"]["overhead_ms"]
@@ -189,11 +189,11 @@ def test_a_sampler_slowed_on_purpose_looks_slow(served, work, monkeypatch):
 
 
 def test_the_report_is_consistent_and_becomes_page_and_plot(served, work, monkeypatch):
-    monkeypatch.setattr(bench_serving, "ROUNDS", 1)
-    monkeypatch.setattr(bench_serving, "CONCURRENCY", (1, 4))
-    monkeypatch.setattr(bench_serving, "SHARES", (0.01,))
-    monkeypatch.setattr(bench_serving, "publish", lambda subject, state: served)
-    report = bench_serving.measure([SUBJECT], work, ("ours", "overload"), SHORT_S, lambda text: None)
+    monkeypatch.setattr(serving, "ROUNDS", 1)
+    monkeypatch.setattr(serving, "CONCURRENCY", (1, 4))
+    monkeypatch.setattr(serving, "SHARES", (0.01,))
+    monkeypatch.setattr(serving, "publish", lambda subject, state: served)
+    report = serving.measure([SUBJECT], work, ("ours", "overload"), SHORT_S, lambda text: None)
     (subject,) = report["subjects"]
     ours = subject["ours"]
     assert report["p50_overhead_ms"] == ours["p50_ms"] - ours["forward_p50_ms"]
@@ -263,9 +263,9 @@ def test_a_peer_that_does_not_start_is_reported_with_its_last_error(served, tmp_
     (home / "client.py").write_text(
         "async def connect(address, model):\n    raise ConnectionError('nobody')\n"
     )
-    monkeypatch.setattr(bench_peers, "FOLDER", tmp_path)
-    monkeypatch.setattr(bench_peers, "START_S", 1.0)
-    monkeypatch.setattr(bench_peers, "environment_of", lambda peer, root, say: Path(sys.executable))
+    monkeypatch.setattr(other_servers, "FOLDER", tmp_path)
+    monkeypatch.setattr(other_servers, "START_S", 1.0)
+    monkeypatch.setattr(other_servers, "environment_of", lambda peer, root, say: Path(sys.executable))
     rows = measure_peer(
         Peer("broken", "broken/client.py", ""),
         served,
@@ -287,7 +287,7 @@ def test_a_peer_is_given_the_graph_and_finds_the_noise_function(served, tmp_path
     )
     (home / "server.py").write_text(script)
     (tmp_path / "student.py").write_text((FOLDER / "student.py").read_text())
-    monkeypatch.setattr(bench_peers, "FOLDER", tmp_path)
+    monkeypatch.setattr(other_servers, "FOLDER", tmp_path)
     with PeerServer(Peer("echo", "", ""), Path(sys.executable), served, 1, 8, tmp_path) as server:
         server.process.wait(60)
     assert server.log.read_text() == f"['{served.graph}', '{SIGMA}', '1'] (2,)\n"
@@ -296,6 +296,6 @@ def test_a_peer_is_given_the_graph_and_finds_the_noise_function(served, tmp_path
 def test_a_generator_without_a_server_says_so(tmp_path):
     with (
         pytest.raises(Unavailable, match="bench_load"),
-        load(sys.executable, HERE / "bench_client.py", "127.0.0.1:1", "digits", tmp_path, 0.1),
+        load(sys.executable, HERE / "our_client.py", "127.0.0.1:1", "digits", tmp_path, 0.1),
     ):
         pass

@@ -18,14 +18,14 @@ from distill_core.errors import ConfigError, NotFound
 from distill_core.recipe import load_recipe, parse_overrides
 from distill_service.settings import load_settings, settings
 from distillery.v1 import jobs_pb2
-from distillery_cli import report as reports
 from distillery_cli.app import app, main
-from distillery_cli.demo import serving_command, stack_settings, users_store
-from distillery_cli.jobs import exit_code, job_values
-from distillery_cli.output import duration, emit_json
-from distillery_cli.pipelines import flattened, pipeline_message, read_pipeline
-from distillery_cli.sampling import parse_labels, save_pictures, sheet
-from distillery_cli.stack import environment
+from distillery_cli.jobs.listing import exit_code, job_values
+from distillery_cli.jobs.pipelines import flattened, pipeline_message, read_pipeline
+from distillery_cli.models.generate import parse_labels, save_pictures, sheet
+from distillery_cli.stack import demo_report as reports
+from distillery_cli.stack.demo import serving_command, stack_settings, users_store
+from distillery_cli.stack.up import environment
+from distillery_cli.terminal.output import duration, emit_json
 from tests.helpers import REPOSITORY
 
 DEMO = REPOSITORY / "libs/distillery_cli/distillery_cli/demo_pipeline.toml"
@@ -453,7 +453,9 @@ def test_curves_and_contact_sheet_are_drawn(tmp_path):
     ],
 )
 def test_the_next_command_is_one_that_can_be_typed(home, monkeypatch, on_path, typed, program):
-    monkeypatch.setattr("distillery_cli.demo.shutil.which", lambda name: f"/bin/{name}" if on_path else None)
+    monkeypatch.setattr(
+        "distillery_cli.stack.demo.shutil.which", lambda name: f"/bin/{name}" if on_path else None
+    )
     monkeypatch.setattr("sys.argv", [typed])
     assert serving_command(str(home / "a b")) == f"{program} up --store '{home}/a b'"
 

@@ -10,9 +10,9 @@ from distill_core.kinds.cards import scene_spec
 from distill_core.recipe import load_recipe, parse_overrides
 from distill_service.settings import settings as service_settings
 from distillery_cli.app import main
-from distillery_cli.conversion import LEARNING_RATES, STEPS, settings
-from distillery_cli.scene_evidence import section
+from distillery_cli.scenes.convert_field import LEARNING_RATES, STEPS, settings
 from tests.unit.radiance.test_scenes import write_scene
+from tools.field_kinds import section
 
 TINY = [
     *("-s", "steps=4", "-s", "batch_size=16", "-s", "config.max_samples=128", "-s", "config.test_size=8"),

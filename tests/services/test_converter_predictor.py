@@ -22,7 +22,7 @@ from distill_core.networks.predictor import Predictor, PredictorFile, image_clas
 from distill_core.networks.predictors import build_network
 from distill_core.recipe.tables import NetworkConfig
 from distill_core.signature import Function, TensorSpec
-from distillery_cli.models import _export
+from distillery_cli.models.store import _export
 from distillery_converter.convert import convert
 
 NAMES = tuple("abcdefg")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from distill_service.settings import load_settings
-from distillery_cli.stack import environment
+from distillery_cli.stack.up import environment
 from distillery_trainer.client import JobsClient
 from tests.services.jobs_stack import processes, short_settings, wait_for
 from tests.services.test_jobs_api import _answers

@@ -16,8 +16,8 @@ from distill_service.jobs.listing import Filters, list_jobs
 from distill_service.jobs.queue import Outcome
 from distill_service.jobs.table import Kind, State
 from distillery_cli.app import main
-from distillery_cli.temporary_postgres import initdb
 from tests.services.jobs_stack import convert, submit, train
+from tools.temporary_postgres import initdb
 
 
 def ids(table, filters: Filters | None = None, *, page_size: int = 2) -> list[str]:

@@ -16,7 +16,7 @@ from distill_core.networks.fields import build_field
 from distill_core.radiance.scenes.scene import Scene, refined, render, save_scene
 from distill_core.recipe.tables import NetworkConfig
 from distillery.v1 import common_pb2, sampler_pb2
-from distillery_cli.viewed import ServedScene, _spec
+from distillery_cli.scenes.sources import ServedScene, _spec
 from tests.services.jobs_stack import wait_for
 from tests.services.sampler_helpers import SamplerProcess, executed, settled
 from tests.services.test_sampler_render import camera

@@ -18,11 +18,11 @@ from distill_core.errors import Unavailable
 from distill_core.recipe import load_recipe
 from distill_service.logs import configure_logging
 from distill_service.settings import settings
-from distillery_cli import stack as stacks
 from distillery_cli.app import main
-from distillery_cli.demo import stack_settings
-from distillery_cli.health import grpc_state
-from distillery_cli.stack import Part, Stack, environment, last_words, only_one
+from distillery_cli.stack import up as stacks
+from distillery_cli.stack.demo import stack_settings
+from distillery_cli.stack.health import grpc_state
+from distillery_cli.stack.up import Part, Stack, environment, last_words, only_one
 from tests.services.jobs_stack import alive, wait_for
 
 PIPELINE = """

@@ -20,7 +20,7 @@ from distill_core.radiance.cameras.paths import read_camera_file
 from distill_core.radiance.scenes.scene import Scene, render, save_scene
 from distill_core.recipe.tables import NetworkConfig
 from distillery_cli.app import main
-from distillery_cli.viewed import LocalScene, needed_outputs, open_scene, picture_of
+from distillery_cli.scenes.sources import LocalScene, needed_outputs, open_scene, picture_of
 
 SPEC = SceneSpec(field="analytic", bound=1.0, radius=2.8, background=(1.0, 1.0, 0.0))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -75,7 +75,7 @@ def shown_on(page) -> np.ndarray:
 
 def test_the_browser_shows_the_scene_from_its_own_camera(page, scene):
     pytest.importorskip("viser", reason="viser is not installed")
-    from distillery_cli.viewing import Viewer, _from_viser
+    from distillery_cli.scenes.view import Viewer, _from_viser
 
     requests, errors = [], []
     page.on("request", lambda request: requests.append(request.url))
@@ -122,7 +122,7 @@ def test_the_browser_shows_the_scene_from_its_own_camera(page, scene):
 
 def test_a_port_in_use_is_refused(scene):
     pytest.importorskip("viser", reason="viser is not installed")
-    from distillery_cli.viewing import Viewer
+    from distillery_cli.scenes.view import Viewer
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -259,7 +259,7 @@ def test_what_cannot_be_rendered_is_said_in_words(folder, arguments, said, capsy
 def test_several_views_are_no_single_picture(folder, tmp_path):
     path = tmp_path / "transforms.json"
     path.write_text(transforms(CAMERAS))
-    from distillery_cli.rendering import _save
+    from distillery_cli.scenes.render import _save
 
     with pytest.raises(ConfigError, match="name a folder"):
         _save([np.zeros((4, 4, 3), np.uint8)] * 2, tmp_path / "a.png", sheet=False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from distillery_cli.bench import markdown
-from distillery_cli.bench_conversion import conclusions, conversion_rows
+from benchmarks.conversion import conclusions, conversion_rows
+from benchmarks.overview import markdown
 
 
 def test_the_page_names_the_machine_and_every_measured_load():

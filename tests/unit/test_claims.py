@@ -12,9 +12,9 @@ from distill_core import api
 from distill_core.errors import ConfigError, DataError, NotFound
 from distill_core.recipe import load_recipe, recipe_names
 from distill_service.settings import settings
-from distillery_cli import claims
 from distillery_cli.app import main
-from distillery_cli.output import markdown_table
+from distillery_cli.terminal.output import markdown_table
+from tools import claims
 
 README = f"# Title\n\nbefore\n\n{claims.BEGIN}\nold table\n{claims.END}\n\nafter\n"
 DMD2 = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distill_core.errors import ConfigError
 from distill_core.recipe import parse_overrides
-from distillery_cli.parsing import parse_age, parse_labels, parse_moment, split_sweep
+from distillery_cli.terminal.parsing import parse_age, parse_labels, parse_moment, split_sweep
 
 
 def test_several_values_make_a_sweep_and_one_value_does_not():

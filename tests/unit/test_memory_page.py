@@ -9,7 +9,7 @@ import pytest
 from distill_core.errors import ConfigError
 from distill_core.training import memory
 from distill_core.training.memory import Device, MemoryPlan, Part, too_large
-from distillery_cli.memory import show_plan, size
+from distillery_cli.training.memory_table import show_plan, size
 
 GIB = 2**30
 STUDENT = Part("student", True, 10_000_000, 10_000_000, GIB, 0, GIB, 2 * GIB, GIB)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.network_passes import passes_of_a_step
+from benchmarks.trainer import benched_recipes
 from distill_core.config import Config
 from distill_core.data import build_source
 from distill_core.method import Method, Update
 from distill_core.recipe import load_recipe
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
-from distillery_cli.bench_trainer import benched_recipes
-from distillery_cli.network_passes import passes_of_a_step
 from tests.helpers import tiny_trainer
 
 

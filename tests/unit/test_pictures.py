@@ -18,7 +18,7 @@ from distill_core.data.pictures import decode
 from distill_core.data.posed import read_image as read_rgba
 from distill_core.errors import DataError
 from distill_core.pictures import on_white, read_all, read_image, upright_size
-from distillery_cli import sampling
+from distillery_cli.models import generate
 
 RGB = np.random.default_rng(3).integers(0, 255, (5, 7, 3), dtype=np.uint8)
 
@@ -167,12 +167,12 @@ def test_the_command_line_sends_what_training_would_read(tmp_path, image_format)
     path = tmp_path / "photograph"
     mark = {} if image_format == "BMP" else {"exif": turned(8)}
     Image.fromarray(RGB).save(path, image_format, **mark)
-    sent = sampling._read(path, "image")
+    sent = generate._read(path, "image")
     assert sent.startswith(b"\x89PNG")
     assert torch.equal(decode(sent, "sent"), decode(path, "file"))
     path.write_bytes(path.read_bytes()[:30])
     with pytest.raises(DataError, match="--image .*photograph is not a") as caught:
-        sampling._read(path, "image")
+        generate._read(path, "image")
     assert caught.value.field == "image"
 
 

@@ -14,7 +14,7 @@ from distill_core.recipe import load_recipe
 from distill_core.training.run import Run
 from distill_service.auth import Tokens
 from distill_service.settings import Settings
-from distillery_cli.pipelines import read_pipeline
+from distillery_cli.jobs.pipelines import read_pipeline
 
 INSIDE = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
 MARK = "\ufeff".encode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distill_core import api
 from distill_core.recipe import load_recipe
-from distillery_cli.output import Bars
+from distillery_cli.terminal.output import Bars
 
 LITTLE = {"steps": 2, "batch_size": 8, "threads": 1}
 
@@ -27,7 +27,7 @@ def test_a_teacher_on_the_way_reports_as_preparing(tmp_path):
 
 
 def test_the_bar_says_what_is_trained_first(capsys, monkeypatch):
-    monkeypatch.setattr("distillery_cli.output.LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("distillery_cli.terminal.output.LINE_EVERY_S", 0.0)
     with Bars() as bars:
         event = {"event": "preparing", "model": "Small teacher", "step": 3, "steps": 9, "eta_s": 65.0}
         bars.add("claim x").tell(event)

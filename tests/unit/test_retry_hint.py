@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distillery.v1 import jobs_pb2
-from distillery_cli.jobs import exit_code
+from distillery_cli.jobs.listing import exit_code
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from distill_core.errors import ConfigError
 from distill_core.recipe import load_recipe, parse_overrides
 from distill_service.jobs.specs import draft_train
 from distill_service.jobs.sweeps import draft_sweep
-from distillery_cli.parsing import split_sweep
-from distillery_cli.submitting import _training
-from distillery_cli.sweeping import could_be_value
+from distillery_cli.jobs.submit import _training
+from distillery_cli.jobs.sweeps import could_be_value
+from distillery_cli.terminal.parsing import split_sweep
 from distillery_trainer.client import evaluate_spec, train_spec
 
 IMAGES = ["data.name=images", "data.path=/x"]

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distillery_cli import output
 from distillery_cli.app import main
-from distillery_cli.output import Bars, emit_json, styled, table
-from distillery_cli.terminal import Printer, json_text, shown
+from distillery_cli.terminal import output
+from distillery_cli.terminal.consoles import Printer, json_text, shown
+from distillery_cli.terminal.output import Bars, emit_json, styled, table
 
 NAMES = [
     "run [/final]",
@@ -147,7 +147,9 @@ def test_every_output_encoding_works(encoding, arguments):
 
 
 def test_json_of_an_output_that_knows_only_ascii_is_json():
-    script = "from distillery_cli.output import emit_json; emit_json({'a': 'é\\x1b\\u202e猫\\U0001f600'})"
+    script = (
+        "from distillery_cli.terminal.output import emit_json; emit_json({'a': 'é\\x1b\\u202e猫\\U0001f600'})"
+    )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, check=True)
     assert json.loads(done.stdout) == {"a": "é\x1b\u202e猫\U0001f600"}

@@ -1,4 +1,4 @@
-"""The load generator's call of BentoML, through its own asyncio client; see bench_load.py."""
+"""The load generator's call of BentoML, through its own asyncio client; see load.py."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill_core.errors import NotFound, nearest
-from distillery_cli.output import AsJson, emit_json, markdown_table, results, styled, table, waiting
+from distillery_cli.terminal.output import AsJson, emit_json, markdown_table, results, styled, table, waiting
 
 if TYPE_CHECKING:
     from distill_core.reference import Key, Table

@@ -1,0 +1,1 @@
+"""Models: in the store, and what a running sampler makes of them."""

@@ -1,0 +1,1 @@
+"""Scenes: rendered, viewed, exported and converted."""

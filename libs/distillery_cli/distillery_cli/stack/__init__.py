@@ -1,0 +1,1 @@
+"""The stack of one machine: started, examined, shown in a demonstration."""

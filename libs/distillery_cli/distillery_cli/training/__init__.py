@@ -1,0 +1,1 @@
+"""Training in this process, without the queue."""

@@ -1,0 +1,1 @@
+"""What the documents' figures are made with, and what tests and benchmarks need; not in the wheel."""
