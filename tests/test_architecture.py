@@ -108,7 +108,9 @@ def test_packages_import_only_what_the_table_allows(package):
 def test_what_is_shipped_needs_nothing_that_is_not():
     for package in PACKAGES:
         for name, path in modules(package):
-            assert not {found.split(".")[0] for found in imports(path)} & {"benchmarks", "tools", "tests"}, name
+            assert not {found.split(".")[0] for found in imports(path)} & {"benchmarks", "tools", "tests"}, (
+                name
+            )
 
 
 def test_every_module_of_the_library_has_a_layer():

@@ -26,7 +26,7 @@ from distillery_cli.jobs.pipelines import read_pipeline
 from distillery_cli.terminal.parsing import split_sweep
 from distillery_sampler.settings import SamplerSettings
 from tests.helpers import REPOSITORY, tiny_context, tiny_trainer
-from tests.services.sampler_helpers import SamplerProcess, publish_denoiser
+from tests.services.sampler.helpers import SamplerProcess, publish_denoiser
 from tools.claims import COLUMNS, write_documents
 from tools.claims import kept_outcomes as kept
 

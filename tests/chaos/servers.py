@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import psycopg
 
 from distill_service.jobs.broker import redis_server
-from tests.services.jobs_stack import free_port, wait_for
+from tests.services.jobs.jobs_stack import free_port, wait_for
 
 __all__ = ["Postgres", "free_port", "mounted", "postgres", "redis_command"]
 

@@ -27,7 +27,7 @@ from distill_service.settings import Settings
 from tests.chaos import servers
 from tests.chaos.witness import FOLDER, WORLD, Witness, processes_of
 from tests.helpers import REPOSITORY
-from tests.services.jobs_stack import short_settings
+from tests.services.jobs.jobs_stack import short_settings
 
 BROKERS = ("embedded", "redis", "filesystem")
 DISK_BYTES = 96 * 2**20

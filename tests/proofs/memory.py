@@ -29,7 +29,7 @@ from onnx import TensorProto, helper, numpy_helper
 from distill_core.artifacts import ArtifactStore
 from distill_core.errors import DistilleryError
 from distillery_sampler.client import SamplerClient
-from tests.services.sampler_helpers import SamplerProcess, class_means, publish_denoiser
+from tests.services.sampler.helpers import SamplerProcess, class_means, publish_denoiser
 
 WIDTH, LAYERS = 128, 7  # of the network: 1.03 million weights
 CLIENTS = 4

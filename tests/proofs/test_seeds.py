@@ -20,8 +20,8 @@ from tritonclient.grpc import InferenceServerClient
 from distill_core.artifacts import ArtifactStore
 from distillery.v1 import sampler_pb2_grpc
 from distillery_sampler.client import AsyncSamplerClient, SamplerClient, generate_request
-from tests.services.sampler_helpers import SamplerProcess, executed, publish_denoiser, teacher_spec
-from tests.services.test_sampler_kserve import digits
+from tests.services.sampler.helpers import SamplerProcess, executed, publish_denoiser, teacher_spec
+from tests.services.sampler.test_kserve import digits
 
 CLIENTS = 32
 SLOW_STEPS = 20_000  # about a second on one core

@@ -21,7 +21,7 @@ from distill_core.artifacts import ArtifactStore
 from distill_core.parity import ParitySample
 from distillery.v1 import models_pb2
 from distillery_sampler.client import SamplerClient
-from tests.services.sampler_helpers import SamplerProcess, class_means, publish_denoiser
+from tests.services.sampler.helpers import SamplerProcess, class_means, publish_denoiser
 
 SWAPS = 8
 CLIENTS = 4

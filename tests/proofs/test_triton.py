@@ -23,9 +23,9 @@ from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.radiance.cameras.camera import orbit_camera
 from distillery_sampler.client import SamplerClient
 from tests.helpers import tiny_text_to_image
-from tests.services.sampler_helpers import SamplerProcess, publish_denoiser, teacher_spec
-from tests.services.test_sampler_render import cloud, publish_cloud
-from tests.services.tls import Certificates, make_certificates
+from tests.services.sampler.helpers import SamplerProcess, publish_denoiser, teacher_spec
+from tests.services.sampler.test_render import cloud, publish_cloud
+from tests.services.stack.tls import Certificates, make_certificates
 
 TOKEN = "open sesame"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}

@@ -32,8 +32,8 @@ from distillery_converter.graphs import load_graphs
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.models.loading import open_model
 from distillery_sampler.settings import SamplerSettings
+from tests.services.converter.test_converter import publish, tiny_denoiser
 from tests.services.fuzz.damage import KINDS
-from tests.services.test_converter import publish, tiny_denoiser
 
 CHUNK = 250  # examples of a child
 LIMIT_S = 60  # of one example: no damage may hang a reader

@@ -30,7 +30,7 @@ from distill_core.artifacts import ArtifactStore
 from tests.services.fuzz import http2_kinds as http2
 from tests.services.fuzz import message_kinds as messages
 from tests.services.fuzz.message_kinds import Draw, Reference, Stubs, ended
-from tests.services.sampler_helpers import SamplerProcess, publish_denoiser, teacher_spec
+from tests.services.sampler.helpers import SamplerProcess, publish_denoiser, teacher_spec
 
 CALLS, THREADS, CHUNK = 20_000, 6, 100
 WARM_UP = 10_000  # calls before those: memory grows most in them
