@@ -12,9 +12,10 @@ from distill_core import api
 from distill_core.errors import ConfigError, DataError, NotFound
 from distill_core.recipe import load_recipe, recipe_names
 from distill_service.settings import settings
-from distillery_cli.app import main
 from distillery_cli.terminal.output import markdown_table
+from distillery_cli.terminal.running import run
 from tools import claims
+from tools.__main__ import app
 
 README = f"# Title\n\nbefore\n\n{claims.BEGIN}\nold table\n{claims.END}\n\nafter\n"
 DMD2 = {
@@ -47,7 +48,7 @@ def store(folder: Path, *outcomes: dict) -> Path:
 def write(checkout: Path, *outcomes: dict) -> tuple[str, str]:
     """README and evidence page after `--no-run`."""
     out = store(checkout / "results", *outcomes)
-    assert main(["claims", "--no-run", "--out", str(out), "--repository", str(checkout)]) == 0
+    assert run(app, "tools", ["claims", "--no-run", "--out", str(out), "--repository", str(checkout)]) == 0
     return (checkout / "README.md").read_text(), (checkout / "docs/evidence.md").read_text()
 
 
@@ -155,7 +156,7 @@ def test_names_are_checked_before_anything_runs():
 
 def test_a_folder_without_the_markers_is_left_alone(tmp_path, capsys):
     (tmp_path / "README.md").write_text("# Another project\n")
-    assert main(["claims", "--no-run", "--repository", str(tmp_path)]) == 2
+    assert run(app, "tools", ["claims", "--no-run", "--repository", str(tmp_path)]) == 2
     assert "--repository" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 

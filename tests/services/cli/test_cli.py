@@ -28,7 +28,7 @@ from distillery_cli.stack.up import environment
 from distillery_cli.terminal.output import duration, emit_json
 from tests.helpers import REPOSITORY
 
-DEMO = REPOSITORY / "libs/distillery_cli/distillery_cli/demo_pipeline.toml"
+DEMO = REPOSITORY / "libs/distillery_cli/distillery_cli/stack/demo_pipeline.toml"
 DMD2 = REPOSITORY / "libs/distill_core/distill_core/recipes/dmd2.toml"
 TINY = ["-s", "steps=2", "-s", "network.args.width=8"]
 

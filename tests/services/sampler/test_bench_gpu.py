@@ -51,13 +51,13 @@ def test_a_student_is_served_and_timed_beside_its_bare_forwards(tmp_path):
 def test_without_a_gpu_it_is_refused_in_a_sentence(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    from distillery_cli.app import app
+    from benchmarks.__main__ import app
 
     with pytest.raises(Unavailable, match="needs an NVIDIA GPU and a CUDA build of torch"):
         require_device("cuda")
-    done = CliRunner().invoke(app, ["bench", "--only", "gpu", "--out", str(tmp_path)])
+    done = CliRunner().invoke(app, ["overview", "--only", "gpu", "--out", str(tmp_path)])
     assert isinstance(done.exception, Unavailable)
-    wrong = CliRunner().invoke(app, ["bench", "--only", "gpus", "--out", str(tmp_path)])
+    wrong = CliRunner().invoke(app, ["overview", "--only", "gpus", "--out", str(tmp_path)])
     assert "choose from steps" in str(wrong.exception)
 
 
