@@ -111,7 +111,7 @@ say "podman" "$(podman --version | cut -d' ' -f3), podman-compose 1.6.0"
 timed "base images" sh deploy/verify/bases.sh "$work" >> "$work/compose.log" 2>&1
 tail -n 1 "$log"
 say "stand-ins from Debian packages" "$(sed 's|.*/||' "$work/made" | paste -sd ' ' | sed 's/^$/none/')"
-if [ -n "${VERIFY_IMAGES:-}" ]; then say "images" "built earlier, by the same Dockerfiles"; else timed "images built" build; fi
+if [ -n "${VERIFY_IMAGES:-}" ]; then say "images" "built earlier, by the same Dockerfile"; else timed "images built" build; fi
 for service in trainer converter sampler; do
   bytes=$(podman image inspect -f '{{.Size}}' "distillery/$service:$DISTILLERY_IMAGE_TAG")
   say "size of distillery/$service" "$((bytes / 1000000)) MB"

@@ -26,6 +26,7 @@ from distillery_trainer.worker import DEFAULT_QUEUES
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
+DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((ROOT / FILES[0]).read_text())
 SERVICES: dict[str, dict] = COMPOSE["services"]
 GPU: dict[str, dict] = yaml.safe_load((ROOT / FILES[1]).read_text())["services"]
@@ -217,27 +218,41 @@ def test_secrets_are_made_once_and_read_by_the_settings(tmp_path):
 # -- images
 
 
+def test_images_are_slim_and_do_not_run_as_root():
+    assert re.findall(r"^ARG PYTHON_IMAGE=(.*)$", DOCKERFILE, re.M) == ["python:3.11-slim-bookworm"]
+    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.M)
+    assert bases == ["${PYTHON_IMAGE}"] * 2 + ["runtime"] * 3
+    assert re.findall(r"^USER (\S+)$", DOCKERFILE, re.M) == ["10001:10001"]
+
+
 @pytest.mark.parametrize("service", ["trainer", "converter", "sampler"])
-def test_an_image_is_slim_and_does_not_run_as_root(service):
-    text = (ROOT / "services" / service / "Dockerfile").read_text()
-    assert re.findall(r"^ARG PYTHON_IMAGE=(.*)$", text, re.M) == ["python:3.11-slim-bookworm"]
-    assert re.findall(r"^FROM (\S+)", text, re.M) == ["${PYTHON_IMAGE}"] * 2
-    assert re.findall(r"^USER (\S+)$", text, re.M) == ["10001:10001"]
-    extras = re.findall(r'^ARG EXTRAS="(.*)"$', text, re.M)[0].split()
-    packages = requirements(*extras)
+def test_an_image_holds_what_its_service_needs(service):
+    build = SERVICES[service]["build"]
+    packages = requirements(*plain(build["args"]["EXTRAS"]).split())
     assert "celery" in packages or service == "sampler"
-    assert ("torch" in packages) == (service != "sampler")
+    assert "torch" in packages
     assert "typer" in packages  # of `distillery health`
+
+
+@pytest.mark.parametrize("service", ["trainer", "converter", "sampler"])
+def test_an_image_alone_runs_what_compose_runs(service):
+    stage = DOCKERFILE.partition(f"FROM runtime AS {SERVICES[service]['build']['target']}\n")[2]
+    assert json.loads(stage.splitlines()[0].removeprefix("CMD ")) == SERVICES[service]["command"]
+
+
+def test_a_sampler_without_torch_can_be_built():
+    example = re.findall(r'EXTRAS="(sampler .*)" \.$', DOCKERFILE, re.M)[0]
+    assert "torch" not in requirements(*example.split())
 
 
 @pytest.mark.parametrize("service", OURS)
 def test_an_image_takes_the_cpu_build_of_torch_unless_told_otherwise(service):
-    dockerfile = (ROOT / SERVICES[service]["build"]["dockerfile"]).read_text()
+    assert SERVICES[service]["build"]["dockerfile"] == "deploy/Dockerfile"
     arguments = SERVICES[service]["build"]["args"]
     default = plain(arguments["TORCH_INDEX_URL"])
     assert default.endswith("/whl/cpu")
-    assert f"ARG TORCH_INDEX_URL={default}\n" in dockerfile
-    assert set(arguments) <= set(re.findall(r"^ARG (\w+)", dockerfile, re.M))
+    assert f"ARG TORCH_INDEX_URL={default}\n" in DOCKERFILE
+    assert set(arguments) <= set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.M))
 
 
 def test_the_stacks_sampler_serves_scenes_and_models_without_an_export():
@@ -254,14 +269,11 @@ def test_the_gpu_sampler_never_installs_both_builds_of_onnxruntime():
 
 def test_the_build_context_holds_what_the_images_copy_and_little_else():
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    texts = [path.read_text() for path in (ROOT / "services").glob("*/Dockerfile")]
     copied = {
         source
-        for text in texts
-        for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M)
+        for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.M)
         for source in line.split()
     }
-    assert len(texts) == 3
     assert copied == allowed
     assert all((ROOT / source).exists() for source in copied)
 
