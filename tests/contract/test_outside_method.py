@@ -19,11 +19,10 @@ class Config(MethodConfig):
 
 
 class ScoreRegression(Method):
-    Config = Config
     paper = "Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531"
     roles = ("student",)
 
-    def __init__(self, config, *, teacher, student, data):
+    def __init__(self, config: Config, *, teacher, student, data):
         super().__init__()
         self.config, self.teacher, self.student = config, teacher, student
         with torch.no_grad():

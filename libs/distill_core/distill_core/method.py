@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,6 +105,14 @@ class Model(Protocol):
         ...
 
 
+def _annotated_config(cls: type) -> Any:
+    """The class that `cls` itself annotates `config` with, in its body or in its constructor; None for neither."""
+    constructor = vars(cls).get("__init__")
+    said = {**getattr(constructor, "__annotations__", {}), **vars(cls).get("__annotations__", {})}
+    config = types.SimpleNamespace(__annotations__={name: said[name] for name in said.keys() & {"config"}})
+    return typing.get_type_hints(config, globalns=vars(sys.modules[cls.__module__])).get("config")
+
+
 class Method(nn.Module):
     """Base of all methods. A subclass is found by its file's name in `methods/<family>/`, nothing registers it.
 
@@ -112,7 +123,7 @@ class Method(nn.Module):
     None without its table), `seed`, and by its own name each of `[teachers.NAME]` and `[data.NAME]`.
     """
 
-    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    Config: ClassVar[type[MethodConfig]] = MethodConfig  # what the constructor's `config` is annotated with
     paper: ClassVar[str] = ""  # "Authors, year, title, arXiv id"
     kind: ClassVar[str] = "denoiser"  # of the result
     roles: ClassVar[
@@ -124,6 +135,11 @@ class Method(nn.Module):
     result: ClassVar[str] = "student"  # the role that is evaluated and published
     # how its memory is planned: a step on fake tensors, a real step (scenes: small, and their steps depend on values)
     plan: ClassVar[Literal["fake", "step", "none"]] = "fake"
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "Config" not in vars(cls):
+            cls.Config = _annotated_config(cls) or cls.Config
 
     @property
     def device(self) -> torch.device:

@@ -156,10 +156,9 @@ class Config(MethodConfig):
 
 
 class StoredLabels(Method):
-    Config = Config
     roles = ("student",)
 
-    def __init__(self, config, *, data):
+    def __init__(self, config: Config, *, data):
         raise AssertionError("a job is refused before its method is built")
 """
 

@@ -25,7 +25,6 @@ class Config(MethodConfig):
 
 
 class RS2(Method):
-    Config = Config
     paper = (
         "Okanovic et al. 2023, Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning, "
         "arXiv 2305.18424"

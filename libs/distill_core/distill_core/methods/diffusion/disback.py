@@ -34,7 +34,6 @@ class Config(DMD2Config):
 
 
 class DisBack(DMD2):
-    Config = Config
     paper = (
         "Zhang et al. 2024, Distribution Backtracking Builds A Faster Convergence Trajectory for One-step "
         "Diffusion Distillation, arXiv 2408.15991"

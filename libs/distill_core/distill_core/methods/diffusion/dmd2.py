@@ -51,7 +51,6 @@ class Config(MethodConfig):
 class DMD2(Method):
     """A variant overrides one of `target`, `weigh`, `student_rests`, `critic_updates`, `generate`, `student_loss`."""
 
-    Config = Config
     paper = "Yin et al. 2024, Improved Distribution Matching Distillation for Fast Image Synthesis, arXiv 2405.14867"
     roles = ("fake_score", "student")
 

@@ -64,7 +64,6 @@ class Config(DMD2Config):
 
 
 class FDistill(DMD2):
-    Config = Config
     paper = (
         "Xu et al. 2025, One-step Diffusion Models with f-Divergence Distribution Matching, arXiv 2502.15681"
     )

@@ -40,7 +40,6 @@ class Config(MethodConfig):
 
 
 class HiPA(Method):
-    Config = Config
     paper = (
         "Zhang and Hooi 2023, HiPA: Enabling One-Step Text-to-Image Diffusion Models via High-Frequency-Promoting "
         "Adaptation, arXiv 2311.18158"

@@ -39,7 +39,6 @@ class Config(MethodConfig):
 
 
 class HyperSDFeedback(Method):
-    Config = Config
     paper = (
         "Ren et al. 2024, Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis, "
         "arXiv 2404.13686"

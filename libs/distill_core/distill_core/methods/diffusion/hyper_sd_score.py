@@ -49,7 +49,6 @@ class Config(DMD2Config):
 
 
 class HyperSDScore(DMD2):
-    Config = Config
     paper = (
         "Ren et al. 2024, Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis, "
         "arXiv 2404.13686"

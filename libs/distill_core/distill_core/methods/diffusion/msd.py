@@ -39,7 +39,6 @@ class Config(DMD2Config):
 
 
 class MSD(DMD2):
-    Config = Config
     paper = "Song et al. 2024, Multi-student Diffusion Distillation for Better One-step Generators, arXiv 2410.23274"
 
     def __init__(

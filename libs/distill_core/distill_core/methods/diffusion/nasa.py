@@ -36,8 +36,6 @@ class Config(PGSBConfig):
 
 
 class NASA(PGSB):
-    Config = Config
-
     def __init__(self, config: Config, *, teacher: Denoiser, student: Denoiser, data: Source) -> None:
         super().__init__(config, teacher=teacher, student=student)
         self.data = data

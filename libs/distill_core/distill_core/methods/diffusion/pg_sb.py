@@ -28,11 +28,11 @@ class Config(ScoreConfig):
 
 
 class PGSB(SwiftBrush):
-    Config = Config
     paper = (
         "Nguyen et al. 2024, SNOOPI: Supercharged One-step Diffusion Distillation with Proper Guidance, "
         "arXiv 2412.02687"
     )
+    config: Config
 
     def guidance_law(self, config: Config) -> GuidanceLaw:
         return GuidanceLaw(config.guidance_min, config.guidance_max)

@@ -68,7 +68,6 @@ def concept_loss(error: Pair, *, beta: float, eta: float, prior_weight: float) -
 
 
 class PSO(Method):
-    Config = Config
     paper = (
         "Miao et al. 2025, Tuning Timestep-Distilled Diffusion Model Using Pairwise Sample Optimization, "
         "arXiv 2410.03190"

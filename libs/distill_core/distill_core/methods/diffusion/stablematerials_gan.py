@@ -51,7 +51,6 @@ class Config(flow_matching.Config):
 
 
 class StableMaterialsGAN(Method):
-    Config = Config
     paper = (
         "Vecchio 2024, StableMaterials: Enhancing Diversity in Material Generation via Semi-Supervised Learning, "
         "arXiv 2406.09293"

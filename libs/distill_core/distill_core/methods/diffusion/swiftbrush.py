@@ -56,12 +56,12 @@ class Config(ScoreConfig):
 
 
 class SwiftBrush(Method):
-    Config = Config
     paper = (
         "Nguyen and Tran 2024, SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score "
         "Distillation, arXiv 2312.05239"
     )
     roles = ("fake_score", "student")
+    config: Config
 
     def __init__(self, config: ScoreConfig, *, teacher: Denoiser, student: Denoiser) -> None:
         super().__init__()

@@ -32,7 +32,6 @@ class Config(MethodConfig):
 
 
 class TSM(Method):
-    Config = Config
     paper = "Song et al. 2024, Multi-student Diffusion Distillation for Better One-step Generators, arXiv 2410.23274"
     roles = ("student",)
 

@@ -51,7 +51,6 @@ def shifted(x: Tensor, shift: int) -> Tensor:
 
 
 class ClassifierTraining(Method):
-    Config = Config
     paper = "Szegedy et al., 2016, Rethinking the Inception Architecture, arXiv 1512.00567"
     roles = ("classifier",)
     result = "classifier"

@@ -31,7 +31,6 @@ class Config(MethodConfig):
 
 
 class DDPM(Method):
-    Config = Config
     paper = "Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239"
     roles = ("teacher",)
     result = "teacher"

@@ -38,7 +38,6 @@ class Config(MethodConfig):
 
 
 class EDM(Method):
-    Config = Config
     paper = "Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364"
     roles = ("teacher",)
     result = "teacher"

@@ -41,7 +41,6 @@ def flow_matching_loss(denoiser: Denoiser, batch: Batch, config: Config) -> Tens
 
 
 class FlowMatching(Method):
-    Config = Config
     paper = "Lipman et al. 2023, Flow Matching for Generative Modeling, arXiv 2210.02747"
     roles = ("teacher",)
     result = "teacher"

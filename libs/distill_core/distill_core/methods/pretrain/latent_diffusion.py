@@ -40,7 +40,6 @@ def codec_loss(codec: Any, x: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]
 
 
 class LatentDiffusion(Method):
-    Config = Config
     paper = (
         "Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models, arXiv 2112.10752; "
         "Lipman et al. 2023, Flow Matching for Generative Modeling, arXiv 2210.02747"

@@ -71,7 +71,6 @@ class Config(MethodConfig):
 
 
 class EDNeRF(Method):
-    Config = Config
     paper = "Park et al. 2024, ED-NeRF: Efficient Text-Guided Editing of 3D Scene, arXiv 2310.02712"
     roles = ("field", "head")
     result = "field"

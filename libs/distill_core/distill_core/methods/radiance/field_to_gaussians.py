@@ -65,7 +65,6 @@ def linearized(loss: Tensor, parameters: list[Tensor], gradients: list[Tensor]) 
 
 
 class FieldToGaussians(Method):
-    Config = Config
     paper = (
         "Kerbl et al. 2023, 3D Gaussian Splatting, arXiv 2308.04079; "
         "Fang et al. 2023, One is All: Progressive Volume Distillation, arXiv 2211.15977"

@@ -90,7 +90,6 @@ class Config(MethodConfig):
 
 
 class PRD(Method):
-    Config = Config
     paper = (
         "Ye et al. 2024, Progressive Radiance Distillation for Inverse Rendering with Gaussian Splatting, "
         "arXiv 2408.07595"

@@ -71,7 +71,6 @@ class Chosen(NamedTuple):
 class PVD(Method):
     """A variant overrides one of `choose_rays`, `kept_samples`, `learn_from`."""
 
-    Config = Config
     paper = "Fang et al. 2023, One is All: Progressive Volume Distillation, arXiv 2211.15977"
     roles = ("student",)
     kind = "field"

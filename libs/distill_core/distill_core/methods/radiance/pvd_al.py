@@ -58,7 +58,6 @@ def critical_points(weights: Tensor, samples: Samples, share: float, min_opacity
 
 
 class PVDAL(PVD):
-    Config = Config
     paper = (
         "Fang et al. 2023, Progressive Volume Distillation with Active Learning for Efficient NeRF Architecture "
         "Conversion, arXiv 2304.04012"

@@ -59,7 +59,6 @@ def pixel_loss(rendered: Tensor, rgba: Tensor, background: Tensor) -> Tensor:
 
 
 class RadianceFieldFromImages(Method):
-    Config = Config
     paper = (
         "Mildenhall et al. 2020, NeRF, arXiv 2003.08934; "
         "Müller et al. 2022, Instant Neural Graphics Primitives, arXiv 2201.05989"

@@ -39,7 +39,6 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 class KD(Method):
-    Config = Config
     paper = "Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531"
     kind = "predictor"
     roles = ("student",)

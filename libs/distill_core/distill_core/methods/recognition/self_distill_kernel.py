@@ -53,7 +53,6 @@ def limit(kernel: Tensor, y: Tensor, ridge: float, alpha: float) -> Tensor:
 
 
 class SelfDistillKernel(Method):
-    Config = Config
     paper = (
         "Borup & Andersen 2021, Even your Teacher Needs Guidance: Ground-Truth Targets Dampen Regularization Imposed "
         "by Self-Distillation, arXiv 2102.13088"
