@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
+from distill_core.diffusion.levels import expand
 from distill_core.diffusion.schedule import NoiseSchedule
 from distill_core.method import Batch, Cond, Method
-from distill_core.networks.denoiser import Denoiser, expand
+from distill_core.networks.denoiser import Denoiser
 
 
 class AffineDenoiser(Denoiser):

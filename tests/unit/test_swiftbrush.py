@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from distill_core.artifacts import CondSpec
+from distill_core.diffusion.levels import expand
 from distill_core.errors import ConfigError
 from distill_core.losses.matching import eps_direction
 from distill_core.method import Batch
 from distill_core.methods.diffusion.pg_sb import PGSB
 from distill_core.methods.diffusion.swiftbrush import SwiftBrush
-from distill_core.networks.denoiser import expand
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.recipe.tables import NetworkConfig
 from tests.oracles import AffineDenoiser, Pusher, train

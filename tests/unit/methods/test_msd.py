@@ -12,11 +12,11 @@ from torch import Tensor
 from distill_core.artifacts import CondSpec
 from distill_core.data import build_source
 from distill_core.data.pairs import PairBatch
+from distill_core.diffusion.levels import expand
 from distill_core.errors import ConfigError
 from distill_core.method import Batch, Method
 from distill_core.methods.diffusion.dmd2 import DMD2
 from distill_core.methods.diffusion.msd import MSD
-from distill_core.networks.denoiser import expand
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser

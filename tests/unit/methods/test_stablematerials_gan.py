@@ -10,11 +10,12 @@ import torch
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.data import build_source
 from distill_core.data.source import ArrayPixels, Source
+from distill_core.diffusion.levels import expand
 from distill_core.errors import ConfigError, DataError
 from distill_core.methods.diffusion.stablematerials_gan import StableMaterialsGAN
 from distill_core.methods.pretrain.flow_matching import FlowMatching
 from distill_core.metrics.texture import seam_ratio
-from distill_core.networks.denoiser import Denoiser, expand
+from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.networks.generation import generate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from distill_core.artifacts import CondSpec
-from distill_core.networks.denoiser import expand
+from distill_core.diffusion.levels import expand
 from distill_core.networks.generation import drop_condition, generate
 from tests.oracles import AffineDenoiser
 

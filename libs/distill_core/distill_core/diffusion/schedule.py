@@ -60,7 +60,7 @@ class NoiseSchedule:
         return (1 + sigma**2) ** 0.5 if self.kind == "vp" else 1 + sigma
 
     def network_time(self, sigma: Tensor) -> Tensor:
-        """The float time (B,) that the network was trained to be told."""
+        """The float time, shaped like `sigma`, that the network was trained to be told."""
         if self.kind == "edm":
             return sigma.log() / 4
         if self.kind == "flow":
@@ -68,7 +68,7 @@ class NoiseSchedule:
         assert self.log_sigmas is not None
         levels = self.log_sigmas.to(sigma.device, torch.float32)
         log_sigma = sigma.log().clamp(levels[0], levels[-1])
-        high = (log_sigma[:, None] > levels[None, :]).sum(1).clamp(1, len(levels) - 1)
+        high = (log_sigma[..., None] > levels).sum(-1).clamp(1, len(levels) - 1)
         low = high - 1
         return low + (log_sigma - levels[low]) / (levels[high] - levels[low])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distill_core.diffusion.levels import expand
+
 
 def dm_direction(fake_x0: Tensor, teacher_x0: Tensor, x0: Tensor) -> Tensor:
     """Direction g = (D_fake - D_teacher) / mean|x0 - D_teacher|, per sample (DMD, Eq. 7 and 8). All (B, ...).
@@ -11,7 +13,7 @@ def dm_direction(fake_x0: Tensor, teacher_x0: Tensor, x0: Tensor) -> Tensor:
     A step of `x0` along -g lowers KL(student || teacher).
     """
     scale = (x0 - teacher_x0).abs().flatten(1).mean(1).clamp_min(1e-6)
-    return (fake_x0 - teacher_x0) / scale.reshape(-1, *([1] * (x0.ndim - 1)))
+    return (fake_x0 - teacher_x0) / expand(scale, x0)
 
 
 def eps_direction(fake_x0: Tensor, teacher_x0: Tensor, sigma: Tensor) -> Tensor:
@@ -21,7 +23,7 @@ def eps_direction(fake_x0: Tensor, teacher_x0: Tensor, sigma: Tensor) -> Tensor:
     teacher's own form: in x0 the factor is alpha_t sigma_t = sigma / (1 + sigma^2), largest at sigma = 1.
     """
     scale = sigma / (1 + sigma**2)
-    return scale.reshape(-1, *([1] * (fake_x0.ndim - 1))) * (fake_x0 - teacher_x0)
+    return expand(scale, fake_x0) * (fake_x0 - teacher_x0)
 
 
 def surrogate_loss(x0: Tensor, direction: Tensor) -> Tensor:

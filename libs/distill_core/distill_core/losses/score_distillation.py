@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distill_core.diffusion.levels import expand
+
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x_sigma, sigma) -> x0, under its own words and guidance
 
 
@@ -29,7 +31,7 @@ class Source(NamedTuple):
 
 def sds_direction(x0: Tensor, predicted_x0: Tensor, sigma: Tensor) -> Tensor:
     """g_SDS (B, ...) from the prediction at x0 + sigma e; `sigma` (B,). A step of `x0` along -g makes it likelier."""
-    return (x0 - predicted_x0) / sigma.reshape(-1, *([1] * (x0.ndim - 1)))
+    return (x0 - predicted_x0) / expand(sigma, x0)
 
 
 @torch.no_grad()
@@ -37,7 +39,7 @@ def score_direction(
     x0: Tensor, predict: Predict, sigma: Tensor, noise: Tensor, source: Source | None = None
 ) -> Tensor:
     """g_DDS of `x0` (B, ...) against `source`, or g_SDS without one; `noise` like x0, `sigma` (B,); no gradient."""
-    added = sigma.reshape(-1, *([1] * (x0.ndim - 1))) * noise
+    added = expand(sigma, x0) * noise
     direction = sds_direction(x0, predict(x0 + added, sigma), sigma)
     if source is None:
         return direction

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.diffusion.guidance import guide
+from distill_core.diffusion.levels import expand
 from distill_core.diffusion.schedule import NoiseSchedule
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds.denoiser.card import Card
@@ -27,11 +28,6 @@ def loading() -> Iterator[None]:
     """One thread at a time makes networks: diffusers changes how torch makes them, for all threads, meanwhile."""
     with _loading:
         yield
-
-
-def expand(sigma: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, 1, ...), to broadcast against `like`."""
-    return sigma.reshape(-1, *([1] * (like.ndim - 1)))
 
 
 class Denoiser(nn.Module, abc.ABC):

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.artifacts.model_card import CARD
 from distill_core.config import Config
+from distill_core.diffusion.levels import expand
 from distill_core.diffusion.schedule import Parameterisation, to_x0
 from distill_core.errors import ConfigError
 from distill_core.kinds.denoiser.card import Card
 from distill_core.method import Cond
-from distill_core.networks.denoiser import Denoiser, expand
+from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_codec import decode_latent, to_latent, unscaled
 from distill_core.networks.diffusers_plain import opens, pipeline_class, plain_use
 from distill_core.networks.diffusers_schedule import schedule_of

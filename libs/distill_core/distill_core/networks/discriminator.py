@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from distill_core.diffusion.levels import expand
 from distill_core.method import Cond
-from distill_core.networks.denoiser import expand
 
 GROUPS = 8
 WIDEST = 4  # times the first width

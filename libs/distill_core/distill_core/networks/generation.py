@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from distill_core.artifacts import CondSpec, SamplerSpec
+from distill_core.diffusion.levels import expand
 from distill_core.diffusion.noise import unit_normals
 from distill_core.diffusion.sampling import sample
 from distill_core.method import Cond
-from distill_core.networks.denoiser import Denoiser, expand
+from distill_core.networks.denoiser import Denoiser
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill_core.data.pairs import Pairs
+from distill_core.diffusion.levels import expand
 from distill_core.losses.adversarial import approximate_r1, discriminator_loss
 from distill_core.losses.divergence import (
     Divergence,
@@ -28,7 +29,7 @@ from distill_core.losses.divergence import (
 from distill_core.method import Batch, Cond, Update
 from distill_core.methods.diffusion.dmd2 import DMD2
 from distill_core.methods.diffusion.dmd2 import Config as DMD2Config
-from distill_core.networks.denoiser import Denoiser, expand
+from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_score import LogitHead, trunk_width
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from distill_core.data.classes import naming_classes
 from distill_core.data.source import Source
+from distill_core.diffusion.levels import expand
 from distill_core.errors import ConfigError
 from distill_core.losses.pairwise import (
     clipped_log_ratio,
@@ -33,7 +34,7 @@ from distill_core.losses.reward import RewardConfig, build_reward, mean_reward
 from distill_core.method import Batch, Cond, Method, MethodConfig, Update
 from distill_core.metrics.diversity import within_class_std
 from distill_core.networks.adapters import LoraDenoiser
-from distill_core.networks.denoiser import Denoiser, expand
+from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.generation import default_cond, generate
 from distill_core.recipe.tables import EvaluateConfig
 
