@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distill_core import api
+from distill_core.building import build
 from distill_core.kinds.cards import generator_card
 from distill_core.methods import find_method, method_names, needs
 from distill_core.networks.generation import generate
@@ -49,3 +50,17 @@ def test_a_text_to_image_folder_is_distilled_from_prompts_alone(name, tmp_path):
     pictures = generate(student, student.encode_prompts(["a cat", "a dog"]), 2)
     assert pictures.shape == (2, 3, 16, 16)
     assert not torch.equal(pictures[0], pictures[1])
+
+
+def test_prompts_that_the_encoder_cuts_are_said_once(tmp_path, caplog):
+    folder = tiny_text_to_image(tmp_path / "pipeline")  # 8 tokens, two of them mark the beginning and the end
+    data = {"name": "prompts", "prompts": ["abcdefg", "abcdef", "abcdefg", "hijklmnop"]}
+    recipe = load_recipe(
+        {"method": "swiftbrush", "steps": 1, "threads": 1, "teacher": {"path": str(folder)}, "data": data}
+    )
+    build(recipe, api.context(tmp_path / "store", tmp_path / "cache"))
+    said = [record.message for record in caplog.records if "text encoder" in record.message]
+    assert said == [
+        "2 prompts are longer than the 8 tokens that the text encoder reads, and their ends are left out; "
+        "the first begins with 'abcdefg'"
+    ]

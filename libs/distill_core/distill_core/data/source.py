@@ -88,6 +88,11 @@ class Source:
         self._encode = encode
 
     @property
+    def encodes(self) -> bool:
+        """Whether `encode_with` was told how the prompts are embedded."""
+        return self._encode is not None
+
+    @property
     def columns(self) -> dict[str, TensorSpec]:
         """What the items have, by name: type and shape of each column."""
         found: dict[str, TensorSpec] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.generation import generate, preview
 from distill_core.parity import SEED, ParitySample
 from distill_core.recipe.tables import EvaluateConfig
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = 10  # prompts that a text-conditional model keeps for previews
 
@@ -106,10 +109,25 @@ def _encode_prompts(model: Denoiser, source: Source) -> None:
             "a text-to-image teacher needs prompts: set data.name = 'prompts', or choose pictures with captions",
             field="data.name",
         )
+    if not source.encodes:
+        _warn_of_cut_prompts(model, source.prompts)
     source.encode_with(model.encode_prompts)
     if not model.cond.examples:
         distinct = dict.fromkeys(source.prompts[:1000])
         model.cond = model.cond.model_copy(update={"examples": tuple(distinct)[:EXAMPLES]})
+
+
+def _warn_of_cut_prompts(model: Denoiser, prompts: list[str]) -> None:
+    text = getattr(model, "text", None)
+    cut = [] if text is None else [prompt for prompt in dict.fromkeys(prompts) if text.cuts(prompt)]
+    if cut:
+        log.warning(
+            "%d prompts are longer than the %d tokens that the text encoder reads, and their ends are left out; "
+            "the first begins with %r",
+            len(cut),
+            text.max_tokens,
+            cut[0][:60],
+        )
 
 
 def _load_adapter(folder: Path, models: Models | None, device: str) -> LoraDenoiser:
