@@ -30,7 +30,7 @@ IDLE, NEXT_TO_NOTHING = (
     0.1,
 )  # seconds; share of a core: a loop that polls takes less, a starved test more
 LOOK = 5.0  # seconds between looks at what is being done
-GRACE = 15  # seconds for the main thread to leave what it hangs in
+GRACE = 60  # seconds for the main thread to leave what it hangs in
 PATIENCE = 3  # seconds for a child to write its stacks and end
 LONGEST = 64 * 1024  # bytes of a child's last words
 

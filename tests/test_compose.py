@@ -55,12 +55,12 @@ def mounts(service: str) -> dict[str, str]:
 
 def requirements(*arguments: str) -> str:
     command = [sys.executable, ROOT / "deploy" / "requirements.py", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def test_the_compose_files_are_valid_by_the_compose_specification():
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", *FILES]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -75,7 +75,7 @@ def test_the_validator_would_notice_a_misspelt_key(tmp_path):
         "vendor.compose-spec",
         "compose.yml",
     ]
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60).returncode != 0
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode != 0
 
 
 def test_the_whole_stack_is_there_and_each_part_says_whether_it_is_well():
@@ -196,9 +196,9 @@ def test_the_gpu_file_changes_known_services_and_asks_for_gpus():
 
 def test_secrets_are_made_once_and_read_by_the_settings(tmp_path):
     script = ["sh", ROOT / "deploy" / "secrets.sh", tmp_path]
-    subprocess.run(script, check=True, timeout=30)
+    subprocess.run(script, check=True)
     first = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    subprocess.run(script, check=True, timeout=30)
+    subprocess.run(script, check=True)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == first
     values = Settings(_secrets_dir=tmp_path)
     assert values.database_url == (
@@ -291,7 +291,7 @@ def test_the_build_context_holds_what_the_images_copy_and_little_else():
     ],
 )
 def test_the_verification_scripts_are_shell_that_parses(script):
-    assert subprocess.run(["bash", "-n", ROOT / script], capture_output=True, timeout=30).returncode == 0
+    assert subprocess.run(["bash", "-n", ROOT / script], capture_output=True).returncode == 0
 
 
 def test_stand_ins_are_made_for_the_base_images_that_the_stack_names():
@@ -308,9 +308,7 @@ def test_the_log_of_a_verified_run_replaces_the_one_on_the_page(tmp_path):
     page.write_text("before\n<!-- verify -->\n<!-- /verify -->\nafter\n")
     for said in ("first", "second"):
         log.write_text(f"step  {said}\n")
-        done = subprocess.run(
-            ["sh", ROOT / "deploy/verify/page.sh", log, page], capture_output=True, timeout=30
-        )
+        done = subprocess.run(["sh", ROOT / "deploy/verify/page.sh", log, page], capture_output=True)
         assert (done.returncode, done.stderr) == (0, b"")
     expected = "before\n<!-- verify -->\n```text\nstep  second\n```\n<!-- /verify -->\nafter\n"
     assert page.read_text() == expected

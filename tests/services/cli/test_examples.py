@@ -44,7 +44,6 @@ def run(sampler, tmp_path):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=100,
             env={**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:__main__"},
         )
         assert done.returncode == 0, done.stderr

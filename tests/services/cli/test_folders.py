@@ -53,7 +53,7 @@ def test_doctor_names_the_setting_of_each_folder(home, capsys, monkeypatch):
 
 @pytest.mark.parametrize("module", SERVERS)
 def test_a_service_ends_with_that_sentence_and_no_traceback(home, module):
-    ended = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True)
     assert ended.returncode == 75
     assert "DISTILLERY_STATE_DIR" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr

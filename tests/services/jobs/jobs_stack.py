@@ -25,7 +25,7 @@ from distill_service.settings import Settings, load_settings
 
 HERE = Path(__file__).parent
 COMMANDS = dict.fromkeys(("train", "evaluate", "convert"), "jobs_child")
-WAIT_S = 60.0
+WAIT_S = 240.0  # no deadline that a machine with other work would miss
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = WAIT_S) -> Any:

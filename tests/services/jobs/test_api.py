@@ -241,7 +241,7 @@ def test_health_reflection_and_figures_are_served(client, running, table):
 
 def test_a_port_in_use_is_one_sentence(client, running):
     second = running.start("-m", "distillery_trainer.server")
-    assert second.wait(timeout=60) == 2
+    assert second.wait() == 2
     last = running.log().splitlines()[-1]
     assert last.startswith("error: ")
     assert "in use" in last or "cannot be opened" in last

@@ -221,7 +221,7 @@ def test_a_message_that_was_cut_off_stops_no_worker(tmp_path):
         wait_for(lambda: not list((tmp_path / "broker" / "messages").iterdir()), "a wake-up to be taken")
         assert worker.poll() is None
         worker.terminate()
-        assert worker.wait(60) == 0
+        assert worker.wait() == 0
         database.close()
 
 

@@ -48,19 +48,19 @@ def state(db: Database, job_id: str) -> State:
 
 def test_it_runs_the_most_urgent_job_alone_and_ends(stack, jobs):
     later, urgent = (submit(jobs, train(), priority=priority).job.id for priority in (0, 5))
-    assert stack.start("-c", ONCE).wait(60) == 0
+    assert stack.start("-c", ONCE).wait() == 0
     assert (state(jobs, urgent), state(jobs, later)) == (State.SUCCEEDED, State.QUEUED)
     assert history(jobs, urgent) == ["submitted", "claimed", "succeeded"]
 
 
 def test_nothing_to_do_is_no_failure(stack, jobs):
-    assert stack.start("-c", ONCE).wait(60) == 0
+    assert stack.start("-c", ONCE).wait() == 0
     assert "no job waits" in stack.log()
 
 
 def test_a_job_that_fails_is_a_failed_job_and_not_a_failed_process(stack, jobs):
     job = submit(jobs, train(config={"exit_at": 1, "exit_code": 3})).job.id
-    assert stack.start("-c", ONCE).wait(60) == 0
+    assert stack.start("-c", ONCE).wait() == 0
     assert state(jobs, job) == State.FAILED
 
 
@@ -69,7 +69,7 @@ def test_stopped_it_gives_the_job_back_with_its_checkpoint(stack, jobs):
     process = stack.start("-c", ONCE)
     wait_for(lambda: step_of(stack.settings, job) >= 2, "two steps")
     process.terminate()
-    assert process.wait(60) == 0
+    assert process.wait() == 0
     assert state(jobs, job) == State.QUEUED
     assert history(jobs, job)[-1] == "preempted"
 
@@ -77,7 +77,7 @@ def test_stopped_it_gives_the_job_back_with_its_checkpoint(stack, jobs):
 def test_it_takes_over_what_a_dead_worker_left(stack, jobs):
     job = submit(jobs, train()).job.id
     queue.claim(jobs, ["train"], worker="dead", lease_s=-1)
-    assert stack.start("-c", ONCE).wait(60) == 0
+    assert stack.start("-c", ONCE).wait() == 0
     assert state(jobs, job) == State.SUCCEEDED
 
 

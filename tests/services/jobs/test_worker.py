@@ -97,7 +97,7 @@ def test_a_stopped_worker_gives_its_job_to_the_next(running, db):
     job = submit(db, train(**LONG)).job.id
     wait_for(lambda: step_of(values, job) >= 1, "a step")
     worker.terminate()
-    assert worker.wait(timeout=60) == 0
+    assert worker.wait() == 0
     row = requests.get(db, job).job
     assert (row.state, row.crashes) == (State.QUEUED, 0)
     assert not alive(child_pids(values, job)[-1])
@@ -122,7 +122,7 @@ def test_a_job_submitted_while_redis_is_gone_is_found_by_looking(tmp_path):
         assert not wake(make_app(broker_url(values)), ["train"])
         assert ended(database, second).state == State.SUCCEEDED
         worker.terminate()
-        assert worker.wait(timeout=60) == 0
+        assert worker.wait() == 0
         database.close()
 
 

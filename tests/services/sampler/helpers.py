@@ -160,7 +160,7 @@ class SamplerProcess:
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        assert self._ready.wait(120), self.events
+        assert self._ready.wait(), self.events
         return self
 
     def _read(self) -> None:
@@ -182,7 +182,7 @@ class SamplerProcess:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait()
 
     def stub(self) -> sampler_pb2_grpc.SamplerServiceStub:
         """Without the shipped retry policy, so that a refusal is seen."""
@@ -204,7 +204,7 @@ def executed(address: str, name: str) -> int:
 
 def settled(sampler: SamplerProcess, name: str) -> int:
     """How much of a model was run, once that stands still."""
-    deadline, before = time.monotonic() + 120, -1
+    deadline, before = time.monotonic() + 240, -1
     while (now := executed(sampler.address, name)) != before:
         assert time.monotonic() < deadline, f"{now} and still more"
         before = now

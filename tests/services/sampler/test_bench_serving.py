@@ -289,7 +289,7 @@ def test_a_peer_is_given_the_graph_and_finds_the_noise_function(served, tmp_path
     (tmp_path / "student.py").write_text((FOLDER / "student.py").read_text())
     monkeypatch.setattr(other_servers, "FOLDER", tmp_path)
     with PeerServer(Peer("echo", "", ""), Path(sys.executable), served, 1, 8, tmp_path) as server:
-        server.process.wait(60)
+        server.process.wait()
     assert server.log.read_text() == f"['{served.graph}', '{SIGMA}', '1'] (2,)\n"
 
 

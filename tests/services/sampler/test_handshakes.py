@@ -36,7 +36,7 @@ def said(credentials: grpc.ServerCredentials | None, **files: object) -> str:
             pytest.raises(Unavailable) as caught,
             errors_from(address),
         ):
-            connection.unary_unary("/any/call")(b"", timeout=20)
+            connection.unary_unary("/any/call")(b"", timeout=240)
     finally:
         server.stop(0)
     assert f"the server at {address} " in str(caught.value)

@@ -140,11 +140,11 @@ def test_the_bytes_of_a_request(sampler, client):
         stub = sampler_pb2_grpc.SamplerServiceStub(plain)
         request = sampler_pb2.GenerateRequest(model="digits", prompts=["x" * MAX_RECEIVE_BYTES])
         with pytest.raises(grpc.RpcError) as error:
-            stub.Generate(request, timeout=30)
+            stub.Generate(request, timeout=240)
         assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         request = sampler_pb2.GenerateRequest(model="digits", prompts=["x" * (MAX_RECEIVE_BYTES - 100)])
         with pytest.raises(grpc.RpcError, match="takes no prompts"):
-            stub.Generate(request, timeout=30)
+            stub.Generate(request, timeout=240)
     assert len(client.generate("digits", class_labels=[1])) == 1
 
 

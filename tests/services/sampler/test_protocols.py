@@ -68,7 +68,7 @@ def answer_to(address: str, method) -> tuple[str, str]:
         )
         request = iter([None]) if method.client_streaming else None
         try:
-            reply = call(request, timeout=60)
+            reply = call(request, timeout=240)
             if method.server_streaming:
                 next(reply)
                 reply.cancel()
@@ -286,7 +286,7 @@ def test_negative_terms_shared_memory_and_overrides_are_refused_and_tritons_own_
     answers: queue.Queue = queue.Queue()
     triton.start_stream(lambda result, error: answers.put((result, error)))
     triton.async_stream_infer("digits", digits([1], [1]), enable_empty_final_response=True)
-    result, error = answers.get(timeout=60)
+    result, error = answers.get()
     triton.stop_stream()
     assert error is None
     assert len(result.as_numpy("images")) == 1

@@ -18,7 +18,7 @@ from distill_core.recipe.tables import NetworkConfig
 from distillery.v1 import common_pb2, sampler_pb2
 from distillery_cli.scenes.sources import ServedScene, _spec
 from tests.services.jobs.jobs_stack import wait_for
-from tests.services.sampler.helpers import SamplerProcess, executed, settled
+from tests.services.sampler.helpers import PATIENT_S, SamplerProcess, executed, settled
 from tests.services.sampler.test_render import camera
 
 GRID = 8
@@ -61,7 +61,7 @@ def sampler(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(sampler):
-    with sampler.client() as client:
+    with sampler.client(timeout_s=PATIENT_S) as client:
         yield client
 
 

@@ -46,7 +46,7 @@ def served(host: str) -> Iterator[str]:
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
     thread.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait()
         yield started[0]
     finally:
         loop.call_soon_threadsafe(stop.set)

@@ -50,9 +50,7 @@ def binaries() -> None:
 
 
 def promtool(*arguments: str) -> None:
-    done = subprocess.run(
-        ["promtool", *arguments], cwd=PROMETHEUS, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run(["promtool", *arguments], cwd=PROMETHEUS, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -175,7 +173,7 @@ def load(sampler: SamplerProcess) -> None:
 
     def ask(_index: int) -> None:
         with contextlib.suppress(grpc.RpcError):
-            stub.Generate(request, timeout=20)
+            stub.Generate(request, timeout=240)
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(ask, range(6)))

@@ -122,7 +122,7 @@ def test_what_is_shed_is_refused_before_its_message_arrives(method):
             grpc.aio.insecure_channel(address, [("grpc.enable_retries", 0)]) as plain,
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await plain.stream_unary(f"/{SERVICE}/{method}")(nothing(), timeout=30)
+                await plain.stream_unary(f"/{SERVICE}/{method}")(nothing(), timeout=240)
             assert error_from_call(caught.value).retry_after_s == 1.5
             await models_pb2_grpc.ModelsServiceStub(plain).LoadModel(models_pb2.LoadModelRequest())
 

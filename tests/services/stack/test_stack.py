@@ -66,9 +66,7 @@ def served(stack, tmp_path_factory) -> str:
     known = {name: getattr(stack.settings, name) for name in ("state_dir", "jobs_port")}
     variables = {f"DISTILLERY_{name.upper()}": str(value) for name, value in known.items()}
     command = [sys.executable, "-m", "distillery_cli", "submit", "--pipeline", str(path), "--watch", "--json"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **variables}, timeout=200
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
     assert done.returncode == 0, done.stderr + done.stdout
     *events, job = [json.loads(line) for line in done.stdout.splitlines()]
     assert {"change", "metrics", "job"} <= {key for event in events for key in event}
@@ -256,7 +254,7 @@ def test_up_outlives_its_parts_refuses_a_second_and_ends_all_when_it_is_told(tmp
         names = ["jobs api", "trainer worker", "converter worker", "sampler"]
         assert [part["name"] for part in parts] == names
         with Up(tmp_path, said="second") as second:
-            assert second.process.wait(timeout=60) == 75
+            assert second.process.wait() == 75
             assert f"its process is {up.process.pid} on " in " ".join(second.said.read_text().split())
         os.kill(parts[1]["pid"], signal.SIGKILL)
         wait_for(lambda: not alive(parts[1]["pid"]), "the worker to end")
@@ -264,7 +262,7 @@ def test_up_outlives_its_parts_refuses_a_second_and_ends_all_when_it_is_told(tmp
         assert up.process.poll() is None
         children = up.children()
         up.process.send_signal(signal.SIGINT)
-        assert up.process.wait(timeout=60) == 0
+        assert up.process.wait() == 0
         wait_for(lambda: not any(alive(child.pid) for child in children), "the parts to end")
 
 
@@ -274,7 +272,7 @@ def test_up_ends_in_the_middle_of_its_start_when_it_is_told(tmp_path, number):
         wait_for(lambda: "sampler starting" in up.said.read_text(), "the parts to be started", 90)
         children = up.children()
         up.process.send_signal(number)
-        assert up.process.wait(timeout=60) == 0
+        assert up.process.wait() == 0
         assert up.out.read_text() == ""
         wait_for(lambda: not any(alive(child.pid) for child in children), "the parts to end")
 
