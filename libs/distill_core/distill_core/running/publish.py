@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.numpy import save_file
-
 from distill_core.artifacts import Manifest
 from distill_core.context import Context
 from distill_core.data import Source
@@ -15,7 +13,7 @@ from distill_core.kinds import find_kind
 from distill_core.kinds.base import parity_of
 from distill_core.kinds.cards import described
 from distill_core.method import Method, Model
-from distill_core.parity import PROBE
+from distill_core.parity import write_probe
 from distill_core.pictures import save_sheet
 from distill_core.recipe import Recipe
 from distill_core.running.keys import move_alias, parents
@@ -30,10 +28,7 @@ def save_models(method: Method, source: Source, recipe: Recipe, run: Run) -> Non
         pictures = kind.preview(model, source, recipe.seed, method.references())
         if pictures is not None:
             save_sheet(pictures, folder / "preview.png")
-        probe = kind.probe(model)
-        if probe:
-            arrays = {f"{name}/{key}": value for name, part in probe.items() for key, value in part.items()}
-            save_file(arrays, folder / PROBE)
+        write_probe(folder, kind.probe(model))
         (folder / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
 
 
