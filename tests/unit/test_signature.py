@@ -100,7 +100,9 @@ def test_a_size_that_is_not_free_may_be_zero_but_no_other():
 
 
 def test_a_value_without_items_is_refused():
-    refused(TensorSpec(dtype="float32"), np.float32(0.3) * np.ones(()), "single value; give an array of items")
+    refused(
+        TensorSpec(dtype="float32"), np.float32(0.3) * np.ones(()), "single value; give an array of items"
+    )
 
 
 # -- types and ranges
