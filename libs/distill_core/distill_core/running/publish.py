@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distill_core.artifacts import Manifest
+from distill_core.building import names_of_results
 from distill_core.context import Context
 from distill_core.data import Source
 from distill_core.kinds import find_kind
@@ -35,11 +36,16 @@ def save_models(method: Method, source: Source, recipe: Recipe, run: Run) -> Non
 def publish(
     method: Method, recipe: Recipe, run: Run, where: Context, figures: Mapping[str, float | str], *, job: str
 ) -> Manifest:
-    """Publish the run's models, the main one under the recipe's name, others as NAME-ROLE; the main one's manifest."""
+    """Publish the run's models, the main one under the recipe's name, others as NAME-ROLE; the main one's manifest.
+
+    The main one comes last: a run whose main model is published is finished, and is not published again. `figures`
+    are those of the main one.
+    """
     assert recipe.publish is not None
-    manifests = []
-    for role, (folder, model) in zip(method.published(), _folders(method, run).items()):
-        name = recipe.publish.name if folder == run.model else f"{recipe.publish.name}-{role}"
+    names = names_of_results(method, recipe.publish.name)
+    results = list(zip(names.values(), _folders(method, run).items(), strict=True))
+    for name, (folder, model) in reversed(results):
+        main = folder == run.model
         draft = Manifest(
             name=name,
             method=recipe.method,
@@ -50,14 +56,13 @@ def publish(
             job=job,
             recipe_sha256=hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
             step=recipe.steps,
-            metrics=dict(figures),
+            metrics=dict(figures) if main else {},
             parity=parity_of(find_kind(model.kind).as_saved(model, folder)),
             **described(model),
         )
-        manifests.append(where.store.publish(folder, draft, key=job))
-    main = manifests[0]
-    move_alias(main, recipe, where, job)
-    return main
+        published = where.store.publish(folder, draft, key=job)
+    move_alias(published, recipe, where, job)
+    return published
 
 
 def _folders(method: Method, run: Run) -> dict[Path, Model]:
