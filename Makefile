@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/distillery demo
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check $(OURS) && $(BIN)/ruff format --check $(OURS)

@@ -6,9 +6,26 @@ import pytest
 import torch
 from torch import nn
 
+from distill_core.method import Method, Update
 from distill_core.training.ema import EMA
+from tests.unit.training.test_loop import trainer
 
 DECAY = 0.8
+
+
+class Noisy(Method):
+    """A network with dropout beside one that stays in evaluation mode, as denoisers do."""
+
+    roles = ("model",)
+    result = "model"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(64, 40), nn.Dropout(0.7), nn.BatchNorm1d(40))
+        self.frozen = nn.Dropout(0.3).eval()
+
+    def updates(self, batch, step):
+        yield Update("model", self.model(batch.x0.flatten(1)).square().mean())
 
 
 class Network(nn.Module):
@@ -124,3 +141,16 @@ def test_an_average_is_loaded_back_and_one_without_statistics_keeps_those_that_i
     assert torch.equal(earlier.weights["norm.running_mean"], torch.zeros(2))
     with pytest.raises(KeyError, match=r"layer.bias"):
         earlier.load({name: value for name, value in saved.items() if name != "layer.bias"})
+
+
+def test_what_is_published_is_seen_in_evaluation_mode_and_training_goes_on_as_before(tmp_path):
+    run = trainer(tmp_path, Noisy(), ema={"model": 0.8})
+    run.train_step()
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(4))
+    with run.averaged():
+        one, two = run.method.model(x), run.method.model(x)
+        statistics = values(run.method.model)
+        assert torch.equal(one, two)
+    assert all(torch.equal(value, statistics[name]) for name, value in run.emas["model"].weights.items())
+    assert [module.training for module in run.method.model] == [True, True, True]
+    assert (run.method.training, run.method.frozen.training) == (True, False)

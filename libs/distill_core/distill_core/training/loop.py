@@ -306,8 +306,12 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """EMA weights in place of the trained ones, whole in the process that keeps results; all processes enter."""
+        """EMA weights in place of the trained ones, in evaluation mode, whole in the process that keeps results.
+
+        All processes enter.
+        """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_evaluating(self.method))
             for role, ema in self.emas.items():
                 stack.enter_context(ema.applied(_module(self.method, role)))
             stack.enter_context(self.layout.whole())
@@ -398,6 +402,19 @@ class Trainer:
 
 def _logged(update: Update) -> dict[str, Tensor]:
     return {name: torch.as_tensor(value).detach() for name, value in update.metrics.items()}
+
+
+@contextlib.contextmanager
+def _evaluating(method: Method) -> Iterator[None]:
+    """Every module in evaluation mode, then as it was: some are never put into training mode."""
+    training = [module for module in method.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _layout(method: Method, accelerator: Accelerator, sharding: str | None) -> Replicated:
