@@ -1,4 +1,4 @@
-# make setup · demo · test · lint · docs · proto · claims · bench · bench-serving · bench-queue · fuzz-sampler · fuzz-converter · prove-NAME · chaos · audit.
+# make setup · demo · test · test-fast · lint · docs · proto · claims · bench · bench-serving · bench-queue · fuzz-sampler · fuzz-converter · prove-NAME · chaos · audit.
 # Each sets up what is missing, once.
 # Where pip would fetch a CUDA build of torch that you do not need:
 #   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -11,7 +11,7 @@ TYPED := libs/distill_core/distill_core/method.py libs/distill_core/distill_core
          libs/distill_service/distill_service services
 OURS := libs services tests deploy benchmarks tools
 
-.PHONY: setup demo test lint docs proto claims bench bench-serving bench-queue fuzz-sampler fuzz-converter chaos audit
+.PHONY: setup demo test test-fast lint docs proto claims bench bench-serving bench-queue fuzz-sampler fuzz-converter chaos audit
 setup: $(STAMP)
 
 $(STAMP):
@@ -23,7 +23,11 @@ demo: setup
 	$(BIN)/distillery demo
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+# The inner loop, at most three minutes on two idle cores: the units without those marked slow, and the tree's own rules.
+test-fast: setup
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow" tests/unit tests/test_architecture.py $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check $(OURS) && $(BIN)/ruff format --check $(OURS)

@@ -51,15 +51,16 @@ def tiny_recipe(name: str, **changes: object) -> Recipe:
     )
 
 
-def tiny_context(folder: Path) -> Context:
-    """A context whose teachers are the recipes' own, trained for two steps and kept in `folder`."""
+def tiny_context(folder: Path, cache: Path | None = None) -> Context:
+    """A context whose teachers are the recipes' own, trained for two steps and kept in `cache`, or in `folder`."""
+    cache = cache or folder / "cache"
 
     def train(recipe: Recipe, target: Path) -> Path:
         small = recipe.override(TINY).model_copy(update={"publish": None})
         return api.train(small, target, context).folder / "model"
 
-    store = api.context(folder / "store", folder / "cache").store
-    context = Context(store, folder / "cache", train)
+    store = api.context(folder / "store", cache).store
+    context = Context(store, cache, train)
     return context
 
 

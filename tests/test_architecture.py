@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from distill_core.methods import method_files
 from tests.helpers import REPOSITORY
 
 CORE = REPOSITORY / "libs/distill_core/distill_core"
@@ -152,10 +153,14 @@ def test_no_circle_of_imports():
 
 
 def test_methods_do_not_import_each_other_and_training_knows_no_method():
+    methods = set(method_files().values())
+    assert len(methods) > 20
     for name, path in modules("distill_core"):
         for imported in imports(path):
             if name.startswith("distill_core.training"):
                 assert not imported.startswith("distill_core.methods"), f"{name} imports {imported}"
+            if name.startswith("distill_core.methods."):  # those that begin with _ are what methods share
+                assert imported not in methods - {name}, f"{name} imports {imported}"
 
 
 def test_only_settings_read_the_environment():

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from distill_core.data import named_tables
-from distill_core.kinds import kind_names
+from distill_core.kinds import find_kind, kind_names
 from distill_core.kinds.cards import described
+from distill_core.kinds.loading import load_model
 from distill_core.methods import find_method, method_names, needs
 from distill_core.recipe import load_recipe
 from distill_core.training.checkpoint import load_latest
@@ -97,17 +98,27 @@ def test_adapters_begin_alike_whether_or_not_their_base_is_cached(context, tmp_p
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_result_is_saved_and_loads_again_with_the_same_output(name, context, tmp_path):
-    from distill_core.kinds.loading import load_model
-
     trainer = tiny_trainer(recipe_of(name), context, tmp_path / "run")
     trainer.train()
     with trainer.averaged():
-        trainer.method.main.save(tmp_path / "model")
-        fields = described(trainer.method.main)
-    files = [file for file in (tmp_path / "model").rglob("*") if file.is_file()]
-    assert any(file.suffix == ".safetensors" for file in files)
-    assert fields["kind"] in kind_names()
-    load_model(tmp_path / "model")
+        for role, model in trainer.method.published().items():
+            model.save(tmp_path / role)
+            assert described(model)["kind"] in kind_names()
+            files = [file for file in (tmp_path / role).rglob("*") if file.is_file()]
+            assert any(file.suffix == ".safetensors" for file in files)
+            saved, loaded = (shown(one, trainer.source) for one in (model, load_model(tmp_path / role)))
+            assert saved
+            for output, again in zip(saved, loaded, strict=True):
+                assert output.double().std() > 0, "a constant would hide a difference"
+                torch.testing.assert_close(again, output, rtol=0.01, atol=0.01)  # scenes are saved in halves
+
+
+def shown(model, source) -> list[torch.Tensor]:
+    """What a model gives: the pictures of its kind's preview, and what it answers to its kind's probe."""
+    kind = find_kind(model.kind)
+    pictures = kind.preview(model, source, 3, {})
+    answers = [torch.as_tensor(values) for part in kind.probe(model).values() for values in part.values()]
+    return answers if pictures is None else [pictures, *answers]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import inspect
 import json
+import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distill_core.config import NAME_PATTERN, NAME_RULE
 from distill_core.context import Context
 from distill_core.data import Source, build_source, named_tables
 from distill_core.data.classes import check_same_classes
@@ -63,7 +65,26 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
     method = cls(config, **{name: arguments[name] for name in wanted})
     if "network" in wanted:  # a model made for this data is given the data's conditions
         find_kind(cls.kind).fit(getattr(method, method.result), source)
+    if recipe.publish is not None:
+        names_of_results(method, recipe.publish.name)
     return method, source
+
+
+def names_of_results(method: Method, name: str) -> dict[str, str]:
+    """Names under which the models of a run are published, by role: `name` for the main one, else NAME-ROLE.
+
+    Raises:
+        ConfigError: one of them is no name of a model; said before the training, not after it.
+    """
+    main, *others = method.published()
+    names = {main: name} | {role: f"{name}-{role}" for role in others}
+    for role, full in names.items():
+        if not re.fullmatch(NAME_PATTERN, full):
+            raise ConfigError(
+                f"publish.name = {name!r} would publish the model of {role} as {full!r}, which is no name; {NAME_RULE}",
+                field="publish.name",
+            )
+    return names
 
 
 def for_its_teacher(recipe: Recipe, context: Context) -> Recipe:

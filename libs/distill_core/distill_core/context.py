@@ -7,10 +7,12 @@ import fcntl
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -99,8 +101,16 @@ def cache_key(recipe: Recipe, *, above: tuple[str, ...] = ()) -> str:
     apart = {"title": "", "check": None, "publish": None, "replaced": replaced}
     made = recipe.model_copy(update=apart).to_toml()
     bases = [base for base in find_method(recipe.method).__mro__ if issubclass(base, Method)]
-    sources = [inspect.getsource(inspect.getmodule(base)) for base in bases]  # type: ignore[arg-type]
+    sources = [inspect.getsource(module) for module in _modules(bases)]
     for source in (recipe.teacher, *recipe.teachers.values(), recipe.student.source, recipe.extractor):
         if source is not None and source.recipe is not None and source.recipe not in above:
             sources.append(cache_key(load_recipe(source.recipe), above=(*above, source.recipe)))
     return hashlib.sha256("\n".join([made, *sources, torch.__version__]).encode()).hexdigest()[:16]
+
+
+def _modules(bases: Sequence[type[Method]]) -> list[ModuleType]:
+    """The modules of these classes, and those of `methods` that they take functions and tables from."""
+    own = [sys.modules[base.__module__] for base in bases]
+    names = [getattr(value, "__module__", None) or "" for module in own for value in vars(module).values()]
+    shared = dict.fromkeys(name for name in names if name.startswith("distill_core.methods."))
+    return own + [sys.modules[name] for name in shared if sys.modules[name] not in own]

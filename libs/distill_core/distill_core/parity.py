@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save, save_file
 
 from distill_core.config import Config
 from distill_core.errors import ArtifactError
 
 PROBE = "probe.safetensors"  # beside the weights: `FUNCTION/inputs.NAME` and `FUNCTION/outputs.NAME`
 SEED = 1
+PROBE_BYTES, HEADER_BYTES = 2**20, 2**16  # of a probe's arrays, and of what names them
 CELLS = 8  # a side, at most
 VIEW_SIDE = 16  # pixels of a scene's view
 VIEW_DEGREES = 30.0  # azimuth and elevation of its camera, at the scene's usual distance
@@ -81,15 +82,35 @@ class Probe(NamedTuple):
         return {name: _difference(values, outputs.get(name)) for name, values in self.outputs.items()}
 
 
+def write_probe(folder: Path, probe: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write the probes of a model's functions, `inputs.NAME` and `outputs.NAME` by function, beside its weights.
+
+    Functions are kept in their order as long as the file stays small; one that is too large has no probe.
+    """
+    kept: dict[str, np.ndarray] = {}
+    for function, part in probe.items():
+        arrays = kept | {f"{function}/{key}": values for key, values in part.items()}
+        if sum(values.nbytes for values in arrays.values()) <= PROBE_BYTES and (
+            len(save(arrays)) <= PROBE_BYTES + HEADER_BYTES
+        ):
+            kept = arrays
+    if kept:
+        save_file(kept, folder / PROBE)
+
+
 def read_probe(folder: Path) -> dict[str, Probe]:
     """The probes beside a model's weights, by function; {} for a model without.
 
     Raises:
-        ArtifactError: the file is damaged, or holds something else.
+        ArtifactError: the file is damaged, larger than any that is written, or holds something else.
     """
     path = folder / PROBE
     if not path.is_file():
         return {}
+    if (size := path.stat().st_size) > PROBE_BYTES + HEADER_BYTES:
+        raise ArtifactError(
+            f"{PROBE} has {size} bytes, and at most {PROBE_BYTES + HEADER_BYTES} are read; publish it again"
+        )
     try:
         arrays = load_file(path)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:

@@ -5,6 +5,7 @@ A server checks requests against it and batches what fits together; a converter 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -17,6 +18,7 @@ DType = Literal["float16", "float32", "float64", "int32", "int64", "uint8", "boo
 # a method of a network, a file of an export, and what follows MODEL: where a server is asked
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,62}$")]
 MAX_SIDE = 2**24  # values along one axis
+MAX_VALUES = 2**28  # of one item, 1 GiB of float32: above it a size is a mistake, or damage
 
 
 class TensorSpec(Config):
@@ -41,6 +43,14 @@ class TensorSpec(Config):
             )
         if any(size not in (-1, bound) for size, bound in zip(self.shape, bounds)):
             raise ValueError(f"max_shape {self.max_shape} contradicts shape {self.shape}")
+        if math.prod(bounds) > MAX_VALUES:
+            raise ValueError(
+                f"an item of shape {bounds} has more than the {MAX_VALUES} values that are allowed"
+            )
+        if any(size == -1 and bound < self.multiple_of for size, bound in zip(self.shape, bounds)):
+            raise ValueError(f"max_shape {bounds} leaves no multiple of {self.multiple_of} for a free size")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low = {self.low:g} is above high = {self.high:g}, so no value is allowed")
         return self
 
     def fits(self, shape: tuple[int, ...]) -> bool:

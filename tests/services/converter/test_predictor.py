@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch import nn
 
 from distill_core.artifacts import ArtifactStore, Manifest
@@ -20,6 +20,7 @@ from distill_core.kinds.predictor.kind import KIND
 from distill_core.networks import predictors
 from distill_core.networks.predictor import Predictor, PredictorFile, image_classifier, load_predictor
 from distill_core.networks.predictors import build_network
+from distill_core.parity import write_probe
 from distill_core.recipe.tables import NetworkConfig
 from distill_core.signature import Function, TensorSpec
 from distillery_cli.models.store import _export
@@ -128,10 +129,7 @@ def signal(**args: object) -> Predictor:
 
 def publish(root: Path, model: Predictor) -> ArtifactStore:
     model.eval().save(root / "model")
-    arrays = {
-        f"{name}/{key}": value for name, part in KIND.probe(model).items() for key, value in part.items()
-    }
-    save_file(arrays, root / "model" / "probe.safetensors")
+    write_probe(root / "model", KIND.probe(model))
     store = ArtifactStore(root / "store")
     store.publish(root / "model", Manifest(name="reader", **described(model)))
     return store

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -105,8 +104,7 @@ def test_connections_at_once_never_claim_one_job_twice(table):
 
 def test_a_stale_attempt_changes_nothing(table):
     job = submit(table, train()).job
-    old = take(table, lease_s=0.05)
-    time.sleep(0.1)
+    old = take(table, lease_s=-0.05)
     assert queue.reap(table) == [job.id]
     new = take(table)
     assert (old.attempt, new.attempt) == (1, 2)
@@ -122,9 +120,8 @@ def test_a_stale_attempt_changes_nothing(table):
 
 def test_a_renewed_lease_is_not_reaped(table):
     job = submit(table, train()).job
-    claim = take(table, lease_s=0.05)
+    claim = take(table, lease_s=-0.05)
     assert queue.heartbeat(table, job.id, claim.attempt, lease_s=30, progress={"step": 7}) is False
-    time.sleep(0.1)
     assert queue.reap(table) == []
     assert requests.get(table, job.id).job.progress == {"step": 7}
 
@@ -132,8 +129,7 @@ def test_a_renewed_lease_is_not_reaped(table):
 def test_a_job_whose_worker_dies_each_time_is_given_up(table):
     job = submit(table, train(), max_attempts=3).job
     for _ in range(3):
-        take(table, lease_s=0.01)
-        time.sleep(0.03)
+        take(table, lease_s=-0.05)
         queue.reap(table)
     row = requests.get(table, job.id).job
     assert (row.state, row.attempt, row.crashes) == (State.FAILED, 3, 3)
@@ -245,9 +241,8 @@ def test_cancelling_a_pipeline_stops_its_running_and_its_waiting_stages(table):
 
 def test_a_cancelled_job_whose_worker_dies_is_not_run_again(table):
     job = submit(table, train()).job
-    take(table, lease_s=0.05)
+    take(table, lease_s=-0.05)
     requests.cancel(table, job.id)
-    time.sleep(0.1)
     queue.reap(table)
     assert state(table, job.id) == State.CANCELLED
 
@@ -375,8 +370,7 @@ def test_dropped_tables_are_one_sentence(table):
 def test_figures_come_from_the_table(table):
     submit(table, train())
     job = submit(table, train(), priority=1).job
-    take(table, lease_s=0.01)
-    time.sleep(0.03)
+    take(table, lease_s=-0.05)
     queue.reap(table)
     claim = take(table)
     queue.finish(table, job.id, claim.attempt, Outcome("succeeded"))
@@ -387,4 +381,4 @@ def test_figures_come_from_the_table(table):
     assert 'distillery_jobs{kind="train",state="SUCCEEDED"} 1.0' in text
     assert "distillery_lease_expired_total 1.0" in text
     assert 'distillery_job_attempts_total{reason="claimed"} 2.0' in text
-    assert 'distillery_job_seconds_bucket{kind="train",le="1.0",result="SUCCEEDED"} 1.0' in text
+    assert 'distillery_job_seconds_count{kind="train",result="SUCCEEDED"} 1.0' in text

@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
-from safetensors.numpy import save_file
 
 from distill_core.artifacts import ArtifactStore, ExportReport, Manifest
 from distill_core.kinds import find_kind
@@ -14,7 +13,7 @@ from distill_core.kinds.cards import described
 from distill_core.kinds.predictor.card import Card
 from distill_core.networks.predictor import Predictor, image_classifier
 from distill_core.networks.predictors import build_network
-from distill_core.parity import PROBE
+from distill_core.parity import write_probe
 from distill_core.recipe.tables import NetworkConfig
 from distill_core.signature import Function, Signature, TensorSpec
 
@@ -37,18 +36,12 @@ def classifier(seed: int) -> Predictor:
     return Predictor(network, predictor.described.model_copy(update={"functions": functions})).eval()
 
 
-def save_probe(folder: Path, probe: dict[str, dict[str, np.ndarray]]) -> None:
-    """The probe as publishing writes it."""
-    arrays = {f"{name}/{key}": value for name, part in probe.items() for key, value in part.items()}
-    save_file(arrays, folder / PROBE)
-
-
 def publish_classifier(
     store: ArtifactStore, folder: Path, predictor: Predictor, *, name: str = "animals", probe: object = None
 ) -> Manifest:
     """The next version of `name`, with the probe of `predictor`, or of the other model that is given."""
     predictor.save(folder)
-    save_probe(folder, find_kind("predictor").probe(probe or predictor))
+    write_probe(folder, find_kind("predictor").probe(probe or predictor))
     return store.publish(folder, Manifest(name=name, method="kd", **described(predictor)))
 
 

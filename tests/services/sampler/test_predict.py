@@ -12,6 +12,7 @@ from tritonclient.utils import InferenceServerException
 from distill_core.artifacts import ArtifactStore, ExportReport
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds import find_kind
+from distill_core.parity import write_probe
 from distillery_sampler.client import AsyncSamplerClient
 from distillery_sampler.engine.engine import Engine
 from distillery_sampler.engine.requests import PredictRequest
@@ -25,7 +26,6 @@ from tests.services.sampler.predictor_helpers import (
     classifier,
     publish_classifier,
     publish_mixed,
-    save_probe,
 )
 from tests.services.sampler.test_reload import until
 
@@ -272,7 +272,7 @@ def test_an_exported_version_is_run_from_its_graphs(tmp_path):
     target.mkdir(parents=True)
     predictor.save(tmp_path / "model")
     kind = find_kind("predictor")
-    save_probe(tmp_path / "model", kind.probe(predictor))
+    write_probe(tmp_path / "model", kind.probe(predictor))
     published = publish_classifier(store, tmp_path / "plain", predictor)
     for graph in kind.graphs(predictor, published):
         torch.onnx.export(

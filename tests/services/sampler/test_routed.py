@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from distillery_sampler.settings import SamplerSettings
 from tests.helpers import tiny_text_to_image
 from tests.services.sampler.helpers import SamplerProcess
 from tests.services.sampler.test_kserve import digits
+from tests.services.sampler.test_reload import until
 from tests.services.sampler.test_torch import export_text_model
 
 PARTS = 2
@@ -141,10 +141,7 @@ def test_an_expert_is_loaded_by_the_first_request_for_it(sampler):
         client.generate("digits", class_labels=[0, 1, 2, 3, 9])
         assert opened(sampler) <= {0}
         client.generate("digits", class_labels=[8])
-    end = time.monotonic() + 5  # its log line comes by another way
-    while 1 not in opened(sampler) and time.monotonic() < end:
-        time.sleep(0.02)
-    assert 1 in opened(sampler)
+    until(lambda: 1 in opened(sampler))  # its log line comes by another way
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])

@@ -141,7 +141,7 @@ def test_a_batch_links_to_the_calls_of_all_its_images(recorded):
         gate = threading.Event()
 
         def device(_key: object, payloads: list[int]) -> list[int]:
-            gate.wait(10)
+            gate.wait()
             return payloads
 
         stats = ModelStats(Metrics(), ("digits", "1", "onnxruntime"))
@@ -154,7 +154,10 @@ def test_a_batch_links_to_the_calls_of_all_its_images(recorded):
                 futures += batcher.submit("key", [1, 2])
         gate.set()
         await asyncio.gather(*futures)
-        await asyncio.sleep(0.05)  # the batch is reported after its images
+        while "batch" not in {
+            span.name for span in recorded.get_finished_spans()
+        }:  # reported after its images
+            await asyncio.sleep(0.001)
         await batcher.close()
 
     asyncio.run(run())

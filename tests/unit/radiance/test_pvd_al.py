@@ -7,7 +7,7 @@ import torch
 
 from distill_core.losses.field_distillation import FieldView
 from distill_core.method import Batch
-from distill_core.methods.radiance.pvd import Chosen
+from distill_core.methods.radiance._volume_distillation import Chosen
 from distill_core.methods.radiance.pvd_al import critical_points
 from distill_core.radiance.cameras.camera import Rays
 from distill_core.radiance.rendering.march import Samples

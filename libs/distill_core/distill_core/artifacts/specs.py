@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distill_core.config import Config
+from distill_core.signature import MAX_VALUES
 
-MAX_VALUES = 2**28  # of one picture or its latents, 1 GiB: above it a size is a mistake, or damage
 Side = Annotated[int, Field(ge=1, le=2**16)]
 
 

@@ -136,7 +136,7 @@ class Kind(abc.ABC):
         return None
 
     def probe(self, model: Any) -> Mapping[str, Mapping[str, np.ndarray]]:
-        """Inputs and outputs by function, small enough to be kept beside the weights; {} for none."""
+        """`inputs.NAME` and `outputs.NAME` by function; those that are small are kept beside the weights."""
         return {}
 
     def preview(self, model: Any, source: Source, seed: int, references: Mapping[str, Any]) -> Tensor | None:

@@ -6,16 +6,15 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.numpy import save_file
-
 from distill_core.artifacts import Manifest
+from distill_core.building import names_of_results
 from distill_core.context import Context
 from distill_core.data import Source
 from distill_core.kinds import find_kind
 from distill_core.kinds.base import parity_of
 from distill_core.kinds.cards import described
 from distill_core.method import Method, Model
-from distill_core.parity import PROBE
+from distill_core.parity import write_probe
 from distill_core.pictures import save_sheet
 from distill_core.recipe import Recipe
 from distill_core.running.keys import move_alias, parents
@@ -30,21 +29,23 @@ def save_models(method: Method, source: Source, recipe: Recipe, run: Run) -> Non
         pictures = kind.preview(model, source, recipe.seed, method.references())
         if pictures is not None:
             save_sheet(pictures, folder / "preview.png")
-        probe = kind.probe(model)
-        if probe:
-            arrays = {f"{name}/{key}": value for name, part in probe.items() for key, value in part.items()}
-            save_file(arrays, folder / PROBE)
+        write_probe(folder, kind.probe(model))
         (folder / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
 
 
 def publish(
     method: Method, recipe: Recipe, run: Run, where: Context, figures: Mapping[str, float | str], *, job: str
 ) -> Manifest:
-    """Publish the run's models, the main one under the recipe's name, others as NAME-ROLE; the main one's manifest."""
+    """Publish the run's models, the main one under the recipe's name, others as NAME-ROLE; the main one's manifest.
+
+    The main one comes last: a run whose main model is published is finished, and is not published again. `figures`
+    are those of the main one.
+    """
     assert recipe.publish is not None
-    manifests = []
-    for role, (folder, model) in zip(method.published(), _folders(method, run).items()):
-        name = recipe.publish.name if folder == run.model else f"{recipe.publish.name}-{role}"
+    names = names_of_results(method, recipe.publish.name)
+    results = list(zip(names.values(), _folders(method, run).items(), strict=True))
+    for name, (folder, model) in reversed(results):
+        main = folder == run.model
         draft = Manifest(
             name=name,
             method=recipe.method,
@@ -55,14 +56,13 @@ def publish(
             job=job,
             recipe_sha256=hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
             step=recipe.steps,
-            metrics=dict(figures),
+            metrics=dict(figures) if main else {},
             parity=parity_of(find_kind(model.kind).as_saved(model, folder)),
             **described(model),
         )
-        manifests.append(where.store.publish(folder, draft, key=job))
-    main = manifests[0]
-    move_alias(main, recipe, where, job)
-    return main
+        published = where.store.publish(folder, draft, key=job)
+    move_alias(published, recipe, where, job)
+    return published
 
 
 def _folders(method: Method, run: Run) -> dict[Path, Model]:

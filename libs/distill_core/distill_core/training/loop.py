@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -254,7 +253,9 @@ class Trainer:
             if self.accelerator.num_processes > 1 and not self.alone:
                 broadcast(tensors, from_process=0)
             if not all(bool(torch.isfinite(value).all()) for value in tensors if value.is_floating_point()):
-                raise self._diverged(role, math.nan)
+                raise DivergedError(
+                    f"what the method found for {role} is not finite at step {self.step}; {self._last_kept()}"
+                )
             if role in self.emas:
                 self.emas[role].copy(module)
         return _logged(updates[0])
@@ -264,13 +265,15 @@ class Trainer:
         return optimizer if self.accelerator.scaler is None else self.accelerator.prepare_optimizer(optimizer)
 
     def _diverged(self, role: str, loss: float) -> DivergedError:
-        kept = complete_checkpoints(self.run.checkpoints)
-        last = (
-            f"the last checkpoint is of step {int(kept[-1].name)}" if kept else "there is no checkpoint yet"
-        )
         return DivergedError(
-            f"the loss of {role} became {loss} at step {self.step}; {last}; "
+            f"the loss of {role} became {loss} at step {self.step}; {self._last_kept()}; "
             f"lower optim.{role}.lr (now {self.configs[role].lr:g}) or set optim.{role}.grad_clip"
+        )
+
+    def _last_kept(self) -> str:
+        kept = complete_checkpoints(self.run.checkpoints)
+        return (
+            f"the last checkpoint is of step {int(kept[-1].name)}" if kept else "there is no checkpoint yet"
         )
 
     def _after_step(self, meter: Meter, values: dict[str, Tensor]) -> None:
@@ -303,8 +306,12 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """EMA weights in place of the trained ones, whole in the process that keeps results; all processes enter."""
+        """EMA weights in place of the trained ones, in evaluation mode, whole in the process that keeps results.
+
+        All processes enter.
+        """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_evaluating(self.method))
             for role, ema in self.emas.items():
                 stack.enter_context(ema.applied(_module(self.method, role)))
             stack.enter_context(self.layout.whole())
@@ -395,6 +402,19 @@ class Trainer:
 
 def _logged(update: Update) -> dict[str, Tensor]:
     return {name: torch.as_tensor(value).detach() for name, value in update.metrics.items()}
+
+
+@contextlib.contextmanager
+def _evaluating(method: Method) -> Iterator[None]:
+    """Every module in evaluation mode, then as it was: some are never put into training mode."""
+    training = [module for module in method.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _layout(method: Method, accelerator: Accelerator, sharding: str | None) -> Replicated:

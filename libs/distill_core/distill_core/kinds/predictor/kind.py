@@ -31,7 +31,6 @@ LOADERS: dict[str, Callable[..., Any]] = {  # by what config.json says that the 
 }
 PROBED = 2  # items of a probe
 EXAMPLES = 16  # items that a graph is traced, calibrated and compared with
-PROBE_BYTES = 2**20
 
 
 class PredictorKind(Kind):
@@ -65,10 +64,8 @@ class PredictorKind(Kind):
                 continue  # of which there is no example
             inputs = example_inputs(function, PROBED)
             outputs = _called(model, name, inputs)
-            arrays = {f"inputs.{key}": value.numpy() for key, value in inputs.items()}
-            arrays |= {f"outputs.{key}": value for key, value in outputs.items()}
-            if sum(array.nbytes for array in arrays.values()) <= PROBE_BYTES:
-                found[name] = arrays
+            found[name] = {f"inputs.{key}": value.numpy() for key, value in inputs.items()}
+            found[name] |= {f"outputs.{key}": value for key, value in outputs.items()}
         return found
 
     def graphs(self, model: Any, manifest: Manifest) -> list[Graph]:

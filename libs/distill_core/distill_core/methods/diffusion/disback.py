@@ -20,20 +20,19 @@ from distill_core.data.pairs import Pairs
 from distill_core.losses.denoising import add_noise
 from distill_core.losses.matching import dm_direction
 from distill_core.method import Batch, Update
-from distill_core.methods.diffusion.dmd2 import DMD2
-from distill_core.methods.diffusion.dmd2 import Config as DMD2Config
+from distill_core.methods.diffusion._distribution_matching import DistributionMatching, MatchingConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.reductions import over_processes
 
 
-class Config(DMD2Config):
+class Config(MatchingConfig):
     num_nodes: int = Field(8, ge=0)  # snapshots kept at most; official SDXL: about 10
     record_steps: int = Field(100, ge=1)  # of the degradation; official SDXL: about 1000 updates
     node_distance: float = Field(0.05, gt=0)  # between nodes, as `score_gap`; doubles when there are too many
     node_steps: int = Field(100, ge=1)  # student updates towards each node; official SDXL: 1000
 
 
-class DisBack(DMD2):
+class DisBack(DistributionMatching):
     paper = (
         "Zhang et al. 2024, Distribution Backtracking Builds A Faster Convergence Trajectory for One-step "
         "Diffusion Distillation, arXiv 2408.15991"

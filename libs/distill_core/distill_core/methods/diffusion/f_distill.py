@@ -27,13 +27,12 @@ from distill_core.losses.divergence import (
     divergence_weight,
 )
 from distill_core.method import Batch, Cond, Update
-from distill_core.methods.diffusion.dmd2 import DMD2
-from distill_core.methods.diffusion.dmd2 import Config as DMD2Config
+from distill_core.methods.diffusion._distribution_matching import DistributionMatching, MatchingConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_score import LogitHead, trunk_width
 
 
-class Config(DMD2Config):
+class Config(MatchingConfig):
     divergence: Divergence = (
         "jensen_shannon"  # the paper's for large data; forward_kl there has a high variance
     )
@@ -64,7 +63,7 @@ class Config(DMD2Config):
         return self
 
 
-class FDistill(DMD2):
+class FDistill(DistributionMatching):
     paper = (
         "Xu et al. 2025, One-step Diffusion Models with f-Divergence Distribution Matching, arXiv 2502.15681"
     )

@@ -21,12 +21,11 @@ from distill_core.data.pairs import Pairs
 from distill_core.errors import ConfigError
 from distill_core.losses.reward import RewardConfig, build_reward, hinge_loss
 from distill_core.method import Batch
-from distill_core.methods.diffusion.dmd2 import DMD2
-from distill_core.methods.diffusion.dmd2 import Config as DMD2Config
+from distill_core.methods.diffusion._distribution_matching import DistributionMatching, MatchingConfig
 from distill_core.networks.denoiser import Denoiser
 
 
-class Config(DMD2Config):
+class Config(MatchingConfig):
     step_counts: tuple[int, ...] = Field(
         (1,), min_length=1
     )  # numbers of steps to serve; N take every (K/N)-th level
@@ -48,7 +47,7 @@ class Config(DMD2Config):
         return self
 
 
-class HyperSDScore(DMD2):
+class HyperSDScore(DistributionMatching):
     paper = (
         "Ren et al. 2024, Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis, "
         "arXiv 2404.13686"

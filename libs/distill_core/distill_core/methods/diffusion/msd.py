@@ -21,8 +21,7 @@ from distill_core.data.pairs import Pairs
 from distill_core.data.source import Source
 from distill_core.diffusion.routing import pooled
 from distill_core.errors import ConfigError
-from distill_core.methods.diffusion.dmd2 import DMD2
-from distill_core.methods.diffusion.dmd2 import Config as DMD2Config
+from distill_core.methods.diffusion._distribution_matching import DistributionMatching, MatchingConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_score import FakeScore
 from distill_core.networks.routed import ConditionPartition, RoutedDenoiser, RoutedFakeScore
@@ -32,13 +31,13 @@ MAX_PROMPTS = 20_000  # that the clusters are made from
 CHUNK = 256
 
 
-class Config(DMD2Config):
+class Config(MatchingConfig):
     # Experts; the paper has 4. Prompts fall into k-means clusters of equal size.
     parts: int = Field(4, ge=1, le=4096)
     classes: tuple[tuple[int, ...], ...] = ()  # the class labels of each part; () = consecutive blocks
 
 
-class MSD(DMD2):
+class MSD(DistributionMatching):
     paper = "Song et al. 2024, Multi-student Diffusion Distillation for Better One-step Generators, arXiv 2410.23274"
 
     def __init__(

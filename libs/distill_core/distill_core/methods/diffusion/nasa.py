@@ -19,15 +19,14 @@ from distill_core.config import Words
 from distill_core.data.source import Source
 from distill_core.errors import ConfigError
 from distill_core.method import Batch, Cond, Update
-from distill_core.methods.diffusion.pg_sb import PGSB
-from distill_core.methods.diffusion.pg_sb import Config as PGSBConfig
+from distill_core.methods.diffusion._score_distillation import DrawnGuidance, DrawnGuidanceConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.steering import NEGATIVE, with_negative
 from distill_core.recipe.tables import EvaluateConfig
 
 
-class Config(PGSBConfig):
+class Config(DrawnGuidanceConfig):
     negative_prompts: tuple[Words, ...] = ()  # one is drawn for each item; () = PG-SB
     scale_max: float = Field(1.0, ge=0)  # alpha ~ U(0, scale_max), one per update
     scale: float = Field(
@@ -35,7 +34,7 @@ class Config(PGSBConfig):
     )  # alpha that the student is measured and served with (official: 0.1 to 0.5)
 
 
-class NASA(PGSB):
+class NASA(DrawnGuidance):
     def __init__(self, config: Config, *, teacher: Denoiser, student: Denoiser, data: Source) -> None:
         super().__init__(config, teacher=teacher, student=student)
         self.data = data

@@ -25,7 +25,7 @@ from distill_core.errors import ConfigError, DataError
 from distill_core.losses.adversarial import discriminator_loss, generator_loss
 from distill_core.losses.denoising import add_noise
 from distill_core.method import Batch, Cond, Method, Update
-from distill_core.methods.pretrain import flow_matching
+from distill_core.methods.pretrain._flow_matching_loss import FlowConfig, flow_matching_loss
 from distill_core.metrics.texture import seam_ratio, texture_distance
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.discriminator import NoisyDiscriminator
@@ -37,7 +37,7 @@ from distill_core.recipe.tables import EvaluateConfig
 NUM_LEVELS = 4  # of a student whose recipe does not say them
 
 
-class Config(flow_matching.Config):
+class Config(FlowConfig):
     unannotated: DataTable = {}  # what to change in [data] to get pictures without maps, e.g. kind = "rgb"
     gan_weight: float = Field(0.1, ge=0)  # lambda; the paper's is not published
     levels: Levels = ()  # where x0_hat is predicted and sampled; data std, descending; () = four from the start on
@@ -80,7 +80,7 @@ class StableMaterialsGAN(Method):
         return untiled(self.student) if self.config.tileable else self.student
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
-        diffusion = flow_matching.flow_matching_loss(self.bordered, batch, self.config)
+        diffusion = flow_matching_loss(self.bordered, batch, self.config)
         if not self.config.gan_weight:
             yield Update("student", diffusion)
             return

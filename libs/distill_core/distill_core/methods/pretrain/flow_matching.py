@@ -9,35 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from pydantic import Field
-from torch import Tensor
-
 from distill_core.data.source import Source
-from distill_core.losses.denoising import add_noise, denoising_loss
-from distill_core.method import Batch, Method, MethodConfig, Update
-from distill_core.networks.denoiser import Denoiser
+from distill_core.method import Batch, Method, Update
+from distill_core.methods.pretrain._flow_matching_loss import FlowConfig, flow_matching_loss
 from distill_core.networks.diffusers_new import build_denoiser
-from distill_core.networks.generation import drop_condition
 from distill_core.recipe.tables import NetworkConfig
-
-
-class Config(MethodConfig):
-    logit_mean: float = 0.0  # Esser et al. 2024 (arXiv 2403.03206): logit-normal times
-    logit_std: float = Field(1.0, gt=0)
-    label_dropout: float = Field(
-        0.1, ge=0, le=1
-    )  # share of items trained without class or prompt, for guidance
-
-
-def flow_matching_loss(denoiser: Denoiser, batch: Batch, config: Config) -> Tensor:
-    """The loss above at fresh times and noise (scalar); some conditions are dropped, as `config` says."""
-    normal = torch.randn(batch.size, device=batch.x0.device)
-    t = torch.sigmoid(config.logit_mean + config.logit_std * normal).clamp(1e-3, 0.999)
-    sigma = t / (1 - t)
-    cond = drop_condition(batch.cond, denoiser, config.label_dropout)
-    predicted = denoiser(add_noise(batch.x0, sigma), sigma, cond)
-    return denoising_loss(predicted, batch.x0, sigma, denoiser.schedule)
 
 
 class FlowMatching(Method):
@@ -45,7 +21,7 @@ class FlowMatching(Method):
     roles = ("teacher",)
     result = "teacher"
 
-    def __init__(self, config: Config, *, network: NetworkConfig, data: Source) -> None:
+    def __init__(self, config: FlowConfig, *, network: NetworkConfig, data: Source) -> None:
         super().__init__()
         self.config = config
         self.teacher = build_denoiser(

@@ -18,8 +18,7 @@ from torch import Tensor
 from distill_core.config import NetworkArgs
 from distill_core.data.source import Source
 from distill_core.method import Batch, Method, Stage, Update
-from distill_core.methods.pretrain.flow_matching import Config as FlowConfig
-from distill_core.methods.pretrain.flow_matching import flow_matching_loss
+from distill_core.methods.pretrain._flow_matching_loss import FlowConfig, flow_matching_loss
 from distill_core.networks.diffusers_new import build_codec, build_denoiser, scale_latents
 from distill_core.recipe.tables import NetworkConfig
 

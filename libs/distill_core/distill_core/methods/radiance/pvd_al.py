@@ -18,8 +18,7 @@ from torch import Tensor
 
 from distill_core.data import Source
 from distill_core.losses.field_distillation import FieldView
-from distill_core.methods.radiance.pvd import PVD, Chosen
-from distill_core.methods.radiance.pvd import Config as PVDConfig
+from distill_core.methods.radiance._volume_distillation import Chosen, VolumeConfig, VolumeDistillation
 from distill_core.radiance.cameras.camera import Rays
 from distill_core.radiance.cameras.sampling import turned
 from distill_core.radiance.rendering.march import Samples
@@ -28,7 +27,7 @@ from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 from distill_core.training.hard_examples import HardExamplePool
 
 
-class Config(PVDConfig):
+class Config(VolumeConfig):
     levels: tuple[Literal["pose", "ray", "point"], ...] = ("pose", "ray", "point")
     feature_until: int = Field(0, ge=0)  # official: all terms from the start; stages are an option
     points_until: int = Field(0, ge=0)
@@ -57,7 +56,7 @@ def critical_points(weights: Tensor, samples: Samples, share: float, min_opacity
     return critical
 
 
-class PVDAL(PVD):
+class PVDAL(VolumeDistillation):
     paper = (
         "Fang et al. 2023, Progressive Volume Distillation with Active Learning for Efficient NeRF Architecture "
         "Conversion, arXiv 2304.04012"
