@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
-import json
 import re
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from distill_core.config import NAME_PATTERN, NAME_RULE
@@ -43,7 +39,7 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
     cls = find_method(recipe.method)
     config = cls.Config.parse(recipe.config, where="config")
     wanted = needs(cls)
-    sources = build_sources(recipe)
+    sources = build_sources(recipe, context)
     source = sources["data"]
     arguments: dict[str, Any] = {**sources, "seed": recipe.seed, "network": recipe.network}
     if "network" in wanted and recipe.network is None and _is_required(cls, "network"):
@@ -108,12 +104,15 @@ def fit(source: Source, model: Any) -> None:
 
 
 def _check_columns(recipe: Recipe, needed: Mapping[str, str], source: Source) -> None:
-    named = recipe.data and recipe.data.get("name")
+    table = recipe.data or {}
+    named = next(
+        (f"data.{key} = {table[key]!r}" for key in ("ref", "recipe", "name") if key in table), "data"
+    )
     for column, purpose in needed.items():
         if column not in source.columns:
             what = {"x0": "real pictures", "class_label": "class labels"}.get(column, f"a column {column}")
             raise ConfigError(
-                f"method {recipe.method} needs {what} for {purpose}, and data.name = {named!r} has none; "
+                f"method {recipe.method} needs {what} for {purpose}, and {named} has none; "
                 f"choose data with {what.removeprefix('real ')}",
                 field="data.name",
             )
@@ -154,9 +153,7 @@ def _models(recipe: Recipe, context: Context, cls: type[Method], source: Source)
             found["student"].form = recipe.publish.form
     found["pairs"] = None
     if recipe.pairs is not None:
-        found["pairs"] = build_pairs(
-            found["teacher"], source, recipe.pairs, _pairs_folder(recipe, context, source)
-        )
+        found["pairs"] = build_pairs(found["teacher"], source, recipe.pairs, context.pairs(recipe))
     return found
 
 
@@ -175,27 +172,11 @@ def _student(base: nn.Module, wish: StudentConfig) -> nn.Module:
     return student if wish.lora else student.requires_grad_(True)
 
 
-def _pairs_folder(recipe: Recipe, context: Context, source: Source) -> Path:
-    """A cache folder for what made the pairs: teacher, data with its labels, and the `[pairs]` table."""
-    assert recipe.pairs is not None
-    assert recipe.teacher is not None
-    folder = context.folder(recipe.teacher)
-    files = [file for file in sorted(folder.rglob("*.safetensors")) if file.is_file()]
-    marks = [
-        [file.relative_to(folder).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files
-    ]
-    table = recipe.pairs.model_dump(mode="json")
-    labels = b"" if source.labels is None else source.labels.numpy().tobytes()
-    given = [recipe.data, hashlib.sha256(labels).hexdigest(), table]
-    made = json.dumps([str(folder), marks, *given, torch.__version__], sort_keys=True)
-    return context.cache / "pairs" / hashlib.sha256(made.encode()).hexdigest()[:16]
-
-
 def _is_required(cls: type[Method], name: str) -> bool:
     return inspect.signature(cls.__init__).parameters[name].default is inspect.Parameter.empty
 
 
-def build_sources(recipe: Recipe) -> dict[str, Source]:
+def build_sources(recipe: Recipe, context: Context) -> dict[str, Source]:
     """The recipe's data sets by name: `data`, and each of `[data.NAME]`."""
     if recipe.data is None:
         raise ConfigError(
@@ -203,7 +184,7 @@ def build_sources(recipe: Recipe) -> dict[str, Source]:
         )
     with real_tensors():  # in a plan too: only networks are without weights
         return {
-            name: build_source(table, where="data" if name == "data" else f"data.{name}")
+            name: build_source(table, where="data" if name == "data" else f"data.{name}", folders=context)
             for name, table in named_tables(recipe.data).items()
         }
 

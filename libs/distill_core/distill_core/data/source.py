@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self, get_args
 
 import numpy as np
 import torch
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from distill_core.artifacts import FORBIDDEN_SUFFIXES
 from distill_core.config import Config as SourceConfig
+from distill_core.config import PathMark
 from distill_core.data.augmentation import ViewConfig, augment, draw_views
 from distill_core.data.order import Order, OrderConfig, permutation
 from distill_core.errors import ConfigError, DataError, nearest
-from distill_core.files.paths import there, user_path
+from distill_core.files.paths import files_below, there, user_path
 from distill_core.method import Batch, Cond
+from distill_core.recipe.tables import ModelSource
 from distill_core.signature import TensorSpec
 
 PICKLE_SUFFIXES = (*FORBIDDEN_SUFFIXES, ".npz", ".joblib")
+
+
+class Folders(Protocol):
+    """Where data sets that methods made are found."""
+
+    def folder(self, source: ModelSource) -> Path:
+        """The folder of what `source` names."""
+        ...
 
 
 class Pixels(Protocol):
@@ -81,6 +95,12 @@ class Source:
         self.order, self.view = Order(OrderConfig(), size, labels), ViewConfig()
         self._encode: Callable[[list[str]], Cond] | None = None
 
+    @classmethod
+    def opened(cls, config: SourceConfig, folders: Folders | None) -> Self:
+        """The source that `config` describes; `folders` finds what it refers to."""
+        source: Any = cls
+        return source(config)  # type: ignore[no-any-return]
+
     def encode_with(self, encode: Callable[[list[str]], Cond]) -> None:
         """Condition the items on their prompts, as `encode` embeds them, from now on; the builder passes a model's."""
         if self.prompts is None:
@@ -116,14 +136,45 @@ class Source:
         }
         return {name: value for name, value in known.items() if value is not None}
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the items' ids and of their preprocessing: values that are stored by item belong to it.
+
+        Where the data lie, what their classes are called, their order and their views are no part of it.
+        """
+        options = self.config.model_dump(mode="json", exclude={"rename_classes", *_places(self.config)})
+        made = [options, self.size, self.shape, self._identities()]
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+    def _identities(self) -> list[Any]:
+        """What tells these items from others: names and sizes of their files, or their contents without."""
+        paths = [getattr(self.config, name) for name in _places(self.config)]
+        below = [files_below(user_path(path)) for path in paths if path is not None]
+        if below:
+            return [(name, file.stat().st_size) for files in below for name, file in files]
+        held = dict(self.arrays)
+        if isinstance(self.pixels, ArrayPixels):
+            held["x0"] = self.pixels.values
+        digests = {
+            name: hashlib.sha256(value.contiguous().numpy()).hexdigest() for name, value in held.items()
+        }
+        return [digests, self.prompts]
+
     def items(self, indices: Tensor) -> Batch:
         """The items at `indices` (B,), in that order."""
+        return self.conditioned(self._stored(indices))
+
+    def _stored(self, indices: Tensor) -> Batch:
         columns = {name: values[indices] for name, values in self.arrays.items()}
         if self.pixels is not None:
             columns["x0"] = self.pixels.take(indices)
         if self.labels is not None:
             columns["class_label"] = self.labels[indices]
-        return Batch(indices, columns, self.conditions(indices))
+        return Batch(indices, columns)
+
+    def conditioned(self, batch: Batch) -> Batch:
+        """The batch with what its items are conditioned on; a model may encode here, so in the main thread alone."""
+        return replace(batch, cond=self.conditions(batch.index))
 
     def conditions(self, indices: Tensor) -> Cond:
         """What the items are conditioned on, by name, batch first: labels, or once `encode_with` said how, prompts."""
@@ -146,15 +197,22 @@ class Source:
 
         Epoch e is a permutation seeded by (epoch_seed, e); a batch may reach over the end of an epoch.
         """
+        return self.conditioned(self.read(size, epoch_seed=epoch_seed, position=position))
+
+    def read(self, size: int, *, epoch_seed: int, position: int) -> Batch:
+        """`batch` without its conditions: what is read, decoded and augmented, in any thread."""
         start, stop = position * size, (position + 1) * size
         indices = self.order.at(epoch_seed, start, stop)
         if self.view.is_off:
-            return self.items(indices)
-        return self.viewed(indices, draw_views(self.view, epoch_seed, start, stop))
+            return self._stored(indices)
+        return self._viewed(indices, draw_views(self.view, epoch_seed, start, stop))
 
     def viewed(self, indices: Tensor, view: Mapping[str, Tensor]) -> Batch:
         """The items at `indices` (B,) as exactly that view shows them: a view of an earlier batch is replayed."""
-        batch = self.items(indices)
+        return self.conditioned(self._viewed(indices, view))
+
+    def _viewed(self, indices: Tensor, view: Mapping[str, Tensor]) -> Batch:
+        batch = self._stored(indices)
         assert batch.x0 is not None
         return replace(batch.with_x0(augment(batch.x0, view)), view=dict(view))
 
@@ -173,6 +231,20 @@ class Source:
         if self.labels is None:
             raise DataError("this data has no labels, so it has no class frequencies; choose labelled data")
         return torch.bincount(self.labels, minlength=len(self.class_names)).double() / self.size
+
+
+def _places(config: SourceConfig) -> list[str]:
+    """The options that name files, which another machine has elsewhere."""
+    return [
+        name
+        for name, field in type(config).model_fields.items()
+        if any(isinstance(mark, PathMark) for mark in _marks(field))
+    ]
+
+
+def _marks(field: FieldInfo) -> list[Any]:
+    inner = [mark for one in get_args(field.annotation) for mark in getattr(one, "__metadata__", ())]
+    return [*field.metadata, *inner]
 
 
 def to_unit(values: Tensor) -> Tensor:
