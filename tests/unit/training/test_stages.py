@@ -269,10 +269,10 @@ def test_a_held_network_that_is_missing_in_a_checkpoint_is_said(tmp_path):
 
 def test_a_stream_gives_a_batch_to_each_micro_batch_of_its_stage_with_a_seed_of_its_own(tmp_path):
     run = growing(tmp_path, accumulate=2)
-    assert run._batch(2, 0).also == {}
+    assert all(batch.also == {} for batch in run.batches.of(0, run.draw()))
     run.enter(run.stages[1])
-    for position in (6, 7):
-        drawn = run._batch(2, position).also["evens"]
+    for position, batch in zip((6, 7), run.batches.of(3, run.draw()), strict=True):
+        drawn = batch.also["evens"]
         seed = derive(run.recipe.seed, "stream", "evens")
         expected = run.method.evens.batch(2, epoch_seed=seed, position=position)
         assert torch.equal(drawn.x0, expected.x0)

@@ -67,7 +67,7 @@ class Nothing(Source):
     def __init__(self, config: Config) -> None:
         super().__init__(config, size=1)
 
-    def batch(self, size: int, *, epoch_seed: int, position: int) -> Batch:
+    def read(self, size: int, *, epoch_seed: int, position: int) -> Batch:
         """`size` of whatever the method draws."""
         return Batch.of(size)
 

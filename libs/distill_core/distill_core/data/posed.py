@@ -138,7 +138,7 @@ class SceneSource(Source):
             )
         self.train, self.test, self.spec = train, test, spec
 
-    def batch(self, size: int, *, epoch_seed: int, position: int) -> Batch:
+    def read(self, size: int, *, epoch_seed: int, position: int) -> Batch:
         """`size` rays to be drawn, by the method, from the step's random numbers."""
         return Batch.of(size)
 

@@ -118,12 +118,19 @@ class Source:
 
     def items(self, indices: Tensor) -> Batch:
         """The items at `indices` (B,), in that order."""
+        return self.conditioned(self._stored(indices))
+
+    def _stored(self, indices: Tensor) -> Batch:
         columns = {name: values[indices] for name, values in self.arrays.items()}
         if self.pixels is not None:
             columns["x0"] = self.pixels.take(indices)
         if self.labels is not None:
             columns["class_label"] = self.labels[indices]
-        return Batch(indices, columns, self.conditions(indices))
+        return Batch(indices, columns)
+
+    def conditioned(self, batch: Batch) -> Batch:
+        """The batch with what its items are conditioned on; a model may encode here, so in the main thread alone."""
+        return replace(batch, cond=self.conditions(batch.index))
 
     def conditions(self, indices: Tensor) -> Cond:
         """What the items are conditioned on, by name, batch first: labels, or once `encode_with` said how, prompts."""
@@ -146,15 +153,22 @@ class Source:
 
         Epoch e is a permutation seeded by (epoch_seed, e); a batch may reach over the end of an epoch.
         """
+        return self.conditioned(self.read(size, epoch_seed=epoch_seed, position=position))
+
+    def read(self, size: int, *, epoch_seed: int, position: int) -> Batch:
+        """`batch` without its conditions: what is read, decoded and augmented, in any thread."""
         start, stop = position * size, (position + 1) * size
         indices = self.order.at(epoch_seed, start, stop)
         if self.view.is_off:
-            return self.items(indices)
-        return self.viewed(indices, draw_views(self.view, epoch_seed, start, stop))
+            return self._stored(indices)
+        return self._viewed(indices, draw_views(self.view, epoch_seed, start, stop))
 
     def viewed(self, indices: Tensor, view: Mapping[str, Tensor]) -> Batch:
         """The items at `indices` (B,) as exactly that view shows them: a view of an earlier batch is replayed."""
-        batch = self.items(indices)
+        return self.conditioned(self._viewed(indices, view))
+
+    def _viewed(self, indices: Tensor, view: Mapping[str, Tensor]) -> Batch:
+        batch = self._stored(indices)
         assert batch.x0 is not None
         return replace(batch.with_x0(augment(batch.x0, view)), view=dict(view))
 

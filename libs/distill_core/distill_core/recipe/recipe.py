@@ -50,6 +50,8 @@ class Recipe(Config):
     sharding: Literal["fsdp"] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     threads: int | None = Field(None, ge=1, le=1024)  # torch CPU threads; unset: torch's own choice
+    # batches that are read and decoded ahead, by a thread each, 0 for none; no result depends on it
+    prefetch: int = Field(2, ge=0, le=64)
     log_every: int = Field(20, ge=1)
     sample_every: int = Field(500, ge=1)
     checkpoint_every: int = Field(500, ge=1)

@@ -16,9 +16,10 @@ from torch import Tensor
 from distill_core.data.source import Source
 from distill_core.errors import ArtifactError, ConfigError, DivergedError, nearest
 from distill_core.kinds import find_kind
-from distill_core.method import Batch, Method, Update
+from distill_core.method import Method, Update
 from distill_core.recipe import Recipe
 from distill_core.recipe.tables import OptimConfig
+from distill_core.training.batches import Batches, Draw
 from distill_core.training.checkpoint import (
     complete_checkpoints,
     load_latest,
@@ -73,6 +74,8 @@ class Trainer:
         self.placed = self.stages[0]
         self.arrange()
         self.step = 0
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.batches = Batches(source, recipe, rank=rank, world=world)
         self.accumulate = recipe.accumulate  # more with micro_batch = "auto"
         self.alone = False  # True: a step of this process, whose gradients are not averaged with others'
 
@@ -128,6 +131,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # nobody writes a checkpoint before all have read the last
         if self.recipe.micro_batch == "auto" and self.step == 0:
             self.accumulate = fitting_accumulate(self)
+        with self.batches.ahead():
+            return self._train(should_stop)
+
+    def _train(self, should_stop: Callable[[], bool]) -> Outcome:
         meter = Meter(self.run, self.recipe, self.step, main=self.accelerator.is_main_process)
         while self.step < self.recipe.steps:
             if self._all_stop(should_stop()):
@@ -161,34 +168,22 @@ class Trainer:
 
     def train_step(self) -> dict[str, Tensor]:
         """All updates of one step; the logged values by name."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        seed_everything(derive(self.recipe.seed, self.step, rank))
+        seed_everything(derive(self.recipe.seed, self.step, self.accelerator.process_index))
         for role, optimizer in self.optimizers.items():
             rate = self._rate(role)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
-        micro, size = self.accumulate, self.recipe.batch_size // (self.accumulate * world)
-        positions = [(self.step * micro + index) * world + rank for index in range(micro)]
-        batches = [self._batch(size, position) for position in positions]
+        batches = self.batches.of(self.step, self.draw())
         generators = [self.method.updates(batch.to(self.accelerator.device), self.step) for batch in batches]
         values: dict[str, Tensor] = {}
         for together in self._lock_step(generators):
             values |= self.apply(together)
         return values
 
-    def _batch(self, size: int, position: int) -> Batch:
-        """Batch number `position` of the data, with one of each further stream of the stage."""
-        batch = self.source.batch(size, epoch_seed=self.recipe.seed, position=position)
-        streams = self.placed.stage.streams
-        if not streams:
-            return batch
-        drawn = {
-            name: getattr(self.method, name).batch(
-                size, epoch_seed=derive(self.recipe.seed, "stream", name), position=position
-            )
-            for name in streams
-        }
-        return replace(batch, also=drawn)
+    def draw(self) -> Draw:
+        """Which batches a step of this stage has."""
+        streams = {name: getattr(self.method, name) for name in self.placed.stage.streams}
+        return Draw(self.accumulate, streams)
 
     def _rate(self, role: str) -> float:
         """The learning rate of this step: over the whole run, or over the stage where that restarts."""

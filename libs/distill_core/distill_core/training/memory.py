@@ -28,6 +28,7 @@ from distill_core.errors import ConfigError
 from distill_core.method import Batch, Method
 from distill_core.networks.fake_tensors import real_tensors
 from distill_core.recipe import Recipe
+from distill_core.training.batches import Batches, Draw
 from distill_core.training.loop import Trainer
 from distill_core.training.run import Run
 
@@ -138,8 +139,8 @@ def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
     processes = recipe.processes or 1
     recipe = recipe.model_copy(update={"batch_size": recipe.batch_size // processes})
     with tempfile.TemporaryDirectory(prefix="distillery-plan-") as folder:
-        batches: Any = _Batches(source)
-        trainer = Trainer(method, batches, recipe, Run(Path(folder)), cpu=True)
+        trainer = Trainer(method, source, recipe, Run(Path(folder)), cpu=True)
+        trainer.batches = _FakedBatches(source, recipe, rank=0, world=1)
         _make_optimizer_state(trainer)
         held: list[int] = []
         with (
@@ -182,16 +183,13 @@ def refusing_values(method: str) -> Iterator[None]:
         ) from error
 
 
-class _Batches:
-    """A source's batches: real, whatever the mode, since sources look values up."""
+class _FakedBatches(Batches):
+    """Batches read as real ones, whatever the mode, since sources look values up; then tensors of the mode."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def batch(self, size: int, *, epoch_seed: int, position: int) -> Batch:
+    def of(self, step: int, draw: Draw) -> list[Batch]:
         with real_tensors():
-            batch = self.source.batch(size, epoch_seed=epoch_seed, position=position)
-        return _faked(batch)
+            batches = super().of(step, draw)
+        return [_faked(batch) for batch in batches]
 
 
 def _faked(batch: Batch) -> Batch:
