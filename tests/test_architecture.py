@@ -51,7 +51,7 @@ LAYERS = [
     ),
     ("networks", "tensorrt", "data", "radiance", "metrics"),
     ("methods", "training", "recipe.transfer", "kinds.base", "kinds.loading", *KINDS),
-    ("context", "recipe.paths"),
+    ("context", "recipe.references", "cache_keys"),
     ("building",),
     ("running",),
     ("api",),

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
-import json
 import re
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from distill_core.config import NAME_PATTERN, NAME_RULE
@@ -154,9 +150,7 @@ def _models(recipe: Recipe, context: Context, cls: type[Method], source: Source)
             found["student"].form = recipe.publish.form
     found["pairs"] = None
     if recipe.pairs is not None:
-        found["pairs"] = build_pairs(
-            found["teacher"], source, recipe.pairs, _pairs_folder(recipe, context, source)
-        )
+        found["pairs"] = build_pairs(found["teacher"], source, recipe.pairs, context.pairs(recipe))
     return found
 
 
@@ -173,22 +167,6 @@ def _student(base: nn.Module, wish: StudentConfig) -> nn.Module:
     if wish.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     return student if wish.lora else student.requires_grad_(True)
-
-
-def _pairs_folder(recipe: Recipe, context: Context, source: Source) -> Path:
-    """A cache folder for what made the pairs: teacher, data with its labels, and the `[pairs]` table."""
-    assert recipe.pairs is not None
-    assert recipe.teacher is not None
-    folder = context.folder(recipe.teacher)
-    files = [file for file in sorted(folder.rglob("*.safetensors")) if file.is_file()]
-    marks = [
-        [file.relative_to(folder).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files
-    ]
-    table = recipe.pairs.model_dump(mode="json")
-    labels = b"" if source.labels is None else source.labels.numpy().tobytes()
-    given = [recipe.data, hashlib.sha256(labels).hexdigest(), table]
-    made = json.dumps([str(folder), marks, *given, torch.__version__], sort_keys=True)
-    return context.cache / "pairs" / hashlib.sha256(made.encode()).hexdigest()[:16]
 
 
 def _is_required(cls: type[Method], name: str) -> bool:

@@ -44,6 +44,10 @@ class WordsMark:
     """Mark of text that is data (a title, a prompt, the name of a class or column) and never a path."""
 
 
+class ArtifactMark(WordsMark):
+    """Mark of a reference into the artifact store: name, name@version or name@alias."""
+
+
 class TableMark:
     """Mark of a table whose schema is elsewhere.
 
@@ -58,6 +62,7 @@ class TableMark:
 DataPath = Annotated[str, PathMark()]
 Words = Annotated[str, WordsMark()]
 Name = Annotated[Words, StringConstraints(pattern=NAME_PATTERN)]
+ArtifactRef = Annotated[str, ArtifactMark()]
 RecipeName = Annotated[str, RecipeMark()]
 DataTable = Annotated[dict[str, Any], TableMark("data")]
 NetworkArgs = Annotated[dict[str, Any], TableMark("network")]

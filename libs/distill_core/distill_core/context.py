@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import inspect
 import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
-
 from distill_core.artifacts import ArtifactStore
+from distill_core.cache_keys import cache_key, pairs_key
 from distill_core.errors import ConfigError, NotFound
 from distill_core.files.paths import there, user_path
 from distill_core.kinds.loading import load_model
-from distill_core.method import Method
-from distill_core.methods import find_method
 from distill_core.recipe import Recipe, load_recipe
 from distill_core.recipe.tables import ModelSource
 
@@ -64,9 +57,13 @@ class Context:
         """The model of a store reference."""
         return load_model(self.store.fetch(ref, self.cache / "artifacts"), device=device, models=self)
 
+    def pairs(self, recipe: Recipe) -> Path:
+        """The folder of the pairs that a recipe's teacher makes."""
+        return self.cache / "pairs" / pairs_key(recipe, self.store)
+
     def _trained(self, name: str) -> Path:
         recipe = load_recipe(name)
-        key = cache_key(recipe)
+        key = cache_key(recipe, self.store)
         if key in _under_way.get():
             raise ConfigError(f"recipe {name} needs itself as a teacher or judge", field="teacher.recipe")
         folder = self.cache / "models" / f"{recipe.method}-{key}"
@@ -90,27 +87,3 @@ def _added(key: str) -> Iterator[None]:
         yield
     finally:
         _under_way.reset(token)
-
-
-def cache_key(recipe: Recipe, *, above: tuple[str, ...] = ()) -> str:
-    """What made a model: the resolved recipe, its method's source, torch's version, and the models it is made from."""
-    replaced = recipe.replaced
-    if replaced is not None:  # what was set of these tables decides nothing either
-        given = [key for key in replaced.given if key.partition(".")[0] not in ("title", "check", "publish")]
-        replaced = replaced.model_copy(update={"given": tuple(given)})
-    apart = {"title": "", "check": None, "publish": None, "replaced": replaced}
-    made = recipe.model_copy(update=apart).to_toml()
-    bases = [base for base in find_method(recipe.method).__mro__ if issubclass(base, Method)]
-    sources = [inspect.getsource(module) for module in _modules(bases)]
-    for source in (recipe.teacher, *recipe.teachers.values(), recipe.student.source, recipe.extractor):
-        if source is not None and source.recipe is not None and source.recipe not in above:
-            sources.append(cache_key(load_recipe(source.recipe), above=(*above, source.recipe)))
-    return hashlib.sha256("\n".join([made, *sources, torch.__version__]).encode()).hexdigest()[:16]
-
-
-def _modules(bases: Sequence[type[Method]]) -> list[ModuleType]:
-    """The modules of these classes, and those of `methods` that they take functions and tables from."""
-    own = [sys.modules[base.__module__] for base in bases]
-    names = [getattr(value, "__module__", None) or "" for module in own for value in vars(module).values()]
-    shared = dict.fromkeys(name for name in names if name.startswith("distill_core.methods."))
-    return own + [sys.modules[name] for name in shared if sys.modules[name] not in own]

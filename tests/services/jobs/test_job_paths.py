@@ -14,7 +14,7 @@ from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ConfigError, NotFound
 from distill_core.job.dry_run import dry_run
 from distill_core.recipe import load_recipe, recipe_names
-from distill_core.recipe.paths import check_job
+from distill_core.recipe.references import check_job
 from distill_service.jobs import queue, specs
 from distill_service.jobs.paths import absolute, check_paths
 from distill_service.jobs.supervisor import Supervisor

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-from distill_core.building import _pairs_folder
 from distill_core.context import Context
 from distill_core.data import build_source
 from distill_core.data.pairs import build_pairs
@@ -97,7 +96,7 @@ def folder_of(tmp_path):
     def folder(**changes: object):
         values = {"pairs": {"count": 8}, **{key.replace("__", "."): value for key, value in changes.items()}}
         recipe = Recipe.parse(base.override(values).model_dump())
-        return _pairs_folder(recipe, context, build_source(recipe.data))
+        return context.pairs(recipe)
 
     folder.root = tmp_path
     return folder

@@ -13,7 +13,7 @@ from distill_core.errors import DistilleryError
 from distill_core.kinds import find_card
 from distill_core.kinds.convertible import check_convertible
 from distill_core.recipe import Recipe
-from distill_core.recipe.paths import check_job
+from distill_core.recipe.references import check_job
 from distill_core.training.memory import Unplannable, too_large, training_device
 
 

@@ -82,7 +82,7 @@ def _run(spec: dict[str, Any], tell: Any, stop: _StopFlag) -> int:
         return dry_run(spec, tell)
     from distill_core import api  # after the signal handler: importing torch takes seconds
     from distill_core.recipe import Recipe
-    from distill_core.recipe.paths import check_job
+    from distill_core.recipe.references import check_job
 
     run_dir = Path(spec["run_dir"])
     where = api.context(spec["store"], Path(spec.get("cache") or run_dir / "cache"))

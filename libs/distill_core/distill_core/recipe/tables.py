@@ -11,6 +11,7 @@ from pydantic import (
 )
 
 from distill_core.config import (
+    ArtifactRef,
     Beta,
     Config,
     DataPath,
@@ -27,7 +28,7 @@ from distill_core.config import (
 class ModelSource(Config):
     """Where a frozen model comes from: one of a store artifact, a folder, a recipe that trains it, a formula."""
 
-    artifact: Words | None = None  # name@version or name@alias in the artifact store
+    artifact: ArtifactRef | None = None  # name@version or name@alias in the artifact store
     path: DataPath | None = None  # a diffusers folder or an artifact folder on disk
     recipe: RecipeName | None = None  # trained once, then cached under the recipe's content
     scene: Literal["procedural", "alcove"] | None = None  # a radiance field in closed form, without training
@@ -65,7 +66,7 @@ class LoraConfig(Config):
 class StudentConfig(Config):
     """What the student begins as; with nothing set, a trainable copy of the teacher."""
 
-    artifact: Words | None = None  # begin as this student instead of the teacher: a store artifact,
+    artifact: ArtifactRef | None = None  # begin as this student instead of the teacher: a store artifact,
     path: DataPath | None = None  # a folder,
     recipe: RecipeName | None = None  # or what a recipe trained, once, then cached
     network: NetworkConfig | None = None  # a new network instead, of another size; begins random

@@ -1,12 +1,13 @@
-"""Files and folders that a recipe or an evaluation names, found by walking the schemas of its tables.
+"""References of a recipe or an evaluation, found by walking the schemas of its tables.
 
-What a schema marks as a `DataPath` is one; so is text that looks like a path where a schema says neither what it is
-nor which keys there are, as in a method of another package.
+They are files and folders, other recipes, artifacts, and modules of ours that are found by a name. A path is what a
+schema marks as a `DataPath`; so is text that looks like one where a schema says neither what it is nor which keys
+there are, as in a method of another package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from distill_core.artifacts import ArtifactStore
-from distill_core.config import PathMark, RecipeMark, TableMark, WordsMark
+from distill_core.config import ArtifactMark, PathMark, RecipeMark, TableMark, WordsMark
 from distill_core.data import named_tables, parse_source
 from distill_core.files.paths import check_readable, looks_like_path
 from distill_core.kinds import find_card
@@ -30,24 +31,32 @@ _MARKS = (PathMark, RecipeMark, WordsMark, TableMark)
 
 @dataclass(frozen=True)
 class Named:
-    """A file or folder, by the dotted key that names it; `recipe`: it is another recipe, with paths of its own."""
+    """A reference by the dotted key that names it: a path, a recipe, an artifact, or a module of ours."""
 
     key: str
-    path: str
-    recipe: bool = False
+    value: str
+    what: Literal["path", "recipe", "artifact", "code"] = "path"
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it names a file or folder of this machine; a recipe that is a file has paths of its own."""
+        return self.what == "path" or (self.what == "recipe" and Path(self.value).suffix == ".toml")
 
 
-def recipe_paths(recipe: Recipe) -> Iterator[Named]:
-    """What a run of `recipe` may read.
+def references(recipe: Recipe, tables: Collection[str] = Recipe.model_fields.keys()) -> Iterator[Named]:
+    """What a run of `recipe` rests on, as far as these of its tables and keys say it.
 
     Raises:
         ConfigError: a table that its schema refuses. NotFound: no such method.
     """
-    return _Walk(find_method(recipe.method), recipe.data or {}).model(recipe, "")
+    values = {name: getattr(recipe, name) for name in Recipe.model_fields if name in tables}
+    return _Walk(find_method(recipe.method), recipe.data or {}).model(values, "", Recipe)
 
 
-def evaluation_paths(kind: str, table: Mapping[str, Any], data: Mapping[str, Any] | None) -> Iterator[Named]:
-    """What an evaluation of a model of that kind may read.
+def evaluation_references(
+    kind: str, table: Mapping[str, Any], data: Mapping[str, Any] | None
+) -> Iterator[Named]:
+    """What an evaluation of a model of that kind rests on.
 
     Raises:
         ConfigError: a table that its schema refuses. NotFound: no such kind.
@@ -68,12 +77,14 @@ def check_job(spec: Mapping[str, Any], roots: Sequence[str] | None, store: Artif
     if roots is None:
         return
     if "recipe" in spec:
-        named = recipe_paths(Recipe.parse(spec["recipe"]))
+        named = references(Recipe.parse(spec["recipe"]))
     else:
         kind = store.manifest(spec["artifact"]).kind
-        named = evaluation_paths(kind, spec.get("evaluate", {}), spec.get("data"))
+        named = evaluation_references(kind, spec.get("evaluate", {}), spec.get("data"))
     for one in named:
-        check_readable(one.key, one.path, [Path(root) for root in roots], recipe=one.recipe)
+        if one.is_file:
+            folders = [Path(root) for root in roots]
+            check_readable(one.key, one.value, folders, recipe=one.what == "recipe")
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class _Walk:
             annotation, *more = get_args(annotation)
             marks = [*marks, *more]
         mark = next((mark for mark in marks if isinstance(mark, _MARKS)), None)
-        if value is None or isinstance(mark, WordsMark):
+        if value is None:
             return
         if mark is not None:
             yield from self.marked(mark, value, key, beside)
@@ -125,7 +136,8 @@ class _Walk:
         if get_origin(annotation) in (Union, UnionType):
             if any(get_origin(one) is Literal and value in get_args(one) for one in args):
                 return
-            found = (named for one in args for named in self.value(one, (), value, key, beside))
+            kinds = [one for one in args if one is not type(None)]
+            found = (named for one in kinds for named in self.value(one, (), value, key, beside))
             yield from dict.fromkeys(found)
         elif isinstance(value, Mapping) and args:
             for name, entry in value.items():
@@ -140,8 +152,11 @@ class _Walk:
     def marked(self, mark: Any, value: Any, key: str, beside: Mapping[str, Any]) -> Iterator[Named]:
         """A value whose mark says what it is."""
         if isinstance(mark, RecipeMark):
-            if Path(str(value)).suffix == ".toml":
-                yield Named(key, str(value), recipe=True)
+            yield Named(key, str(value), "recipe")
+        elif isinstance(mark, ArtifactMark):
+            yield Named(key, str(value), "artifact")
+        elif isinstance(mark, WordsMark):
+            return
         elif isinstance(mark, PathMark):
             base = beside.get(mark.inside) if mark.inside else None
             yield Named(key, str(value if base is None else Path(str(base)) / str(value)))
@@ -164,14 +179,17 @@ class _Walk:
         for name, values in named_tables(given).items():
             where = key if name == "data" else f"{key}.{name}"
             if values or name == "data":
-                yield from self.model(parse_source(values, where=where)[1], where)
+                source, config = parse_source(values, where=where)
+                yield Named(where, source.__module__, "code")
+                yield from self.model(config, where)
 
     def network(self, network: NetworkConfig, key: str) -> Iterator[Named]:
         """A network's arguments, some of which may follow from the data: they are not checked here."""
-        schema = getattr(network_types().get(network.name), "Args", None)
-        if schema is None and network.name in FIELDS:
-            schema = FIELDS[network.name].Config
+        cls = network_types().get(network.name) or FIELDS.get(network.name)
+        schema = getattr(cls, "Args", None) or getattr(cls, "Config", None)
         args = network.args
+        if cls is not None:
+            yield Named(key, cls.__module__, "code")
         yield from (
             self.loose(args, f"{key}.args") if schema is None else self.model(args, f"{key}.args", schema)
         )
