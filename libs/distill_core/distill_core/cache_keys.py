@@ -11,9 +11,8 @@ import ast
 import functools
 import hashlib
 import json
-import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 
 from distill_core.artifacts import ArtifactStore
 from distill_core.errors import DistilleryError
-from distill_core.files.paths import there, user_path
+from distill_core.files.paths import files_below, there, user_path
 from distill_core.method import Method
 from distill_core.methods import find_method
 from distill_core.recipe import Recipe, load_recipe
@@ -100,15 +99,7 @@ def files_digest(path: Path) -> str:
     """A digest of names, sizes and times of the files at or below `path`, hidden ones apart; "" where nothing is."""
     if not there(path):
         return ""
-    if path.is_file():
-        return _digest([_mark(path, path.name)])
-    return _digest(sorted(_mark(file, file.relative_to(path).as_posix()) for file in _files(path)))
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(root, name) for name in names if not name.startswith("."))
+    return _digest([_mark(file, name) for name, file in files_below(path)])
 
 
 def _mark(file: Path, name: str) -> tuple[str, int, int]:

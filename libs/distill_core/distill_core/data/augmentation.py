@@ -11,14 +11,23 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_core.config import Config
+from distill_core.errors import ConfigError, nearest
 
 _STREAM = 0x76696577  # sets a view's random numbers apart from those of the order
+MAX_SHIFT = 64
+_STORED = {  # types and shape of one item's view, by name
+    "crop": (("torch.float32", "torch.float16"), (4,)),
+    "shift": (("torch.int64", "torch.int8"), (2,)),
+    "flip": (("torch.bool",), ()),
+}
 
 
 class ViewConfig(Config):
     """How pictures are augmented, the same for all methods; all off by default."""
 
-    shift: int = Field(0, ge=0, le=64)  # pixels, random translation to each side; the border is repeated
+    shift: int = Field(
+        0, ge=0, le=MAX_SHIFT
+    )  # pixels, random translation to each side; the border is repeated
     crop_scale: float = Field(1.0, gt=0, le=1)  # least share of the area that a random crop keeps
     flip: bool = False  # random mirror image: right for photographs, wrong for digits
 
@@ -45,6 +54,30 @@ def draw_views(config: ViewConfig, seed: int, start: int, stop: int) -> dict[str
     if config.flip:
         found["flip"] = draws[:, 5] < 0.5
     return found
+
+
+def check_view(view: Mapping[str, Tensor]) -> None:
+    """Refuse a stored view that pictures cannot be seen by.
+
+    Raises:
+        ConfigError: an unknown name, another type or shape, a crop outside the picture, or too long a shift.
+    """
+    for name, value in view.items():
+        if name not in _STORED:
+            raise ConfigError(f"its view has no part {name!r}{nearest(name, _STORED)}")
+        types, shape = _STORED[name]
+        if tuple(value.shape[1:]) != shape or str(value.dtype) not in types:
+            given = f"{value.dtype} {tuple(value.shape[1:])}"
+            raise ConfigError(f"its view's {name} is {given} for each row, and should be {types[0]} {shape}")
+    if "crop" in view:
+        crop = view["crop"].float()
+        inside = (
+            (crop >= 0).all(1) & (crop[:, 2:] > 0).all(1) & (crop[:, :2] + crop[:, 2:] <= 1 + 1e-3).all(1)
+        )
+        if not inside.all():
+            raise ConfigError(f"the crop of its row {int(inside.int().argmin())} leaves the picture")
+    if "shift" in view and int(view["shift"].abs().max()) > MAX_SHIFT:
+        raise ConfigError(f"its view is shifted by more than {MAX_SHIFT} pixels")
 
 
 def augment(x0: Tensor, view: Mapping[str, Tensor]) -> Tensor:

@@ -68,6 +68,11 @@ class ImageFolder(Source):
             class_names=config.renamed(classes),
             prompts=None if prompts is None else [prompts[index] for index in pixels.readable.tolist()],
         )
+        self._files = [files[index] for index in pixels.readable.tolist()]
+
+    def _identities(self) -> list[tuple[str, int]]:
+        root = existing(self.config.path)  # type: ignore[attr-defined]
+        return [(file.relative_to(root).as_posix(), file.stat().st_size) for file in self._files]
 
 
 OTHER_PICTURES = frozenset(

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, get_args
 
 import numpy as np
 import torch
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from distill_core.artifacts import FORBIDDEN_SUFFIXES
 from distill_core.config import Config as SourceConfig
+from distill_core.config import PathMark
 from distill_core.data.augmentation import ViewConfig, augment, draw_views
 from distill_core.data.order import Order, OrderConfig, permutation
 from distill_core.errors import ConfigError, DataError, nearest
-from distill_core.files.paths import there, user_path
+from distill_core.files.paths import files_below, there, user_path
 from distill_core.method import Batch, Cond
 from distill_core.signature import TensorSpec
 
@@ -116,6 +121,30 @@ class Source:
         }
         return {name: value for name, value in known.items() if value is not None}
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the items' ids and of their preprocessing: values that are stored by item belong to it.
+
+        Where the data lie, what their classes are called, their order and their views are no part of it.
+        """
+        options = self.config.model_dump(mode="json", exclude={"rename_classes", *_places(self.config)})
+        made = [options, self.size, self.shape, self._identities()]
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+    def _identities(self) -> list[Any]:
+        """What tells these items from others: names and sizes of their files, or their contents without."""
+        paths = [getattr(self.config, name) for name in _places(self.config)]
+        below = [files_below(user_path(path)) for path in paths if path is not None]
+        if below:
+            return [(name, file.stat().st_size) for files in below for name, file in files]
+        held = dict(self.arrays)
+        if isinstance(self.pixels, ArrayPixels):
+            held["x0"] = self.pixels.values
+        digests = {
+            name: hashlib.sha256(value.contiguous().numpy()).hexdigest() for name, value in held.items()
+        }
+        return [digests, self.prompts]
+
     def items(self, indices: Tensor) -> Batch:
         """The items at `indices` (B,), in that order."""
         return self.conditioned(self._stored(indices))
@@ -187,6 +216,20 @@ class Source:
         if self.labels is None:
             raise DataError("this data has no labels, so it has no class frequencies; choose labelled data")
         return torch.bincount(self.labels, minlength=len(self.class_names)).double() / self.size
+
+
+def _places(config: SourceConfig) -> list[str]:
+    """The options that name files, which another machine has elsewhere."""
+    return [
+        name
+        for name, field in type(config).model_fields.items()
+        if any(isinstance(mark, PathMark) for mark in _marks(field))
+    ]
+
+
+def _marks(field: FieldInfo) -> list[Any]:
+    inner = [mark for one in get_args(field.annotation) for mark in getattr(one, "__metadata__", ())]
+    return [*field.metadata, *inner]
 
 
 def to_unit(values: Tensor) -> Tensor:

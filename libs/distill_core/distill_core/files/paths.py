@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -29,6 +30,17 @@ def there(path: Path) -> bool:
         return path.exists()
     except OSError:
         return False
+
+
+def files_below(path: Path) -> Iterator[tuple[str, Path]]:
+    """The files at or below `path`, hidden ones apart, in order, each with its name in there."""
+    if path.is_file():
+        yield path.name, path
+        return
+    for root, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            yield Path(root, name).relative_to(path).as_posix(), Path(root, name)
 
 
 def looks_like_path(text: str) -> bool:

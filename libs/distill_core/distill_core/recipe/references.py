@@ -50,7 +50,8 @@ def references(recipe: Recipe, tables: Collection[str] = Recipe.model_fields.key
         ConfigError: a table that its schema refuses. NotFound: no such method.
     """
     values = {name: getattr(recipe, name) for name in Recipe.model_fields if name in tables}
-    return _Walk(find_method(recipe.method), recipe.data or {}).model(values, "", Recipe)
+    method = find_method(recipe.method) if {"config", "evaluate"} & values.keys() else None
+    return _Walk(method, recipe.data or {}).model(values, "", Recipe)
 
 
 def evaluation_references(
