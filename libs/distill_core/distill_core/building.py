@@ -39,7 +39,7 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
     cls = find_method(recipe.method)
     config = cls.Config.parse(recipe.config, where="config")
     wanted = needs(cls)
-    sources = build_sources(recipe)
+    sources = build_sources(recipe, context)
     source = sources["data"]
     arguments: dict[str, Any] = {**sources, "seed": recipe.seed, "network": recipe.network}
     if "network" in wanted and recipe.network is None and _is_required(cls, "network"):
@@ -104,12 +104,15 @@ def fit(source: Source, model: Any) -> None:
 
 
 def _check_columns(recipe: Recipe, needed: Mapping[str, str], source: Source) -> None:
-    named = recipe.data and recipe.data.get("name")
+    table = recipe.data or {}
+    named = next(
+        (f"data.{key} = {table[key]!r}" for key in ("ref", "recipe", "name") if key in table), "data"
+    )
     for column, purpose in needed.items():
         if column not in source.columns:
             what = {"x0": "real pictures", "class_label": "class labels"}.get(column, f"a column {column}")
             raise ConfigError(
-                f"method {recipe.method} needs {what} for {purpose}, and data.name = {named!r} has none; "
+                f"method {recipe.method} needs {what} for {purpose}, and {named} has none; "
                 f"choose data with {what.removeprefix('real ')}",
                 field="data.name",
             )
@@ -173,7 +176,7 @@ def _is_required(cls: type[Method], name: str) -> bool:
     return inspect.signature(cls.__init__).parameters[name].default is inspect.Parameter.empty
 
 
-def build_sources(recipe: Recipe) -> dict[str, Source]:
+def build_sources(recipe: Recipe, context: Context) -> dict[str, Source]:
     """The recipe's data sets by name: `data`, and each of `[data.NAME]`."""
     if recipe.data is None:
         raise ConfigError(
@@ -181,7 +184,7 @@ def build_sources(recipe: Recipe) -> dict[str, Source]:
         )
     with real_tensors():  # in a plan too: only networks are without weights
         return {
-            name: build_source(table, where="data" if name == "data" else f"data.{name}")
+            name: build_source(table, where="data" if name == "data" else f"data.{name}", folders=context)
             for name, table in named_tables(recipe.data).items()
         }
 

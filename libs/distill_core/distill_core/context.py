@@ -65,7 +65,9 @@ class Context:
         recipe = load_recipe(name)
         key = cache_key(recipe, self.store)
         if key in _under_way.get():
-            raise ConfigError(f"recipe {name} needs itself as a teacher or judge", field="teacher.recipe")
+            raise ConfigError(
+                f"recipe {name} needs itself as a teacher, judge or data set", field="teacher.recipe"
+            )
         folder = self.cache / "models" / f"{recipe.method}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         with _added(key), (folder / ".lock").open("w") as lock:

@@ -10,10 +10,12 @@ from typing import Any
 from distill_core.config import Config as SourceConfig
 from distill_core.data.augmentation import ViewConfig
 from distill_core.data.order import OrderConfig
-from distill_core.data.source import Source
+from distill_core.data.source import Folders, Source
 from distill_core.errors import ConfigError, nearest
 
-__all__ = ["Source", "build_source", "named_tables", "parse_source", "source_types"]
+__all__ = ["Source", "build_source", "named_tables", "names_source", "parse_source", "source_types"]
+
+MADE = "artifact"  # the source of a table that names a recipe alone
 
 
 def source_types() -> dict[str, type[Source]]:
@@ -26,13 +28,20 @@ def source_types() -> dict[str, type[Source]]:
 
 
 def named_tables(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The data sets of a recipe's `[data]` table: `data`, and by its own name each table in it that has a `name`."""
-    inner = {key: table for key, table in values.items() if isinstance(table, dict) and "name" in table}
+    """The data sets of a recipe's `[data]` table: `data`, and by its own name each table in it that names a source."""
+    inner = {key: table for key, table in values.items() if isinstance(table, dict) and names_source(table)}
     return {"data": {key: value for key, value in values.items() if key not in inner}, **inner}
 
 
-def build_source(values: Mapping[str, Any], *, where: str = "data") -> Source:
+def names_source(table: Mapping[str, Any]) -> bool:
+    """Whether a table says what its data are: a source by its name, or a recipe that makes them."""
+    return "name" in table or "recipe" in table
+
+
+def build_source(values: Mapping[str, Any], *, where: str = "data", folders: Folders | None = None) -> Source:
     """The data source that a table describes; mistakes are named by their key under `where`.
+
+    `folders` finds data sets of the store and those that recipes make.
 
     Raises:
         ConfigError: no or an unknown `name`, an unknown option, or a value out of range.
@@ -41,7 +50,7 @@ def build_source(values: Mapping[str, Any], *, where: str = "data") -> Source:
     cls, config = parse_source(values, where=where)
     order = OrderConfig.parse(_table(values, "order", where), where=f"{where}.order")
     view = ViewConfig.parse(_table(values, "view", where), where=f"{where}.view")
-    source: Source = cls(config)
+    source: Source = cls.opened(config, folders)
     source.arrange(order, view)
     return source
 
@@ -53,7 +62,7 @@ def parse_source(values: Mapping[str, Any], *, where: str = "data") -> tuple[Any
         ConfigError: no or an unknown `name`, an unknown option, or a value out of range.
     """
     known = source_types()
-    name = values.get("name")
+    name = values.get("name", MADE if "recipe" in values else None)
     if not isinstance(name, str):
         raise ConfigError(
             f"missing key {where}.name; known: {', '.join(sorted(known))}", field=f"{where}.name"
@@ -62,7 +71,7 @@ def parse_source(values: Mapping[str, Any], *, where: str = "data") -> tuple[Any
         raise ConfigError(f"no data source is called {name!r}{nearest(name, known)}", field=f"{where}.name")
     cls: Any = known[name]
     own = {key: value for key, value in values.items() if key not in ("order", "view")}
-    return cls, cls.Config.parse(own, where=where)
+    return cls, cls.Config.parse({"name": name, **own}, where=where)
 
 
 def _table(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

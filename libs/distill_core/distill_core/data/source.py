@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, get_args
+from typing import Any, ClassVar, Protocol, Self, get_args
 
 import numpy as np
 import torch
@@ -23,9 +23,18 @@ from distill_core.data.order import Order, OrderConfig, permutation
 from distill_core.errors import ConfigError, DataError, nearest
 from distill_core.files.paths import files_below, there, user_path
 from distill_core.method import Batch, Cond
+from distill_core.recipe.tables import ModelSource
 from distill_core.signature import TensorSpec
 
 PICKLE_SUFFIXES = (*FORBIDDEN_SUFFIXES, ".npz", ".joblib")
+
+
+class Folders(Protocol):
+    """Where data sets that methods made are found."""
+
+    def folder(self, source: ModelSource) -> Path:
+        """The folder of what `source` names."""
+        ...
 
 
 class Pixels(Protocol):
@@ -85,6 +94,12 @@ class Source:
         self.arrays = dict(arrays or {})  # further columns by name, (N, …)
         self.order, self.view = Order(OrderConfig(), size, labels), ViewConfig()
         self._encode: Callable[[list[str]], Cond] | None = None
+
+    @classmethod
+    def opened(cls, config: SourceConfig, folders: Folders | None) -> Self:
+        """The source that `config` describes; `folders` finds what it refers to."""
+        source: Any = cls
+        return source(config)  # type: ignore[no-any-return]
 
     def encode_with(self, encode: Callable[[list[str]], Cond]) -> None:
         """Condition the items on their prompts, as `encode` embeds them, from now on; the builder passes a model's."""

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from distill_core.artifacts import ArtifactStore
 from distill_core.config import ArtifactMark, PathMark, RecipeMark, TableMark, WordsMark
-from distill_core.data import named_tables, parse_source
+from distill_core.data import named_tables, names_source, parse_source
 from distill_core.files.paths import check_readable, looks_like_path
 from distill_core.kinds import find_card
 from distill_core.methods import find_method
@@ -175,7 +175,9 @@ class _Walk:
         if not table:
             return
         given = (
-            table if "name" in table or table is self.data else {**named_tables(self.data)["data"], **table}
+            table
+            if names_source(table) or table is self.data
+            else {**named_tables(self.data)["data"], **table}
         )
         for name, values in named_tables(given).items():
             where = key if name == "data" else f"{key}.{name}"

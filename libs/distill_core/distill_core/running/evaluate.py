@@ -57,7 +57,7 @@ def evaluate(ref: str, table: dict[str, Any], data: dict[str, Any] | None, where
     given = data or config.data
     if given is None:
         raise ConfigError("evaluate needs data to compare with, e.g. data.name = 'digits'", field="data")
-    source = build_source(given)
+    source = build_source(given, folders=where)
     evaluator = kind.evaluator(model, source, config.model_copy(update={"data": None}), where)
     if evaluator is None:
         raise ConfigError(

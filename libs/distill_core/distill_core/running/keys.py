@@ -8,6 +8,7 @@ from distill_core.artifacts import Manifest
 from distill_core.context import Context
 from distill_core.method import Method
 from distill_core.recipe import Recipe
+from distill_core.recipe.references import references
 from distill_core.training.run import Run
 
 # before the names of figures, among a manifest's metrics: their grounds, in words
@@ -27,6 +28,7 @@ def parents(method: Method, recipe: Recipe, where: Context) -> tuple[str, ...]:
     loaded = getattr(getattr(method, "teacher", None), "ref", ""), base
     named = [loaded[0] or teacher, loaded[1] or student]  # an alias may have moved since it was loaded
     named += [source.artifact for source in recipe.teachers.values()]
+    named += [one.value for one in references(recipe, {"data"}) if one.what == "artifact"]
     return tuple("@".join(map(str, where.store.resolve(ref))) for ref in dict.fromkeys(named) if ref)
 
 

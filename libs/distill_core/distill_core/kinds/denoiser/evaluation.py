@@ -210,7 +210,7 @@ def load_evaluator(config: Evaluate, denoiser: Denoiser, source: Source, models:
         NotFound, ArtifactError: a model that is not there or cannot be used.
         ConfigError: scores of pictures against prompts, where there are no prompts.
     """
-    source = source if config.data is None else build_source(config.data)
+    source = source if config.data is None else build_source(config.data, folders=models)
     if denoiser.cond.kind == "class_label":
         check_classes(source, denoiser.cond, field="data" if config.data is None else "evaluate.data")
     judge, extractor, scorers = None, None, {}

@@ -50,7 +50,7 @@ class PredictorKind(Kind):
     ) -> ClassifierEvaluator | None:
         card = model.card()
         field = "data" if config.data is None else "evaluate.data"
-        source = source if config.data is None else build_source(config.data)
+        source = source if config.data is None else build_source(config.data, folders=models)
         takes_images = "image" in _inputs(card) and source.shape is not None
         if not card.class_names or not takes_images or source.labels is None:
             return None
