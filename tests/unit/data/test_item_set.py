@@ -191,7 +191,7 @@ DAMAGE = {
     "column label holds 7 values of int32": lambda table: table.set_column(
         1, "label", table["label"].cast("int32")
     ),
-    "column logits holds NaN": lambda table: table.set_column(
+    "column logits of a data set holds NaN": lambda table: table.set_column(
         2, "logits", pyarrow.array([[float("nan")] * 3] * 7, pyarrow.list_(pyarrow.float32(), 3))
     ),
     "column logits is empty in 7 rows": lambda table: table.set_column(
@@ -229,11 +229,21 @@ def test_damaged_files_are_refused_in_a_sentence(tmp_path):
         ({"labels": torch.tensor([1, 0])}, "x0 3, class_label 2"),
         ({"labels": torch.tensor([1, 0, 2]), "class_names": ("a", "b")}, "labels are 0 to 1"),
         ({"arrays": {"v": torch.ones(2)}}, "x0 3, v 2"),
+        (
+            {"arrays": {"v": torch.tensor([1, 2, float("inf")])}},
+            "column v of a data set holds NaN or infinity",
+        ),
     ],
 )
 def test_columns_that_do_not_belong_together_are_refused(columns, said):
     with pytest.raises(ConfigError, match=said):
         ItemSet(torch.zeros(3, 1, 6, 9), **columns)
+
+
+def test_a_data_set_without_items_is_refused():
+    for columns in ({"pixels": torch.zeros(0, 1, 6, 9), "labels": torch.zeros(0, dtype=torch.long)}, {}):
+        with pytest.raises(ConfigError, match="one number of items, above 0"):
+            ItemSet(**columns)
 
 
 @pytest.mark.parametrize("name", ["image", "label", "class_label"])

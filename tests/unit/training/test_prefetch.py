@@ -11,6 +11,7 @@ from PIL import Image
 
 from distill_core.config import Config
 from distill_core.data import build_source, pictures
+from distill_core.data.item_set import TABLE, ItemSet
 from distill_core.data.prefetch import Prefetch
 from distill_core.errors import DataError
 from distill_core.method import Method, Stage, Update
@@ -119,6 +120,20 @@ def test_what_is_read_ahead_is_the_same_to_the_bit(method, changes, folder, tmp_
     assert all(name.startswith("prefetch") for name in decoded_in)
     assert same(plain, ahead)
     assert not same(plain, trained(trainer(folder, tmp_path / "c", method(), **changes, seed=4)))
+
+
+@pytest.mark.parametrize("name", ["huggingface", "artifact"])
+def test_rows_of_a_table_are_read_ahead_too(name, folder, tmp_path, decoded_in):
+    source = build_source({"name": "images", "path": str(folder)})
+    ItemSet(source.pixels, labels=source.labels, class_names=source.class_names).save(tmp_path / "set")
+    path = tmp_path / "set" / (TABLE if name == "huggingface" else "")
+    data = {"name": name, "path": str(path), "view": {"shift": 2, "flip": True}}
+    plain, ahead = (
+        trained(trainer(folder, tmp_path / str(prefetch), prefetch=prefetch, data=data))
+        for prefetch in (0, 3)
+    )
+    assert any(thread.startswith("prefetch") for thread in decoded_in)
+    assert same(plain, ahead)
 
 
 def trained(run: Trainer) -> Trainer:

@@ -63,16 +63,25 @@ class ItemSet:
         self.labels = None if labels is None else labels.detach().cpu()
         self.class_names, self.prompts = tuple(class_names), prompts
         self.arrays = {name: value.detach().cpu() for name, value in (arrays or {}).items()}
-        columns = {"x0": self.pixels, "class_label": self.labels, "prompts": prompts, **self.arrays}
-        sizes = {name: len(value) for name, value in columns.items() if value is not None}  # type: ignore[arg-type]
-        if len(set(sizes.values())) != 1:
+        self.size = self._checked()
+
+    def _checked(self) -> int:
+        """The number of items, if the columns belong together. Raises ConfigError."""
+        columns: dict[str, Any] = {"x0": self.pixels, "class_label": self.labels, "prompts": self.prompts}
+        sizes = {name: len(v) for name, v in (columns | self.arrays).items() if v is not None}
+        if len(set(sizes.values())) != 1 or not min(sizes.values()):
             said = ", ".join(f"{name} {size}" for name, size in sizes.items()) or "no column at all"
-            raise ConfigError(f"columns of a data set have one number of items, and these have {said}")
-        self.size = next(iter(sizes.values()))
-        if self.labels is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(
-            class_names
-        ):
-            raise ConfigError(f"labels are 0 to {len(class_names) - 1}, one for each class name")
+            raise ConfigError(
+                f"columns of a data set have one number of items, above 0, and these have {said}"
+            )
+        kept = {"x0": self.pixels.values} if isinstance(self.pixels, ArrayPixels) else {}
+        for name, value in (kept | self.arrays).items():
+            if not bool(torch.isfinite(value).all()):
+                raise ConfigError(f"column {name} of a data set holds NaN or infinity")
+        labels, classes = self.labels, len(self.class_names)
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ConfigError(f"labels are 0 to {classes - 1}, one for each class name")
+        return next(iter(sizes.values()))
 
     def card(self) -> Card:
         """Facts that the manifest keeps."""
@@ -204,8 +213,6 @@ def _array(table: Any, name: str, spec: TensorSpec) -> Tensor:
             f"column {name} holds {values.size} values of {values.dtype}, and {CONFIG} says {spec.described} "
             f"for each of {len(table)} items"
         )
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ConfigError(f"column {name} holds NaN or infinity")
     return torch.from_numpy(values.reshape(len(table), *spec.shape).copy())
 
 

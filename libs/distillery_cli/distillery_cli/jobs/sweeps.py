@@ -32,11 +32,9 @@ def _check_tables(recipe: Recipe, key: str) -> None:
 
         find_method(recipe.method).Config.parse(recipe.config, where=table)
     elif table == "data" and recipe.data is not None:
-        from distill_core.data import source_types
+        from distill_core.data import named_tables, parse_source
 
-        source = source_types().get(str(recipe.data.get("name")))
-        if source is None:
-            raise ConfigError("no such data source", field="data.name")
-        source.Config.parse(recipe.data, where=table)
+        for name, values in named_tables(recipe.data).items():
+            parse_source(values, where=table if name == table else f"{table}.{name}")
     elif table in ("network", "student", "evaluate") and key.count(".") > 1:
         raise ConfigError("arguments of a network hold no such text", field=key)
