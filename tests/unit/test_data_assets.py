@@ -9,9 +9,9 @@ import torch
 
 from distill_core import api
 from distill_core.cache_keys import cache_key
-from distill_core.config import load_recipe
 from distill_core.data import build_source
 from distill_core.errors import ConfigError, DistilleryError
+from distill_core.recipe import load_recipe
 from distill_core.running.evaluate import evaluate
 from tests.helpers import tiny_context
 

@@ -97,7 +97,7 @@ class ItemStore:
             view = {name.removeprefix(VIEW): t for name, t in tensors.items() if name.startswith(VIEW)}
             index = tensors.pop(INDEX, torch.empty(0))
             return cls(origin, index, {n: t for n, t in tensors.items() if not n.startswith(VIEW)}, view)
-        except (ConfigError, SafetensorError, OSError, ValueError) as error:
+        except (ConfigError, SafetensorError, OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be used as values by item: {error}", field=field) from None
 
     def save(self, path: Path) -> None:
