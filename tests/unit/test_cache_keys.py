@@ -182,7 +182,8 @@ class Config(MethodConfig):
 
 
 class Outside(Method):
-    Config = Config
+    def __init__(self, config: Config):
+        super().__init__()
 """
 
 

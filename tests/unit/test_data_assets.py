@@ -28,13 +28,12 @@ class Config(MethodConfig):
 
 
 class ClassMeans(Method):
-    Config = Config
     paper = "Wang et al. 2018, Dataset Distillation, arXiv 1811.10959"
     kind = "dataset"
     roles = ("images",)
     result = "images"
 
-    def __init__(self, config, *, teacher, data):
+    def __init__(self, config: Config, *, teacher, data):
         super().__init__()
         self.config, self.teacher, self.data = config, teacher, data
         self.labels = torch.arange(len(data.class_names)).repeat_interleave(config.per_class)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_core.config import Config
 from distill_core.data import build_source, pictures
 from distill_core.data.item_set import TABLE, ItemSet
 from distill_core.data.prefetch import Prefetch
@@ -25,7 +24,6 @@ STEPS = 7
 class Seeing(Method):
     """Learns from views of pictures and their conditions; keeps what it saw."""
 
-    Config = Config
     roles = ("model",)
     result = "model"
 
