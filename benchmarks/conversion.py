@@ -203,7 +203,7 @@ def conversion_rows(found: dict[str, Any]) -> list[list[Any]]:
         [title, float(found["curves"][name][-1][0]), float(found["curves"][name][-1][1]), ""]
         for name, title in TITLES.items()
     ]
-    ends = conclusions(found["curves"])
+    ends: dict[str, Any] = conclusions(found["curves"])
     reached, faster = ends["converted_seconds"], ends["times_faster"]
     said = "not reached" if reached is None else f"{faster:.3g} x sooner"
     held = _word(faster is not None and faster >= FASTER)

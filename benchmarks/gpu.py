@@ -68,7 +68,8 @@ def measure_gpu(
     work.mkdir(parents=True, exist_ok=True)
     say(f"{size.name}: making the networks")
     published, folder = _published(size, work)
-    ref = published.ref
+    ref, image = published.ref, generator_card(published).image
+    assert image is not None
     loads = []
     with _GpuSampler(ref, work, device, precision) as sampler:
         say(f"{size.name}: SERVING after {sampler.start_seconds():.1f} s")
@@ -81,7 +82,7 @@ def measure_gpu(
         "model": size.name,
         "device": _device_name(device),
         "precision": precision,
-        "picture": generator_card(published).image.picture[-1],
+        "picture": image.picture[-1],
         "loads": loads,
         "bare": bare,
         "p50_over_bare": alone / bare["sum_ms"],

@@ -95,10 +95,9 @@ def passes_of_a_step(trainer: Trainer) -> list[Pass]:
 
 class _Watch:
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.passes = trainer, []
-        self._open: list[
-            list[tuple[nn.Module, Any]]
-        ] = []  # the network being called, with its layers' outputs
+        self.trainer = trainer
+        self.passes: list[Pass] = []
+        self._open: list[tuple[nn.Module, Any]] = []  # the network being called, with its layers' outputs
         self._depth, self._backward = 0, False
         self._inputs: Sequence[nn.Parameter] = ()
 

@@ -50,4 +50,5 @@ def _meaning(error: grpc.aio.AioRpcError, share: float) -> Exception:
         return Refused()
     if error.code() in TOO_LATE:
         return Refused() if share < AT_ONCE else TimeoutError()
-    return error
+    unexpected: Exception = error
+    return unexpected

@@ -91,7 +91,7 @@ def _measured(trainer: Trainer, steps: int, told: Callable[[int], object]) -> di
         with trainer.accelerator.autocast():
             return sum(_seconds(network_pass.repeat) for network_pass in passes)
 
-    timed = []
+    timed: list[tuple[float, float, int, int]] = []
     for turn in range(WARM_UP + steps):
         trainer.step = (
             max(0, turn - WARM_UP) * (trainer.recipe.steps - 1) // steps
@@ -105,20 +105,23 @@ def _measured(trainer: Trainer, steps: int, told: Callable[[int], object]) -> di
         counts = len(passes) - differentiated, differentiated
         timed.append((whole, bare(passes) if first is None else first, *counts))
         told(turn + 1)
-    whole, alone, forward, backward = zip(*timed[WARM_UP:], strict=True)
+    kept = timed[WARM_UP:]
     return {
-        "forward_passes": statistics.median(forward),
-        "differentiated_passes": statistics.median(backward),
-        "step_ms": 1000 * statistics.median(whole),
-        "passes_ms": 1000 * statistics.median(alone),
-        "step_over_passes": statistics.median(a / b for a, b in zip(whole, alone, strict=True)),
+        "forward_passes": statistics.median(forward for _, _, forward, _ in kept),
+        "differentiated_passes": statistics.median(backward for _, _, _, backward in kept),
+        "step_ms": 1000 * statistics.median(whole for whole, _, _, _ in kept),
+        "passes_ms": 1000 * statistics.median(alone for _, alone, _, _ in kept),
+        "step_over_passes": statistics.median(whole / alone for whole, alone, _, _ in kept),
     }
 
 
 def _seconds(work: Callable[[], object]) -> float:
     import torch
 
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    def synchronize() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     synchronize()
     began = time.perf_counter()
     work()

@@ -26,7 +26,7 @@ from distillery_cli.terminal.output import (
 )
 
 if TYPE_CHECKING:
-    from distill_core.data.scenes import SceneSource
+    from distill_core.data.posed import SceneSource
     from distill_core.radiance.cameras.camera import Camera
     from distill_core.radiance.scenes.scene import Scene
     from distill_core.recipe import Recipe
@@ -85,10 +85,13 @@ def measured(
 ) -> tuple[list[dict[str, Any]], list[Any], int]:
     """A row for each field, pictures of one test view (the photograph first), and their width in pixels."""
     from distill_core.data import build_source
+    from distill_core.data.posed import SceneSource
 
     source = build_source(dict(data))
+    assert isinstance(source, SceneSource)
     camera = source.test.camera(VIEW)
-    rows, pictures = [], [_photograph(source)]
+    rows: list[dict[str, Any]] = []
+    pictures = [_photograph(source)]
     for kind in ("hash", *kinds):
         if not rows:
             recipe = load_recipe(FROM_IMAGES, {"data": dict(data), **changes})

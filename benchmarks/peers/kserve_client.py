@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import numpy as np
 import tritonclient.grpc.aio as triton
@@ -40,9 +41,9 @@ async def connect(address: str, model: str) -> Callable[[int, list[int], float],
     return call
 
 
-def _typed(reply: object) -> bytes:
+def _typed(reply: Any) -> bytes:
     """Values that a server sends as protobuf numbers."""
-    return bytes(reply.outputs[0].contents.uint_contents)  # type: ignore[attr-defined]
+    return bytes(reply.outputs[0].contents.uint_contents)
 
 
 def _meaning(error: InferenceServerException, share: float) -> Exception:
@@ -51,4 +52,5 @@ def _meaning(error: InferenceServerException, share: float) -> Exception:
         return Refused()
     if "DEADLINE_EXCEEDED" in status or "CANCELLED" in status:
         return Refused() if share < AT_ONCE else TimeoutError()
-    return error
+    unexpected: Exception = error
+    return unexpected

@@ -27,10 +27,11 @@ class Student:
     def __init__(self) -> None:
         self._model = Model(GRAPH, float(SIGMA), int(THREADS))
 
-    @bentoml.api(**(BATCHING if int(BATCH or 1) > 1 else {}))
+    @bentoml.api(**(BATCHING if int(BATCH or 1) > 1 else {}))  # type: ignore[untyped-decorator]
     def generate(self, asked: np.ndarray) -> np.ndarray:
         """Pictures (B, H, W, C) of seeds and labels (B, 2)."""
-        return self._model(asked[:, 0], asked[:, 1])
+        pictures: np.ndarray = self._model(asked[:, 0], asked[:, 1])
+        return pictures
 
 
 def main(graph: str, sigma: str, threads: str, port: str, batch: str) -> None:

@@ -117,11 +117,11 @@ def build_server(
         maximum_concurrent_rpcs=settings.max_concurrent,
     )
     # Methods are found by name: for one that is registered too, grpc.aio sets up a wait of its own at every call.
-    server.add_registered_method_handlers = lambda service, handlers: None  # type: ignore[method-assign]
+    server.add_registered_method_handlers = lambda service, handlers: None
     return server
 
 
-class _Gate(grpc.aio.ServerInterceptor):
+class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Around each call: token, request id, error mapping, measurement."""
 
     def __init__(
@@ -289,7 +289,7 @@ async def _abort(status: WireStatus, context: grpc.aio.ServicerContext) -> None:
     await context.abort_with_status(status)
 
 
-class Health(aio_health.HealthServicer):
+class Health(aio_health.HealthServicer):  # type: ignore[misc]
     """grpc.health.v1 for a server's services, all in one state."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -333,8 +333,10 @@ def bind(server: grpc.aio.Server, settings: RpcSettings) -> int:
     """
     try:
         if settings.tls_cert is None:
-            return server.add_insecure_port(settings.address)
-        return server.add_secure_port(settings.address, _server_credentials(settings))
+            port: int = server.add_insecure_port(settings.address)
+        else:
+            port = server.add_secure_port(settings.address, _server_credentials(settings))
+        return port
     except RuntimeError:
         raise ConfigError(
             f"cannot listen on {settings.address}: the port is in use, or this machine does not allow it; "

@@ -7,7 +7,7 @@ import errno
 import os
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -43,6 +43,14 @@ def _host(value: str) -> str:
 
 
 Host = Annotated[str, AfterValidator(_host)]
+
+
+class ClientTls(TypedDict):
+    """Files of a client's channel; None: without."""
+
+    ca: Path | str | None
+    cert: Path | str | None
+    key: Path | str | None
 
 
 class Settings(BaseSettings):
@@ -150,7 +158,7 @@ class Settings(BaseSettings):
         """Where callers on this machine find the sampler."""
         return dialled(self.sampler_host, self.sampler_port)
 
-    def client_tls(self) -> dict[str, Path | None]:
+    def client_tls(self) -> ClientTls:
         """The files that a client's channel takes: the server's authority, the own certificate and its key."""
         return {"ca": self.tls_ca, "cert": self.tls_client_cert, "key": self.tls_client_key}
 

@@ -37,11 +37,11 @@ class Tracing:
 
     def server_interceptor(self) -> Any:
         """A `grpc.aio.ServerInterceptor`: a span around each call, child of the client's."""
-        return self._instrumented.aio_server_interceptor(self.provider, filter_=_is_traced)
+        return self._instrumented.aio_server_interceptor(self.provider, filter_=_is_traced)  # type: ignore[no-untyped-call]
 
     def client_interceptors(self) -> list[Any]:
         """What a `grpc.aio` channel needs, so that its calls carry a span to the server."""
-        return list(self._instrumented.aio_client_interceptors(self.provider))
+        return list(self._instrumented.aio_client_interceptors(self.provider))  # type: ignore[no-untyped-call]
 
     def intercepted(self, channel: Any) -> Any:
         """The same for a `grpc.Channel`."""
@@ -100,10 +100,10 @@ class Tracing:
 
 
 class _ClientSpans(
-    grpc.UnaryUnaryClientInterceptor,
-    grpc.UnaryStreamClientInterceptor,
-    grpc.StreamUnaryClientInterceptor,
-    grpc.StreamStreamClientInterceptor,
+    grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
+    grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
 ):
     """A span around each call. OpenTelemetry's own interceptor makes streams that cannot be cancelled."""
 

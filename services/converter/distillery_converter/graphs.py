@@ -91,7 +91,8 @@ class DenoiserGraph(nn.Module):
         third: Tensor | None = None,
     ) -> Tensor:
         given = [value for value in (first, second, third) if value is not None]
-        return self.denoiser(x_sigma, sigma, dict(zip(self.cond, given, strict=True)) or None)
+        x0: Tensor = self.denoiser(x_sigma, sigma, dict(zip(self.cond, given, strict=True)) or None)
+        return x0
 
 
 class DecoderGraph(nn.Module):
@@ -126,7 +127,8 @@ class TextEncoderGraph(nn.Module):
         self.model = text.model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids)[0]
+        prompt_embeds: Tensor = self.model(input_ids)[0]
+        return prompt_embeds
 
 
 def load_graphs(folder: Path, manifest: Manifest, models: Models | None = None) -> list[Graph]:
@@ -323,7 +325,7 @@ def served_condition(
 def fixed_tokens(batch: int, length: int, vocabulary: int, *, seed: int = SEED) -> np.ndarray:
     """Token ids int64 (batch, length), spread over the vocabulary; the last one closes every prompt."""
     uniform = np.vectorize(math.erf)(noise(batch, (length,), draw=4, seed=seed) / math.sqrt(2)) * 0.5 + 0.5
-    tokens = np.minimum((uniform * vocabulary).astype(np.int64), vocabulary - 1)
+    tokens: np.ndarray = np.minimum((uniform * vocabulary).astype(np.int64), vocabulary - 1)
     tokens[:, -1] = vocabulary - 1
     return tokens
 

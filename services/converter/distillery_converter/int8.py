@@ -16,7 +16,8 @@ from typing import Any
 import onnx
 
 from distill_core.errors import ArtifactError
-from distillery_converter.graphs import COUNT, Graph
+from distillery_converter.graphs import Graph
+from distillery_converter.walks import COUNT
 
 CALIBRATION = "1"  # counts up when anything here changes what is written
 CALIBRATION_ITEMS = 128  # inputs that activations' ranges are read from, at least
@@ -97,7 +98,7 @@ def _reader(graph: Graph) -> Any:
 
     feeds = calibration(graph)
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def get_next(self) -> Any:
             return next(feeds, None)
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from distill_core.errors import ArtifactError
-from distillery_converter.graphs import Arrays, Graph
+from distillery_converter.graphs import Graph
 from distillery_converter.targets import Target
-from distillery_converter.walks import Run
+from distillery_converter.walks import Arrays, Run
 
 RunAll = Callable[[Arrays], tuple[np.ndarray, ...]]
 BATCHES = (1, 3, 16)  # 1 and 3 reveal a batch that was baked in; 16 is the largest that is compared
@@ -174,4 +174,5 @@ def _difference(expected: np.ndarray, given: np.ndarray, *, pictures: bool) -> P
 
 
 def _pixels(pictures: np.ndarray) -> np.ndarray:
-    return ((np.clip(pictures, -1, 1) + 1) * 127.5).round().astype(np.uint8)
+    pixels: np.ndarray = ((np.clip(pictures, -1, 1) + 1) * 127.5).round().astype(np.uint8)
+    return pixels

@@ -51,7 +51,8 @@ class Walk:
             if not guided:
                 return run(feed)
             without = run({**feed, **null})
-            return guide(run(feed), without, np.float32(self.sampler.guidance))  # type: ignore[arg-type, return-value]
+            x0: np.ndarray = guide(run(feed), without, np.float32(self.sampler.guidance))
+            return x0
 
         def draw(step: int) -> np.ndarray:
             return unit_normals([(seed, index) for index in indices], step, self.shape)

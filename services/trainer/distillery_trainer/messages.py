@@ -62,7 +62,8 @@ def _stage(stage: jobs_pb2.StageSpec) -> Draft:
 
 def _draft(work: Message) -> Draft:
     with _shallow():
-        return _DRAFTS[type(work)](work)
+        draft: Draft = _DRAFTS[type(work)](work)
+        return draft
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def filters(request: jobs_pb2.ListRequest) -> Filters:
 
 
 def _moment(request: jobs_pb2.ListRequest, field: str) -> float | None:
-    if not request.HasField(field):  # type: ignore[arg-type]
+    if not request.HasField(field):
         return None
     moment: Timestamp = getattr(request, field)
     return moment.seconds + moment.nanos / 1e9
@@ -175,7 +176,7 @@ def _job(job: Job) -> jobs_pb2.Job:
     message = jobs_pb2.Job(
         id=job.id,
         name=job.name,
-        kind=jobs_pb2.JobKind.Value(f"JOB_KIND_{job.kind.upper()}"),
+        kind=f"JOB_KIND_{job.kind.upper()}",
         state=state_value(job.state),
         queue=job.queue,
         priority=job.priority,
@@ -200,9 +201,9 @@ def _job(job: Job) -> jobs_pb2.Job:
     return message
 
 
-def state_value(state: str) -> jobs_pb2.JobState:
-    """The message's number of a state."""
-    return jobs_pb2.JobState.Value(f"JOB_STATE_{state}")
+def state_value(state: str) -> str:
+    """The enum's name of a state, as a message takes it."""
+    return f"JOB_STATE_{state}"
 
 
 def _error(error: Mapping[str, Any]) -> jobs_pb2.JobError:
@@ -294,7 +295,7 @@ def plan_message(plan: Mapping[str, Any]) -> jobs_pb2.Plan:
     """What a dry run found out about one job."""
     return jobs_pb2.Plan(
         name=str(plan["name"]),
-        kind=jobs_pb2.JobKind.Value(f"JOB_KIND_{str(plan['kind']).upper()}"),
+        kind=f"JOB_KIND_{str(plan['kind']).upper()}",
         memory_bytes=int(plan.get("memory_bytes", 0)),
         standing_bytes=int(plan.get("standing_bytes", 0)),
         device=str(plan.get("device", "")),
@@ -327,10 +328,9 @@ def garbage_rules(request: jobs_pb2.CollectGarbageRequest) -> Rules:
 
 def garbage_message(collected: Collected) -> jobs_pb2.CollectGarbageResponse:
     """What was removed, or would be."""
-    kinds = jobs_pb2.Garbage.Kind
     garbage = [
         jobs_pb2.Garbage(
-            kind=kinds.Value(f"KIND_{thing.kind.upper()}"),
+            kind=f"KIND_{thing.kind.upper()}",
             name=thing.name,
             bytes=thing.size,
             age_seconds=thing.age_s,

@@ -17,7 +17,7 @@ PARENT_STOPPED = "ParentStopped"  # error type of a job that was cancelled becau
 
 def now(session: Session) -> float:
     """The database's clock."""
-    value = session.scalar(select(epoch()))
+    value: float | None = session.scalar(select(epoch()))
     assert value is not None
     return value
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.errors import ConfigError, NotFound, nearest
-from distillery_cli.jobs.listing import client, state_name
+from distillery_cli.jobs.listing import client
+from distillery_cli.jobs.values import state_name
 from distillery_cli.terminal.output import AsJson, emit_json, results, table
 from distillery_cli.terminal.parsing import parse_labels
 

@@ -101,7 +101,9 @@ def jobs(
 
 
 def _enum(kind: Any, prefix: str, value: str, field: str) -> int:
-    known = {name.removeprefix(f"{prefix}_").lower(): number for name, number in kind.items() if number}
+    known: dict[str, int] = {
+        name.removeprefix(f"{prefix}_").lower(): number for name, number in kind.items() if number
+    }
     if value.lower() not in known:
         raise ConfigError(
             f"{field} {value!r} is not known{errors.nearest(value.lower(), known)}", field=field
@@ -193,7 +195,11 @@ def follow(
     cursors: Mapping[str, WatchCursor] | None = None,
 ) -> int:
     """Show a job until it ends, then its outcome; the exit code that the outcome means."""
-    wanted = {"with_log": with_log, "with_samples": samples is not None, "cursors": cursors or {}}
+    options: dict[str, Any] = {
+        "with_log": with_log,
+        "with_samples": samples is not None,
+        "cursors": cursors or {},
+    }
 
     def hear(response: WatchResponse) -> None:
         if samples is not None and response.WhichOneof("event") == "sample":
@@ -202,13 +208,13 @@ def follow(
 
     try:
         if as_json:
-            for response in api.watch(job.id, **wanted):
+            for response in api.watch(job.id, **options):
                 hear(response)
                 emit_json(response_values(response))
             ended = api.get(job.id)
             emit_json(job_values(ended))
         else:
-            ended = shown_until_end(api, job, hear=hear, **wanted)
+            ended = shown_until_end(api, job, hear=hear, **options)
             _show_outcome(ended)
     except KeyboardInterrupt:
         notes.print(f"\nno longer watching; the job goes on. To come back: distillery watch {job.id}")
@@ -229,13 +235,13 @@ def shown_until_end(
     job: Job,
     *,
     hear: Callable[[WatchResponse], None] = lambda response: None,
-    **wanted: Any,
+    **options: Any,
 ) -> Job:
     """Progress bars of a job and its stages until it ends; `hear` gets every message. The ended job."""
     with Bars() as bars:
         view = _View(bars)
         view.take_job(job)
-        for response in api.watch(job.id, **wanted):
+        for response in api.watch(job.id, **options):
             view.take(response)
             hear(response)
     return api.get(job.id)

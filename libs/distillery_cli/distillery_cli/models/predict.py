@@ -55,7 +55,7 @@ def predict(
         called = _function(served, function)
         names, arrays = _inputs(served, called, files, resize)
         reply = sampler.call_predict(predict_request(model, called.name, arrays))
-    classes = [str(name) for name in served.card["class_names"]] if "class_names" in served.card else []
+    classes = _class_names(served)
     outputs = outputs_of(reply)
     if out is not None:
         _save(outputs, out)
@@ -64,6 +64,13 @@ def predict(
         emit_json({"model": reply.summary.model, "function": called.name, "items": rows})
     else:
         _print(rows)
+
+
+def _class_names(served: models_pb2.Model) -> list[str]:
+    if "class_names" not in served.card:
+        return []
+    names: Any = served.card["class_names"]
+    return [str(name) for name in names]
 
 
 def _function(served: models_pb2.Model, name: str) -> models_pb2.FunctionInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -127,7 +128,7 @@ def save_film(frames: list[np.ndarray], path: Path) -> None:
         film.mux(stream.encode())
 
 
-def _film_library() -> object:
+def _film_library() -> ModuleType:
     try:
         import av
     except ModuleNotFoundError:

@@ -212,7 +212,7 @@ def picture_of(seen: Seen, output: str, background: Colour) -> np.ndarray:
     assert seen.opacity is not None
     opacity = seen.opacity[..., None]
     if output == "opacity":
-        grey = opacity.repeat(3, axis=-1)
+        grey: np.ndarray = opacity.repeat(3, axis=-1)
     elif output == "normal":
         assert seen.normal is not None
         grey = (seen.normal + opacity) / 2 + (1 - opacity) * np.asarray(background, np.float32)
@@ -223,7 +223,8 @@ def picture_of(seen: Seen, output: str, background: Colour) -> np.ndarray:
         low, high = (distance[solid].min(), distance[solid].max()) if solid.any() else (0.0, 1.0)
         near = 1 - 0.9 * np.clip((distance - low) / max(high - low, 1e-6), 0, 1)
         grey = (near * opacity + (1 - opacity) * np.asarray(background, np.float32)) * np.ones(3, np.float32)
-    return np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
+    pixels: np.ndarray = np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
+    return pixels
 
 
 def needed_outputs(output: str) -> tuple[str, ...]:

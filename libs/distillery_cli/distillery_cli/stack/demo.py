@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.errors import ConfigError, DistilleryError
-from distillery_cli.jobs.listing import shown_until_end, state_name
+from distillery_cli.jobs.listing import shown_until_end
+from distillery_cli.jobs.values import state_name
 from distillery_cli.models.generate import save_pictures
 from distillery_cli.scenes.render import save_gif
 from distillery_cli.stack import demo_report as reports

@@ -57,7 +57,8 @@ def grpc_state(address: str, service: str = "", *, timeout_s: float = 5.0) -> st
                     f"{address} did not answer within {timeout_s:g} s; is it running?"
                 ) from None
             raise error_from_call(error, address) from None
-    return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+    state: str = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+    return state
 
 
 @health_app.command("worker", epilog="Example: distillery health worker --queue convert")

@@ -35,7 +35,7 @@ def run(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) 
     except KeyboardInterrupt:
         return _failed("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left, e.g. `| head`
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
     except Exception as error:
         if debug and not isinstance(error, USAGE_ERROR | typer.Abort):

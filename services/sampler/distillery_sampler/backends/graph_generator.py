@@ -82,7 +82,8 @@ class GraphGenerator(Generator):
             both = {name: np.concatenate([value, null[name]]) for name, value in cond.items()}
             x0 = self._x0(np.concatenate([x, x]), sigma, both, np.concatenate([parts, parts]))
             with_cond, without = np.split(x0, 2)
-            return guide(with_cond, without, np.float32(key.guidance))
+            guided: np.ndarray = guide(with_cond, without, np.float32(key.guidance))
+            return guided
 
         x0 = sample(
             denoise,

@@ -78,7 +78,8 @@ class Session:
         for name, value in feed.items():
             buffers[name].update_inplace(value)
         self._session.run_with_iobinding(binding)
-        return binding.get_outputs()[0].numpy()
+        output: np.ndarray = binding.get_outputs()[0].numpy()
+        return output
 
     def _bind(self, feed: Feed) -> tuple[Any, dict[str, Any]]:
         binding = self._session.io_binding()

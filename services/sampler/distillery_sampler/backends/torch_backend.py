@@ -150,7 +150,8 @@ class TorchGenerator(Generator):
             return torch.from_numpy(noise(items, k, shape)).to(self._device)
 
         def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
-            return self._guided(x, x.new_full((len(x),), sigma), cond, key.guidance)
+            x0: torch.Tensor = self._guided(x, x.new_full((len(x),), sigma), cond, key.guidance)
+            return x0
 
         x0 = sample(denoise, self._denoiser.sampler, draw, key.num_steps, self._beginning(key, items))
         plain = (

@@ -101,7 +101,7 @@ def generate_request(model: str, **options: Unpack[GenerateOptions]) -> sampler_
         if isinstance(values.get(name), str):
             raise ConfigError(f"{name} is one text; give a list of texts, one an image", field=name)
     try:
-        lists = {name: list(values.pop(name)) for name in _LISTS if name in values}
+        lists: dict[str, Any] = {name: list(values.pop(name)) for name in _LISTS if name in values}
         return sampler_pb2.GenerateRequest(
             model=model,
             image_format=_format(image_format),
@@ -161,23 +161,24 @@ def _known(options: Mapping[str, Any], kind: type) -> Mapping[str, Any]:
     return options
 
 
-def _format(name: str) -> common_pb2.ImageFormat:
+def _format(name: str) -> str:
+    """The enum's value by name, as a message takes it."""
     if name not in FORMATS.values():
         raise ConfigError(
             f"image_format {name!r} is not known; known: {', '.join(sorted(set(FORMATS.values())))}",
             field="image_format",
         )
-    return common_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{name}")
+    return f"IMAGE_FORMAT_{name}"
 
 
 def _priority(bulk: bool) -> sampler_pb2.Priority:
     return sampler_pb2.PRIORITY_BULK if bulk else sampler_pb2.PRIORITY_INTERACTIVE
 
 
-def _output(name: str) -> sampler_pb2.RenderOutput:
+def _output(name: str) -> str:
     if name not in ("rgb", *FLOATS):
         raise ConfigError(f"output {name!r} is not known; known: rgb, {', '.join(FLOATS)}", field="outputs")
-    return sampler_pb2.RenderOutput.Value(f"RENDER_OUTPUT_{name.upper()}")
+    return f"RENDER_OUTPUT_{name.upper()}"
 
 
 def _image_input(

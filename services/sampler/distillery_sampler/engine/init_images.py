@@ -139,4 +139,5 @@ def _enlarged(pixels: np.ndarray, factor: int) -> np.ndarray:
     )
     cells = smooth.reshape(channels, height, factor, width, factor)
     off = pixels - cells.mean((2, 4))
-    return (cells + off[:, :, None, :, None]).reshape(smooth.shape).astype(np.float32)
+    enlarged: np.ndarray = (cells + off[:, :, None, :, None]).reshape(smooth.shape).astype(np.float32)
+    return enlarged

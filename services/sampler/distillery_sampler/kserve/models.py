@@ -129,7 +129,8 @@ def _most(manifest: Manifest, settings: SamplerSettings, function: str) -> int:
 
 def _type(spec: TensorSpec) -> int:
     name = "STRING" if spec.datatype == "BYTES" else spec.datatype
-    return model_config_pb2.DataType.Value(f"TYPE_{name}")
+    number: int = model_config_pb2.DataType.Value(f"TYPE_{name}")
+    return number
 
 
 def statistics(name: str, version: int, stats: RequestStats) -> service_pb2.ModelStatistics:

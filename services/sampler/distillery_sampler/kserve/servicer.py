@@ -78,7 +78,7 @@ _UNSERVED = {
 }
 
 
-class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
+class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     def __init__(self, engine: Engine, is_ready: Callable[[], bool]) -> None:
         self._engine, self._is_ready = engine, is_ready
 

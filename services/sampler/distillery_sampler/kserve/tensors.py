@@ -119,14 +119,18 @@ def _values(
             f"input {tensor.name} is {tensor.datatype}, which goes in raw_input_contents only", field=field
         )
     if raw is None:
-        return np.array(getattr(tensor.contents, _TYPED[tensor.datatype]), dtype=DTYPES[tensor.datatype])
+        values: np.ndarray = np.array(
+            getattr(tensor.contents, _TYPED[tensor.datatype]), dtype=DTYPES[tensor.datatype]
+        )
+        return values
     dtype = np.dtype(DTYPES[tensor.datatype])
     if len(raw) % dtype.itemsize:
         raise ConfigError(
             f"input {tensor.name} has {len(raw)} bytes, no multiple of {dtype.itemsize}", field=field
         )
     if tensor.datatype == "BOOL":
-        return np.frombuffer(raw, dtype=np.uint8) != 0
+        bits: np.ndarray = np.frombuffer(raw, dtype=np.uint8) != 0
+        return bits
     return np.frombuffer(raw, dtype=dtype)
 
 

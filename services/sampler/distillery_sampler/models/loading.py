@@ -177,7 +177,8 @@ def _question(manifest: Manifest) -> Question:
 def _answered(backend: Generator, question: Question, manifest: Manifest) -> np.ndarray:
     """A model's first picture: damaged graphs can open, and fail only when they run."""
     try:
-        return backend.generate(question.key, [question.item])[0]
+        image: np.ndarray = backend.generate(question.key, [question.item])[0]
+        return image
     except DistilleryError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no base class
@@ -233,7 +234,8 @@ def _cost(key: Any, payload: Any) -> float:
     """Steps of an image, doubled by guidance; pixels of a tile."""
     if isinstance(payload, Tile):
         return payload.rays
-    return key.num_steps * (1 if key.guidance == 1 else 2)
+    steps: int = key.num_steps
+    return steps * (1 if key.guidance == 1 else 2)
 
 
 def _kind(manifest: Manifest) -> Callable[[Any], Any]:

@@ -100,7 +100,8 @@ def _rate(tuned: Tuned) -> float:
 
 def _is_worth_it(found: Tuned, best: Tuned) -> bool:
     doublings = math.log2(found.max_batch / best.max_batch)
-    return _rate(found) > _rate(best) * WORTH_IT**doublings
+    threshold: float = _rate(best) * WORTH_IT**doublings
+    return _rate(found) > threshold
 
 
 def _best_batch(

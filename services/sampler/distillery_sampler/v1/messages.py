@@ -221,7 +221,7 @@ def model_to(info: ModelInfo) -> models_pb2.Model:
         version=manifest.version,
         aliases=info.aliases,
         kind=manifest.kind,
-        state=models_pb2.ModelState.Value(f"MODEL_STATE_{info.state.upper()}"),
+        state=f"MODEL_STATE_{info.state.upper()}",
         message=info.message,
         backend=info.backend,
         title=manifest.title,

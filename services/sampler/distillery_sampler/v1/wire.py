@@ -87,7 +87,8 @@ def array_from(message: common_pb2.Tensor, name: str = "the array") -> np.ndarra
     if message.dtype == "text":
         return np.array(list(message.texts), dtype=object).reshape(shape)
     if message.dtype == "bool":
-        return (np.frombuffer(message.data, np.uint8) != 0).reshape(shape)
+        bits: np.ndarray = np.frombuffer(message.data, np.uint8) != 0
+        return bits.reshape(shape)
     return np.frombuffer(message.data, dtype).reshape(shape)
 
 
