@@ -70,7 +70,7 @@ def measure_conversion(work: Path, comparison: Comparison, tell: Tell) -> dict[s
     from distill_core.recipe import load_recipe
 
     torch.set_num_threads(1)
-    where = api.context(work / "store", work / "cache")
+    context = api.context(work / "store", work / "cache")
     images = load_recipe(FROM_IMAGES)
     assert images.network is not None
     mlp = {"network": images.network.model_dump(mode="json")}
@@ -84,13 +84,13 @@ def measure_conversion(work: Path, comparison: Comparison, tell: Tell) -> dict[s
     everywhere = images.override({"config.grid_every": NEVER})
     longer = teacher.override({"steps": TEACHER_TIMES * teacher.steps})
     curves = {
-        "mlp_from_images": _curve("MLP from images", everywhere, seconds, where, work / "images", tell),
-        "mlp_with_grid": _curve("MLP from images with grid", images, seconds, where, work / "grid", tell),
-        "hash_teacher": _curve("hash teacher from images", longer, None, where, work / "teacher", tell),
+        "mlp_from_images": _curve("MLP from images", everywhere, seconds, context, work / "images", tell),
+        "mlp_with_grid": _curve("MLP from images with grid", images, seconds, context, work / "grid", tell),
+        "hash_teacher": _curve("hash teacher from images", longer, None, context, work / "teacher", tell),
     }
     spent = curves["mlp_from_images"][-1][0] / SHARE
     title = "MLP from the teacher"
-    curves["mlp_converted"] = _curve(title, pvd, spent, where, work / "mlp", tell, MLP_STAGES)
+    curves["mlp_converted"] = _curve(title, pvd, spent, context, work / "mlp", tell, MLP_STAGES)
     name = "procedural" if scene is None else scene.resolve().name
     return {"scene": name, "curves": curves, **conclusions(curves)}
 
@@ -103,7 +103,7 @@ def measure_stages(work: Path, tell: Tell) -> dict[str, Any]:
     from distill_core.recipe import load_recipe
 
     torch.set_num_threads(1)
-    where = api.context(work / "store", work / "cache")
+    context = api.context(work / "store", work / "cache")
     pvd = load_recipe(CONVERTED)
     ways = {
         "staged": {},
@@ -111,7 +111,9 @@ def measure_stages(work: Path, tell: Tell) -> dict[str, Any]:
         "pixels_own_colors": {**PIXELS_ONLY, "config.transfer": False},
     }
     return {
-        name: _curve(f"VM, {name}", pvd, VM_SECONDS, where, work / name, tell, changes, "psnr_to_teacher")[-1]
+        name: _curve(f"VM, {name}", pvd, VM_SECONDS, context, work / name, tell, changes, "psnr_to_teacher")[
+            -1
+        ]
         for name, changes in ways.items()
     }
 
@@ -142,7 +144,7 @@ def _curve(
     title: str,
     recipe: Recipe,
     seconds: float | None,
-    where: Context,
+    context: Context,
     folder: Path,
     tell: Tell,
     stages: dict[str, Any] | None = None,
@@ -150,13 +152,15 @@ def _curve(
 ) -> Curve:
     """Train as `recipe` says, for as many steps as fit `seconds` (None: its own number); the model is saved."""
     steps = (
-        recipe.steps if seconds is None else max(PROBE, round(seconds / _step_seconds(recipe, where, folder)))
+        recipe.steps
+        if seconds is None
+        else max(PROBE, round(seconds / _step_seconds(recipe, context, folder)))
     )
     changes: dict[str, Any] = {"steps": steps}
     for key, share in {**(STAGES if recipe.method == CONVERTED else {}), **(stages or {})}.items():
         changes[key] = round(share * steps) if key in STAGES else share
     recipe = recipe.override(changes)
-    trainer = _trainer(recipe, where, folder)
+    trainer = _trainer(recipe, context, folder)
     from distill_core.kinds.field.card import Evaluate
 
     points: Curve = []
@@ -174,11 +178,11 @@ def _curve(
     return points
 
 
-def _step_seconds(recipe: Recipe, where: Context, folder: Path) -> float:
+def _step_seconds(recipe: Recipe, context: Context, folder: Path) -> float:
     """The middle one of the last half of a few steps; of a conversion, those of its last stage, which cost the most."""
     if recipe.method == CONVERTED:
         recipe = recipe.override({"config.feature_until": 0, "config.points_until": 0})
-    trainer = _trainer(recipe, where, folder / "probe")
+    trainer = _trainer(recipe, context, folder / "probe")
     times = []
     for _ in range(PROBE):
         began = time.process_time()
@@ -188,12 +192,12 @@ def _step_seconds(recipe: Recipe, where: Context, folder: Path) -> float:
     return sorted(times[PROBE // 2 :])[PROBE // 4]
 
 
-def _trainer(recipe: Recipe, where: Context, folder: Path) -> Trainer:
+def _trainer(recipe: Recipe, context: Context, folder: Path) -> Trainer:
     from distill_core.building import build
     from distill_core.training.loop import Trainer
     from distill_core.training.run import Run
 
-    method, source = build(recipe, where)
+    method, source = build(recipe, context)
     return Trainer(method, source, recipe, Run(folder))
 
 

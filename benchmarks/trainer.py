@@ -33,7 +33,7 @@ def measure_trainer(
     from distill_core.recipe import load_recipe
 
     torch.set_num_threads(1)
-    where = api.untrained(api.context(work / "store", work / "cache"), work / "untrained")
+    context = api.untrained(api.context(work / "store", work / "cache"), work / "untrained")
     rows = []
     chosen = names or benched_recipes()
     for number, name in enumerate(chosen):
@@ -44,7 +44,7 @@ def measure_trainer(
 
         row: dict[str, Any] = {"method": recipe.method, "recipe": name, "batch_size": recipe.batch_size}
         try:
-            row |= _measured(_trainer(recipe, where, work / name), steps, told)
+            row |= _measured(_trainer(recipe, context, work / name), steps, told)
         except DistilleryError as error:  # one method that breaks off hides no other
             row["error"] = str(error)
         rows.append(row)
@@ -72,14 +72,14 @@ def _is_self_contained(name: str) -> bool:
     return not any(given)
 
 
-def _trainer(recipe: Recipe, where: Context, folder: Path) -> Trainer:
+def _trainer(recipe: Recipe, context: Context, folder: Path) -> Trainer:
     from distill_core.building import build
     from distill_core.training.loop import Trainer
     from distill_core.training.run import Run
 
     if recipe.pairs is not None:  # how they are made is no part of a step
         recipe = recipe.override({"pairs.num_steps": 1})
-    method, source = build(recipe, where)
+    method, source = build(recipe, context)
     return Trainer(method, source, recipe, Run(folder))
 
 

@@ -101,12 +101,12 @@ def chosen_recipes(names: Sequence[str]) -> list[str]:
 def measured(name: str, repository: Path) -> dict[str, Any]:
     """The outcome of one check; a run that breaks off is an outcome too, and the next claim goes on."""
     from distill_core import api
-    from distillery_cli.training.train import here
+    from distillery_cli.training.train import local_context
 
     made = {"commit": commit(repository), "recipe_sha256": fingerprint(load_recipe(name))}
     with bar(f"claim {name}") as line:
         try:
-            verdict = api.check(name, here(), listener=line.tell)
+            verdict = api.check(name, local_context(), listener=line.tell)
         except DistilleryError as error:
             verdict = {"name": name, "passed": False, "error": str(error)}
     word = ("holds", "green") if verdict["passed"] else ("does not hold", "red")

@@ -107,12 +107,12 @@ def measured(
 def _trained(kind: str, recipe: Recipe, camera: Camera, folder: Path) -> tuple[dict[str, Any], Any]:
     """Figures of a field that `recipe` trains, and its picture."""
     from distill_core import api
-    from distillery_cli.training.train import here
+    from distillery_cli.training.train import local_context
 
     began = time.perf_counter()
     with bar(kind) as line:
         unpublished = recipe.model_copy(update={"publish": None})
-        figures = api.train(unpublished, folder, here(), listener=line.tell).figures
+        figures = api.train(unpublished, folder, local_context(), listener=line.tell).figures
     spent = round(time.perf_counter() - began, 1)
     seen, picture = _looked_at(folder / "model", camera)
     return {"seconds": spent, "psnr": figures["psnr"], "lost": figures.get("psnr_lost", 0.0), **seen}, picture

@@ -163,7 +163,7 @@ def _export(
 
 def _samples(forms: list[Form], folder: Path, source: Manifest) -> FrechetReport | None:
     """The worst report of the model's denoisers, with its decoder; None for what is no generator."""
-    denoisers = [(form, form.graph.walk) for form in forms if form.graph.walk is not None]
+    denoisers = [(form, form.graph.trajectory) for form in forms if form.graph.trajectory is not None]
     card = generator_card(source)
     if card.image is None or not denoisers:
         return None
@@ -171,11 +171,11 @@ def _samples(forms: list[Form], folder: Path, source: Manifest) -> FrechetReport
     # an expert draws a part of the data only
     real = frechet.real_pictures(folder, card.image.picture) if card.partition is None else None
     reports = []
-    for form, walk in denoisers:
+    for form, trajectory in denoisers:
         before = Side(form.graph.run, decoder.graph.run if decoder else None)
         after = Side(form.run, decoder.run if decoder else None)
         share = frechet.SECONDS / len(denoisers)
-        reports.append(frechet.compare_samples(walk, before, after, real=real, seconds=share))
+        reports.append(frechet.compare_samples(trajectory, before, after, real=real, seconds=share))
     found = [report for report in reports if report is not None]
     return max(found, key=lambda report: report.ratio, default=None)
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.fields import RadianceField
 from distill_core.radiance.scenes.scene import load_scene
+from distillery_converter.calibration import Arrays
 from distillery_converter.graphs import SEED, Graph, noise
 from distillery_converter.precision import half_field
 from distillery_converter.targets import Target
-from distillery_converter.walks import Arrays
 
 POINTS = 512  # of a calibration batch: points cost little
 

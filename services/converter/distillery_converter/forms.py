@@ -12,12 +12,12 @@ from distill_core.artifacts import GraphReport
 from distill_core.errors import ArtifactError
 from distill_core.tensorrt.building import SOURCES
 from distillery_converter import onnx, parity, tensorrt
+from distillery_converter.calibration import Run
 from distillery_converter.graphs import Graph
 from distillery_converter.int8 import quantise
 from distillery_converter.parity import Parity
 from distillery_converter.precision import lowered
 from distillery_converter.targets import Target
-from distillery_converter.walks import Run
 
 WORTH_IT = 0.9  # a part's file must shrink below this share to give up its float32
 ONCE = "runs once an image, and overflows or gains little"

@@ -14,11 +14,11 @@ from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds import base, find_kind
 from distill_core.kinds.base import Models
 from distill_core.kinds.loading import StoreModels
+from distillery_converter.calibration import COUNT, Arrays
 from distillery_converter.fields import field_graphs
 from distillery_converter.frechet import real_pictures
 from distillery_converter.graphs import Graph, load_graphs
 from distillery_converter.targets import TARGETS, Target
-from distillery_converter.walks import COUNT, Arrays
 
 Build = Callable[[Path, Manifest, Models, Target], list[Graph]]
 

@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     normal: np.ndarray | None
 
 
-class ViewedScene(abc.ABC):
+class RenderableScene(abc.ABC):
     """A scene and where it is usually seen from."""
 
     spec: SceneSpec
@@ -55,7 +55,7 @@ class ViewedScene(abc.ABC):
         """The whole view."""
 
 
-class ServedScene(ViewedScene):
+class ServedScene(RenderableScene):
     """A model of a running sampler."""
 
     def __init__(self, client: SamplerClient, name: str, spec: SceneSpec) -> None:
@@ -80,7 +80,7 @@ class ServedScene(ViewedScene):
         return Seen(*self._client.render(self._name, **_options(camera, outputs, background)))
 
 
-class LocalScene(ViewedScene):
+class LocalScene(RenderableScene):
     """A field or Gaussians in this process."""
 
     def __init__(self, scene: Any) -> None:
@@ -141,7 +141,7 @@ class LocalScene(ViewedScene):
         return Seen(rgb, *rest)
 
 
-def open_scene(ref: str, store: str | None = None) -> ViewedScene:
+def open_scene(ref: str, store: str | None = None) -> RenderableScene:
     """The scene of a folder, of a running sampler's model, or, without a sampler, of a reference of the store.
 
     Where `store` names one, no sampler is asked: it may serve another.
@@ -170,9 +170,9 @@ def open_scene(ref: str, store: str | None = None) -> ViewedScene:
 
 def _load(ref: str, store: str | None = None) -> Any:
     from distill_core import api
-    from distillery_cli.training.train import here
+    from distillery_cli.training.train import local_context
 
-    return api.load(ref, here(store))
+    return api.load(ref, local_context(store))
 
 
 def _spec(scene: models_pb2.SceneInfo) -> SceneSpec:

@@ -14,7 +14,7 @@ from distill_core.errors import Unavailable, missing_package
 from distillery_cli.scenes.sources import (
     OUTPUTS,
     Colour,
-    ViewedScene,
+    RenderableScene,
     needed_outputs,
     open_scene,
     picture_of,
@@ -80,7 +80,7 @@ class Viewer:
         MissingPackage: viser is not installed. Unavailable: the port is in use.
     """
 
-    def __init__(self, scene: ViewedScene, *, host: str, port: int, size: int) -> None:
+    def __init__(self, scene: RenderableScene, *, host: str, port: int, size: int) -> None:
         self.scene, self.size = scene, size
         self.server = _server(host, port)
         self.port = self.server.get_port()
@@ -137,7 +137,7 @@ class Viewer:
 class _Visitor:
     """Renders for one visitor, in a thread: the newest camera wins, what it overtakes is given up."""
 
-    def __init__(self, client: viser.ClientHandle, scene: ViewedScene, size: int) -> None:
+    def __init__(self, client: viser.ClientHandle, scene: RenderableScene, size: int) -> None:
         self._client, self._scene = client, scene
         self._moved, self._closed = threading.Event(), False
         gui = client.gui

@@ -109,7 +109,7 @@ def recipe_schema(name: str) -> dict[str, Any]:
     return schema
 
 
-def here(store: str | None = None) -> Context:
+def local_context(store: str | None = None) -> Context:
     """The store at this URL, or the one that the settings name, and their cache."""
     from distill_core import api
     from distill_service.settings import settings
@@ -133,13 +133,13 @@ def train(
         with _quiet(as_json, "planning"):
             from distill_core import api
 
-            plan = api.plan(loaded, here(store))
+            plan = api.plan(loaded, local_context(store))
         return show_plan(plan, as_json=as_json)
     folder = (out or _new_folder(recipe)).absolute()
     with _quiet(False, "loading"):
         from distill_core import api
 
-        where = here(store)
+        where = local_context(store)
     with _alone_in(folder), _stop_on_signals() as stopped, bar(Path(recipe).stem, loaded.steps) as line:
         _say_changes(folder, loaded)
         result = api.train(loaded, folder, where, listener=line.tell, should_stop=stopped)
@@ -240,7 +240,7 @@ def check(
     with _quiet(False, "loading, and training the teacher if no run has yet"):
         from distill_core import api
 
-        where = here(store)
+        where = local_context(store)
     with bar(f"check {name}") as line:
         verdict = api.check(name, where, listener=line.tell)
     if not as_json:

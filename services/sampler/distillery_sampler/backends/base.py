@@ -103,7 +103,7 @@ def _described(name: str, values: np.ndarray | None, spec: TensorSpec, size: int
 
 def noise(items: Sequence[ImageItem], draw: int, shape: tuple[int, ...]) -> np.ndarray:
     """The `draw`-th noise of each item, (B, *shape)."""
-    made = [item.ahead.get(draw) for item in items]
+    made = [item.draws.get(draw) for item in items]
     missing = [(item.seed, item.index) for item, there in zip(items, made, strict=True) if there is None]
     drawn = iter(unit_normals(missing, draw, shape) if missing else ())
     return np.stack([next(drawn) if there is None else there for there in made])

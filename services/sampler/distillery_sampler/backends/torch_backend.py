@@ -34,7 +34,7 @@ from distillery_sampler.backends.torch_device import HostBuffers, Replayed, prep
 from distillery_sampler.backends.torch_shared import storages, use_threads
 from distillery_sampler.engine.init_images import beginning, given_pictures, with_known_pixels
 from distillery_sampler.engine.requests import ImageItem, ImageKey, Rendered, Tile, View
-from distillery_sampler.models.memory import TORCH_LARGE, keep_tidy
+from distillery_sampler.models.memory import TORCH_LARGE, limit_malloc_arenas
 from distillery_sampler.settings import SamplerSettings
 
 
@@ -42,7 +42,7 @@ def open_model(
     folder: Path, manifest: Manifest, *, threads: int, settings: SamplerSettings, weights: SharedWeights
 ) -> Backend:
     """The torch backend for a manifest's kind; on a GPU a generator has a thread of its own."""
-    keep_tidy(TORCH_LARGE)
+    limit_malloc_arenas(TORCH_LARGE)
 
     def generator() -> TorchGenerator:
         with loading():

@@ -39,7 +39,7 @@ def image_items(request: GenerateRequest, manifest: Manifest, limits: SamplerSet
     ]
     if request.latents is not None:
         _check_latents(request.latents, manifest)
-        items = [replace(item, ahead={0: own}) for item, own in zip(items, request.latents, strict=True)]
+        items = [replace(item, draws={0: own}) for item, own in zip(items, request.latents, strict=True)]
     if not request.negative_prompts and request.negative_scale is None:
         return items
     negatives = _negatives(request, cond, count, limits, manifest.ref)

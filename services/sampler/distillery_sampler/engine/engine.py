@@ -19,7 +19,7 @@ from distill_core.kinds.cards import generator_card, served_by
 from distillery_sampler.backends.base import Functions, Generator, SceneRenderer
 from distillery_sampler.engine.checks import check_reply, check_view, image_items, image_key
 from distillery_sampler.engine.init_images import given
-from distillery_sampler.engine.noise_prefetch import QUICK_VALUES, DrawAhead, draw
+from distillery_sampler.engine.noise_prefetch import QUICK_VALUES, NoisePrefetch, draw_noise
 from distillery_sampler.engine.predict import QUICK_VALUES as QUICK_INPUTS
 from distillery_sampler.engine.predict import calls_of, reply_bytes, size_of
 from distillery_sampler.engine.requests import (
@@ -86,7 +86,7 @@ class Engine:
     ) -> None:
         self.settings, self.metrics = settings, metrics
         self.models = Registry(store, cache, settings, metrics)
-        self._ahead = DrawAhead()
+        self._prefetch = NoisePrefetch()
 
     async def generate(
         self, request: GenerateRequest, approve: Approve | None = None
@@ -148,12 +148,12 @@ class Engine:
         shape, waits = (image.channels, image.height, image.width), model.batcher.busy
         quick = len(items) * math.prod(shape) <= QUICK_VALUES
         if quick and not waits:
-            draw(items, shape)
+            draw_noise(items, shape)
         futures = model.batcher.submit(key, items, **terms(call))
         if quick:
-            draw(items, shape)
+            draw_noise(items, shape)
         elif waits:
-            self._ahead.ask(items, shape)
+            self._prefetch.request(items, shape)
         return futures
 
     async def render(self, request: RenderRequest) -> AsyncGenerator[Rendered | Summary, None]:
@@ -205,7 +205,7 @@ class Engine:
     async def close(self) -> None:
         """Free all models."""
         await self.models.close()
-        self._ahead.close()
+        self._prefetch.close()
 
     def _check_size(self, model: LoadedModel, count: int, what: str = "images", field: str = "count") -> None:
         if count > model.batcher.max_queue:

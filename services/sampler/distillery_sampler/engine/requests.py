@@ -80,7 +80,7 @@ class Given:
 
 @dataclass(frozen=True)
 class ImageItem:
-    """One picture to make; its noise is `unit_normal(seed, index, draw, shape)`, but for draws in `ahead`."""
+    """One picture to make; its noise is `unit_normal(seed, index, draw, shape)`, but for those in `draws`."""
 
     seed: int
     index: int = 0
@@ -89,7 +89,7 @@ class ImageItem:
     given: Given | None = None
     negative: str = ""
     negative_scale: float = 0.0  # of the attention
-    ahead: dict[int, Float] = field(
+    draws: dict[int, Float] = field(
         default_factory=dict, compare=False, repr=False
     )  # draws that are made already, or given
 
@@ -222,6 +222,6 @@ class ModelInfo:
     stats: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
-    def answers(self) -> bool:
+    def is_servable(self) -> bool:
         """Whether a request is answered: the version is loaded, or the first request loads it."""
         return self.state == "ready" or (self.state == "available" and not self.message)

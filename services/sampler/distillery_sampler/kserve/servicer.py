@@ -103,7 +103,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         except NotFound:
             return service_pb2.ModelReadyResponse(ready=False)
         there = not function or function in info.manifest.signature.functions
-        return service_pb2.ModelReadyResponse(ready=info.answers and there)
+        return service_pb2.ModelReadyResponse(ready=info.is_servable and there)
 
     async def ModelMetadata(
         self, request: service_pb2.ModelMetadataRequest, context: Any
@@ -130,7 +130,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
                     listed = served_name(name, part)
                     found[listed, version] = statistics(listed, version, model.stats.of(part))
         if not asked:
-            others = [(info, "") for info in await self._engine.models.infos() if info.answers]
+            others = [(info, "") for info in await self._engine.models.infos() if info.is_servable]
         else:
             others = [] if found else [await self._described(request.name, request.version)]
         for info, part in others:
@@ -158,13 +158,13 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     ) -> service_pb2.RepositoryIndexResponse:
         reply = service_pb2.RepositoryIndexResponse()
         for info in await self._engine.models.infos():
-            if info.answers or not request.ready:
+            if info.is_servable or not request.ready:
                 not_ready = "LOADING" if info.state == "loading" else "UNAVAILABLE"
                 for function in listed_functions(info.manifest):
                     reply.models.add(
                         name=served_name(info.manifest.name, function),
                         version=str(info.manifest.version),
-                        state="READY" if info.answers else not_ready,
+                        state="READY" if info.is_servable else not_ready,
                         reason=info.message,
                     )
         return reply

@@ -63,7 +63,7 @@ def total(held: Iterable[Held]) -> int:
     return sum(merged.values())
 
 
-def keep_tidy(large: int = LARGE) -> None:
+def limit_malloc_arenas(large: int = LARGE) -> None:
     """Have glibc keep few pools, and give pieces of `large` bytes back when they are freed; before threads start.
 
     Otherwise each thread has a pool of its own, and holes that one model left in it fit no other: after 50 versions
@@ -76,7 +76,7 @@ def keep_tidy(large: int = LARGE) -> None:
         mallopt(M_TRIM_THRESHOLD, 2 * large)  # as glibc itself has it once the other is not set by hand
 
 
-def settle() -> None:
+def freeze_garbage_collector() -> None:
     """Leave what is alive out of later garbage collections: a full one kept the event loop for 70 ms.
 
     What an earlier call left out and nobody uses any more, as a model that was there then, is freed now.
@@ -87,9 +87,9 @@ def settle() -> None:
     gc.set_threshold(GC_AFTER)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return what freed models held to the system: glibc would keep it for the next one."""
-    settle()
+    freeze_garbage_collector()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

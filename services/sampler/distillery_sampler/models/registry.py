@@ -14,10 +14,10 @@ from distill_core.errors import ArtifactError, DistilleryError, NotFound, Overlo
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.engine.requests import ModelInfo
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.models.eviction import Room
+from distillery_sampler.models.eviction import ModelBudget
 from distillery_sampler.models.loading import LoadedModel, open_model, start_model
 from distillery_sampler.models.manifests import Key, Manifests
-from distillery_sampler.models.memory import give_back, total
+from distillery_sampler.models.memory import total, trim_heap
 from distillery_sampler.models.tuning import Tuned
 from distillery_sampler.settings import SamplerSettings
 
@@ -44,7 +44,7 @@ class Registry:
         self._following: set[asyncio.Task[None]] = set()
         self._tuned: dict[Key, Tuned] = {}  # found once for a version, and used when it is loaded again
         self._manifests = Manifests(store)
-        self._room = Room(settings, self._manifests)
+        self._budget = ModelBudget(settings, self._manifests)
         self._retiring: set[asyncio.Task[None]] = set()
         self._unloaded: set[Key] = set()  # by hand, and not asked for since
         self._changed = asyncio.Condition()
@@ -257,19 +257,19 @@ class Registry:
         self._unloaded.discard(key)
         started = time.perf_counter()
         try:
-            need = await self._room.needed(key, self._loaded)
+            need = await self._budget.needed(key, self._loaded)
             await self._make_room(need, places=1, stays=stays)
-            self._room.expect(key, need)
+            self._budget.reserve(key, need)
             opened = await asyncio.to_thread(
                 open_model, self.store, ref, self._weights, self.settings, self._tuned.get(key)
             )
-            self._room.refuse_giant(opened.manifest, total([opened.backend.held()]))
+            self._budget.refuse_giant(opened.manifest, total([opened.backend.held()]))
         except (Unavailable, Overloaded):
             raise  # not the model's fault: the next request tries again
         except Exception as error:
             raise await self._refuse(key, error) from None
         finally:
-            self._room.arrived(key)
+            self._budget.release(key)
         self._tuned[key] = opened.tuned
         model = start_model(opened, self.metrics, self.settings)
         self._loaded[key] = model
@@ -306,13 +306,13 @@ class Registry:
         Raises:
             Overloaded: what is left is busy or preloaded.
         """
-        while not self._room.fits(self._loaded, need, places):
+        while not self._budget.fits(self._loaded, need, places):
             idle = {
                 key: model
                 for key, model in self._loaded.items()
                 if not model.users and key not in (stays, but) and not self._is_pinned(key)
             }
-            await self._retire(self._room.next_to_go(idle))
+            await self._retire(self._budget.next_evicted(idle))
 
     async def _retire(self, key: Key) -> None:
         model = self._loaded.pop(key)
@@ -329,7 +329,7 @@ class Registry:
     async def _drain(self, model: LoadedModel) -> None:
         await model.retire()
         del model
-        await asyncio.to_thread(give_back)
+        await asyncio.to_thread(trim_heap)
 
     async def _announce(self) -> None:
         async with self._changed:
@@ -351,9 +351,9 @@ class Registry:
             state = "loading" if key in self._loading else "failed"
             return ModelInfo(manifest, state, names, message=self._failed.get(key, ""))
         try:
-            need = await self._room.needed(key, self._loaded)
+            need = await self._budget.needed(key, self._loaded)
         except DistilleryError as error:  # as a request for it would be told
             return ModelInfo(manifest, "failed", names, message=str(error))
         pinned = [model for other, model in self._loaded.items() if self._is_pinned(other)]
-        why_not = UNLOADED if key in self._unloaded else self._room.why_not(pinned, need)
+        why_not = UNLOADED if key in self._unloaded else self._budget.why_not(pinned, need)
         return ModelInfo(manifest, "available", names, message=why_not)

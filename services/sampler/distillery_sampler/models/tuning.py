@@ -41,8 +41,8 @@ class Tuned(NamedTuple):
     seconds: float
 
 
-class Question(NamedTuple):
-    """What a generator is asked while it is timed."""
+class WarmUpRequest(NamedTuple):
+    """Warm-up request: what a generator makes when it is loaded, and while it is timed."""
 
     key: ImageKey
     item: ImageItem
@@ -65,7 +65,7 @@ def layouts(settings: SamplerSettings, *, on_gpu: bool) -> list[Layout]:
 def tune(
     generator: Generator,
     reopen: Callable[[int], Generator],
-    question: Question,
+    request: WarmUpRequest,
     settings: SamplerSettings,
 ) -> tuple[Generator, Tuned]:
     """The best layout and batch, and the generator opened for it.
@@ -75,23 +75,23 @@ def tune(
     """
     open_layouts = layouts(settings, on_gpu=generator.on_gpu)
     until = time.perf_counter() + (math.inf if generator.on_gpu else ENOUGH_S)
-    best = _best_batch(generator, open_layouts[0], question, settings, until)
+    best = _best_batch(generator, open_layouts[0], request, settings, until)
     for layout in open_layouts[1:]:
         if time.perf_counter() > until:
             break
         other = reopen(layout.threads)
-        found = _best_batch(other, layout, question, settings, until)
+        found = _best_batch(other, layout, request, settings, until)
         if _rate(found) > _rate(best) * LAYOUT_WORTH_IT:
             best, generator = found, other
     return generator, best
 
 
-def warm(generator: Generator, question: Question, max_batch: int, buckets: Sequence[int]) -> None:
+def warm(generator: Generator, request: WarmUpRequest, max_batch: int, buckets: Sequence[int]) -> None:
     """Run every size that batches up to `max_batch` are filled up to, so that no caller waits for its first time."""
     largest = next((size for size in buckets if size >= max_batch), buckets[-1])
     for size in buckets:
         if size <= largest:
-            generator.generate(question.key, [question.item] * size)
+            generator.generate(request.key, [request.item] * size)
 
 
 def _rate(tuned: Tuned) -> float:
@@ -105,15 +105,15 @@ def _is_worth_it(found: Tuned, best: Tuned) -> bool:
 
 
 def _best_batch(
-    generator: Generator, layout: Layout, question: Question, settings: SamplerSettings, until: float
+    generator: Generator, layout: Layout, request: WarmUpRequest, settings: SamplerSettings, until: float
 ) -> Tuned:
-    steps = question.key.num_steps
+    steps = request.key.num_steps
     best: Tuned | None = None
     with ThreadPoolExecutor(layout.instances) as pool:
         for size in (settings.max_batch,) if settings.max_batch else settings.buckets or BATCH_SIZES:
-            batch = [question.item] * size
+            batch = [request.item] * size
             try:
-                seconds = min(_timed(pool, layout.instances, generator, question.key, batch)) / steps
+                seconds = min(_timed(pool, layout.instances, generator, request.key, batch)) / steps
             except (
                 Exception
             ) as error:  # runtimes share no base class: out of memory, or beyond an engine's profile
