@@ -120,12 +120,12 @@ def measure_stages(work: Path, tell: Tell) -> dict[str, Any]:
 
 def conclusions(curves: dict[str, Curve]) -> dict[str, float | None]:
     """When the converted MLP is as good as those from images, and when that with a grid was as good as it."""
-    seconds, wanted = curves["mlp_from_images"][-1]
+    seconds, target_psnr = curves["mlp_from_images"][-1]
     spent, psnr = curves["mlp_converted"][-1]
-    reached = _first(curves["mlp_converted"], wanted)
+    reached = _first(curves["mlp_converted"], target_psnr)
     return {
         "from_images_seconds": seconds,
-        "from_images_psnr": wanted,
+        "from_images_psnr": target_psnr,
         "converted_seconds": reached,  # None: not within a tenth of the time
         "converted_psnr": psnr,
         "times_faster": None if reached is None else seconds / reached,
@@ -209,9 +209,9 @@ def conversion_rows(found: dict[str, Any]) -> list[list[Any]]:
     ]
     ends: dict[str, Any] = conclusions(found["curves"])
     reached, faster = ends["converted_seconds"], ends["times_faster"]
-    said = "not reached" if reached is None else f"{faster:.3g} x sooner"
+    verdict = "not reached" if reached is None else f"{faster:.3g} x sooner"
     held = _word(faster is not None and faster >= FASTER)
-    what = f"MLP from the teacher at least as good as from images ({said}, asked {FASTER:g})"
+    what = f"MLP from the teacher at least as good as from images ({verdict}, asked {FASTER:g})"
     rows.append([what, "" if reached is None else float(reached), float(ends["from_images_psnr"]), held])
     later = ends["with_grid_seconds_to_converted_psnr"]
     if later is not None:

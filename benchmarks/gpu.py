@@ -266,8 +266,8 @@ def bare_forwards(folder: Path, device: str, precision: str) -> dict[str, float]
         "vae_ms": lambda: denoiser.codec.decode(latent),
     }
     with torch.inference_mode():
-        found = {name: _median_ms(call, device) for name, call in calls.items()}
-    return {**found, "sum_ms": sum(found.values())}
+        medians = {name: _median_ms(call, device) for name, call in calls.items()}
+    return {**medians, "sum_ms": sum(medians.values())}
 
 
 def _median_ms(call: Callable[[], object], device: str) -> float:

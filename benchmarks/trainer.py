@@ -68,8 +68,11 @@ def _is_self_contained(name: str) -> bool:
 
     recipe = load_recipe(name)
     models = (recipe.teacher, recipe.student.source, recipe.extractor)
-    given = [(recipe.data or {}).get("path"), *(model and (model.path or model.artifact) for model in models)]
-    return not any(given)
+    sources = [
+        (recipe.data or {}).get("path"),
+        *(model and (model.path or model.artifact) for model in models),
+    ]
+    return not any(sources)
 
 
 def _trainer(recipe: Recipe, context: Context, folder: Path) -> Trainer:

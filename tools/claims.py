@@ -72,13 +72,13 @@ def claims(
         _store(out, measured(name, repository))
     known = kept_outcomes(repository) | stored_outcomes(out)
     write_documents(repository, known)
-    told = [known[name] for name in chosen if name in known]
+    chosen_checks = [known[name] for name in chosen if name in known]
     if as_json:
-        emit_json(told)
+        emit_json(chosen_checks)
     else:
         written = f"{EVIDENCE}, {KEPT}, {METHODS}, {README}"
-        results.print(f"{len(told)} of {len(chosen)} claims measured; written: {written}")
-    return 0 if not run or all(outcome["passed"] for outcome in told) else 1
+        results.print(f"{len(chosen_checks)} of {len(chosen)} claims measured; written: {written}")
+    return 0 if not run or all(outcome["passed"] for outcome in chosen_checks) else 1
 
 
 def chosen_recipes(names: Sequence[str]) -> list[str]:
@@ -149,12 +149,12 @@ def kept_outcomes(repository: Path) -> dict[str, Outcome]:
 
 def _read(path: Path) -> Outcome:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        kept_figures = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is no JSON ({error}); delete it and measure again") from None
-    if not isinstance(found, dict):
+    if not isinstance(kept_figures, dict):
         raise DataError(f"{path} holds no result; delete it and measure again")
-    return found
+    return kept_figures
 
 
 def write_documents(repository: Path, outcomes: Mapping[str, Outcome]) -> None:
@@ -287,14 +287,14 @@ def _cell(value: Any) -> str:
 
 
 def _remarks(name: str, recipe: Recipe, outcome: Outcome) -> list[str]:
-    said = []
+    sentences = []
     if "error" in outcome:
-        said.append(f"- `{name}` broke off: {outcome['error']}")
+        sentences.append(f"- `{name}` broke off: {outcome['error']}")
     if outcome["recipe_sha256"] != fingerprint(recipe):
-        said.append(
+        sentences.append(
             f"- `{name}` was measured before its recipe changed; the figures are the earlier recipe's."
         )
-    return said
+    return sentences
 
 
 def claim_text(check: CheckConfig) -> str:
@@ -311,14 +311,14 @@ def _said(claim: Claim, circumstances: str = "") -> str:
         f"<= {claim.at_most or 0:g}": claim.at_most,
         f">= {claim.at_least or 0:g}": claim.at_least,
     }
-    given = " and ".join(text for text, value in bounds.items() if value is not None)
-    said = f"{claim.metric} {given}{circumstances}"
+    bound = " and ".join(text for text, value in bounds.items() if value is not None)
+    sentence = f"{claim.metric} {bound}{circumstances}"
     off = claim.ablation
     if off is None:
-        return said
+        return sentence
     worse = [] if off.ratio_at_least is None else [f">= {off.ratio_at_least:g} x as much"]
     worse += [] if off.gap_at_least is None else [f"lower by >= {off.gap_at_least:g}"]
-    return f"{said}; with {_settings(off.set)} {' and '.join(worse)}"
+    return f"{sentence}; with {_settings(off.set)} {' and '.join(worse)}"
 
 
 def _settings(changes: Mapping[str, Any]) -> str:

@@ -30,12 +30,12 @@ async def connect(address: str, model: str) -> Callable[[int, list[int], float],
         classes.set_data_from_numpy(np.array(labels, np.int64)[:, None])
         began = time.perf_counter()
         try:
-            found = await client.infer(
+            result = await client.infer(
                 name, [seeds, classes], version, client_timeout=timeout_s, parameters={"num_steps": 1}
             )
         except InferenceServerException as error:
             raise _meaning(error, (time.perf_counter() - began) / timeout_s) from None
-        reply = found.get_response()
+        reply = result.get_response()
         return reply.raw_output_contents[0] if reply.raw_output_contents else _typed(reply)
 
     return call

@@ -36,8 +36,8 @@ class Student:
 
 def main(graph: str, sigma: str, threads: str, port: str, batch: str) -> None:
     """Become `bentoml serve`, which imports this file."""
-    given = {"GRAPH": graph, "SIGMA": sigma, "THREADS": threads, "BATCH": batch}
-    os.environ |= {f"STUDENT_{name}": value for name, value in given.items()}
+    variables = {"GRAPH": graph, "SIGMA": sigma, "THREADS": threads, "BATCH": batch}
+    os.environ |= {f"STUDENT_{name}": value for name, value in variables.items()}
     os.environ |= {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(Path(sys.prefix) / "home")}
     program = Path(sys.executable).with_name("bentoml")
     where = ["--host", "127.0.0.1", "--port", port, "--working-dir", str(Path(__file__).parent)]

@@ -25,8 +25,8 @@ class StudentRuntime(MLModel):  # type: ignore[misc]
 
     async def load(self) -> bool:
         """Open the graph, in the worker's process."""
-        given = self.settings.parameters.extra
-        self._student = Student(given["graph"], given["sigma"], given["threads"])
+        options = self.settings.parameters.extra
+        self._student = Student(options["graph"], options["sigma"], options["threads"])
         return True
 
     @decode_args  # type: ignore[untyped-decorator]

@@ -49,13 +49,13 @@ class Tracing:
 
     def origin(self) -> SpanContext | None:
         """The span that now runs; None if there is none, or nobody records it."""
-        found = self._trace.get_current_span().get_span_context()
-        return found if found.is_valid and found.trace_flags.sampled else None
+        context = self._trace.get_current_span().get_span_context()
+        return context if context.is_valid and context.trace_flags.sampled else None
 
     def trace_id(self) -> str | None:
         """The trace that now runs, as 32 hexadecimal digits."""
-        found = self._trace.get_current_span().get_span_context()
-        return f"{found.trace_id:032x}" if found.is_valid else None
+        context = self._trace.get_current_span().get_span_context()
+        return f"{context.trace_id:032x}" if context.is_valid else None
 
     def batch(
         self,

@@ -106,11 +106,11 @@ def _converted(
     for number in reversed(store.versions(source.name)):
         if number < source.version:
             return None
-        found = store.manifest(f"{source.name}@{number}")
-        report = found.exports.get(goal.name)
+        candidate = store.manifest(f"{source.name}@{number}")
+        report = candidate.exports.get(goal.name)
         made = report is not None and report.tool_versions == versions and _passes(report, goal)
-        if made and _content(found) == _content(source):
-            return found
+        if made and _content(candidate) == _content(source):
+            return candidate
     return None
 
 
@@ -176,8 +176,8 @@ def _samples(forms: list[Form], folder: Path, source: Manifest) -> FrechetReport
         after = Side(form.run, decoder.run if decoder else None)
         share = frechet.SECONDS / len(denoisers)
         reports.append(frechet.compare_samples(trajectory, before, after, real=real, seconds=share))
-    found = [report for report in reports if report is not None]
-    return max(found, key=lambda report: report.ratio, default=None)
+    measured = [report for report in reports if report is not None]
+    return max(measured, key=lambda report: report.ratio, default=None)
 
 
 def _manifest(source: Manifest, report: ExportReport, job: str) -> Manifest:

@@ -62,8 +62,8 @@ class Graph:
         """
         try:
             with torch.inference_mode():
-                found = self.module(*tensors(inputs))
-                return tuple(one.numpy() for one in (found if isinstance(found, tuple) else (found,)))
+                outputs = self.module(*tensors(inputs))
+                return tuple(one.numpy() for one in (outputs if isinstance(outputs, tuple) else (outputs,)))
         except EVALUATION_ERRORS as error:
             if out_of_memory(error):
                 raise
@@ -90,8 +90,8 @@ class DenoiserGraph(nn.Module):
         second: Tensor | None = None,
         third: Tensor | None = None,
     ) -> Tensor:
-        given = [value for value in (first, second, third) if value is not None]
-        x0: Tensor = self.denoiser(x_sigma, sigma, dict(zip(self.cond, given, strict=True)) or None)
+        conditions = [value for value in (first, second, third) if value is not None]
+        x0: Tensor = self.denoiser(x_sigma, sigma, dict(zip(self.cond, conditions, strict=True)) or None)
         return x0
 
 
@@ -269,8 +269,8 @@ def text_graph(text: TextEncoder, examples: Sequence[str] = ()) -> Graph:
         if not examples:
             return [{"input_ids": fixed_tokens(COUNT, text.max_tokens, vocabulary, seed=seed)}]
         prompts = [examples[(index + seed) % len(examples)] for index in range(COUNT)]
-        found = text.tokenizer(prompts, padding="max_length", max_length=text.max_tokens, truncation=True)
-        return [{"input_ids": np.asarray(found["input_ids"], dtype=np.int64)}]
+        tokens = text.tokenizer(prompts, padding="max_length", max_length=text.max_tokens, truncation=True)
+        return [{"input_ids": np.asarray(tokens["input_ids"], dtype=np.int64)}]
 
     def inputs(batch: int) -> Arrays:
         return {"input_ids": fixed_tokens(batch, text.max_tokens, vocabulary)}

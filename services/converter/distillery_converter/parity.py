@@ -61,11 +61,11 @@ def compare(
     """
     parity, agreed = Parity(0.0, 0.0, 0.0), []
     for batch in batches:
-        answers = [
+        outputs = [
             (graph.predict(inputs), _several(run(inputs))) for inputs in _inputs(graph, batch, as_served)
         ]
         for index, name in enumerate(graph.outputs):
-            pairs = [(expected[index], given[index]) for expected, given in answers]
+            pairs = [(expected[index], given[index]) for expected, given in outputs]
             for expected, given in pairs:
                 _check(_named(graph, name), expected, given)
                 if name == graph.classes:

@@ -51,9 +51,9 @@ class Lowered(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         cast = (value.to(self.dtype) if value.is_floating_point() else value for value in inputs)
-        found = self.module(*cast)
-        answers = found if isinstance(found, tuple) else (found,)
-        return tuple(one.to(dtype) for one, dtype in zip(answers, self.outputs, strict=True))
+        result = self.module(*cast)
+        outputs = result if isinstance(result, tuple) else (result,)
+        return tuple(one.to(dtype) for one, dtype in zip(outputs, self.outputs, strict=True))
 
 
 def _given(

@@ -126,9 +126,9 @@ def main() -> int:
         sys.setswitchinterval(SWITCH_S)
         asyncio.run(serve(shared, own))
     except (DistilleryError, OSError) as error:
-        told = of_a_folder(error)
-        print(f"sampler: {told}", file=sys.stderr)
-        return meaning(told).exit_code
+        failure = of_a_folder(error)
+        print(f"sampler: {failure}", file=sys.stderr)
+        return meaning(failure).exit_code
     return 0
 
 

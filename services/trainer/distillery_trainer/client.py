@@ -90,8 +90,8 @@ def train_spec(
 def _placed(recipe: str | Path | Mapping[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """The overrides, and those that make the recipe's own relative paths absolute."""
     try:
-        given = recipe if isinstance(recipe, Mapping) else str(recipe)
-        before = load_recipe(given, overrides)
+        source = recipe if isinstance(recipe, Mapping) else str(recipe)
+        before = load_recipe(source, overrides)
         after = load_recipe(absolute(before.model_dump(mode="json", exclude_none=True)))
     except DistilleryError:  # the server, which may know more recipes, answers what is wrong
         return overrides

@@ -227,13 +227,13 @@ def _progress(progress: Mapping[str, Any]) -> jobs_pb2.Progress:
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among `values`; nested tables become dotted names."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found.update({f"{key}.{inner}": number for inner, number in _numbers(value).items()})
+            numbers.update({f"{key}.{inner}": number for inner, number in _numbers(value).items()})
         elif isinstance(value, int | float):
-            found[str(key)] = float(value)
-    return found
+            numbers[str(key)] = float(value)
+    return numbers
 
 
 def _time(seconds: float | None) -> Timestamp | None:

@@ -30,11 +30,13 @@ class JobTableCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All figures; none while the table cannot be read."""
         try:
-            found = [self._jobs(), self._seconds(), self._attempts(), self._expired()]
+            families = [self._jobs(), self._seconds(), self._attempts(), self._expired()]
         except Unavailable:
-            found = []
-        up = GaugeMetricFamily("distillery_job_table_up", "1: the job table can be read", float(bool(found)))
-        yield from (up, *found)
+            families = []
+        up = GaugeMetricFamily(
+            "distillery_job_table_up", "1: the job table can be read", float(bool(families))
+        )
+        yield from (up, *families)
 
     def describe(self) -> list[Metric]:
         return []  # so that registering does not query

@@ -252,8 +252,8 @@ def conclude(
         name = _signal_name(number) if number is not None else "SIGTERM from outside"
         return Outcome("crashed", error=_said("Killed", f"the job's process was ended by {name}", log))
     if code == EXIT_OUT_OF_MEMORY:
-        told = (error or {}).get("message") or "out of memory; a smaller batch_size needs less"
-        return Outcome("failed", error=_said("OutOfMemory", str(told), log))
+        words = (error or {}).get("message") or "out of memory; a smaller batch_size needs less"
+        return Outcome("failed", error=_said("OutOfMemory", str(words), log))
     details = dict(error) if error else _said("ProcessFailed", _last_words(code, log), log)
     details.setdefault("log", log)
     if code == _EXIT_RETRY:

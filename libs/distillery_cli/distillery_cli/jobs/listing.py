@@ -84,7 +84,7 @@ def jobs(
             return emit_json(job_values(job)) if as_json else _show(job)
         states = [_enum(jobs_pb2.JobState, "JOB_STATE", value, "state") for value in state or []]
         kinds = [_enum(jobs_pb2.JobKind, "JOB_KIND", value, "kind") for value in kind or []]
-        found = api.list(
+        matches = api.list(
             states=states,
             kinds=kinds,
             labels=parse_labels(label or []),
@@ -93,11 +93,11 @@ def jobs(
             limit=limit,
         )
     if as_json:
-        return emit_json([job_values(job) for job in found])
-    if not found:
+        return emit_json([job_values(job) for job in matches])
+    if not matches:
         return results.print("no jobs; `distillery submit edm_digits` queues one")
     columns = ["id", "name", "kind", "state", "progress", "artifact", "error"]
-    return results.print(table(columns, [_row(job) for job in found], prose=["error"], spare=["kind"]))
+    return results.print(table(columns, [_row(job) for job in matches], prose=["error"], spare=["kind"]))
 
 
 def _enum(kind: Any, prefix: str, value: str, field: str) -> int:
@@ -167,8 +167,8 @@ def cancel(job_id: Id, as_json: AsJson = False) -> None:
     """Stop a job within a step; its checkpoint is kept and `retry` continues it."""
     with client() as api:
         job = api.cancel(job_id)
-    said = f"{job.id} {state_name(job)}" + (", cancel requested" if state_name(job) == "RUNNING" else "")
-    emit_json(job_values(job)) if as_json else results.print(said)
+    text = f"{job.id} {state_name(job)}" + (", cancel requested" if state_name(job) == "RUNNING" else "")
+    emit_json(job_values(job)) if as_json else results.print(text)
 
 
 def retry(

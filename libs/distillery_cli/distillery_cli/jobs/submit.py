@@ -92,8 +92,8 @@ def _training(recipe: str, overrides: list[str], sweep: list[str]) -> Work:
     def is_value(key: str, text: str) -> bool:
         taken = could_be_value(recipe, key, text, (item for item in overrides if "," not in item))
         if taken:
-            said = f"{key} = {text!r} is one value; a run for each of several is --sweep {key}=A,B"
-            notes.print(said)
+            note = f"{key} = {text!r} is one value; a run for each of several is --sweep {key}=A,B"
+            notes.print(note)
         return taken
 
     single, axes = split_sweep(overrides, sweep, is_value=is_value)

@@ -52,7 +52,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Add adapters of one base, W0 + a D1 + b D2 + …; the sum is sampled as the first of them is."""
-    wanted = [_term(term) for term in terms]
+    weighted = [_term(term) for term in terms]
     if (out is None) == (publish is None):
         raise ConfigError("where should the sum go? give --out FOLDER or --publish NAME", field="out")
     if publish is not None:
@@ -64,10 +64,10 @@ def merge(
         from distillery_cli.training.train import local_context
 
         context = local_context(store)
-        total = api.merge_adapters(wanted, context, base=base)
+        total = api.merge_adapters(weighted, context, base=base)
         total.form = _form(form, total)
         if publish is not None:
-            manifest = _publish(total, publish, wanted, context)
+            manifest = _publish(total, publish, weighted, context)
         else:
             total.save(Path(str(out)))
     if as_json:

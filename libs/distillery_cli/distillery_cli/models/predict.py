@@ -100,9 +100,9 @@ def _inputs(
     needed = [tensor for tensor in called.inputs if not tensor.optional]
     image = next((tensor for tensor in called.inputs if tensor.name == IMAGE), None)
     if image is None or [tensor.name for tensor in needed] != [IMAGE] or len(image.shape) != 3:
-        wanted = ", ".join(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}" for tensor in called.inputs)
+        inputs = ", ".join(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}" for tensor in called.inputs)
         raise ConfigError(
-            f"{called.name} of {served.name}@{served.version} takes no pictures alone but {wanted}; give a "
+            f"{called.name} of {served.name}@{served.version} takes no pictures alone but {inputs}; give a "
             f"{ARRAYS} file with these",
             field="files",
         )
@@ -202,9 +202,9 @@ def _likeliest(logits: np.ndarray, classes: Sequence[str], top: int) -> list[dic
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
     cells = []
     for row in rows:
-        said = row.get("classes")
-        if said is not None:
-            text = "  ".join(f"{one['class']} {one['probability']:.1%}" for one in said)
+        ranked = row.get("classes")
+        if ranked is not None:
+            text = "  ".join(f"{one['class']} {one['probability']:.1%}" for one in ranked)
             cells.append([row["item"], text])
         else:
             cells += [[row["item"], f"{key}: {_short(value)}"] for key, value in row.items() if key != "item"]

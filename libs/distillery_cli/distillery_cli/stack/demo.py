@@ -110,19 +110,19 @@ def serving_command(store: str) -> str:
 
 
 def _conclude(report: reports.Report, out: Path, store: str, as_json: bool) -> int:
-    found = reports.demands(report)
+    demands = reports.demands(report)
     if as_json:
         emit_json(report.values())
     else:
         results.print(reports.table(report))
         results.print(f"radiance field: PSNR {report.field['psnr']:.1f} dB on views it was not trained on")
         results.print(f"took {report.seconds['total']:.0f} s; pictures and report.json are in {out}")
-        for demand in found:
+        for demand in demands:
             word = ("holds", "green") if demand.holds else ("FAILS", "red")
             results.print(styled(word, f": {demand.said}"))
         results.print(f"published in {store}: {', '.join(dict.fromkeys(report.models.values()))}")
         results.print(f"to serve them: {serving_command(store)}")
-    return 0 if all(demand.holds for demand in found) else 1
+    return 0 if all(demand.holds for demand in demands) else 1
 
 
 def _state_folder(state: Path, keep: bool) -> Path:

@@ -98,12 +98,12 @@ def worker_state(queue: str, settings: Settings, *, timeout_s: float = 5.0) -> l
         ) from None
     finally:
         app.close()
-    found = sorted(
+    workers = sorted(
         name for name, queues in replies.items() if any(entry["name"] == queue for entry in queues)
     )
-    if not found:
+    if not workers:
         raise Unavailable(f"no worker on queue {queue!r} answered within {timeout_s:g} s; is one running?")
-    return found
+    return workers
 
 
 def broker_answers(settings: Settings) -> bool:

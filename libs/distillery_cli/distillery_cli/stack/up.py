@@ -157,12 +157,12 @@ class Stack:
 
         configure_logging("cli", self.settings.model_copy(update={"log_level": "warning"}))
         self._until.enter_context(only_one(self.settings.state_dir))
-        wanted = parts(self.settings)
-        self._check_ports(wanted)
+        services = parts(self.settings)
+        self._check_ports(services)
         tell("broker", "starting")
         self._until.enter_context(running_broker(self.settings))
         tell("broker", "ready")
-        for part in wanted:
+        for part in services:
             tell(part.name, "starting")
             self.running.append(self._launch(part, environment(self.settings)))
         for running in self.running:

@@ -97,9 +97,9 @@ class Bar:
         if not rate and step:
             rate = step / max(time.monotonic() - self._began, 1e-6)
             eta_s = (steps - step) / rate
-        said = f"{rate:.3g}/s" + (f", {duration(eta_s)} left" if eta_s is not None else "")
-        self._progress.update(self._task, completed=step, total=steps or None, speed=said)
-        self._line(f"{step}/{steps}, {said}")
+        speed = f"{rate:.3g}/s" + (f", {duration(eta_s)} left" if eta_s is not None else "")
+        self._progress.update(self._task, completed=step, total=steps or None, speed=speed)
+        self._line(f"{step}/{steps}, {speed}")
 
     def say(self, text: str) -> None:
         """Show a remark in place of the figures."""

@@ -94,9 +94,9 @@ def stacked(values: Sequence[np.ndarray]) -> np.ndarray:
 def _described(name: str, values: np.ndarray | None, spec: TensorSpec, size: int) -> np.ndarray:
     shape = None if values is None else values.shape
     if values is None or not shape or shape[0] != size or not spec.fits(shape[1:]):
-        said = "is not answered" if shape is None else f"has the shape {shape}"
+        fault = "is not answered" if shape is None else f"has the shape {shape}"
         raise ArtifactError(
-            f"output {name} {said} for {size} items, its signature says {spec.described}; publish it again"
+            f"output {name} {fault} for {size} items, its signature says {spec.described}; publish it again"
         )
     return values.astype(object if spec.dtype == "text" else spec.dtype, copy=False)
 

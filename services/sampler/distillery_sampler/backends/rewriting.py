@@ -174,5 +174,5 @@ def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
 
 
 def _has(node: NodeProto, wanted: dict[str, Any]) -> bool:
-    found = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    return all(found.get(name) == value for name, value in wanted.items())
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return all(attributes.get(name) == value for name, value in wanted.items())

@@ -200,10 +200,10 @@ class TorchScene(SceneRenderer):
         self.on_gpu, self._threads = device.startswith("cuda"), threads
         self._scene = refined(load_scene(folder, device=device))
         described, bound = scene_spec(manifest), self._scene.spec.bound
-        said = None if described is None else described.bound
-        if said is not None and said != bound:
+        published = None if described is None else described.bound
+        if published is not None and published != bound:
             raise ArtifactError(
-                f"{manifest.ref} is said to lie in the box of half side {said:g}, but its field was trained in "
+                f"{manifest.ref} is said to lie in the box of half side {published:g}, but its field was trained in "
                 f"{bound:g}; publish it again"
             )
 

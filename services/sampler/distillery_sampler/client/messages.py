@@ -78,9 +78,9 @@ def cut_prompts(summary: sampler_pb2.GenerateSummary) -> str | None:
 
 def warn_of_cut_prompts(summary: sampler_pb2.GenerateSummary) -> None:
     """A `UserWarning` with the sentence."""
-    said = cut_prompts(summary)
-    if said is not None:
-        warnings.warn(said, stacklevel=3)
+    warning = cut_prompts(summary)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=3)
 
 
 def to_pil(pixels: np.ndarray) -> Image.Image:

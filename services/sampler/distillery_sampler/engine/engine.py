@@ -73,9 +73,9 @@ class _Queued:
     def _cut_prompts(self) -> tuple[int, ...]:
         backend = self.model.backend
         assert isinstance(backend, Generator)
-        said = [{text for text in (item.prompt, item.negative) if text} for item in self.items]
-        cut = {text for text in set().union(*said) if backend.cuts(text)}
-        return tuple(index for index, texts in enumerate(said) if texts & cut)
+        texts_of = [{text for text in (item.prompt, item.negative) if text} for item in self.items]
+        cut = {text for text in set().union(*texts_of) if backend.cuts(text)}
+        return tuple(index for index, texts in enumerate(texts_of) if texts & cut)
 
 
 class Engine:

@@ -201,11 +201,11 @@ def _look(backend: SceneRenderer, manifest: Manifest, settings: SamplerSettings)
 def _compare(manifest: Manifest, picture: np.ndarray, allowed: float) -> None:
     if not np.isfinite(picture).all():
         raise ArtifactError(f"{manifest.ref} answers with NaN or infinity; publish it again")
-    found = manifest.parity.difference(picture) if manifest.parity else 0.0
-    if found > allowed:
+    difference = manifest.parity.difference(picture) if manifest.parity else 0.0
+    if difference > allowed:
         raise ArtifactError(
             f"{manifest.ref} answers differently than when it was published: its parity sample is off by "
-            f"{found:.2g}, and {allowed:g} is allowed; convert or publish it again"
+            f"{difference:.2g}, and {allowed:g} is allowed; convert or publish it again"
         )
 
 

@@ -87,7 +87,7 @@ class Registry:
 
     async def infos(self, *, all_versions: bool = False) -> list[ModelInfo]:
         """The loaded versions and each model's latest; with `all_versions` every one in the store."""
-        found = []
+        infos = []
         for name in await asyncio.to_thread(self.store.names):
             versions = await asyncio.to_thread(self.store.versions, name)
             aliases = await asyncio.to_thread(self.store.aliases, name)
@@ -96,8 +96,8 @@ class Registry:
                     (name, version) in group for group in (self._loaded, self._loading, self._failed)
                 )
                 if all_versions or active or version == versions[-1]:
-                    found.append(await self._info((name, version), aliases))
-        return found
+                    infos.append(await self._info((name, version), aliases))
+        return infos
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return at the next load, unload or swap, or after `timeout_s`."""
@@ -208,29 +208,29 @@ class Registry:
     def _is_pinned(self, key: Key) -> bool:
         """Whether the version is one that `preload` names, by its number or by an alias that leads to it now."""
         for ref in self.settings.preload:
-            name, _, wanted = ref.partition("@")
-            version = int(wanted) if wanted.isdecimal() else self._served.get((name, wanted or "latest"))
+            name, _, alias = ref.partition("@")
+            version = int(alias) if alias.isdecimal() else self._served.get((name, alias or "latest"))
             if (name, version) == key:
                 return True
         return False
 
     async def _resolve(self, ref: str) -> Key:
         """The version that answers for `ref` here; the store decides where none does yet."""
-        name, _, wanted = ref.partition("@")
-        served = self._served.get((name, wanted or "latest"))
+        name, _, alias = ref.partition("@")
+        served = self._served.get((name, alias or "latest"))
         if served is not None:
             return name, served
-        if wanted.isdecimal() and len(wanted) <= MAX_DIGITS and (name, int(wanted)) in self._loaded:
-            return name, int(wanted)
+        if alias.isdecimal() and len(alias) <= MAX_DIGITS and (name, int(alias)) in self._loaded:
+            return name, int(alias)
         return await asyncio.to_thread(self.store.resolve, ref)
 
     async def _find(self, ref: str) -> LoadedModel:
         key = await self._resolve(ref)
         model = self._loaded.get(key) or await self._load(key)
-        wanted = ref.partition("@")[2] or "latest"
-        if wanted.isdecimal():
+        alias = ref.partition("@")[2] or "latest"
+        if alias.isdecimal():
             model.by_number = True
-        elif self._served.setdefault((key[0], wanted), key[1]) == key[1]:
+        elif self._served.setdefault((key[0], alias), key[1]) == key[1]:
             model.replaced_at = None
         return model
 
@@ -289,14 +289,16 @@ class Registry:
 
     async def _refuse(self, key: Key, error: Exception) -> ArtifactError:
         """Remember a version that cannot be loaded: each new try would fail alike."""
-        said = str(error)
+        message = str(error)
         if not isinstance(error, DistilleryError):
             _log.exception("model cannot be loaded", model=key[0], version=key[1], exc_info=error)
-            said = f"{key[0]}@{key[1]} cannot be loaded ({type(error).__name__}); the sampler's log says why"
-        self._failed[key] = said
+            message = (
+                f"{key[0]}@{key[1]} cannot be loaded ({type(error).__name__}); the sampler's log says why"
+            )
+        self._failed[key] = message
         self.metrics.model_reload.labels(key[0], "refused").inc()
         await self._announce()
-        return ArtifactError(said, field="model")
+        return ArtifactError(message, field="model")
 
     async def _make_room(
         self, need: int, *, places: int, stays: Key | None = None, but: Key | None = None

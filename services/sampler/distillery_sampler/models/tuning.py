@@ -80,9 +80,9 @@ def tune(
         if time.perf_counter() > until:
             break
         other = reopen(layout.threads)
-        found = _best_batch(other, layout, request, settings, until)
-        if _rate(found) > _rate(best) * LAYOUT_WORTH_IT:
-            best, generator = found, other
+        candidate = _best_batch(other, layout, request, settings, until)
+        if _rate(candidate) > _rate(best) * LAYOUT_WORTH_IT:
+            best, generator = candidate, other
     return generator, best
 
 
@@ -98,10 +98,10 @@ def _rate(tuned: Tuned) -> float:
     return tuned.layout.instances / (tuned.seconds + QUEUE_S / tuned.max_batch)
 
 
-def _is_worth_it(found: Tuned, best: Tuned) -> bool:
-    doublings = math.log2(found.max_batch / best.max_batch)
+def _is_worth_it(candidate: Tuned, best: Tuned) -> bool:
+    doublings = math.log2(candidate.max_batch / best.max_batch)
     threshold: float = _rate(best) * WORTH_IT**doublings
-    return _rate(found) > threshold
+    return _rate(candidate) > threshold
 
 
 def _best_batch(
@@ -121,9 +121,9 @@ def _best_batch(
                     raise
                 _log.info("larger batches do not run", images=size, error=str(error).partition("\n")[0])
                 break
-            found = Tuned(layout, size, seconds / size)
-            if best is None or (seconds <= settings.max_batch_s and _is_worth_it(found, best)):
-                best = found
+            candidate = Tuned(layout, size, seconds / size)
+            if best is None or (seconds <= settings.max_batch_s and _is_worth_it(candidate, best)):
+                best = candidate
             if seconds > settings.max_batch_s or time.perf_counter() > until:
                 break
     assert best is not None, "one size at least is tried"

@@ -145,10 +145,10 @@ def path_from(message: sampler_pb2.RenderPathRequest, call: Call, limits: Sample
 def outputs_from(options: sampler_pb2.ViewOptions) -> frozenset[int]:
     """The outputs asked for; none is RGB."""
     known = set(sampler_pb2.RenderOutput.values()) - {sampler_pb2.RENDER_OUTPUT_UNSPECIFIED}
-    wanted = frozenset(options.outputs) or frozenset({sampler_pb2.RENDER_OUTPUT_RGB})
-    if not wanted <= known:
+    outputs = frozenset(options.outputs) or frozenset({sampler_pb2.RENDER_OUTPUT_RGB})
+    if not outputs <= known:
         raise ConfigError("options.outputs may hold RGB, DEPTH, OPACITY and NORMAL", field="options.outputs")
-    return wanted
+    return outputs
 
 
 def _normals(options: sampler_pb2.ViewOptions) -> bool:

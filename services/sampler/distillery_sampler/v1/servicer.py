@@ -125,9 +125,9 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         self, request: sampler_pb2.GenerateRequest, context: ServicerContext
     ) -> sampler_pb2.GenerateResponse:
         image_format = format_from(request.image_format)
-        wanted = generate_from(request, call_of(context, bulk=is_bulk(request.priority)))
+        generation = generate_from(request, call_of(context, bulk=is_bulk(request.priority)))
         approve = self._approve(image_format, 5 if request.with_tensor else 1)  # uint8, and float32
-        pictures, summary = await self._engine.generate(wanted, approve)
+        pictures, summary = await self._engine.generate(generation, approve)
         with packing():
             packed = await self._encoders.pictures(pictures, image_format)
             tensor = np.stack([picture.pixels for picture in pictures]) if request.with_tensor else None
@@ -146,9 +146,9 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
                 "with_tensor is for Generate; a stream sends images", field="request.with_tensor"
             )
         image_format = format_from(inner.image_format)
-        wanted = generate_from(inner, call_of(context, bulk=is_bulk(inner.priority)))
+        generation = generate_from(inner, call_of(context, bulk=is_bulk(inner.priority)))
         approve = self._approve(image_format, 0)  # one image a message always fits
-        async with aclosing(self._engine.generate_stream(wanted, approve)) as events:
+        async with aclosing(self._engine.generate_stream(generation, approve)) as events:
             async for event in events:
                 if isinstance(event, Picture):
                     with packing():
@@ -160,12 +160,12 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     async def Render(
         self, request: sampler_pb2.RenderRequest, context: ServicerContext
     ) -> sampler_pb2.RenderResponse:
-        wanted = render_from(request, call_of(context, bulk=is_bulk(request.options.priority)))
+        rendering = render_from(request, call_of(context, bulk=is_bulk(request.options.priority)))
         outputs = outputs_from(request.options)
         image_format = format_from(request.options.image_format)
         self._check_view_size(request.options, outputs)
         reply = sampler_pb2.RenderResponse()
-        async with aclosing(self._engine.render(wanted)) as events:
+        async with aclosing(self._engine.render(rendering)) as events:
             async for event in events:
                 if isinstance(event, Rendered):
                     reply.view.CopyFrom(await self._view(event, outputs, image_format))
@@ -177,11 +177,11 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         self, request: sampler_pb2.RenderPathRequest, context: ServicerContext
     ) -> AsyncIterator[sampler_pb2.RenderPathResponse]:
         call = call_of(context, bulk=is_bulk(request.options.priority))
-        wanted = path_from(request, call, self._engine.settings)
+        rendering = path_from(request, call, self._engine.settings)
         outputs = outputs_from(request.options)
         image_format = format_from(request.options.image_format)
         self._check_view_size(request.options, outputs)
-        async with aclosing(self._engine.render(wanted)) as events:
+        async with aclosing(self._engine.render(rendering)) as events:
             async for event in events:
                 if isinstance(event, Rendered):
                     view = await self._view(event, outputs, image_format)
@@ -192,8 +192,8 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     async def Predict(
         self, request: sampler_pb2.PredictRequest, context: ServicerContext
     ) -> sampler_pb2.PredictResponse:
-        wanted = predict_from(request, call_of(context, bulk=is_bulk(request.priority)))
-        outputs, summary = await self._engine.predict(wanted)
+        prediction = predict_from(request, call_of(context, bulk=is_bulk(request.priority)))
+        outputs, summary = await self._engine.predict(prediction)
         with packing():
             return predicted(outputs, summary)
 
