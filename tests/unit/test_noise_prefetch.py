@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from distill_core.diffusion.noise import unit_normal, unit_normals
-from distillery_sampler.backends.base import noise
-from distillery_sampler.engine.noise_prefetch import AT_ONCE, NoisePrefetch
+from distillery_sampler.engine.noise_prefetch import AT_ONCE, NoisePrefetch, noise
 from distillery_sampler.engine.requests import ImageItem
 
 

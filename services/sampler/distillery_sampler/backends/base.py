@@ -7,7 +7,6 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from distill_core.diffusion.noise import unit_normals
 from distill_core.errors import ArtifactError
 from distill_core.signature import Signature, TensorSpec
 from distillery_sampler.engine.requests import ImageItem, ImageKey, Rendered, Tile
@@ -99,11 +98,3 @@ def _described(name: str, values: np.ndarray | None, spec: TensorSpec, size: int
             f"output {name} {fault} for {size} items, its signature says {spec.described}; publish it again"
         )
     return values.astype(object if spec.dtype == "text" else spec.dtype, copy=False)
-
-
-def noise(items: Sequence[ImageItem], draw: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The `draw`-th noise of each item, (B, *shape)."""
-    made = [item.draws.get(draw) for item in items]
-    missing = [(item.seed, item.index) for item, there in zip(items, made, strict=True) if there is None]
-    drawn = iter(unit_normals(missing, draw, shape) if missing else ())
-    return np.stack([next(drawn) if there is None else there for there in made])

@@ -15,10 +15,11 @@ from distill_core.diffusion.routing import ROUTER
 from distill_core.diffusion.sampling import sample
 from distill_core.errors import ConfigError
 from distill_core.kinds.cards import generator_card
-from distillery_sampler.backends.base import Generator, noise
+from distillery_sampler.backends.base import Generator
 from distillery_sampler.backends.experts import Denoisers, Feed, Graph
 from distillery_sampler.backends.tokens import PromptTokens
 from distillery_sampler.engine.init_images import beginning, given_pictures, with_known_pixels
+from distillery_sampler.engine.noise_prefetch import noise
 from distillery_sampler.engine.requests import ImageItem, ImageKey
 
 TEXT_ENCODER, DECODER, ENCODER = "text_encoder", "decoder", "encoder"  # the latter two of latent models
@@ -92,8 +93,8 @@ class GraphGenerator(Generator):
             key.num_steps,
             self._beginning(key, items),
         )
-        pictures = self._decoder({"x0": x0}) if self._decoder else x0
-        return with_known_pixels(np.clip(pictures, -1, 1), items)
+        pictures = np.clip(self._decoder({"x0": x0}) if self._decoder else x0, -1, 1)
+        return pictures if key.begin is None else with_known_pixels(pictures, items)
 
     def cuts(self, prompt: str) -> bool:
         return self._tokens is not None and self._tokens.cuts(prompt)

@@ -26,13 +26,14 @@ from distill_core.networks.steering import with_negative
 from distill_core.radiance.cameras.camera import Camera, focal_length, orbit_camera
 from distill_core.radiance.scenes.scene import develop, load_scene, refined, render_rays
 from distill_core.recipe.tables import ModelSource
-from distillery_sampler.backends.base import Backend, Generator, SceneRenderer, noise
+from distillery_sampler.backends.base import Backend, Generator, SceneRenderer
 from distillery_sampler.backends.experts import log_expert
 from distillery_sampler.backends.fixed import OneThread
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.backends.torch_device import HostBuffers, Replayed, prepare
 from distillery_sampler.backends.torch_shared import storages, use_threads
 from distillery_sampler.engine.init_images import beginning, given_pictures, with_known_pixels
+from distillery_sampler.engine.noise_prefetch import noise
 from distillery_sampler.engine.requests import ImageItem, ImageKey, Rendered, Tile, View
 from distillery_sampler.models.memory import TORCH_LARGE, limit_malloc_arenas
 from distillery_sampler.settings import SamplerSettings
@@ -159,7 +160,7 @@ class TorchGenerator(Generator):
         )
         x0 = x0.bfloat16() if plain else x0
         pictures = self._to_host(self._denoiser.decode(x0).clamp(-1, 1))
-        return with_known_pixels(pictures, items)
+        return pictures if key.begin is None else with_known_pixels(pictures, items)
 
     def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> Beginning | None:
         if key.begin is None:

@@ -13,7 +13,7 @@ import contextlib
 import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -375,3 +375,10 @@ class Batcher:
             if not item.future.done():
                 self._observer.rejected("deadline")
                 item.future.set_exception(Expired("the call's deadline passed while it was queued"))
+
+
+def drop(futures: Iterable[asyncio.Future[Any]]) -> None:
+    """Take what is not done out of the queue; errors that nobody awaits are no news."""
+    for future in futures:
+        if not future.cancel() and not future.cancelled():
+            future.exception()

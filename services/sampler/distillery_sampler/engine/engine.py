@@ -17,6 +17,7 @@ from distill_core.artifacts import ArtifactStore, ImageSpec, Manifest
 from distill_core.errors import ConfigError
 from distill_core.kinds.cards import generator_card, served_by
 from distillery_sampler.backends.base import Functions, Generator, SceneRenderer
+from distillery_sampler.engine.batcher import drop
 from distillery_sampler.engine.checks import check_reply, check_view, image_items, image_key
 from distillery_sampler.engine.init_images import given
 from distillery_sampler.engine.noise_prefetch import QUICK_VALUES, NoisePrefetch, draw_noise
@@ -34,7 +35,7 @@ from distillery_sampler.engine.requests import (
     Summary,
 )
 from distillery_sampler.engine.statistics import packing
-from distillery_sampler.engine.views import drop, render_views, terms
+from distillery_sampler.engine.views import render_views
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.models.loading import LoadedModel
 from distillery_sampler.models.registry import Registry
@@ -149,7 +150,7 @@ class Engine:
         quick = len(items) * math.prod(shape) <= QUICK_VALUES
         if quick and not waits:
             draw_noise(items, shape)
-        futures = model.batcher.submit(key, items, **terms(call))
+        futures = model.batcher.submit(key, items, **vars(call))
         if quick:
             draw_noise(items, shape)
         elif waits:
@@ -191,7 +192,7 @@ class Engine:
             self._check_size(model, len(calls.payloads), "items", "inputs")
             with model.stats.requests.request(calls.count, model.stats.of(calls.key.function)) as times:
                 times.queued()
-                futures = model.batcher.submit(calls.key, calls.payloads, **terms(request.call))
+                futures = model.batcher.submit(calls.key, calls.payloads, **vars(request.call))
                 try:
                     answers = [await future for future in futures]
                 finally:

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Sequence
 from queue import SimpleQueue
 
+import numpy as np
+
 from distill_core.diffusion.noise import unit_normals
 from distillery_sampler.engine.requests import ImageItem
 
@@ -56,3 +58,11 @@ def draw_noise(items: Sequence[ImageItem], shape: Shape) -> None:
     drawn = unit_normals([(item.seed, item.index) for item in items], 0, shape) if items else ()
     for item, noise in zip(items, drawn, strict=True):
         item.draws[0] = noise
+
+
+def noise(items: Sequence[ImageItem], draw: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The `draw`-th noise of each item, (B, *shape)."""
+    made = [item.draws.get(draw) for item in items]
+    missing = [(item.seed, item.index) for item, there in zip(items, made, strict=True) if there is None]
+    drawn = iter(unit_normals(missing, draw, shape) if missing else ())
+    return np.stack([next(drawn) if there is None else there for there in made])
