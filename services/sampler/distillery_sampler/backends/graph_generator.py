@@ -18,7 +18,7 @@ from distill_core.kinds.cards import generator_card
 from distillery_sampler.backends.base import Generator
 from distillery_sampler.backends.experts import Denoisers, Feed, Graph
 from distillery_sampler.backends.tokens import PromptTokens
-from distillery_sampler.engine.init_images import beginning, given_pictures, with_known_pixels
+from distillery_sampler.engine.init_images import beginning, init_pictures, with_known_pixels
 from distillery_sampler.engine.noise_prefetch import noise
 from distillery_sampler.engine.requests import ImageItem, ImageKey
 
@@ -94,7 +94,7 @@ class GraphGenerator(Generator):
             self._beginning(key, items),
         )
         pictures = np.clip(self._decoder({"x0": x0}) if self._decoder else x0, -1, 1)
-        return pictures if key.begin is None else with_known_pixels(pictures, items)
+        return pictures if key.init_image is None else with_known_pixels(pictures, items)
 
     def cuts(self, prompt: str) -> bool:
         return self._tokens is not None and self._tokens.cuts(prompt)
@@ -103,9 +103,9 @@ class GraphGenerator(Generator):
         return {id(self): self._files}
 
     def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> Beginning | None:
-        if key.begin is None:
+        if key.init_image is None:
             return None
-        y = given_pictures(items)
+        y = init_pictures(items)
         if self._decoder is not None:
             if self._encoder is None:
                 raise ConfigError(
@@ -114,7 +114,7 @@ class GraphGenerator(Generator):
                     field="image",
                 )
             y = self._encoder({"picture": y})
-        return beginning(key.begin, y, items)
+        return beginning(key.init_image, y, items)
 
     def _x0(self, x: np.ndarray, sigma: float, cond: Feed, parts: np.ndarray) -> np.ndarray:
         level = np.full(len(x), sigma, dtype=np.float32)

@@ -32,7 +32,7 @@ from distillery_sampler.backends.fixed import OneThread
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.backends.torch_device import HostBuffers, Replayed, prepare
 from distillery_sampler.backends.torch_shared import storages, use_threads
-from distillery_sampler.engine.init_images import beginning, given_pictures, with_known_pixels
+from distillery_sampler.engine.init_images import beginning, init_pictures, with_known_pixels
 from distillery_sampler.engine.noise_prefetch import noise
 from distillery_sampler.engine.requests import ImageItem, ImageKey, Rendered, Tile, View
 from distillery_sampler.models.memory import TORCH_LARGE, limit_malloc_arenas
@@ -160,15 +160,15 @@ class TorchGenerator(Generator):
         )
         x0 = x0.bfloat16() if plain else x0
         pictures = self._to_host(self._denoiser.decode(x0).clamp(-1, 1))
-        return pictures if key.begin is None else with_known_pixels(pictures, items)
+        return pictures if key.init_image is None else with_known_pixels(pictures, items)
 
     def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> Beginning | None:
-        if key.begin is None:
+        if key.init_image is None:
             return None
-        y = self._denoiser.encode(torch.from_numpy(given_pictures(items)).to(self._device))
-        found = beginning(key.begin, y.cpu().numpy(), items)
-        known = None if found.known is None else torch.from_numpy(found.known).to(self._device)
-        return replace(found, y=y, known=known)
+        y = self._denoiser.encode(torch.from_numpy(init_pictures(items)).to(self._device))
+        init_image = beginning(key.init_image, y.cpu().numpy(), items)
+        known = None if init_image.known is None else torch.from_numpy(init_image.known).to(self._device)
+        return replace(init_image, y=y, known=known)
 
     def _condition(self, key: ImageKey, items: Sequence[ImageItem]) -> dict[str, torch.Tensor]:
         kind = self._denoiser.cond.kind

@@ -19,7 +19,7 @@ from distill_core.kinds.cards import generator_card, served_by
 from distillery_sampler.backends.base import Functions, Generator, SceneRenderer
 from distillery_sampler.engine.batcher import drop
 from distillery_sampler.engine.checks import check_reply, check_view, image_items, image_key
-from distillery_sampler.engine.init_images import given
+from distillery_sampler.engine.init_images import decode_init_image
 from distillery_sampler.engine.noise_prefetch import QUICK_VALUES, NoisePrefetch, draw_noise
 from distillery_sampler.engine.predict import QUICK_VALUES as QUICK_INPUTS
 from distillery_sampler.engine.predict import calls_of, reply_bytes, size_of
@@ -133,9 +133,9 @@ class Engine:
             self._check_size(model, len(items))
             times = until.enter_context(model.stats.requests.request(len(items)))
             if request.image is not None:  # decoding takes milliseconds: not on the event loop
-                found, begin = await asyncio.to_thread(given, request.image, manifest)
-                items = [replace(item, given=found) for item in items]
-                key = replace(key, begin=begin)
+                decoded, shared = await asyncio.to_thread(decode_init_image, request.image, manifest)
+                items = [replace(item, init_image=decoded) for item in items]
+                key = replace(key, init_image=shared)
             times.queued()
             futures = self._submit(model, key, items, request.call)
             return _Queued(model, key, items, futures, until.pop_all())

@@ -24,7 +24,7 @@ class Call:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """A picture to begin from, as encoded bytes; white in `mask` is made anew, black stays."""
+    """Init image, as encoded bytes; white in `mask` is made anew, black stays."""
 
     image: bytes
     mask: bytes = b""
@@ -71,8 +71,8 @@ class CallKey:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """A decoded picture to begin from."""
+class DecodedImage:
+    """Decoded init image of one picture."""
 
     picture: Float  # (C, H, W) in [-1, 1]
     known: Float | None  # (1, H, W): 1 where a pixel stays
@@ -86,7 +86,7 @@ class ImageItem:
     index: int = 0
     class_label: int | None = None
     prompt: str | None = None
-    given: Given | None = None
+    init_image: DecodedImage | None = None
     negative: str = ""
     negative_scale: float = 0.0  # of the attention
     draws: dict[int, Float] = field(
@@ -95,8 +95,8 @@ class ImageItem:
 
 
 @dataclass(frozen=True)
-class BeginKey:
-    """How images of one batch begin from pictures: see `distill_core.diffusion.image_to_image`."""
+class InitImageKey:
+    """What init images of one batch have in common: see `distill_core.diffusion.image_to_image`."""
 
     strength: float
     masked: bool
@@ -109,7 +109,7 @@ class ImageKey:
 
     num_steps: int
     guidance: float
-    begin: BeginKey | None = None
+    init_image: InitImageKey | None = None
     negative: Literal["", "guidance", "attention"] = ""  # what leads away from the items' negative prompts
 
 
