@@ -55,7 +55,7 @@ Tell = Callable[[str], object]
 
 
 class Comparison(NamedTuple):
-    """What a conversion is compared on: a Blender scene's folder, or the procedural scene."""
+    """Scene that a conversion is compared on: a Blender scene's folder, or the procedural scene."""
 
     seconds: float = 480.0  # of the MLPs from images, about
     scene: Path | None = None

@@ -23,7 +23,7 @@ Say = Callable[[str], object]
 
 
 class Size(NamedTuple):
-    """How large the three networks are."""
+    """Sizes of the three networks."""
 
     name: str
     latent: int  # side

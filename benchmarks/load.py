@@ -33,7 +33,7 @@ class Refused(Exception):
 
 
 class Tally:
-    """What became of the calls of one load; latencies in seconds since a call was due."""
+    """Outcome of the calls of one load; latencies in seconds since a call was due."""
 
     def __init__(self) -> None:
         self.accepted: list[float] = []

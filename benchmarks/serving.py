@@ -69,7 +69,7 @@ def paired(lone: Asked, server: Asked, batch: int, concurrency: int, seconds: fl
 
 
 class Bench(NamedTuple):
-    """What every server of a run is measured with."""
+    """Settings that every server of a run is measured with."""
 
     served: Served
     lone: Asked  # the bare runtime
@@ -124,7 +124,7 @@ def scan(lone: Asked, seconds: float) -> dict[str, Any]:
 
 
 def overloaded(server: Child, generator: Asked, peak: float, seconds: float) -> dict[str, Any]:
-    """What is accepted of four times the peak, and how fast the rest is refused."""
+    """Share of four times the peak that is accepted, and how fast the rest is refused."""
     generator.ask(kind="settled")
     used = server.cpu_seconds()
     row = generator.ask(

@@ -45,7 +45,7 @@ async def connect(address: str, model: str) -> Callable[[int, list[int], float],
 
 
 def _meaning(error: grpc.aio.AioRpcError, share: float) -> Exception:
-    """What an error is to the load generator, `share` of the deadline after the call was sent."""
+    """Error as the load generator takes it, `share` of the deadline after the call was sent."""
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Refused()
     if error.code() in TOO_LATE:

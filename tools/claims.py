@@ -115,9 +115,9 @@ def measured(name: str, repository: Path) -> dict[str, Any]:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """What a figure belongs to: a changed recipe makes it an old one, a new key that keeps its default does not."""
-    said = {"publish": {"licence"}}  # of the model, not of its figures
-    chosen = recipe.model_dump(mode="json", exclude_defaults=True, exclude=said)
+    """Identity of a figure's recipe: a changed one makes it old, a new key that keeps its default does not."""
+    unmeasured = {"publish": {"licence"}}  # of the model, not of its figures
+    chosen = recipe.model_dump(mode="json", exclude_defaults=True, exclude=unmeasured)
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
@@ -234,7 +234,7 @@ def _states(states: Sequence[tuple[str, str]]) -> str:
 
 
 def state(recipe: Recipe, outcome: Outcome | None) -> str:
-    """What is known of a recipe's claim, in a few words."""
+    """State of a recipe's claim, in a few words."""
     if recipe.check is None:
         return RUNS_ONLY
     if outcome is None:

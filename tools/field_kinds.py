@@ -150,7 +150,7 @@ def _save_strip(pictures: Sequence[Any], path: Path) -> None:
 
 
 def kept_scenes(repository: Path) -> dict[str, Any]:
-    """What `python -m tools field-kinds` measured before."""
+    """Figures that `python -m tools field-kinds` measured before."""
     path = repository / KEPT
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 

@@ -1,4 +1,4 @@
-"""Where a server is: the one place that joins and parts hosts and ports, and knows what stays on this machine."""
+"""Addresses of servers: the one place that joins and parts hosts and ports, and knows what stays on this machine."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ Scope = Literal["use", "admin"]
 
 
 class Caller(NamedTuple):
-    """Who sent the call now being handled: a token's name; without tokens, a certificate's, or the peer's host."""
+    """Caller of the call now being handled: a token's name; without tokens, a certificate's, or the peer's host."""
 
     name: str
     scope: Scope
@@ -53,7 +53,7 @@ class Tokens:
         )
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
-        """Who holds the call's `authorization: Bearer …`; UNAUTHENTICATED if nobody does."""
+        """Holder of the call's `authorization: Bearer …`; UNAUTHENTICATED if nobody does."""
         header = _authorization(metadata)
         holder = self._holder(header)
         if holder is None:

@@ -150,12 +150,12 @@ class Settings(BaseSettings):
 
     @property
     def jobs_address(self) -> str:
-        """Where callers on this machine find the Jobs API."""
+        """Address at which callers on this machine find the Jobs API."""
         return dialled(self.jobs_host, self.jobs_port)
 
     @property
     def sampler_address(self) -> str:
-        """Where callers on this machine find the sampler."""
+        """Address at which callers on this machine find the sampler."""
         return dialled(self.sampler_host, self.sampler_port)
 
     def client_tls(self) -> ClientTls:

@@ -48,7 +48,7 @@ class StatusError(DistilleryError):
 
 
 class WireStatus(NamedTuple):
-    """What `context.abort_with_status` takes."""
+    """Status as `context.abort_with_status` takes it."""
 
     code: grpc.StatusCode
     details: str

@@ -40,7 +40,7 @@ class Tracing:
         return self._instrumented.aio_server_interceptor(self.provider, filter_=_is_traced)  # type: ignore[no-untyped-call]
 
     def client_interceptors(self) -> list[Any]:
-        """What a `grpc.aio` channel needs, so that its calls carry a span to the server."""
+        """Interceptors of a `grpc.aio` channel, so that its calls carry a span to the server."""
         return list(self._instrumented.aio_client_interceptors(self.provider))  # type: ignore[no-untyped-call]
 
     def intercepted(self, channel: Any) -> Any:

@@ -115,7 +115,7 @@ def _converted(
 
 
 def _content(manifest: Manifest) -> tuple[object, ...]:
-    """What decides an export: the weights with their configurations, and what the manifest says of their use."""
+    """Facts that decide an export: the weights with their configurations, and what the manifest says of their use."""
     files = {
         path: entry.sha256
         for path, entry in manifest.files.items()

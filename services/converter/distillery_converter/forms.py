@@ -37,7 +37,7 @@ class Form:
 
     @property
     def report(self) -> GraphReport:
-        """What the manifest says of it."""
+        """Report of it in the manifest."""
         return GraphReport(
             precision=self.precision,
             size=self.size,
@@ -135,7 +135,7 @@ def _if_worth_it(
 
 
 def _refused(form: Form, size: int, goal: Target) -> str:
-    """Why a part stays in float32; nothing where it gains."""
+    """Reason why a part stays in float32; nothing where it gains."""
     if form.parity.rel_l2 > goal.rel_l2:
         return f"differs by {form.parity.rel_l2:.2g} relative L2 in {goal.precision}, of {goal.rel_l2:.2g} allowed"
     if form.size > WORTH_IT * size:

@@ -306,7 +306,7 @@ def fixed_condition(name: str, cond: CondSpec, batch: int, classes: tuple[int, .
 def served_condition(
     denoiser: DiffusersDenoiser, names: Sequence[str], count: int, classes: tuple[int, ...] = ()
 ) -> Arrays:
-    """What requests are conditioned on: every class in turn, or example prompts, or random words without them."""
+    """Conditions of requests: every class in turn, or example prompts, or random words without them."""
     if "prompt_embeds" not in names:
         return {name: fixed_condition(name, denoiser.cond, count, classes) for name in names}
     examples, text = denoiser.cond.examples, denoiser.text

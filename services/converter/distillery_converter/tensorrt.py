@@ -17,7 +17,7 @@ BEST_BATCH = 8  # the batch that kernels are chosen for
 
 
 def tool_versions() -> dict[str, str]:
-    """What decides an engine's content beside the ONNX tools; see `this_host`."""
+    """Versions that decide an engine's content beside the ONNX tools; see `this_host`."""
     return this_host().model_dump()
 
 

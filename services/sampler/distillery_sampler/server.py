@@ -82,7 +82,7 @@ def shedding(engine: Engine) -> Shed:
 
 
 def rpc_settings(shared: Settings, own: SamplerSettings) -> RpcSettings:
-    """Where this process listens."""
+    """Address of this process."""
     return RpcSettings.parse(
         {
             "host": shared.sampler_host,

@@ -204,7 +204,7 @@ class JobsClient:
         return list(self._submit(request(work, **options)).jobs)
 
     def dry_run(self, work: Work, **options: Any) -> list[Plan]:
-        """What would be queued, and what each job would need; nothing is."""
+        """Plans of what would be queued, and what each job would need; nothing is."""
         asked = request(work, **options)
         asked.dry_run = True
         return list(self._submit(asked, timeout_s=_LONG_S).plans)

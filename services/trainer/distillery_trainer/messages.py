@@ -120,7 +120,7 @@ def _whole(value: Any) -> Any:
 
 
 def filters(request: jobs_pb2.ListRequest) -> Filters:
-    """Which jobs a List request asks for."""
+    """Filters of a List request."""
     return Filters(
         states=states(list(request.states)),
         kinds=kinds(list(request.kinds)),
@@ -154,7 +154,7 @@ def _plain(enum: Any, number: int, prefix: str, field: str) -> str:
 
 
 def watch_options(request: jobs_pb2.WatchRequest) -> watch.Options:
-    """What a Watch request wants."""
+    """Options of a Watch request."""
     cursors = {
         job: watch.Cursor(cursor.event, cursor.metrics_offset, cursor.log_offset, cursor.sample)
         for job, cursor in request.cursors.items()
@@ -292,7 +292,7 @@ def _metrics(line: Mapping[str, Any]) -> jobs_pb2.Metrics:
 
 
 def plan_message(plan: Mapping[str, Any]) -> jobs_pb2.Plan:
-    """What a dry run found out about one job."""
+    """Plan of one job that a dry run made."""
     return jobs_pb2.Plan(
         name=str(plan["name"]),
         kind=f"JOB_KIND_{str(plan['kind']).upper()}",
@@ -319,7 +319,7 @@ def queue_message(queue: QueueState) -> jobs_pb2.Queue:
 
 
 def garbage_rules(request: jobs_pb2.CollectGarbageRequest) -> Rules:
-    """What a CollectGarbage request lets stay."""
+    """Rules of a CollectGarbage request: what stays."""
     return Rules(
         request.keep if request.HasField("keep") else DEFAULT_KEEP,
         request.older_than_seconds if request.HasField("older_than_seconds") else DEFAULT_OLDER_THAN_S,
@@ -327,7 +327,7 @@ def garbage_rules(request: jobs_pb2.CollectGarbageRequest) -> Rules:
 
 
 def garbage_message(collected: Collected) -> jobs_pb2.CollectGarbageResponse:
-    """What was removed, or would be."""
+    """Garbage that was removed, or would be."""
     garbage = [
         jobs_pb2.Garbage(
             kind=f"KIND_{thing.kind.upper()}",

@@ -27,7 +27,7 @@ MAX_CALLS = 16_384  # at once; most of them are watchers, which cost next to not
 
 
 def rpc_settings(values: Settings) -> RpcSettings:
-    """Where the Jobs API listens."""
+    """Address of the Jobs API."""
     return RpcSettings.parse(
         {
             "host": values.jobs_host,

@@ -33,7 +33,7 @@ _log = structlog.get_logger("distillery.broker")
 
 
 def broker_url(settings: Settings) -> str:
-    """Where the services of this machine find the broker: the same answer in each of them."""
+    """Address at which the services of this machine find the broker: the same answer in each of them."""
     if settings.broker_url:
         return settings.broker_url
     if redis_server() is None:

@@ -34,7 +34,7 @@ class DryRuns:
         self._asked = 0
 
     async def plans(self, drafts: Sequence[Draft]) -> list[dict[str, Any]]:
-        """What each job needs: name, kind, note, and of a training memory_bytes, standing_bytes, device, fits.
+        """Needs of each job: name, kind, note, and of a training memory_bytes, standing_bytes, device, fits.
 
         Raises:
             DistilleryError: the first job that could not succeed. Overloaded: too many ask at once.

@@ -41,7 +41,7 @@ _log = structlog.get_logger("distillery.jobs")
 
 @dataclass(frozen=True)
 class Rules:
-    """What stays because it is new: the newest `keep` of each model and of each run's name, and what is younger."""
+    """Rules for what stays as it is new: the newest `keep` of each model and of each run's name, and what is young."""
 
     keep: int = DEFAULT_KEEP
     older_than_s: float = DEFAULT_OLDER_THAN_S
@@ -67,7 +67,7 @@ class Garbage:
 
 @dataclass(frozen=True)
 class Collected:
-    """What was removed, or would be; and which old models stay for what reason."""
+    """Garbage that was removed, or would be; and which old models stay for what reason."""
 
     garbage: tuple[Garbage, ...]
     kept: Mapping[str, str]

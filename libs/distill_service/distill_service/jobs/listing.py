@@ -31,7 +31,7 @@ _PLACE = struct.Struct(">dq8s")  # created, seq, and a digest of the filters
 
 @dataclass(frozen=True)
 class Filters:
-    """Which jobs; all of the conditions must hold. Times are seconds since 1970."""
+    """Filters of jobs; all of them must hold. Times are seconds since 1970."""
 
     states: Collection[State] = ()  # none: all
     kinds: Collection[Kind] = ()  # none: all
@@ -55,7 +55,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a page ended: the last job's time and number."""
+    """End of a page: the last job's time and number."""
 
     created: float
     seq: int

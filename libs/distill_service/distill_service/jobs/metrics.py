@@ -87,7 +87,7 @@ class JobTableCollector(Collector):
 
 
 class WorkerMetrics:
-    """What a worker's current job reports. Labels never hold a job's id: their number must stay small."""
+    """Figures of a worker's current job. Labels never hold a job's id: their number must stay small."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -41,7 +41,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended. `preempted` and `crashed` put the job back; only the latter counts against it.
+    """Outcome of an attempt. `preempted` and `crashed` put the job back; only the latter counts against it.
 
     It counts anew from the first crash after a new checkpoint: a long job may lose many workers.
     """
@@ -150,7 +150,7 @@ def heartbeat(
 
 
 def cancel_requested(db: Database, job_id: str, attempt: int) -> bool | None:
-    """What `heartbeat` answers, without a write."""
+    """Answer of `heartbeat`, without a write."""
     with db.read() as session:
         return session.scalar(select(Job.cancel_requested).where(*_ours(job_id, attempt)))
 

@@ -37,7 +37,7 @@ _LABEL_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
 
 @dataclass(frozen=True)
 class Options:
-    """What a client may say about any job."""
+    """Options that a client may give any job."""
 
     name: str = ""
     priority: int = 0  # -1000 to 1000, higher first

@@ -1,4 +1,4 @@
-"""What a job is asked to do: validated before it is queued, without loading any model code."""
+"""Specifications of jobs: validated before it is queued, without loading any model code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a job changes state: done, recorded, and carried to its children and pipeline in one place."""
+"""Changes of a job's state: done, recorded, and carried to its children and pipeline in one place."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def descendants(session: Session, job_id: str) -> list[Job]:
 
 
 def open_parents(session: Session, job_id: str) -> int:
-    """How many of a job's parents have not succeeded."""
+    """Number of a job's parents that have not succeeded."""
     query = select(func.count()).select_from(Parent).join(Job, Job.id == Parent.parent_id)
     return session.scalar(query.where(Parent.job_id == job_id, Job.state != State.SUCCEEDED)) or 0
 

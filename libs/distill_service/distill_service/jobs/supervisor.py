@@ -39,7 +39,7 @@ _log = structlog.get_logger("distillery.jobs")
 
 @dataclass
 class _Seen:
-    """What a child has said so far."""
+    """Messages of a child so far."""
 
     progress: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] | None = None
@@ -238,7 +238,7 @@ def conclude(
     log: str = "",
     delay_s: float = 0.0,
 ) -> Outcome:
-    """What a process's exit code means for its job. `delay_s`: before what was unavailable is tried again."""
+    """Outcome of a job by its process's exit code. `delay_s`: before what was unavailable is tried again."""
     if code == 0:
         values = result or {}
         return Outcome("succeeded", str(values.get("artifact") or ""), dict(values.get("metrics") or {}))

@@ -24,7 +24,7 @@ _PNG_END = b"IEND\xaeB`\x82"
 
 @dataclass(frozen=True)
 class Cursor:
-    """How far a job has been watched."""
+    """Position up to which a job has been watched."""
 
     event: int = 0
     metrics_offset: int = 0
@@ -53,7 +53,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Options:
-    """What a watcher wants."""
+    """Options of a watcher."""
 
     cursors: Mapping[str, Cursor] = field(default_factory=dict)
     with_samples: bool = False
@@ -71,7 +71,7 @@ class Watch:
         self.ended = False
 
     def look(self) -> list[Notice]:
-        """What is new since the last look.
+        """News since the last look.
 
         Raises:
             NotFound: no such job.
@@ -86,11 +86,11 @@ class Watch:
         return notices
 
     def cursors(self) -> dict[str, Cursor]:
-        """How far each job has been watched."""
+        """Position up to which each job has been watched."""
         return {job_id: follower.cursor for job_id, follower in self._followers.items()}
 
     def position(self) -> Hashable:
-        """What is wanted, and how far this is: two of one job at equal positions find the same from there on."""
+        """Streams that are wanted, and the position in each: two at equal positions find the same from there on."""
         streams = self.options.with_samples, self.options.with_log
         return streams, frozenset(follower.position() for follower in self._followers.values())
 

@@ -179,7 +179,7 @@ def _save(outputs: Mapping[str, np.ndarray], out: Path) -> None:
 def _answers(
     names: Sequence[str], outputs: Mapping[str, np.ndarray], classes: Sequence[str], top: int
 ) -> list[dict[str, Any]]:
-    """What is said of each item: the likeliest classes where there are logits, else the outputs."""
+    """Answer for each item: the likeliest classes where there are logits, else the outputs."""
     logits = outputs.get(LOGITS)
     if logits is not None and classes and logits.shape[1:] == (len(classes),):
         return [{"item": name, "classes": _likeliest(row, classes, top)} for name, row in zip(names, logits)]

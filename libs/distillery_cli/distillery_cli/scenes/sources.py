@@ -190,7 +190,7 @@ def _spec(scene: models_pb2.SceneInfo) -> SceneSpec:
 
 
 def _options(camera: Camera, outputs: tuple[str, ...], background: Colour | None) -> dict[str, Any]:
-    """What the sampler's client is told."""
+    """Options of the sampler's client."""
     return {
         "pose": camera.c2w.numpy(),
         "intrinsics": (camera.fx, camera.fy, camera.cx, camera.cy),
@@ -228,7 +228,7 @@ def picture_of(seen: Seen, output: str, background: Colour) -> np.ndarray:
 
 
 def needed_outputs(output: str) -> tuple[str, ...]:
-    """What must be rendered to show an output."""
+    """Outputs that must be rendered to show one."""
     return ("rgb",) if output == "rgb" else ("opacity",) if output == "opacity" else (output, "opacity")
 
 

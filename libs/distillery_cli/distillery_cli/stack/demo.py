@@ -43,7 +43,7 @@ FRAMES, FRAME_SIDE = 36, 128
 
 @dataclass
 class Trained:
-    """What the jobs published, how their losses went, and how long each took."""
+    """Results of the jobs: what they published, how their losses went, and how long each took."""
 
     models: dict[str, str] = field(default_factory=dict)  # stage -> name@version
     curves: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
@@ -100,7 +100,7 @@ def users_store() -> str | None:
 
 
 def serving_command(store: str) -> str:
-    """What to type to serve the models of `store`."""
+    """Command that serves the models of `store`."""
     from distill_service.settings import settings
 
     script, module = [sys.argv[0]], [sys.executable, "-m", "distillery_cli"]

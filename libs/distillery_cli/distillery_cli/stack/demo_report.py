@@ -64,7 +64,7 @@ class Report:
 
 
 class Demand(NamedTuple):
-    """What must hold for the demo to count as a success."""
+    """Demands that must hold for the demo to count as a success."""
 
     said: str
     holds: bool

@@ -35,7 +35,7 @@ def grpc_health(
 
 
 def grpc_state(address: str, service: str = "", *, timeout_s: float = 5.0) -> str:
-    """What grpc.health.v1 answers, e.g. `SERVING`.
+    """State that grpc.health.v1 answers, e.g. `SERVING`.
 
     Raises:
         Unavailable: nothing answers there in time.

@@ -58,7 +58,7 @@ class Running:
     again_at: float | None = None  # it is dead, and started again then
 
     def how_it_ended(self) -> str:
-        """What its exit code says, or the signal that it died of."""
+        """Meaning of its exit code, or the signal that it died of."""
         code = self.process.returncode
         if code >= 0:
             return f"exit code {code}: {last_words(self.log)}"

@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, everything else (progress, remarks, errors) on stderr."""
+"""Output of commands: results on stdout, everything else (progress, remarks, errors) on stderr."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Bar:
         self._line(text)
 
     def _line(self, text: str) -> None:
-        """Where nothing can be drawn over, a line now and then."""
+        """Progress where nothing can be drawn over: a line now and then."""
         now = time.monotonic()
         if not self._live and now - self._printed >= LINE_EVERY_S:
             self._printed = now

@@ -54,7 +54,7 @@ class FittedTable:
     title: str | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Any]:
-        """What rich draws, for the width at hand."""
+        """Parts that rich draws, for the width at hand."""
         width = options.max_width
         kept, left_out = self._fitting(width)
         if _least(kept) > width and console.is_terminal:

@@ -1,4 +1,4 @@
-"""What evaluates a model. Backends are called from several model threads and hold no request state."""
+"""Backends: what evaluates a model. They are called from several model threads and hold no request state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backend evaluates a model, and its opening. A backend's libraries are imported when it is opened."""
+"""Choice of a model's backend, and its opening. A backend's libraries are imported when it is opened."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXTRAS = {"torch": "train", "onnxruntime": "sampler", "tensorrt": "trt"}
 
 
 class Choice(NamedTuple):
-    """What evaluates a model: a backend, by name, and the export that it runs; None is the model itself."""
+    """Backend of a model, by name, and the export that it runs; None is the model itself."""
 
     backend: str
     target: str | None

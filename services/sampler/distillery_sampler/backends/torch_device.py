@@ -1,4 +1,4 @@
-"""What makes torch quick on a GPU: bfloat16, channels last, recorded CUDA graphs, pinned buffers for the answer."""
+"""Fast torch on a GPU: bfloat16, channels last, recorded CUDA graphs, pinned buffers for the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all torch backends do alike. Imports no diffusers, which takes longer than a small model's loading."""
+"""Common parts of all torch backends. Imports no diffusers, which takes longer than a small model's loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both clients send and how they read the answers: options to messages, messages to NumPy."""
+"""Messages of both clients: options to messages, messages to NumPy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LISTS = ("class_labels", "prompts", "negative_prompts", "seeds")
 
 
 class GenerateOptions(TypedDict, total=False):
-    """What a request for pictures may say; lists that are given must be equally long, one entry an image."""
+    """Options of a request for pictures; lists that are given must be equally long, one entry an image."""
 
     class_labels: Iterable[int]
     prompts: Iterable[str]
@@ -41,7 +41,7 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class ViewOptions(TypedDict, total=False):
-    """What a request for views may say."""
+    """Options of a request for views."""
 
     width: int  # pixels, 256 if it is left out
     height: int
@@ -286,7 +286,7 @@ def seen(view: sampler_pb2.View) -> SeenView:
 
 
 def improved(shown: SeenView | None, view: sampler_pb2.View, options: sampler_pb2.ViewOptions) -> SeenView:
-    """What is shown with one more region of it; the first one covers the whole view."""
+    """View with one more region of it; the first one covers the whole view."""
     new_parts, region = seen(view), view.region
 
     def enlarged(part: np.ndarray | None) -> np.ndarray | None:

@@ -215,7 +215,7 @@ class SamplerClient:
         bulk: bool = False,
         **arrays: Any,
     ) -> dict[str, np.ndarray]:
-        """What one of a model's functions, "" its first, answers to `arrays` (B, …) by input; (B, …) by output.
+        """Outputs (B, …) by name of one of a model's functions, "" its first, for `arrays` (B, …) by input.
 
         `sampler.predict("digits-student", image=batch)["logits"]`; `sampler.model(ref).functions` says what there is.
         `bulk` waits while others' interactive requests wait.

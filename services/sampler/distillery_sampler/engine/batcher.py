@@ -36,10 +36,10 @@ class Expired(DistilleryError):
 
 
 class Observer(Protocol):
-    """Who is told what the batcher does."""
+    """Observer of what the batcher does."""
 
     def origin(self) -> Any:
-        """What the images now queued are remembered by until their batch ran, e.g. a span; None: nothing."""
+        """Origin of the images now queued, kept until their batch ran, e.g. a span; None: nothing."""
 
     def batch(self, images: int, reason: str, waits: list[float], seconds: float, origins: list[Any]) -> None:
         """A batch ran; `reason` is full, idle or delay, `waits` how long each image was queued."""
@@ -104,7 +104,7 @@ class _Line:
 
 @dataclass(eq=False, slots=True)
 class _Batch:
-    """What a thread runs together."""
+    """Items that a thread runs together."""
 
     items: list[_Item]
     cost: float
@@ -192,7 +192,7 @@ class Batcher:
             return self._wait_estimate()
 
     def too_late(self, seconds_left: float) -> Expired | None:
-        """Why nothing new is taken from a caller who has so long left; None if it may be tried."""
+        """Refusal of a caller who has so long left; None if it may be tried."""
         wait = self.wait_estimate()
         return self._expired(wait) if MARGIN * wait > seconds_left else None
 

@@ -1,4 +1,4 @@
-"""What a request may say to a model: every refusal is one sentence that names the field."""
+"""Checks of what a request says to a model: every refusal is one sentence that names the field."""
 
 from __future__ import annotations
 

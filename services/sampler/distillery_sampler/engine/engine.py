@@ -174,7 +174,7 @@ class Engine:
             yield Summary(model.manifest.ref, model.backend.name, len(request.views), seconds)
 
     async def predict(self, request: PredictRequest) -> tuple[dict[str, np.ndarray], Summary]:
-        """What one of a model's functions answers, (B, …) by output. Item i is the same whatever it was batched with.
+        """Outputs of one of a model's functions, (B, …) each, by name. Item i is the same whatever it was batched with.
 
         Raises:
             ConfigError, NotFound, ArtifactError: the request or its model is wrong.

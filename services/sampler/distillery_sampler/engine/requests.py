@@ -1,4 +1,4 @@
-"""What the engine is asked and answers. Plain data: knows no gRPC and no tensor library but NumPy."""
+"""Requests to the engine and its answers. Plain data: knows no gRPC and no tensor library but NumPy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Float = np.ndarray  # float32
 
 @dataclass(frozen=True)
 class Call:
-    """Who asks, and until when an answer is of use."""
+    """Caller of a request, and until when an answer is of use."""
 
     client: str = ""
     deadline: float | None = None  # event loop time
@@ -63,7 +63,7 @@ class PredictRequest:
 
 @dataclass(frozen=True)
 class CallKey:
-    """What items of one batch have in common: the function, and the shape of each input."""
+    """Batch key of items: the function, and the shape of each input."""
 
     function: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
@@ -96,7 +96,7 @@ class ImageItem:
 
 @dataclass(frozen=True)
 class InitImageKey:
-    """What init images of one batch have in common: see `distill_core.diffusion.image_to_image`."""
+    """Batch key of init images: see `distill_core.diffusion.image_to_image`."""
 
     strength: float
     masked: bool
@@ -105,7 +105,7 @@ class InitImageKey:
 
 @dataclass(frozen=True)
 class ImageKey:
-    """What images of one batch have in common."""
+    """Batch key of images."""
 
     num_steps: int
     guidance: float
@@ -124,7 +124,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Summary:
-    """Which version answered, and how."""
+    """Summary of an answer: the version, and how it went."""
 
     model: str
     backend: str
@@ -190,7 +190,7 @@ class Tile:
 
     @property
     def rays(self) -> int:
-        """How many pixels it has."""
+        """Number of its pixels."""
         return len(self.region.rows) * -(-self.view.width // self.region.factor)
 
 

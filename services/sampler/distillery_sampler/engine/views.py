@@ -23,7 +23,7 @@ PREVIEW_FACTOR = 4  # of a preview's pixels, at least
 
 
 class TileKey(NamedTuple):
-    """What tiles of one batch have in common."""
+    """Batch key of tiles."""
 
     normals: bool
 

@@ -48,7 +48,7 @@ def whole(parameters: Mapping[str, float], name: str) -> int | None:
 
 
 def pictures_of(inputs: Mapping[str, np.ndarray]) -> int:
-    """How many pictures are asked for: the batch of the inputs that are given; without any it is one."""
+    """Number of pictures that are asked for: the batch of the inputs that are given; without any it is one."""
     return next((len(value) for name, value in inputs.items() if name != "guidance_scale"), 1)
 
 

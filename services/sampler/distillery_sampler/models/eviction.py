@@ -1,4 +1,4 @@
-"""Which of the loaded models go when another one needs their place: the longest unused, never a preloaded one."""
+"""Eviction of loaded models when another one needs their place: the longest unused, never a preloaded one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ModelBudget:
         return self._limit
 
     async def needed(self, key: Key, loaded: Mapping[Key, LoadedModel]) -> int:
-        """What a version will need, by its files: its own weights, and its base's if that is not among `loaded`.
+        """Bytes that a version will need, by its files: its own weights, and its base's if that is not among `loaded`.
 
         Raises:
             NotFound, ArtifactError: it cannot be served, or is more than all models together may take.
@@ -53,7 +53,7 @@ class ModelBudget:
         return need
 
     def why_not(self, pinned: Collection[LoadedModel], need: int) -> str:
-        """Why no room of `need` bytes can be made while the `pinned` models stay; empty if it can."""
+        """Reason why no room of `need` bytes can be made while the `pinned` models stay; empty if it can."""
         places = len(pinned) < self._settings.max_models
         fits = places and total(model.held() for model in pinned) + need <= self.limit()
         return "" if fits or not pinned else NO_ROOM

@@ -87,7 +87,7 @@ class LoadedModel:
         return {**known, ("beyond its files", id(self)): beyond}
 
     def figures(self) -> dict[str, Any]:
-        """What was found when it was loaded, by name."""
+        """Figures that were measured when it was loaded, by name."""
         return {
             "backend": self.backend.name,
             **self.tuned.layout._asdict(),
@@ -96,7 +96,7 @@ class LoadedModel:
         }
 
     def info(self, aliases: tuple[str, ...]) -> ModelInfo:
-        """What a client is told of it."""
+        """Facts of it for a client."""
         return ModelInfo(self.manifest, "ready", aliases, **self.figures())
 
     async def retire(self) -> None:
@@ -159,7 +159,7 @@ def _first_that_opens(
 
 
 def _warm_up_request(manifest: Manifest) -> WarmUpRequest:
-    """What the parity sample was made with; for older versions what it would be."""
+    """Request that the parity sample was made with; for older versions what it would be."""
     card = generator_card(manifest)
     parity, cond, sampler = manifest.parity, card.cond, card.sampler
     assert cond is not None

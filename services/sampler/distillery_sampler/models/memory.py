@@ -1,4 +1,4 @@
-"""How much memory models may take, and how much they do."""
+"""Memory limit of loaded models, and what they use."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def resident() -> int:
 
 
 def weight_bytes(manifest: Manifest, target: str | None) -> int:
-    """What the files say that a version takes: those of an export, or without one its own weights."""
+    """Bytes of a version by its files: those of an export, or without one its own weights."""
     if target is not None:
         folder = f"exports/{target}"  # not those below it: what engines are built from is not loaded
         return sum(file.size for path, file in manifest.files.items() if path.rpartition("/")[0] == folder)
@@ -56,7 +56,7 @@ def weight_bytes(manifest: Manifest, target: str | None) -> int:
 
 
 def total(held: Iterable[Held]) -> int:
-    """What several models take together; what they share counts once."""
+    """Bytes of several models together; what they share counts once."""
     merged: dict[Hashable, int] = {}
     for parts in held:
         merged.update(parts)

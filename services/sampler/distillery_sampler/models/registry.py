@@ -1,4 +1,4 @@
-"""Which versions are loaded, which one answers for a name or an alias, and how one replaces another."""
+"""Registry of loaded versions: which one answers for a name or an alias, and how one replaces another."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Registry:
                 return
 
     def too_late(self, seconds_left: float) -> DistilleryError | None:
-        """Why a caller who has so long left is refused whatever they ask for: no model here would be done by then.
+        """Refusal of a caller who has so long left, whatever they ask for: no model here would be done by then.
 
         A model that is not loaded yet would take longer still.
         """

@@ -1,4 +1,4 @@
-"""How a model uses its device best, found by timing when it is loaded: instances, threads, images in a batch."""
+"""Best use of a device by a model, measured by timing when it is loaded: instances, threads, images in a batch."""
 
 from __future__ import annotations
 

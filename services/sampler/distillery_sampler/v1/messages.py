@@ -70,7 +70,7 @@ def _image_input(message: sampler_pb2.ImageInput) -> ImageInput:
 
 
 def generate_summary(summary: Summary) -> sampler_pb2.GenerateSummary:
-    """How a Generate went."""
+    """Summary of a Generate."""
     return sampler_pb2.GenerateSummary(
         model=summary.model,
         backend=summary.backend,
@@ -90,7 +90,7 @@ def predict_from(message: sampler_pb2.PredictRequest, call: Call) -> PredictRequ
 
 
 def predicted(outputs: Mapping[str, np.ndarray], summary: Summary) -> sampler_pb2.PredictResponse:
-    """What a function answered, and how that went."""
+    """Outputs of a function, and how that went."""
     return sampler_pb2.PredictResponse(
         outputs={name: array_to(values, name) for name, values in outputs.items()},
         summary=sampler_pb2.PredictSummary(
@@ -100,7 +100,7 @@ def predicted(outputs: Mapping[str, np.ndarray], summary: Summary) -> sampler_pb
 
 
 def render_summary(summary: Summary) -> sampler_pb2.RenderSummary:
-    """How a rendering went."""
+    """Summary of a rendering."""
     return sampler_pb2.RenderSummary(
         model=summary.model, backend=summary.backend, count=summary.count, seconds=summary.seconds
     )

@@ -53,7 +53,7 @@ ADMIN_METHODS = frozenset(f"/distillery.v1.ModelsService/{name}" for name in ("L
 
 
 def call_of(context: ServicerContext, *, bulk: bool = False) -> Call:
-    """Who calls, and when their deadline is on the event loop's clock."""
+    """Caller, and their deadline on the event loop's clock."""
     remaining = context.time_remaining()
     deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
     return Call(CALLER.get().name, deadline, bulk)

@@ -1,4 +1,4 @@
-"""What the sampler and its clients both read and write inside `distillery.v1` messages."""
+"""Parts that the sampler and its clients both read and write inside `distillery.v1` messages."""
 
 from __future__ import annotations
 
