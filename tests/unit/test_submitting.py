@@ -76,7 +76,7 @@ def test_a_marked_sweep_is_one_whatever_its_key():
 
 
 @pytest.fixture
-def local_context(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/of-mine")
     return tmp_path
