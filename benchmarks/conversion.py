@@ -55,7 +55,7 @@ Tell = Callable[[str], object]
 
 
 class Comparison(NamedTuple):
-    """What a conversion is compared on: a Blender scene's folder, or the procedural scene."""
+    """Scene that a conversion is compared on: a Blender scene's folder, or the procedural scene."""
 
     seconds: float = 480.0  # of the MLPs from images, about
     scene: Path | None = None
@@ -70,7 +70,7 @@ def measure_conversion(work: Path, comparison: Comparison, tell: Tell) -> dict[s
     from distill_core.recipe import load_recipe
 
     torch.set_num_threads(1)
-    where = api.context(work / "store", work / "cache")
+    context = api.context(work / "store", work / "cache")
     images = load_recipe(FROM_IMAGES)
     assert images.network is not None
     mlp = {"network": images.network.model_dump(mode="json")}
@@ -84,13 +84,13 @@ def measure_conversion(work: Path, comparison: Comparison, tell: Tell) -> dict[s
     everywhere = images.override({"config.grid_every": NEVER})
     longer = teacher.override({"steps": TEACHER_TIMES * teacher.steps})
     curves = {
-        "mlp_from_images": _curve("MLP from images", everywhere, seconds, where, work / "images", tell),
-        "mlp_with_grid": _curve("MLP from images with grid", images, seconds, where, work / "grid", tell),
-        "hash_teacher": _curve("hash teacher from images", longer, None, where, work / "teacher", tell),
+        "mlp_from_images": _curve("MLP from images", everywhere, seconds, context, work / "images", tell),
+        "mlp_with_grid": _curve("MLP from images with grid", images, seconds, context, work / "grid", tell),
+        "hash_teacher": _curve("hash teacher from images", longer, None, context, work / "teacher", tell),
     }
     spent = curves["mlp_from_images"][-1][0] / SHARE
     title = "MLP from the teacher"
-    curves["mlp_converted"] = _curve(title, pvd, spent, where, work / "mlp", tell, MLP_STAGES)
+    curves["mlp_converted"] = _curve(title, pvd, spent, context, work / "mlp", tell, MLP_STAGES)
     name = "procedural" if scene is None else scene.resolve().name
     return {"scene": name, "curves": curves, **conclusions(curves)}
 
@@ -103,7 +103,7 @@ def measure_stages(work: Path, tell: Tell) -> dict[str, Any]:
     from distill_core.recipe import load_recipe
 
     torch.set_num_threads(1)
-    where = api.context(work / "store", work / "cache")
+    context = api.context(work / "store", work / "cache")
     pvd = load_recipe(CONVERTED)
     ways = {
         "staged": {},
@@ -111,19 +111,21 @@ def measure_stages(work: Path, tell: Tell) -> dict[str, Any]:
         "pixels_own_colors": {**PIXELS_ONLY, "config.transfer": False},
     }
     return {
-        name: _curve(f"VM, {name}", pvd, VM_SECONDS, where, work / name, tell, changes, "psnr_to_teacher")[-1]
+        name: _curve(f"VM, {name}", pvd, VM_SECONDS, context, work / name, tell, changes, "psnr_to_teacher")[
+            -1
+        ]
         for name, changes in ways.items()
     }
 
 
 def conclusions(curves: dict[str, Curve]) -> dict[str, float | None]:
     """When the converted MLP is as good as those from images, and when that with a grid was as good as it."""
-    seconds, wanted = curves["mlp_from_images"][-1]
+    seconds, target_psnr = curves["mlp_from_images"][-1]
     spent, psnr = curves["mlp_converted"][-1]
-    reached = _first(curves["mlp_converted"], wanted)
+    reached = _first(curves["mlp_converted"], target_psnr)
     return {
         "from_images_seconds": seconds,
-        "from_images_psnr": wanted,
+        "from_images_psnr": target_psnr,
         "converted_seconds": reached,  # None: not within a tenth of the time
         "converted_psnr": psnr,
         "times_faster": None if reached is None else seconds / reached,
@@ -142,7 +144,7 @@ def _curve(
     title: str,
     recipe: Recipe,
     seconds: float | None,
-    where: Context,
+    context: Context,
     folder: Path,
     tell: Tell,
     stages: dict[str, Any] | None = None,
@@ -150,13 +152,15 @@ def _curve(
 ) -> Curve:
     """Train as `recipe` says, for as many steps as fit `seconds` (None: its own number); the model is saved."""
     steps = (
-        recipe.steps if seconds is None else max(PROBE, round(seconds / _step_seconds(recipe, where, folder)))
+        recipe.steps
+        if seconds is None
+        else max(PROBE, round(seconds / _step_seconds(recipe, context, folder)))
     )
     changes: dict[str, Any] = {"steps": steps}
     for key, share in {**(STAGES if recipe.method == CONVERTED else {}), **(stages or {})}.items():
         changes[key] = round(share * steps) if key in STAGES else share
     recipe = recipe.override(changes)
-    trainer = _trainer(recipe, where, folder)
+    trainer = _trainer(recipe, context, folder)
     from distill_core.kinds.field.card import Evaluate
 
     points: Curve = []
@@ -174,11 +178,11 @@ def _curve(
     return points
 
 
-def _step_seconds(recipe: Recipe, where: Context, folder: Path) -> float:
+def _step_seconds(recipe: Recipe, context: Context, folder: Path) -> float:
     """The middle one of the last half of a few steps; of a conversion, those of its last stage, which cost the most."""
     if recipe.method == CONVERTED:
         recipe = recipe.override({"config.feature_until": 0, "config.points_until": 0})
-    trainer = _trainer(recipe, where, folder / "probe")
+    trainer = _trainer(recipe, context, folder / "probe")
     times = []
     for _ in range(PROBE):
         began = time.process_time()
@@ -188,12 +192,12 @@ def _step_seconds(recipe: Recipe, where: Context, folder: Path) -> float:
     return sorted(times[PROBE // 2 :])[PROBE // 4]
 
 
-def _trainer(recipe: Recipe, where: Context, folder: Path) -> Trainer:
+def _trainer(recipe: Recipe, context: Context, folder: Path) -> Trainer:
     from distill_core.building import build
     from distill_core.training.loop import Trainer
     from distill_core.training.run import Run
 
-    method, source = build(recipe, where)
+    method, source = build(recipe, context)
     return Trainer(method, source, recipe, Run(folder))
 
 
@@ -203,11 +207,11 @@ def conversion_rows(found: dict[str, Any]) -> list[list[Any]]:
         [title, float(found["curves"][name][-1][0]), float(found["curves"][name][-1][1]), ""]
         for name, title in TITLES.items()
     ]
-    ends = conclusions(found["curves"])
+    ends: dict[str, Any] = conclusions(found["curves"])
     reached, faster = ends["converted_seconds"], ends["times_faster"]
-    said = "not reached" if reached is None else f"{faster:.3g} x sooner"
+    verdict = "not reached" if reached is None else f"{faster:.3g} x sooner"
     held = _word(faster is not None and faster >= FASTER)
-    what = f"MLP from the teacher at least as good as from images ({said}, asked {FASTER:g})"
+    what = f"MLP from the teacher at least as good as from images ({verdict}, asked {FASTER:g})"
     rows.append([what, "" if reached is None else float(reached), float(ends["from_images_psnr"]), held])
     later = ends["with_grid_seconds_to_converted_psnr"]
     if later is not None:

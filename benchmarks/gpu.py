@@ -23,7 +23,7 @@ Say = Callable[[str], object]
 
 
 class Size(NamedTuple):
-    """How large the three networks are."""
+    """Sizes of the three networks."""
 
     name: str
     latent: int  # side
@@ -68,7 +68,8 @@ def measure_gpu(
     work.mkdir(parents=True, exist_ok=True)
     say(f"{size.name}: making the networks")
     published, folder = _published(size, work)
-    ref = published.ref
+    ref, image = published.ref, generator_card(published).image
+    assert image is not None
     loads = []
     with _GpuSampler(ref, work, device, precision) as sampler:
         say(f"{size.name}: SERVING after {sampler.start_seconds():.1f} s")
@@ -81,7 +82,7 @@ def measure_gpu(
         "model": size.name,
         "device": _device_name(device),
         "precision": precision,
-        "picture": generator_card(published).image.picture[-1],
+        "picture": image.picture[-1],
         "loads": loads,
         "bare": bare,
         "p50_over_bare": alone / bare["sum_ms"],
@@ -265,8 +266,8 @@ def bare_forwards(folder: Path, device: str, precision: str) -> dict[str, float]
         "vae_ms": lambda: denoiser.codec.decode(latent),
     }
     with torch.inference_mode():
-        found = {name: _median_ms(call, device) for name, call in calls.items()}
-    return {**found, "sum_ms": sum(found.values())}
+        medians = {name: _median_ms(call, device) for name, call in calls.items()}
+    return {**medians, "sum_ms": sum(medians.values())}
 
 
 def _median_ms(call: Callable[[], object], device: str) -> float:

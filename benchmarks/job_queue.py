@@ -171,9 +171,9 @@ def _fill(db: Database, size: int) -> None:
             numbers = range(start, min(start + 2_000, size))
             jobs = [_job(number, spec) for number in numbers]
             session.execute(insert(Job), jobs)
-            told = {"attempt": 0, "what": "submitted", "message": "", "who": "bench"}
+            event = {"attempt": 0, "what": "submitted", "message": "", "who": "bench"}
             events = [
-                {**told, "job_id": job["id"], "state": job["state"], "time": job["created"]} for job in jobs
+                {**event, "job_id": job["id"], "state": job["state"], "time": job["created"]} for job in jobs
             ]
             session.execute(insert(Event), events)
             labels = [{**_at(job), "key": "team", "value": f"{job['seq'] % 50}"} for job in jobs]

@@ -33,7 +33,7 @@ class Refused(Exception):
 
 
 class Tally:
-    """What became of the calls of one load; latencies in seconds since a call was due."""
+    """Outcome of the calls of one load; latencies in seconds since a call was due."""
 
     def __init__(self) -> None:
         self.accepted: list[float] = []
@@ -130,8 +130,8 @@ async def offered(
     took = max(time.perf_counter() - began, seconds)
     answered = tally.counts["ok"]  # what the backlog brings afterwards is no throughput of this load
     await asyncio.gather(*pending)
-    found = tally.summary(took, time.process_time() - cpu, images)
-    return {**found, "offered": len(moments) * images / seconds, "images_per_s": images * answered / took}
+    summary = tally.summary(took, time.process_time() - cpu, images)
+    return {**summary, "offered": len(moments) * images / seconds, "images_per_s": images * answered / took}
 
 
 async def settled(call: Call) -> dict[str, Any]:
@@ -177,8 +177,8 @@ async def serve(path: str, address: str, model: str, patience_s: str) -> None:
         command = json.loads(line)
         kind = command.pop("kind")
         if kind == "picture":
-            found = await call(command["seed"], command["labels"], TIMEOUT_S)
-            say({"picture": base64.b64encode(found).decode()})
+            answer = await call(command["seed"], command["labels"], TIMEOUT_S)
+            say({"picture": base64.b64encode(answer).decode()})
         else:
             say(await kinds[kind](call, **command))
 

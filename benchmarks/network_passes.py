@@ -95,10 +95,9 @@ def passes_of_a_step(trainer: Trainer) -> list[Pass]:
 
 class _Watch:
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.passes = trainer, []
-        self._open: list[
-            list[tuple[nn.Module, Any]]
-        ] = []  # the network being called, with its layers' outputs
+        self.trainer = trainer
+        self.passes: list[Pass] = []
+        self._open: list[tuple[nn.Module, Any]] = []  # the network being called, with its layers' outputs
         self._depth, self._backward = 0, False
         self._inputs: Sequence[nn.Parameter] = ()
 
@@ -146,19 +145,19 @@ class _Watch:
 
     def _pass(self, network: nn.Module, args: Any, options: Any) -> Pass:
         detached = tree_map_only(Tensor, lambda value: value.detach(), (args, options))
-        found = Pass(network, *detached)
+        network_pass = Pass(network, *detached)
         calls: dict[int, int] = {}
         for layer, output in self._open:
             which = calls.get(id(layer), 0)
             calls[id(layer)] = which + 1
-            found.inner.append((layer, which))
+            network_pass.inner.append((layer, which))
             for value in _tensors(output)[:1]:
                 if value.requires_grad:
-                    value.register_hook(self._reached(found, len(found.inner) - 1))
+                    value.register_hook(self._reached(network_pass, len(network_pass.inner) - 1))
         for given, kept in zip(_tensors((args, options)), _tensors(detached), strict=True):
             if given.requires_grad:
-                given.register_hook(self._left(found, id(kept)))
-        return found
+                given.register_hook(self._left(network_pass, id(kept)))
+        return network_pass
 
     def _reached(self, found: Pass, number: int) -> Any:
         def on_gradient(_gradient: Tensor) -> None:

@@ -60,18 +60,18 @@ def environment_of(peer: Peer, root: Path, say: Callable[[str], object]) -> Path
     """
     import onnxruntime
 
-    home, wanted = root / peer.name, peer.folder / "requirements.txt"
-    if not wanted.exists():
-        raise Unavailable(f"{wanted} is missing: peers are measured from a checkout of the repository")
+    home, requirements = root / peer.name, peer.folder / "requirements.txt"
+    if not requirements.exists():
+        raise Unavailable(f"{requirements} is missing: peers are measured from a checkout of the repository")
     program, version = home / "bin" / "python", onnxruntime.__version__
-    stamp = home / f".installed-{zlib.crc32(wanted.read_bytes() + version.encode()):08x}"
+    stamp = home / f".installed-{zlib.crc32(requirements.read_bytes() + version.encode()):08x}"
     if stamp.exists():
         return program
     say(f"{peer.name}: installing into {home}, once")
     shutil.rmtree(home, ignore_errors=True)
     log = root / f"{peer.name}.log"
     root.mkdir(parents=True, exist_ok=True)
-    install = [str(program), "-m", "pip", "install", "-r", str(wanted), f"onnxruntime=={version}"]
+    install = [str(program), "-m", "pip", "install", "-r", str(requirements), f"onnxruntime=={version}"]
     with log.open("wb") as output:
         for command in ([sys.executable, "-m", "venv", str(home)], install):
             try:
@@ -125,8 +125,8 @@ def measure_peer(
         server = PeerServer(peer, program, served, threads, batch, work)
         try:
             with server, generator_of(peer, program, server, work) as generator:
-                found = measure(name, server, generator)
-                rows.append({"name": name, "remark": peer.remark, "is_server": peer.is_server, **found})
+                row = measure(name, server, generator)
+                rows.append({"name": name, "remark": peer.remark, "is_server": peer.is_server, **row})
         except Unavailable:
             reason = f"does not start, or broke off: {said(server.log)}"
             say(f"{name}: {reason}")

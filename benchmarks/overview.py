@@ -109,14 +109,14 @@ def _measured(name: str, work: Path, seconds: float, steps: int, comparison: Com
 def kept(path: Path) -> dict[str, Any]:
     """An earlier report, whose parts stay where they are not measured anew."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return report if isinstance(report, dict) else {}
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Machine that the figures were measured on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": _cpu_name(),
@@ -195,29 +195,29 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, str, list[str], list[list
         "samples all along the rays, and with our occupancy grid too. Times are CPU seconds of training steps on one\n"
         f"thread; the teacher's own is shown, not hidden.\n\n![PSNR against seconds]({PLOT})"
     )
-    found = []
+    entries = []
     if "sampler" in report:
         rows = _serving_rows(report)
-        found.append(("Sampler against the bare runtime", sampler, SERVING_COLUMNS, rows))
+        entries.append(("Sampler against the bare runtime", sampler, SERVING_COLUMNS, rows))
     if "gpu" in report:
         remark = (
             "Text encoder, UNet, VAE and JPEG of one picture; bare forwards are eager, one after the other."
         )
-        found.append(("Text to image on a GPU", remark, SERVING_COLUMNS, gpu_rows(report["gpu"])))
+        entries.append(("Text to image on a GPU", remark, SERVING_COLUMNS, gpu_rows(report["gpu"])))
     if "rendering" in report:
-        found.append(("Rendering", rendering, COLUMNS, rendering_rows(report["rendering"])))
+        entries.append(("Rendering", rendering, COLUMNS, rendering_rows(report["rendering"])))
     if "conversion" in report:
         rows = conversion_rows(report["conversion"])
         remark = conversion.format(report["conversion"]["scene"])
-        found.append(("Converting a field against training one", remark, CONVERSION_COLUMNS, rows))
+        entries.append(("Converting a field against training one", remark, CONVERSION_COLUMNS, rows))
     if "stages" in report:
         remark = "A hash grid becomes a VM field in equal time; PSNR is against the teacher's own renders."
         rows = stage_rows(report["stages"])
-        found.append(("PVD's stages against pixels alone", remark, CONVERSION_COLUMNS, rows))
+        entries.append(("PVD's stages against pixels alone", remark, CONVERSION_COLUMNS, rows))
     if "steps" in report:
         rows = _training_rows(report)
-        found.append(("A training step against its network passes", steps, STEP_COLUMNS, rows))
-    return found
+        entries.append(("A training step against its network passes", steps, STEP_COLUMNS, rows))
+    return entries
 
 
 def _show(report: dict[str, Any], out: Path) -> None:

@@ -65,7 +65,7 @@ class Child:
                 continue
 
     def cpu_seconds(self) -> float:
-        """What it and its children have used so far."""
+        """CPU seconds that it and its children have used so far."""
         import psutil
 
         total = 0.0
@@ -79,7 +79,7 @@ class Child:
         return total
 
     def failed(self, what: str) -> Unavailable:
-        """Why it cannot be used, with the end of its log."""
+        """Reason why it cannot be used, with the end of its log."""
         from distillery_cli.stack.up import last_words
 
         return Unavailable(f"{what}: {last_words(self.log)}; its log is {self.log}")
@@ -149,7 +149,7 @@ class Sampler(Child):
         super().__init__(module, state / "logs" / "sampler.log", {**environment(shared), **own, **more})
 
     def start_seconds(self) -> float:
-        """How long after its start it said SERVING."""
+        """Seconds from its start until it said SERVING."""
         from distillery_cli.stack.health import grpc_state
 
         began = time.perf_counter()

@@ -13,6 +13,8 @@ from distillery_cli.stack.demo import stack_settings
 from distillery_cli.stack.up import Stack
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from distill_core.radiance.cameras.camera import Camera
     from distill_core.radiance.scenes.scene import Scene
     from distillery_sampler.client import SamplerClient
@@ -35,7 +37,7 @@ def measure_radiance(state: Path, seconds: float, say: Callable[[str], object]) 
 
     scene = refined(load_scene(folder))
     say("dense rendering against grid and early stop")
-    report = {"sparse": measure_sparse(scene)}
+    report: dict[str, Any] = {"sparse": measure_sparse(scene)}
     with Stack(settings) as stack:
         stack.start()
         from distillery_sampler.client import SamplerClient
@@ -71,7 +73,10 @@ def measure_sparse(scene: Scene) -> dict[str, float]:
     torch.set_num_threads(1)
     took: dict[str, list[float]] = {"dense": [], "sparse": []}
     quality: dict[str, list[float]] = {"dense": [], "sparse": []}
-    ways = {"dense": render_densely, "sparse": lambda scene, view: render(scene, view).rgb}
+    ways: dict[str, Callable[[Scene, Camera], Tensor]] = {
+        "dense": render_densely,
+        "sparse": lambda scene, view: render(scene, view).rgb,
+    }
     try:
         for view in _views(scene, VIEWS):
             truth = render_procedural(view)
@@ -99,7 +104,7 @@ def measure_sparse(scene: Scene) -> dict[str, float]:
     }
 
 
-def render_densely(scene: Scene, camera: Camera) -> Any:
+def render_densely(scene: Scene, camera: Camera) -> Tensor:
     """The picture (H, W, 3) from every sample inside the box, all of a ray's at once."""
     import torch
 
@@ -125,7 +130,7 @@ def measure_served(scene: Scene, sampler: SamplerClient, ref: str, seconds: floa
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     views = _views(scene, 24)
-    options = {"elevation": 20.0, "width": SIDE, "height": SIDE, "image_format": "RAW_U8"}
+    options: dict[str, Any] = {"elevation": 20.0, "width": SIDE, "height": SIDE, "image_format": "RAW_U8"}
     next(iter(sampler.render_path(ref, count=1, **options)))  # load the model
 
     def bare(until: float) -> int:

@@ -69,7 +69,7 @@ def paired(lone: Asked, server: Asked, batch: int, concurrency: int, seconds: fl
 
 
 class Bench(NamedTuple):
-    """What every server of a run is measured with."""
+    """Settings that every server of a run is measured with."""
 
     served: Served
     lone: Asked  # the bare runtime
@@ -88,19 +88,19 @@ def measured(
     loads, seconds, say = [], bench.seconds, bench.say
     for concurrency in callers:
         used, began = server.cpu_seconds(), time.perf_counter()
-        found = generator.ask(kind="closed", concurrency=concurrency, seconds=seconds)
+        load = generator.ask(kind="closed", concurrency=concurrency, seconds=seconds)
         cores = (server.cpu_seconds() - used) / (time.perf_counter() - began)
-        loads.append({"concurrency": concurrency, **found, "server_cores": cores})
-        p50, rate = found["p50_ms"] or 0.0, found["images_per_s"]
+        loads.append({"concurrency": concurrency, **load, "server_cores": cores})
+        p50, rate = load["p50_ms"] or 0.0, load["images_per_s"]
         say(f"{name}: {concurrency} callers, p50 {p50:.2f} ms, {rate:.1f} images/s")
     best = max(loads, key=lambda row: row["images_per_s"])["concurrency"]
     beside = paired(bench.lone, generator, bench.bare["batch"], best, seconds)
     say(f"{name}: {beside['overhead_ms']:.2f} ms above the forward, {beside['ratio']:.3f} of its throughput")
-    found = {"loads": loads, "best_concurrency": best, **beside}
+    result = {"loads": loads, "best_concurrency": best, **beside}
     if "overload" in bench.parts and bench.is_main:
-        found["curve"] = curve(generator, bench.bare["images_per_s"], seconds, name, say)
-        found["overload"] = overloaded(server, generator, found["images_per_s"], seconds)
-    return found
+        result["curve"] = curve(generator, bench.bare["images_per_s"], seconds, name, say)
+        result["overload"] = overloaded(server, generator, result["images_per_s"], seconds)
+    return result
 
 
 def curve(generator: Asked, limit: float, seconds: float, name: str, say: Say) -> list[dict[str, Any]]:
@@ -109,12 +109,10 @@ def curve(generator: Asked, limit: float, seconds: float, name: str, say: Say) -
     for share in SHARES:
         rate = share * limit
         generator.ask(kind="settled")
-        found = generator.ask(kind="offered", rate=rate, seconds=seconds, deadline_s=DEADLINE_S)
-        rows.append({"share": share, **found})
-        p50, p99 = found["p50_ms"] or 0.0, found["p99_ms"] or 0.0
-        say(
-            f"{name}: {rate:.0f} a second offered, p50 {p50:.2f} ms, p99 {p99:.2f} ms, {found['ok']} answered"
-        )
+        row = generator.ask(kind="offered", rate=rate, seconds=seconds, deadline_s=DEADLINE_S)
+        rows.append({"share": share, **row})
+        p50, p99 = row["p50_ms"] or 0.0, row["p99_ms"] or 0.0
+        say(f"{name}: {rate:.0f} a second offered, p50 {p50:.2f} ms, p99 {p99:.2f} ms, {row['ok']} answered")
     return rows
 
 
@@ -126,19 +124,19 @@ def scan(lone: Asked, seconds: float) -> dict[str, Any]:
 
 
 def overloaded(server: Child, generator: Asked, peak: float, seconds: float) -> dict[str, Any]:
-    """What is accepted of four times the peak, and how fast the rest is refused."""
+    """Share of four times the peak that is accepted, and how fast the rest is refused."""
     generator.ask(kind="settled")
     used = server.cpu_seconds()
-    found = generator.ask(
+    row = generator.ask(
         kind="offered", rate=OVERLOAD * peak, seconds=OVERLOAD_TIMES * seconds, deadline_s=DEADLINE_S
     )
     return {
-        **found,
+        **row,
         "deadline_s": DEADLINE_S,
         "peak_images_per_s": peak,
-        "ratio": found["images_per_s"] / peak,
-        "refused_per_s": found["refused"] / found["seconds"],
-        "server_cores": (server.cpu_seconds() - used) / found["seconds"],
+        "ratio": row["images_per_s"] / peak,
+        "refused_per_s": row["refused"] / row["seconds"],
+        "server_cores": (server.cpu_seconds() - used) / row["seconds"],
     }
 
 
@@ -170,27 +168,27 @@ def plain(bench: Bench, callers: int) -> dict[str, Any]:
     with Sampler(ref, work, THREADS, DISTILLERY_SAMPLER_REWRITE_GRAPHS="false") as server:
         server.start_seconds()
         with load(sys.executable, HERE / "our_client.py", server.address, ref, work) as generator:
-            found = paired(bench.lone, generator, bench.bare["batch"], callers, bench.seconds)
-    return {"best_concurrency": callers, **found}
+            row = paired(bench.lone, generator, bench.bare["batch"], callers, bench.seconds)
+    return {"best_concurrency": callers, **row}
 
 
 def ours(bench: Bench) -> dict[str, Any]:
     """Our server with one subject, and how long it took to say SERVING; beside others also by their client."""
     ref, work, name = bench.served.ref, bench.work, bench.served.subject.name
     with Sampler(ref, work, THREADS) as server:
-        found: dict[str, Any] = {"start_s": server.start_seconds()}
+        row: dict[str, Any] = {"start_s": server.start_seconds()}
         with load(sys.executable, HERE / "our_client.py", server.address, ref, work) as generator:
-            found["ours"] = measured(bench, f"{name}, ours", server, generator, callers=CONCURRENCY)
-        if "overload" in found["ours"]:
+            row["ours"] = measured(bench, f"{name}, ours", server, generator, callers=CONCURRENCY)
+        if "overload" in row["ours"]:
             with load(sys.executable, HERE / "stub_client.py", server.address, ref, work) as generator:
-                peak = found["ours"]["images_per_s"]
-                found["unlimited"] = overloaded(server, generator, peak, bench.seconds)
+                peak = row["ours"]["images_per_s"]
+                row["unlimited"] = overloaded(server, generator, peak, bench.seconds)
         if "peers" in bench.parts and bench.is_main and (FOLDER / KSERVE).exists():
             with load(sys.executable, FOLDER / KSERVE, server.address, ref, work) as generator:
-                found["kserve"] = measured(bench, f"{name}, ours by tritonclient", server, generator)
+                row["kserve"] = measured(bench, f"{name}, ours by tritonclient", server, generator)
     if bench.is_main:
-        found["plain"] = plain(bench, found["ours"]["best_concurrency"])
-    return found
+        row["plain"] = plain(bench, row["ours"]["best_concurrency"])
+    return row
 
 
 def register(app: typer.Typer) -> None:

@@ -45,9 +45,10 @@ async def connect(address: str, model: str) -> Callable[[int, list[int], float],
 
 
 def _meaning(error: grpc.aio.AioRpcError, share: float) -> Exception:
-    """What an error is to the load generator, `share` of the deadline after the call was sent."""
+    """Error as the load generator takes it, `share` of the deadline after the call was sent."""
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Refused()
     if error.code() in TOO_LATE:
         return Refused() if share < AT_ONCE else TimeoutError()
-    return error
+    unexpected: Exception = error
+    return unexpected

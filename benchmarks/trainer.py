@@ -33,7 +33,7 @@ def measure_trainer(
     from distill_core.recipe import load_recipe
 
     torch.set_num_threads(1)
-    where = api.untrained(api.context(work / "store", work / "cache"), work / "untrained")
+    context = api.untrained(api.context(work / "store", work / "cache"), work / "untrained")
     rows = []
     chosen = names or benched_recipes()
     for number, name in enumerate(chosen):
@@ -44,7 +44,7 @@ def measure_trainer(
 
         row: dict[str, Any] = {"method": recipe.method, "recipe": name, "batch_size": recipe.batch_size}
         try:
-            row |= _measured(_trainer(recipe, where, work / name), steps, told)
+            row |= _measured(_trainer(recipe, context, work / name), steps, told)
         except DistilleryError as error:  # one method that breaks off hides no other
             row["error"] = str(error)
         rows.append(row)
@@ -68,18 +68,21 @@ def _is_self_contained(name: str) -> bool:
 
     recipe = load_recipe(name)
     models = (recipe.teacher, recipe.student.source, recipe.extractor)
-    given = [(recipe.data or {}).get("path"), *(model and (model.path or model.artifact) for model in models)]
-    return not any(given)
+    sources = [
+        (recipe.data or {}).get("path"),
+        *(model and (model.path or model.artifact) for model in models),
+    ]
+    return not any(sources)
 
 
-def _trainer(recipe: Recipe, where: Context, folder: Path) -> Trainer:
+def _trainer(recipe: Recipe, context: Context, folder: Path) -> Trainer:
     from distill_core.building import build
     from distill_core.training.loop import Trainer
     from distill_core.training.run import Run
 
     if recipe.pairs is not None:  # how they are made is no part of a step
         recipe = recipe.override({"pairs.num_steps": 1})
-    method, source = build(recipe, where)
+    method, source = build(recipe, context)
     return Trainer(method, source, recipe, Run(folder))
 
 
@@ -91,7 +94,7 @@ def _measured(trainer: Trainer, steps: int, told: Callable[[int], object]) -> di
         with trainer.accelerator.autocast():
             return sum(_seconds(network_pass.repeat) for network_pass in passes)
 
-    timed = []
+    timed: list[tuple[float, float, int, int]] = []
     for turn in range(WARM_UP + steps):
         trainer.step = (
             max(0, turn - WARM_UP) * (trainer.recipe.steps - 1) // steps
@@ -105,20 +108,23 @@ def _measured(trainer: Trainer, steps: int, told: Callable[[int], object]) -> di
         counts = len(passes) - differentiated, differentiated
         timed.append((whole, bare(passes) if first is None else first, *counts))
         told(turn + 1)
-    whole, alone, forward, backward = zip(*timed[WARM_UP:], strict=True)
+    kept = timed[WARM_UP:]
     return {
-        "forward_passes": statistics.median(forward),
-        "differentiated_passes": statistics.median(backward),
-        "step_ms": 1000 * statistics.median(whole),
-        "passes_ms": 1000 * statistics.median(alone),
-        "step_over_passes": statistics.median(a / b for a, b in zip(whole, alone, strict=True)),
+        "forward_passes": statistics.median(forward for _, _, forward, _ in kept),
+        "differentiated_passes": statistics.median(backward for _, _, _, backward in kept),
+        "step_ms": 1000 * statistics.median(whole for whole, _, _, _ in kept),
+        "passes_ms": 1000 * statistics.median(alone for _, alone, _, _ in kept),
+        "step_over_passes": statistics.median(whole / alone for whole, alone, _, _ in kept),
     }
 
 
 def _seconds(work: Callable[[], object]) -> float:
     import torch
 
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    def synchronize() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     synchronize()
     began = time.perf_counter()
     work()

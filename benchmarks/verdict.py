@@ -48,13 +48,13 @@ CLAIMS = (
 def figures(main: dict[str, Any], memory: dict[str, Any] | None = None) -> dict[str, float]:
     """The figures of the main subject, and of what `make prove-memory` left; what was not measured is left out."""
     ours = main["ours"]
-    found = {
+    values = {
         "p50_overhead_ms": ours["overhead_ms"],
         "throughput_ratio": ours["ratio"],
         "start_s": main["start_s"],
     }
     if over := ours.get("overload"):
-        found |= {
+        values |= {
             "overload_throughput_ratio": over["ratio"],
             "overload_p99_ms": over["p99_ms"],
             "overload_deadline_ms": 1000 * over["deadline_s"],
@@ -62,29 +62,29 @@ def figures(main: dict[str, Any], memory: dict[str, Any] | None = None) -> dict[
             "refusal_p99_ms": over["refusal_p99_ms"],
         }
     if over := main.get("unlimited"):
-        found |= {
+        values |= {
             "unlimited_throughput_ratio": over["ratio"],
             "unlimited_p99_ms": over["p99_ms"],
             "unlimited_refusal_p99_ms": over["refusal_p99_ms"],
         }
     plain = main.get("plain")
     if plain:
-        found |= {"plain_overhead_ms": plain["overhead_ms"], "plain_throughput_ratio": plain["ratio"]}
+        values |= {"plain_overhead_ms": plain["overhead_ms"], "plain_throughput_ratio": plain["ratio"]}
     answered = [peer for peer in main.get("peers", ()) if "error" not in peer]
     measured = [peer for peer in answered if peer["is_server"]]
     for alone in (peer for peer in answered if not peer["is_server"]):
-        found["grpc_alone_overhead_ms"] = alone["overhead_ms"]
+        values["grpc_alone_overhead_ms"] = alone["overhead_ms"]
     if measured:  # each against the bare runtime of its own minute, so that the machine's moods cancel
         best = max(peer["ratio"] for peer in measured)
-        found["best_peer_throughput_ratio"] = ours["ratio"] / best
+        values["best_peer_throughput_ratio"] = ours["ratio"] / best
         if plain:
-            found["plain_peer_throughput_ratio"] = plain["ratio"] / best
-        found["best_peer_overhead_ratio"] = ours["overhead_ms"] / min(
+            values["plain_peer_throughput_ratio"] = plain["ratio"] / best
+        values["best_peer_overhead_ratio"] = ours["overhead_ms"] / min(
             peer["overhead_ms"] for peer in measured
         )
     if memory:
-        found["memory_change"] = max(abs(curve["change"]) for curve in memory["memory"])
-    return {name: value for name, value in found.items() if value is not None}
+        values["memory_change"] = max(abs(curve["change"]) for curve in memory["memory"])
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def verdicts(found: dict[str, float]) -> list[dict[str, Any]]:
@@ -96,8 +96,8 @@ def verdicts(found: dict[str, float]) -> list[dict[str, Any]]:
         if value is None or bound is None:
             continue
         holds = value <= bound if claim.at_most else value >= bound
-        wanted = f"at {'most' if claim.at_most else 'least'} {bound:g}"
-        rows.append({"claim": claim.title, "measured": value, "wanted": wanted, "holds": holds})
+        bound_text = f"at {'most' if claim.at_most else 'least'} {bound:g}"
+        rows.append({"claim": claim.title, "measured": value, "wanted": bound_text, "holds": holds})
     return rows
 
 

@@ -1,1 +1,1 @@
-"""What the documents' figures are made with, and what tests and benchmarks need; not in the wheel."""
+"""Tools that make the documents' figures, and what tests and benchmarks need; not in the wheel."""

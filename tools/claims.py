@@ -72,13 +72,13 @@ def claims(
         _store(out, measured(name, repository))
     known = kept_outcomes(repository) | stored_outcomes(out)
     write_documents(repository, known)
-    told = [known[name] for name in chosen if name in known]
+    chosen_checks = [known[name] for name in chosen if name in known]
     if as_json:
-        emit_json(told)
+        emit_json(chosen_checks)
     else:
         written = f"{EVIDENCE}, {KEPT}, {METHODS}, {README}"
-        results.print(f"{len(told)} of {len(chosen)} claims measured; written: {written}")
-    return 0 if not run or all(outcome["passed"] for outcome in told) else 1
+        results.print(f"{len(chosen_checks)} of {len(chosen)} claims measured; written: {written}")
+    return 0 if not run or all(outcome["passed"] for outcome in chosen_checks) else 1
 
 
 def chosen_recipes(names: Sequence[str]) -> list[str]:
@@ -101,12 +101,12 @@ def chosen_recipes(names: Sequence[str]) -> list[str]:
 def measured(name: str, repository: Path) -> dict[str, Any]:
     """The outcome of one check; a run that breaks off is an outcome too, and the next claim goes on."""
     from distill_core import api
-    from distillery_cli.training.train import here
+    from distillery_cli.training.train import local_context
 
     made = {"commit": commit(repository), "recipe_sha256": fingerprint(load_recipe(name))}
     with bar(f"claim {name}") as line:
         try:
-            verdict = api.check(name, here(), listener=line.tell)
+            verdict = api.check(name, local_context(), listener=line.tell)
         except DistilleryError as error:
             verdict = {"name": name, "passed": False, "error": str(error)}
     word = ("holds", "green") if verdict["passed"] else ("does not hold", "red")
@@ -115,9 +115,9 @@ def measured(name: str, repository: Path) -> dict[str, Any]:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """What a figure belongs to: a changed recipe makes it an old one, a new key that keeps its default does not."""
-    said = {"publish": {"licence"}}  # of the model, not of its figures
-    chosen = recipe.model_dump(mode="json", exclude_defaults=True, exclude=said)
+    """Identity of a figure's recipe: a changed one makes it old, a new key that keeps its default does not."""
+    unmeasured = {"publish": {"licence"}}  # of the model, not of its figures
+    chosen = recipe.model_dump(mode="json", exclude_defaults=True, exclude=unmeasured)
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
@@ -149,12 +149,12 @@ def kept_outcomes(repository: Path) -> dict[str, Outcome]:
 
 def _read(path: Path) -> Outcome:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        kept_figures = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is no JSON ({error}); delete it and measure again") from None
-    if not isinstance(found, dict):
+    if not isinstance(kept_figures, dict):
         raise DataError(f"{path} holds no result; delete it and measure again")
-    return found
+    return kept_figures
 
 
 def write_documents(repository: Path, outcomes: Mapping[str, Outcome]) -> None:
@@ -234,7 +234,7 @@ def _states(states: Sequence[tuple[str, str]]) -> str:
 
 
 def state(recipe: Recipe, outcome: Outcome | None) -> str:
-    """What is known of a recipe's claim, in a few words."""
+    """State of a recipe's claim, in a few words."""
     if recipe.check is None:
         return RUNS_ONLY
     if outcome is None:
@@ -287,14 +287,14 @@ def _cell(value: Any) -> str:
 
 
 def _remarks(name: str, recipe: Recipe, outcome: Outcome) -> list[str]:
-    said = []
+    sentences = []
     if "error" in outcome:
-        said.append(f"- `{name}` broke off: {outcome['error']}")
+        sentences.append(f"- `{name}` broke off: {outcome['error']}")
     if outcome["recipe_sha256"] != fingerprint(recipe):
-        said.append(
+        sentences.append(
             f"- `{name}` was measured before its recipe changed; the figures are the earlier recipe's."
         )
-    return said
+    return sentences
 
 
 def claim_text(check: CheckConfig) -> str:
@@ -311,14 +311,14 @@ def _said(claim: Claim, circumstances: str = "") -> str:
         f"<= {claim.at_most or 0:g}": claim.at_most,
         f">= {claim.at_least or 0:g}": claim.at_least,
     }
-    given = " and ".join(text for text, value in bounds.items() if value is not None)
-    said = f"{claim.metric} {given}{circumstances}"
+    bound = " and ".join(text for text, value in bounds.items() if value is not None)
+    sentence = f"{claim.metric} {bound}{circumstances}"
     off = claim.ablation
     if off is None:
-        return said
+        return sentence
     worse = [] if off.ratio_at_least is None else [f">= {off.ratio_at_least:g} x as much"]
     worse += [] if off.gap_at_least is None else [f"lower by >= {off.gap_at_least:g}"]
-    return f"{said}; with {_settings(off.set)} {' and '.join(worse)}"
+    return f"{sentence}; with {_settings(off.set)} {' and '.join(worse)}"
 
 
 def _settings(changes: Mapping[str, Any]) -> str:

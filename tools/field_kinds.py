@@ -26,7 +26,7 @@ from distillery_cli.terminal.output import (
 )
 
 if TYPE_CHECKING:
-    from distill_core.data.scenes import SceneSource
+    from distill_core.data.posed import SceneSource
     from distill_core.radiance.cameras.camera import Camera
     from distill_core.radiance.scenes.scene import Scene
     from distill_core.recipe import Recipe
@@ -85,10 +85,13 @@ def measured(
 ) -> tuple[list[dict[str, Any]], list[Any], int]:
     """A row for each field, pictures of one test view (the photograph first), and their width in pixels."""
     from distill_core.data import build_source
+    from distill_core.data.posed import SceneSource
 
     source = build_source(dict(data))
+    assert isinstance(source, SceneSource)
     camera = source.test.camera(VIEW)
-    rows, pictures = [], [_photograph(source)]
+    rows: list[dict[str, Any]] = []
+    pictures = [_photograph(source)]
     for kind in ("hash", *kinds):
         if not rows:
             recipe = load_recipe(FROM_IMAGES, {"data": dict(data), **changes})
@@ -104,12 +107,12 @@ def measured(
 def _trained(kind: str, recipe: Recipe, camera: Camera, folder: Path) -> tuple[dict[str, Any], Any]:
     """Figures of a field that `recipe` trains, and its picture."""
     from distill_core import api
-    from distillery_cli.training.train import here
+    from distillery_cli.training.train import local_context
 
     began = time.perf_counter()
     with bar(kind) as line:
         unpublished = recipe.model_copy(update={"publish": None})
-        figures = api.train(unpublished, folder, here(), listener=line.tell).figures
+        figures = api.train(unpublished, folder, local_context(), listener=line.tell).figures
     spent = round(time.perf_counter() - began, 1)
     seen, picture = _looked_at(folder / "model", camera)
     return {"seconds": spent, "psnr": figures["psnr"], "lost": figures.get("psnr_lost", 0.0), **seen}, picture
@@ -147,7 +150,7 @@ def _save_strip(pictures: Sequence[Any], path: Path) -> None:
 
 
 def kept_scenes(repository: Path) -> dict[str, Any]:
-    """What `python -m tools field-kinds` measured before."""
+    """Figures that `python -m tools field-kinds` measured before."""
     path = repository / KEPT
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 

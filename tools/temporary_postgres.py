@@ -71,6 +71,6 @@ def _wait(url: str) -> None:
             return
         except psycopg.OperationalError as error:
             if time.monotonic() > deadline:
-                said = " ".join(str(error).split())
-                raise Unavailable(f"PostgreSQL did not start within {START_S:.0f} s: {said}") from None
+                reason = " ".join(str(error).split())
+                raise Unavailable(f"PostgreSQL did not start within {START_S:.0f} s: {reason}") from None
         time.sleep(0.05)

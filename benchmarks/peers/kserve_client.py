@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import numpy as np
 import tritonclient.grpc.aio as triton
@@ -29,20 +30,20 @@ async def connect(address: str, model: str) -> Callable[[int, list[int], float],
         classes.set_data_from_numpy(np.array(labels, np.int64)[:, None])
         began = time.perf_counter()
         try:
-            found = await client.infer(
+            result = await client.infer(
                 name, [seeds, classes], version, client_timeout=timeout_s, parameters={"num_steps": 1}
             )
         except InferenceServerException as error:
             raise _meaning(error, (time.perf_counter() - began) / timeout_s) from None
-        reply = found.get_response()
+        reply = result.get_response()
         return reply.raw_output_contents[0] if reply.raw_output_contents else _typed(reply)
 
     return call
 
 
-def _typed(reply: object) -> bytes:
+def _typed(reply: Any) -> bytes:
     """Values that a server sends as protobuf numbers."""
-    return bytes(reply.outputs[0].contents.uint_contents)  # type: ignore[attr-defined]
+    return bytes(reply.outputs[0].contents.uint_contents)
 
 
 def _meaning(error: InferenceServerException, share: float) -> Exception:
@@ -51,4 +52,5 @@ def _meaning(error: InferenceServerException, share: float) -> Exception:
         return Refused()
     if "DEADLINE_EXCEEDED" in status or "CANCELLED" in status:
         return Refused() if share < AT_ONCE else TimeoutError()
-    return error
+    unexpected: Exception = error
+    return unexpected

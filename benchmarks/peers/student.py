@@ -22,7 +22,7 @@ class Student:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._sigma = sigma
-        self.shape = tuple(
+        self.shape: tuple[int, ...] = tuple(
             next(node.shape[1:] for node in self._session.get_inputs() if node.name == "x_sigma")
         )
         self(np.zeros(1, np.uint64), np.zeros(1, np.int64))  # warm
@@ -36,5 +36,5 @@ class Student:
             "class_label": np.asarray(labels, np.int64),
         }
         x = self._session.run(None, feed)[0]
-        scaled = np.rint((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
+        scaled: np.ndarray = np.rint((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
         return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))

@@ -94,7 +94,7 @@ def test_the_next_batch_forms_while_the_device_works():
 def test_payloads_of_different_kinds_share_no_batch_and_are_answered_in_order():
     async def run() -> None:
         device = Device()
-        async with batcher_of(device, kind=lambda value: value % 2) as batcher:
+        async with batcher_of(device, partition=lambda value: value % 2) as batcher:
             held = await hold(batcher)
             futures = batcher.submit("key", [1, 2, 3, 4, 5, 6])
             device.gate.set()

@@ -23,9 +23,9 @@ async def connect(address: str, model: str) -> Callable[[int, list[int], float],
     async def call(seed: int, labels: list[int], timeout_s: float) -> bytes:
         asked = np.array([[seed + index, label] for index, label in enumerate(labels)])
         try:
-            found = await asyncio.wait_for(client.generate(asked), timeout_s)
+            reply = await asyncio.wait_for(client.generate(asked), timeout_s)
         except BentoMLException as error:
             raise (Refused() if int(error.error_code) in BUSY else error) from None
-        return np.asarray(found, np.uint8).tobytes()
+        return np.asarray(reply, np.uint8).tobytes()
 
     return call

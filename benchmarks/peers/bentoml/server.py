@@ -27,16 +27,17 @@ class Student:
     def __init__(self) -> None:
         self._model = Model(GRAPH, float(SIGMA), int(THREADS))
 
-    @bentoml.api(**(BATCHING if int(BATCH or 1) > 1 else {}))
+    @bentoml.api(**(BATCHING if int(BATCH or 1) > 1 else {}))  # type: ignore[untyped-decorator]
     def generate(self, asked: np.ndarray) -> np.ndarray:
         """Pictures (B, H, W, C) of seeds and labels (B, 2)."""
-        return self._model(asked[:, 0], asked[:, 1])
+        pictures: np.ndarray = self._model(asked[:, 0], asked[:, 1])
+        return pictures
 
 
 def main(graph: str, sigma: str, threads: str, port: str, batch: str) -> None:
     """Become `bentoml serve`, which imports this file."""
-    given = {"GRAPH": graph, "SIGMA": sigma, "THREADS": threads, "BATCH": batch}
-    os.environ |= {f"STUDENT_{name}": value for name, value in given.items()}
+    variables = {"GRAPH": graph, "SIGMA": sigma, "THREADS": threads, "BATCH": batch}
+    os.environ |= {f"STUDENT_{name}": value for name, value in variables.items()}
     os.environ |= {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(Path(sys.prefix) / "home")}
     program = Path(sys.executable).with_name("bentoml")
     where = ["--host", "127.0.0.1", "--port", port, "--working-dir", str(Path(__file__).parent)]

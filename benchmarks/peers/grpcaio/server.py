@@ -17,7 +17,7 @@ from student import Student
 GRAPH, SIGMA, THREADS, PORT, _ = sys.argv[1:6]
 
 
-class Picture(grpc.GenericRpcHandler):
+class Picture(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Answers every method."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ WINDOW_S = 0.001
 GRAPH, SIGMA, THREADS, PORT, BATCH = sys.argv[1:6]
 
 
-class StudentAPI(litserve.LitAPI):
+class StudentAPI(litserve.LitAPI):  # type: ignore[misc]
     """Requests {"seed": 1, "class_label": 2}."""
 
     def setup(self, device: str) -> None:
@@ -30,7 +30,7 @@ class StudentAPI(litserve.LitAPI):
     def predict(self, asked: list[tuple[int, int]] | tuple[int, int]) -> np.ndarray:
         """Pictures of a batch, or of one request."""
         pairs = np.array(asked).reshape(-1, 2)
-        pictures = self._student(pairs[:, 0], pairs[:, 1])
+        pictures: np.ndarray = self._student(pairs[:, 0], pairs[:, 1])
         return pictures if int(BATCH) > 1 else pictures[0]
 
     def encode_response(self, picture: np.ndarray) -> Response:

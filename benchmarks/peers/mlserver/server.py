@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mlserver import MLModel
@@ -19,32 +20,33 @@ from student import Student
 WINDOW_S = 0.001
 
 
-class StudentRuntime(MLModel):
+class StudentRuntime(MLModel):  # type: ignore[misc]
     """The student as an inference runtime."""
 
     async def load(self) -> bool:
         """Open the graph, in the worker's process."""
-        given = self.settings.parameters.extra
-        self._student = Student(given["graph"], given["sigma"], given["threads"])
+        options = self.settings.parameters.extra
+        self._student = Student(options["graph"], options["sigma"], options["threads"])
         return True
 
-    @decode_args
+    @decode_args  # type: ignore[untyped-decorator]
     async def predict(self, seed: np.ndarray, class_label: np.ndarray) -> np.ndarray:
         """Pictures (B, H, W, C) of seeds and labels (B, 1)."""
-        return self._student(seed[:, 0], class_label[:, 0])
+        pictures: np.ndarray = self._student(seed[:, 0], class_label[:, 0])
+        return pictures
 
 
 def main(graph: str, sigma: str, threads: str, port: str, batch: str) -> None:
     """Write the settings that `mlserver start` reads, and become it."""
     folder = Path(tempfile.mkdtemp(prefix="mlserver-"))
-    settings = {
+    settings: dict[str, Any] = {
         "host": "127.0.0.1",
         "grpc_port": int(port),
         "http_port": int(port) + 1,
         "metrics_port": int(port) + 2,
         "parallel_workers": 1,
     }
-    model = {
+    model: dict[str, Any] = {
         "name": "student",
         "implementation": "server.StudentRuntime",
         "parameters": {"extra": {"graph": graph, "sigma": float(sigma), "threads": int(threads)}},

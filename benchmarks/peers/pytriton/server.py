@@ -19,7 +19,7 @@ def main(graph: str, sigma: str, threads: str, port: str, size: str) -> None:
     student = Student(graph, float(sigma), int(threads))
     channels, height, width = student.shape
 
-    @batch
+    @batch  # type: ignore[untyped-decorator]
     def generate(seed: np.ndarray, class_label: np.ndarray) -> dict[str, np.ndarray]:
         return {"images": student(seed[:, 0], class_label[:, 0])}
 

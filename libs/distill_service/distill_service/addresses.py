@@ -1,4 +1,4 @@
-"""Where a server is: the one place that joins and parts hosts and ports, and knows what stays on this machine."""
+"""Addresses of servers: the one place that joins and parts hosts and ports, and knows what stays on this machine."""
 
 from __future__ import annotations
 
@@ -83,15 +83,15 @@ def parted(address: str) -> tuple[str, int]:
 
 
 def _how(address: str, host: str) -> str:
-    said = f"{address[:200]!r} is no address of a server"
+    refusal = f"{address[:200]!r} is no address of a server"
     if "://" in address:
-        return f"{said}: write HOST:PORT, without {address.partition('://')[0]}://"
+        return f"{refusal}: write HOST:PORT, without {address.partition('://')[0]}://"
     if _ip(address.strip("[]")) is not None or _ip(host) is not None:
         number = host if _ip(address.strip("[]")) is None else address.strip("[]")
-        return f"{said}: write {f'[{number}]' if ':' in number else number}:PORT"
+        return f"{refusal}: write {f'[{number}]' if ':' in number else number}:PORT"
     if ":" not in address and _NAME.fullmatch(address):
-        return f"{said}: it names no port; write {address}:PORT"
-    return f"{said}: write HOST:PORT, [IPV6]:PORT or unix:/path"
+        return f"{refusal}: it names no port; write {address}:PORT"
+    return f"{refusal}: write HOST:PORT, [IPV6]:PORT or unix:/path"
 
 
 def checked(address: str) -> str:

@@ -1,4 +1,4 @@
-"""Who did what to a server: one JSON line for each admin call, in the log and in a file that is only appended to."""
+"""Audit log of a server: one JSON line for each admin call, in the log and in a file that is only appended to."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class AuditLog:
 
 
 def target_of(request: Any) -> str:
-    """What an admin request is about: a model, a job's id or a name; empty if it names nothing."""
+    """Subject of an admin request: a model, a job's id or a name; empty if it names nothing."""
     known = request.DESCRIPTOR.fields_by_name
     for field in TARGETS:
         if field in known and (value := getattr(request, field)):

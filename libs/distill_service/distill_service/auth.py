@@ -17,7 +17,7 @@ Scope = Literal["use", "admin"]
 
 
 class Caller(NamedTuple):
-    """Who sent the call now being handled: a token's name; without tokens, a certificate's, or the peer's host."""
+    """Caller of the call now being handled: a token's name; without tokens, a certificate's, or the peer's host."""
 
     name: str
     scope: Scope
@@ -41,7 +41,7 @@ class Tokens:
             ConfigError: it cannot be read, or a line is not of that form. The line itself is never shown.
         """
         try:
-            found = lines(read_text(file))
+            entries = lines(read_text(file))
         except OSError as error:
             raise ConfigError(
                 f"tokens file {file} cannot be read: {error.strerror}", field="tokens_file"
@@ -49,37 +49,37 @@ class Tokens:
         except UnicodeDecodeError:
             raise ConfigError(f"tokens file {file} is not UTF-8 text", field="tokens_file") from None
         return cls(
-            dict(_parsed(file, number, line) for number, line in enumerate(found, start=1) if _used(line))
+            dict(_parsed(file, number, line) for number, line in enumerate(entries, start=1) if _used(line))
         )
 
     def caller(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
-        """Who holds the call's `authorization: Bearer …`; UNAUTHENTICATED if nobody does."""
-        given = _authorization(metadata)
-        found = self._holder(given)
-        if found is None:
-            bearer = given.lower().startswith("bearer ")
+        """Holder of the call's `authorization: Bearer …`; UNAUTHENTICATED if nobody does."""
+        header = _authorization(metadata)
+        holder = self._holder(header)
+        if holder is None:
+            bearer = header.lower().startswith("bearer ")
             what = "the bearer token is not known" if bearer else "a bearer token is needed"
             raise StatusError(
                 "UNAUTHENTICATED",
                 f"{what}; set DISTILLERY_TOKEN to one that the operator gave you, or in another program send it as "
                 "the header 'authorization: Bearer TOKEN'",
             )
-        return found
+        return holder
 
     def knows(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
         """Whether `caller` would name somebody."""
         return self._holder(_authorization(metadata)) is not None
 
-    def _holder(self, given: str) -> Caller | None:
-        scheme, _, token = given.partition(" ")
+    def _holder(self, header: str) -> Caller | None:
+        scheme, _, token = header.partition(" ")
         digest = hashlib.sha256(token.strip().encode()).hexdigest()
-        found = [caller for known, caller in self._callers.items() if hmac.compare_digest(known, digest)]
-        return found[0] if found and scheme.lower() == "bearer" else None
+        matches = [caller for known, caller in self._callers.items() if hmac.compare_digest(known, digest)]
+        return matches[0] if matches and scheme.lower() == "bearer" else None
 
 
 def _authorization(metadata: Iterable[tuple[str, str | bytes]]) -> str:
-    given = next((value for key, value in metadata if key.lower() == "authorization"), "")
-    return given if isinstance(given, str) else ""
+    header = next((value for key, value in metadata if key.lower() == "authorization"), "")
+    return header if isinstance(header, str) else ""
 
 
 def _used(line: str) -> bool:

@@ -127,10 +127,10 @@ grpc.ClientCallDetails.register(_Details)
 
 
 class _Token(
-    grpc.UnaryUnaryClientInterceptor,
-    grpc.UnaryStreamClientInterceptor,
-    grpc.StreamUnaryClientInterceptor,
-    grpc.StreamStreamClientInterceptor,
+    grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
+    grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
 ):
     """Adds the bearer token to every call."""
 
@@ -163,19 +163,19 @@ class _AioToken:
         return await continuation(details._replace(metadata=metadata), request)
 
 
-class _AioUnaryUnary(_AioToken, grpc.aio.UnaryUnaryClientInterceptor):
+class _AioUnaryUnary(_AioToken, grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
     intercept_unary_unary = _AioToken._call
 
 
-class _AioUnaryStream(_AioToken, grpc.aio.UnaryStreamClientInterceptor):
+class _AioUnaryStream(_AioToken, grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[misc]
     intercept_unary_stream = _AioToken._call
 
 
-class _AioStreamUnary(_AioToken, grpc.aio.StreamUnaryClientInterceptor):
+class _AioStreamUnary(_AioToken, grpc.aio.StreamUnaryClientInterceptor):  # type: ignore[misc]
     intercept_stream_unary = _AioToken._call
 
 
-class _AioStreamStream(_AioToken, grpc.aio.StreamStreamClientInterceptor):
+class _AioStreamStream(_AioToken, grpc.aio.StreamStreamClientInterceptor):  # type: ignore[misc]
     intercept_stream_stream = _AioToken._call
 
 

@@ -1,4 +1,4 @@
-"""What all services' /metrics share: how they are served, the buckets of seconds, and the disks they write to."""
+"""Common parts of all services' /metrics: how they are served, the buckets of seconds, and the disks they write to."""
 
 from __future__ import annotations
 

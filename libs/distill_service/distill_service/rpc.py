@@ -57,7 +57,7 @@ _log = structlog.get_logger("distillery.rpc")
 
 
 class RpcSettings(Config):
-    """Where a server listens, and who may call it."""
+    """Address of a server, and who may call it."""
 
     host: str = "127.0.0.1"  # or unix:/path/to/socket
     port: int = Field(0, ge=0, le=65535)  # 0: any free port
@@ -82,7 +82,7 @@ class RpcSettings(Config):
 
     @property
     def address(self) -> str:
-        """What gRPC binds to."""
+        """Address that gRPC binds to."""
         return joined(self.host, self.port)
 
 
@@ -117,11 +117,11 @@ def build_server(
         maximum_concurrent_rpcs=settings.max_concurrent,
     )
     # Methods are found by name: for one that is registered too, grpc.aio sets up a wait of its own at every call.
-    server.add_registered_method_handlers = lambda service, handlers: None  # type: ignore[method-assign]
+    server.add_registered_method_handlers = lambda service, handlers: None
     return server
 
 
-class _Gate(grpc.aio.ServerInterceptor):
+class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Around each call: token, request id, error mapping, measurement."""
 
     def __init__(
@@ -211,7 +211,7 @@ class _Gate(grpc.aio.ServerInterceptor):
         check_scope(CALLER.get(), method, self._admin_methods)
 
     def _peer(self, context: grpc.aio.ServicerContext) -> Caller:
-        """Who calls, before any token is read: the name in a client certificate, else the host."""
+        """Caller before any token is read: the name in a client certificate, else the host."""
         names = context.auth_context().get("x509_common_name", ()) if self._certified else ()
         name = names[0].decode(errors="replace") if names else _peer_host(context.peer())
         return Caller(name, "use" if self._tokens else "admin")
@@ -242,7 +242,7 @@ class _Gate(grpc.aio.ServerInterceptor):
 
 @dataclass
 class _Outcome:
-    """How a call ended, and what the audit log wants to know of it."""
+    """Outcome of a call, and what the audit log wants to know of it."""
 
     request_id: str
     code: str = "CANCELLED"  # stays if the client leaves or its deadline passes
@@ -289,7 +289,7 @@ async def _abort(status: WireStatus, context: grpc.aio.ServicerContext) -> None:
     await context.abort_with_status(status)
 
 
-class Health(aio_health.HealthServicer):
+class Health(aio_health.HealthServicer):  # type: ignore[misc]
     """grpc.health.v1 for a server's services, all in one state."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -298,7 +298,7 @@ class Health(aio_health.HealthServicer):
 
     @property
     def serving(self) -> bool:
-        """What the server as a whole reports."""
+        """State that the server as a whole reports."""
         return bool(self._server_status.get("") == health_pb2.HealthCheckResponse.SERVING)
 
     async def report(self, serving: bool) -> None:
@@ -333,8 +333,10 @@ def bind(server: grpc.aio.Server, settings: RpcSettings) -> int:
     """
     try:
         if settings.tls_cert is None:
-            return server.add_insecure_port(settings.address)
-        return server.add_secure_port(settings.address, _server_credentials(settings))
+            port: int = server.add_insecure_port(settings.address)
+        else:
+            port = server.add_secure_port(settings.address, _server_credentials(settings))
+        return port
     except RuntimeError:
         raise ConfigError(
             f"cannot listen on {settings.address}: the port is in use, or this machine does not allow it; "

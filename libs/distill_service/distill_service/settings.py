@@ -7,7 +7,7 @@ import errno
 import os
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -43,6 +43,14 @@ def _host(value: str) -> str:
 
 
 Host = Annotated[str, AfterValidator(_host)]
+
+
+class ClientTls(TypedDict):
+    """Files of a client's channel; None: without."""
+
+    ca: Path | str | None
+    cert: Path | str | None
+    key: Path | str | None
 
 
 class Settings(BaseSettings):
@@ -136,21 +144,21 @@ class Settings(BaseSettings):
         named = {name: folder for name, folder in folders.items() if name not in rests}
         within = {name: folder for name, folder in named.items() if path.is_relative_to(folder)}
         nearest = max((len(folder.parts) for folder in within.values()), default=0)
-        found = {name: folder for name, folder in within.items() if len(folder.parts) == nearest}
-        found = found or {name: folder for name, folder in named.items() if folder.is_relative_to(path)}
-        return {f"DISTILLERY_{name.upper()}": folder for name, folder in found.items()}
+        closest = {name: folder for name, folder in within.items() if len(folder.parts) == nearest}
+        closest = closest or {name: folder for name, folder in named.items() if folder.is_relative_to(path)}
+        return {f"DISTILLERY_{name.upper()}": folder for name, folder in closest.items()}
 
     @property
     def jobs_address(self) -> str:
-        """Where callers on this machine find the Jobs API."""
+        """Address at which callers on this machine find the Jobs API."""
         return dialled(self.jobs_host, self.jobs_port)
 
     @property
     def sampler_address(self) -> str:
-        """Where callers on this machine find the sampler."""
+        """Address at which callers on this machine find the sampler."""
         return dialled(self.sampler_host, self.sampler_port)
 
-    def client_tls(self) -> dict[str, Path | None]:
+    def client_tls(self) -> ClientTls:
         """The files that a client's channel takes: the server's authority, the own certificate and its key."""
         return {"ca": self.tls_ca, "cert": self.tls_client_cert, "key": self.tls_client_key}
 
@@ -187,8 +195,8 @@ def load_settings(**values: object) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        said = first["msg"][0].lower() + first["msg"][1:]
-        message = f"DISTILLERY_{name.upper()} = {first.get('input')!r} is not allowed: {said}"
+        sentence = first["msg"][0].lower() + first["msg"][1:]
+        message = f"DISTILLERY_{name.upper()} = {first.get('input')!r} is not allowed: {sentence}"
         raise ConfigError(message, field=name) from None
 
 
@@ -201,18 +209,20 @@ def of_a_folder(error: OSError | DistilleryError, known: Settings | None = None)
     if not isinstance(cause, OSError) or not isinstance(error, OSError | Unavailable):
         assert isinstance(error, DistilleryError)
         return error
-    said = f"{cause.strerror or cause}: {cause.filename}" if cause.filename else str(cause.strerror or cause)
-    told = error if isinstance(error, DistilleryError) else Unavailable(said)
+    reason = (
+        f"{cause.strerror or cause}: {cause.filename}" if cause.filename else str(cause.strerror or cause)
+    )
+    failure = error if isinstance(error, DistilleryError) else Unavailable(reason)
     named: dict[str, Path] = {}
     if isinstance(cause.filename, str | Path):
         with contextlib.suppress(ConfigError):  # settings that are wrong themselves name nothing
             named = (known or settings()).naming(Path(cause.filename).absolute())
     missing = cause.errno == errno.ENOENT and not any(folder.exists() for folder in named.values())
     if not named or not (missing or cause.errno in _NOT_OURS):
-        return told
+        return failure
     folders = " and ".join(f"{variable} (now {folder})" for variable, folder in named.items())
     advice = f"make it writable, or set {folders} to where you can write"
-    return Unavailable(f"{str(told).partition('; ')[0]}; {advice}", field=told.field)
+    return Unavailable(f"{str(failure).partition('; ')[0]}; {advice}", field=failure.field)
 
 
 @cache

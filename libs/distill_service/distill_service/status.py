@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -27,6 +27,7 @@ from distill_core.errors import (
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"  # gRPC clients with a retry policy wait exactly this long
 DEFAULT_RETRY_S = 1.0
+M = TypeVar("M", bound=Message)
 DOMAIN = "distillery"  # whose class names the reason of an ErrorInfo is
 CLASSES: dict[str, type[DistilleryError]] = {  # what a status means where no ErrorInfo says more
     "INVALID_ARGUMENT": ConfigError,
@@ -47,7 +48,7 @@ class StatusError(DistilleryError):
 
 
 class WireStatus(NamedTuple):
-    """What `context.abort_with_status` takes."""
+    """Status as `context.abort_with_status` takes it."""
 
     code: grpc.StatusCode
     details: str
@@ -143,10 +144,10 @@ def error_from_call(call: grpc.RpcError, address: str = "") -> DistilleryError:
 def _class(call: grpc.RpcError) -> type[DistilleryError] | None:
     """The class that the server raised, if it said so and the status is that of this class."""
     info = _unpacked(call, error_details_pb2.ErrorInfo)
-    if info is None or info.domain != DOMAIN:  # type: ignore[attr-defined]
+    if info is None or info.domain != DOMAIN:
         return None
     known = {cls.__name__: cls for cls, row in MEANINGS.items() if row.grpc_status == call.code().name}
-    found = known.get(info.reason)  # type: ignore[attr-defined]
+    found = known.get(info.reason)
     return found if found is not None and issubclass(found, DistilleryError) else None
 
 
@@ -163,7 +164,7 @@ def _no_server(message: str) -> bool:
     return any(hint in message for hint in ("failed to connect", "Connection refused", "No such file", "DNS"))
 
 
-def _unpacked(call: grpc.RpcError, kind: type[Message]) -> Message | None:
+def _unpacked(call: grpc.RpcError, kind: type[M]) -> M | None:
     status = rpc_status.from_call(call)
     for packed in status.details if status else ():
         detail = kind()
@@ -174,12 +175,13 @@ def _unpacked(call: grpc.RpcError, kind: type[Message]) -> Message | None:
 
 def _field(call: grpc.RpcError) -> str | None:
     bad = _unpacked(call, error_details_pb2.BadRequest)
-    if bad is not None and bad.field_violations:  # type: ignore[attr-defined]
-        return bad.field_violations[0].field  # type: ignore[attr-defined]
+    if bad is not None and bad.field_violations:
+        field: str = bad.field_violations[0].field
+        return field
     missing = _unpacked(call, error_details_pb2.ResourceInfo)
-    return (missing.resource_type or None) if missing is not None else None  # type: ignore[attr-defined]
+    return (missing.resource_type or None) if missing is not None else None
 
 
 def _retry_after(call: grpc.RpcError) -> float:
     info = _unpacked(call, error_details_pb2.RetryInfo)
-    return info.retry_delay.ToMicroseconds() / 1e6 if info is not None else DEFAULT_RETRY_S  # type: ignore[attr-defined]
+    return info.retry_delay.ToMicroseconds() / 1e6 if info is not None else DEFAULT_RETRY_S

@@ -37,11 +37,11 @@ class Tracing:
 
     def server_interceptor(self) -> Any:
         """A `grpc.aio.ServerInterceptor`: a span around each call, child of the client's."""
-        return self._instrumented.aio_server_interceptor(self.provider, filter_=_is_traced)
+        return self._instrumented.aio_server_interceptor(self.provider, filter_=_is_traced)  # type: ignore[no-untyped-call]
 
     def client_interceptors(self) -> list[Any]:
-        """What a `grpc.aio` channel needs, so that its calls carry a span to the server."""
-        return list(self._instrumented.aio_client_interceptors(self.provider))
+        """Interceptors of a `grpc.aio` channel, so that its calls carry a span to the server."""
+        return list(self._instrumented.aio_client_interceptors(self.provider))  # type: ignore[no-untyped-call]
 
     def intercepted(self, channel: Any) -> Any:
         """The same for a `grpc.Channel`."""
@@ -49,13 +49,13 @@ class Tracing:
 
     def origin(self) -> SpanContext | None:
         """The span that now runs; None if there is none, or nobody records it."""
-        found = self._trace.get_current_span().get_span_context()
-        return found if found.is_valid and found.trace_flags.sampled else None
+        context = self._trace.get_current_span().get_span_context()
+        return context if context.is_valid and context.trace_flags.sampled else None
 
     def trace_id(self) -> str | None:
         """The trace that now runs, as 32 hexadecimal digits."""
-        found = self._trace.get_current_span().get_span_context()
-        return f"{found.trace_id:032x}" if found.is_valid else None
+        context = self._trace.get_current_span().get_span_context()
+        return f"{context.trace_id:032x}" if context.is_valid else None
 
     def batch(
         self,
@@ -100,10 +100,10 @@ class Tracing:
 
 
 class _ClientSpans(
-    grpc.UnaryUnaryClientInterceptor,
-    grpc.UnaryStreamClientInterceptor,
-    grpc.StreamUnaryClientInterceptor,
-    grpc.StreamStreamClientInterceptor,
+    grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
+    grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
 ):
     """A span around each call. OpenTelemetry's own interceptor makes streams that cannot be cancelled."""
 

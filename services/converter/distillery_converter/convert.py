@@ -106,16 +106,16 @@ def _converted(
     for number in reversed(store.versions(source.name)):
         if number < source.version:
             return None
-        found = store.manifest(f"{source.name}@{number}")
-        report = found.exports.get(goal.name)
+        candidate = store.manifest(f"{source.name}@{number}")
+        report = candidate.exports.get(goal.name)
         made = report is not None and report.tool_versions == versions and _passes(report, goal)
-        if made and _content(found) == _content(source):
-            return found
+        if made and _content(candidate) == _content(source):
+            return candidate
     return None
 
 
 def _content(manifest: Manifest) -> tuple[object, ...]:
-    """What decides an export: the weights with their configurations, and what the manifest says of their use."""
+    """Facts that decide an export: the weights with their configurations, and what the manifest says of their use."""
     files = {
         path: entry.sha256
         for path, entry in manifest.files.items()
@@ -163,7 +163,7 @@ def _export(
 
 def _samples(forms: list[Form], folder: Path, source: Manifest) -> FrechetReport | None:
     """The worst report of the model's denoisers, with its decoder; None for what is no generator."""
-    denoisers = [(form, form.graph.walk) for form in forms if form.graph.walk is not None]
+    denoisers = [(form, form.graph.trajectory) for form in forms if form.graph.trajectory is not None]
     card = generator_card(source)
     if card.image is None or not denoisers:
         return None
@@ -171,13 +171,13 @@ def _samples(forms: list[Form], folder: Path, source: Manifest) -> FrechetReport
     # an expert draws a part of the data only
     real = frechet.real_pictures(folder, card.image.picture) if card.partition is None else None
     reports = []
-    for form, walk in denoisers:
+    for form, trajectory in denoisers:
         before = Side(form.graph.run, decoder.graph.run if decoder else None)
         after = Side(form.run, decoder.run if decoder else None)
         share = frechet.SECONDS / len(denoisers)
-        reports.append(frechet.compare_samples(walk, before, after, real=real, seconds=share))
-    found = [report for report in reports if report is not None]
-    return max(found, key=lambda report: report.ratio, default=None)
+        reports.append(frechet.compare_samples(trajectory, before, after, real=real, seconds=share))
+    measured = [report for report in reports if report is not None]
+    return max(measured, key=lambda report: report.ratio, default=None)
 
 
 def _manifest(source: Manifest, report: ExportReport, job: str) -> Manifest:

@@ -12,12 +12,12 @@ from distill_core.artifacts import GraphReport
 from distill_core.errors import ArtifactError
 from distill_core.tensorrt.building import SOURCES
 from distillery_converter import onnx, parity, tensorrt
+from distillery_converter.calibration import Run
 from distillery_converter.graphs import Graph
 from distillery_converter.int8 import quantise
 from distillery_converter.parity import Parity
 from distillery_converter.precision import lowered
 from distillery_converter.targets import Target
-from distillery_converter.walks import Run
 
 WORTH_IT = 0.9  # a part's file must shrink below this share to give up its float32
 ONCE = "runs once an image, and overflows or gains little"
@@ -37,7 +37,7 @@ class Form:
 
     @property
     def report(self) -> GraphReport:
-        """What the manifest says of it."""
+        """Report of it in the manifest."""
         return GraphReport(
             precision=self.precision,
             size=self.size,
@@ -78,16 +78,18 @@ def write_forms(graphs: list[Graph], exports: Path, goal: Target, cache: Path) -
 def _engines(graphs: list[Graph], exports: Path, goal: Target, cache: Path) -> list[Form]:
     """Engines for this machine, and the ONNX files beside them that a sampler builds its own of elsewhere."""
     low = goal.precision if goal.precision in ("fp16", "bf16") else None
-    wanted = [lowered(graph, low) if low else graph for graph in graphs]
+    lowered_graphs = [lowered(graph, low) if low else graph for graph in graphs]
     opset = onnx.OPSETS[goal.precision]
-    files = [onnx.export(graph, exports / SOURCES, opset=opset) for graph in wanted]
+    files = [onnx.export(graph, exports / SOURCES, opset=opset) for graph in lowered_graphs]
     runs = tensorrt.build(files, graphs, exports, target=goal.name, cache=cache)
     forms = []
-    for graph, given, run in zip(graphs, wanted, runs, strict=True):
-        kept = low is not None and given is graph
+    for graph, exported, run in zip(graphs, lowered_graphs, runs, strict=True):
+        kept = low is not None and exported is graph
         size = (exports / f"{graph.name}.plan").stat().st_size
-        found = parity.compare(graph, run)
-        forms.append(Form(graph, run, found, "fp32" if kept else goal.precision, size, ONCE if kept else ""))
+        measured = parity.compare(graph, run)
+        forms.append(
+            Form(graph, run, measured, "fp32" if kept else goal.precision, size, ONCE if kept else "")
+        )
     return forms
 
 
@@ -133,7 +135,7 @@ def _if_worth_it(
 
 
 def _refused(form: Form, size: int, goal: Target) -> str:
-    """Why a part stays in float32; nothing where it gains."""
+    """Reason why a part stays in float32; nothing where it gains."""
     if form.parity.rel_l2 > goal.rel_l2:
         return f"differs by {form.parity.rel_l2:.2g} relative L2 in {goal.precision}, of {goal.rel_l2:.2g} allowed"
     if form.size > WORTH_IT * size:
@@ -144,9 +146,9 @@ def _refused(form: Form, size: int, goal: Target) -> str:
 def _form(
     graph: Graph, path: Path, precision: Precision, *, as_served: bool = False, left_in_float: str = ""
 ) -> Form:
-    answers = parity.onnx_runner(path)
-    found = parity.compare(graph, answers, as_served=as_served)
-    return Form(graph, lambda inputs: answers(inputs)[0], found, precision, _size(path), left_in_float)
+    predict = parity.onnx_runner(path)
+    measured = parity.compare(graph, predict, as_served=as_served)
+    return Form(graph, lambda inputs: predict(inputs)[0], measured, precision, _size(path), left_in_float)
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -21,8 +21,8 @@ from distill_core.data import build_source
 from distill_core.errors import ArtifactError, DistilleryError
 from distill_core.metrics.frechet import FeatureSet, frechet_distance
 from distill_core.recipe import load_recipe
+from distillery_converter.calibration import CalibrationTrajectory, Run
 from distillery_converter.targets import Target
-from distillery_converter.walks import Run, Walk
 
 SAMPLES = 512  # of each set, at most
 FEWEST = 64  # below it the distance says little, and it is not measured
@@ -52,27 +52,34 @@ class Side(NamedTuple):
 
 
 def compare_samples(
-    walk: Walk, before: Side, after: Side, *, real: Real | None = None, seconds: float = SECONDS
+    trajectory: CalibrationTrajectory,
+    before: Side,
+    after: Side,
+    *,
+    real: Real | None = None,
+    seconds: float = SECONDS,
 ) -> FrechetReport | None:
     """The distances of `before`'s and `after`'s samples to the reference; None where samples are too dear.
 
     Samples take the fewest steps that the model allows; the noise is the same before and after.
     """
-    count = _affordable(walk, before, after, seconds)
+    count = _affordable(trajectory, before, after, seconds)
     if count < FEWEST:
         log.info("Fréchet distance left out: %d samples in %.0f s are too few", count, seconds)
         return None
     if real is not None:
         reference, name = FeatureSet(features(real.pictures)), real.name
     else:
-        reference, name = _features(walk, before, REFERENCE_SEED, count), "other samples of the model"
-    distances = [frechet_distance(reference, _features(walk, side, SEED, count)) for side in (before, after)]
+        reference, name = _features(trajectory, before, REFERENCE_SEED, count), "other samples of the model"
+    distances = [
+        frechet_distance(reference, _features(trajectory, side, SEED, count)) for side in (before, after)
+    ]
     return FrechetReport(
         before=distances[0],
         after=distances[1],
         ratio=distances[1] / max(distances[0], 1e-12),
         samples=count,
-        num_steps=walk.fewest_steps,
+        num_steps=trajectory.fewest_steps,
         features=FEATURES,
         reference=name,
     )
@@ -121,22 +128,22 @@ def features(pictures: np.ndarray) -> torch.Tensor:
     return torch.cat([mean.flatten(1), spread.flatten(1)], 1)
 
 
-def _affordable(walk: Walk, before: Side, after: Side, seconds: float) -> int:
+def _affordable(trajectory: CalibrationTrajectory, before: Side, after: Side, seconds: float) -> int:
     """Samples of each set that fit into the time: two sets by `before`, one by `after`, after a first try of each."""
     spent = 0.0
     for side, sets in ((before, 2), (after, 1)):
-        _pictures(walk, side, SEED, range(1))
+        _pictures(trajectory, side, SEED, range(1))
         started = time.perf_counter()
-        _pictures(walk, side, SEED, range(BATCH))
+        _pictures(trajectory, side, SEED, range(BATCH))
         spent += sets * (time.perf_counter() - started) / BATCH
     return min(SAMPLES, int(seconds / spent) // BATCH * BATCH)
 
 
-def _features(walk: Walk, side: Side, seed: int, count: int) -> FeatureSet:
+def _features(trajectory: CalibrationTrajectory, side: Side, seed: int, count: int) -> FeatureSet:
     parts = (range(start, start + BATCH) for start in range(0, count, BATCH))
-    return FeatureSet(torch.cat([features(_pictures(walk, side, seed, part)) for part in parts]))
+    return FeatureSet(torch.cat([features(_pictures(trajectory, side, seed, part)) for part in parts]))
 
 
-def _pictures(walk: Walk, side: Side, seed: int, indices: range) -> np.ndarray:
-    x0 = walk.x0(side.denoise, seed=seed, indices=indices, num_steps=walk.fewest_steps)
+def _pictures(trajectory: CalibrationTrajectory, side: Side, seed: int, indices: range) -> np.ndarray:
+    x0 = trajectory.x0(side.denoise, seed=seed, indices=indices, num_steps=trajectory.fewest_steps)
     return np.clip(side.decode({"x0": x0}) if side.decode else x0, -1, 1)

@@ -25,7 +25,7 @@ from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.routed import RoutedDenoiser
 from distill_core.networks.steering import NEGATIVE
 from distill_core.networks.text import TextEncoder
-from distillery_converter.walks import COUNT, Arrays, Walk
+from distillery_converter.calibration import COUNT, Arrays, CalibrationTrajectory
 
 SEED = 20_260_101  # of the fixed inputs
 EXAMPLE_BATCH = 2  # to trace with: a batch of 1 would be baked in as a constant, silently
@@ -43,7 +43,7 @@ class Graph:
     outputs: tuple[str, ...]
     inputs: Callable[[int], Arrays]  # fixed inputs for a batch of this size
     served: Callable[[int], list[Arrays]] | None = None  # see `feeds`; None: the fixed inputs are such
-    walk: Walk | None = None  # of a denoiser
+    trajectory: CalibrationTrajectory | None = None  # of a denoiser
     makes_pictures: bool = False  # the output is pixels in [-1, 1]
     whole: nn.Module | None = None  # the network in `module` that is lowered in one; None: part by part
     halved: Callable[[Path, Path], None] | None = None  # writes the float32 file's layers in float16
@@ -51,10 +51,10 @@ class Graph:
     classes: str = ""  # the output whose largest entry is the answer
 
     def run(self, inputs: Arrays) -> np.ndarray:
-        """The first of `answers`."""
-        return self.answers(inputs)[0]
+        """The first output of `predict`."""
+        return self.predict(inputs)[0]
 
-    def answers(self, inputs: Arrays) -> tuple[np.ndarray, ...]:
+    def predict(self, inputs: Arrays) -> tuple[np.ndarray, ...]:
         """All outputs as PyTorch computes them, on the CPU.
 
         Raises:
@@ -62,8 +62,8 @@ class Graph:
         """
         try:
             with torch.inference_mode():
-                found = self.module(*tensors(inputs))
-                return tuple(one.numpy() for one in (found if isinstance(found, tuple) else (found,)))
+                outputs = self.module(*tensors(inputs))
+                return tuple(one.numpy() for one in (outputs if isinstance(outputs, tuple) else (outputs,)))
         except EVALUATION_ERRORS as error:
             if out_of_memory(error):
                 raise
@@ -90,8 +90,9 @@ class DenoiserGraph(nn.Module):
         second: Tensor | None = None,
         third: Tensor | None = None,
     ) -> Tensor:
-        given = [value for value in (first, second, third) if value is not None]
-        return self.denoiser(x_sigma, sigma, dict(zip(self.cond, given, strict=True)) or None)
+        conditions = [value for value in (first, second, third) if value is not None]
+        x0: Tensor = self.denoiser(x_sigma, sigma, dict(zip(self.cond, conditions, strict=True)) or None)
+        return x0
 
 
 class DecoderGraph(nn.Module):
@@ -126,7 +127,8 @@ class TextEncoderGraph(nn.Module):
         self.model = text.model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids)[0]
+        prompt_embeds: Tensor = self.model(input_ids)[0]
+        return prompt_embeds
 
 
 def load_graphs(folder: Path, manifest: Manifest, models: Models | None = None) -> list[Graph]:
@@ -196,7 +198,7 @@ def denoiser_graph(
         cond = {name: fixed_condition(name, denoiser.cond, batch, classes) for name in conditions}
         return {"x_sigma": x_sigma, "sigma": sigma, **cond}
 
-    walk = Walk(
+    trajectory = CalibrationTrajectory(
         sampler,
         shape,
         lambda count: served_condition(denoiser, conditions, count, classes),
@@ -207,11 +209,11 @@ def denoiser_graph(
         DenoiserGraph(denoiser, conditions),
         ("x0",),
         inputs,
-        walk=walk,
+        trajectory=trajectory,
         whole=denoiser.network,
         makes_pictures=denoiser.codec is None,
     )
-    return replace(graph, served=lambda seed: walk.trail(graph.run, seed)[0])
+    return replace(graph, served=lambda seed: trajectory.recorded(graph.run, seed)[0])
 
 
 def condition_inputs(denoiser: DiffusersDenoiser, sampler: SamplerSpec) -> tuple[str, ...]:
@@ -223,9 +225,9 @@ def condition_inputs(denoiser: DiffusersDenoiser, sampler: SamplerSpec) -> tuple
 
 
 def _ends(graph: Graph, seed: int) -> np.ndarray:
-    """x0 (B, C, H, W) at the end of a walk."""
-    assert graph.walk is not None
-    return graph.walk.trail(graph.run, seed)[1]
+    """x0 (B, C, H, W) at the end of a trajectory."""
+    assert graph.trajectory is not None
+    return graph.trajectory.recorded(graph.run, seed)[1]
 
 
 def decoder_graph(denoiser: DiffusersDenoiser, ends: Callable[[int], np.ndarray]) -> Graph:
@@ -267,8 +269,8 @@ def text_graph(text: TextEncoder, examples: Sequence[str] = ()) -> Graph:
         if not examples:
             return [{"input_ids": fixed_tokens(COUNT, text.max_tokens, vocabulary, seed=seed)}]
         prompts = [examples[(index + seed) % len(examples)] for index in range(COUNT)]
-        found = text.tokenizer(prompts, padding="max_length", max_length=text.max_tokens, truncation=True)
-        return [{"input_ids": np.asarray(found["input_ids"], dtype=np.int64)}]
+        tokens = text.tokenizer(prompts, padding="max_length", max_length=text.max_tokens, truncation=True)
+        return [{"input_ids": np.asarray(tokens["input_ids"], dtype=np.int64)}]
 
     def inputs(batch: int) -> Arrays:
         return {"input_ids": fixed_tokens(batch, text.max_tokens, vocabulary)}
@@ -291,7 +293,7 @@ def fixed_sigmas(sampler: SamplerSpec, batch: int) -> np.ndarray:
 
 
 def fixed_condition(name: str, cond: CondSpec, batch: int, classes: tuple[int, ...] = ()) -> np.ndarray:
-    """Class labels int64 (batch,) that walk through `classes` or all, embeddings float32 (batch, T, D), or scales."""
+    """Class labels int64 (batch,) that run through `classes` or all, embeddings float32 (batch, T, D), or scales."""
     if name == "nasa_scale":
         return np.arange(batch, dtype=np.float32) % 3 / 2  # 0, 0.5, 1
     if name == "class_label":
@@ -304,7 +306,7 @@ def fixed_condition(name: str, cond: CondSpec, batch: int, classes: tuple[int, .
 def served_condition(
     denoiser: DiffusersDenoiser, names: Sequence[str], count: int, classes: tuple[int, ...] = ()
 ) -> Arrays:
-    """What requests are conditioned on: every class in turn, or example prompts, or random words without them."""
+    """Conditions of requests: every class in turn, or example prompts, or random words without them."""
     if "prompt_embeds" not in names:
         return {name: fixed_condition(name, denoiser.cond, count, classes) for name in names}
     examples, text = denoiser.cond.examples, denoiser.text
@@ -323,7 +325,7 @@ def served_condition(
 def fixed_tokens(batch: int, length: int, vocabulary: int, *, seed: int = SEED) -> np.ndarray:
     """Token ids int64 (batch, length), spread over the vocabulary; the last one closes every prompt."""
     uniform = np.vectorize(math.erf)(noise(batch, (length,), draw=4, seed=seed) / math.sqrt(2)) * 0.5 + 0.5
-    tokens = np.minimum((uniform * vocabulary).astype(np.int64), vocabulary - 1)
+    tokens: np.ndarray = np.minimum((uniform * vocabulary).astype(np.int64), vocabulary - 1)
     tokens[:, -1] = vocabulary - 1
     return tokens
 

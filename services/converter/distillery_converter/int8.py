@@ -16,11 +16,12 @@ from typing import Any
 import onnx
 
 from distill_core.errors import ArtifactError
-from distillery_converter.graphs import COUNT, Graph
+from distillery_converter.calibration import COUNT
+from distillery_converter.graphs import Graph
 
 CALIBRATION = "1"  # counts up when anything here changes what is written
 CALIBRATION_ITEMS = 128  # inputs that activations' ranges are read from, at least
-FIRST_SEED = 20_260_200  # of the calibration's walks; later ones count on
+FIRST_SEED = 20_260_200  # of the calibration's trajectories; later ones count on
 OPS = ("Conv", "MatMul", "Gemm")  # with every op ONNX Runtime refuses weights that two kinds of layer share
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def _quantise(graph: Graph, source: Path, target: Path, scratch: Path) -> str:
 
 def _input_layer(graph: Graph, prepared: Path) -> list[str]:
     """Names of the nodes that read a denoiser's noisy image: its range is the widest of all, and it costs little."""
-    if graph.walk is None:
+    if graph.trajectory is None:
         return []
     nodes = onnx.load(str(prepared), load_external_data=False).graph.node
     return [node.name for node in nodes if node.op_type == "Conv"][:1]
@@ -95,17 +96,17 @@ def _input_layer(graph: Graph, prepared: Path) -> list[str]:
 def _reader(graph: Graph) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
 
-    feeds = calibration(graph)
+    feeds = calibration_feeds(graph)
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def get_next(self) -> Any:
             return next(feeds, None)
 
     return Reader()
 
 
-def calibration(graph: Graph) -> Iterator[dict[str, Any]]:
-    """Inputs as serving feeds them, whole walks from noise to picture until there are `CALIBRATION_ITEMS`."""
+def calibration_feeds(graph: Graph) -> Iterator[dict[str, Any]]:
+    """Inputs as serving feeds them, whole trajectories from noise to picture until there are `CALIBRATION_ITEMS`."""
     items, seed = 0, FIRST_SEED
     while items < CALIBRATION_ITEMS:
         for feed in graph.feeds(seed):

@@ -14,11 +14,11 @@ from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds import base, find_kind
 from distill_core.kinds.base import Models
 from distill_core.kinds.loading import StoreModels
+from distillery_converter.calibration import COUNT, Arrays
 from distillery_converter.fields import field_graphs
 from distillery_converter.frechet import real_pictures
 from distillery_converter.graphs import Graph, load_graphs
 from distillery_converter.targets import TARGETS, Target
-from distillery_converter.walks import COUNT, Arrays
 
 Build = Callable[[Path, Manifest, Models, Target], list[Graph]]
 
@@ -35,12 +35,12 @@ def graphs_of(folder: Path, source: Manifest, store: ArtifactStore, cache: Path,
 
 def _listed(folder: Path, source: Manifest, models: Models, goal: Target) -> list[Graph]:
     kind = find_kind(source.kind)
-    found = kind.graphs(kind.load(folder, models=models), source)
-    if not found:
+    graphs = kind.graphs(kind.load(folder, models=models), source)
+    if not graphs:
         raise ArtifactError(f"models of kind {source.kind} have no graphs to convert", field="artifact")
-    for graph in found:
+    for graph in graphs:
         _check_allowed(graph, source, goal)
-    return [_adapted(graph, folder, source) for graph in found]
+    return [_adapted(graph, folder, source) for graph in graphs]
 
 
 def _check_allowed(graph: base.Graph, source: Manifest, goal: Target) -> None:
@@ -50,8 +50,8 @@ def _check_allowed(graph: base.Graph, source: Manifest, goal: Target) -> None:
         why = f"needs more than {goal.precision} and is exported in {', '.join(graph.precisions)} only"
     elif goal.runtime == "tensorrt" and (len(graph.outputs) > 1 or graph.frees):
         free = next(iter(graph.frees), "")
-        said = f"takes {free} of any size" if free else f"has the outputs {', '.join(graph.outputs)}"
-        why = f"{said}, and an engine has one output and inputs of fixed size"
+        trait = f"takes {free} of any size" if free else f"has the outputs {', '.join(graph.outputs)}"
+        why = f"{trait}, and an engine has one output and inputs of fixed size"
     if not why:
         return
     known = [

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from distill_core.errors import ArtifactError
-from distillery_converter.graphs import Arrays, Graph
+from distillery_converter.calibration import Arrays, Run
+from distillery_converter.graphs import Graph
 from distillery_converter.targets import Target
-from distillery_converter.walks import Run
 
 RunAll = Callable[[Arrays], tuple[np.ndarray, ...]]
 BATCHES = (1, 3, 16)  # 1 and 3 reveal a batch that was baked in; 16 is the largest that is compared
-HELD_OUT = 20_260_102  # seed of the walks that int8 graphs are compared on; calibration has others
+HELD_OUT = 20_260_102  # seed of the trajectories that int8 graphs are compared on; calibration has others
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ def compare(
     """
     parity, agreed = Parity(0.0, 0.0, 0.0), []
     for batch in batches:
-        answers = [
-            (graph.answers(inputs), _several(run(inputs))) for inputs in _inputs(graph, batch, as_served)
+        outputs = [
+            (graph.predict(inputs), _several(run(inputs))) for inputs in _inputs(graph, batch, as_served)
         ]
         for index, name in enumerate(graph.outputs):
-            pairs = [(expected[index], given[index]) for expected, given in answers]
+            pairs = [(expected[index], given[index]) for expected, given in outputs]
             for expected, given in pairs:
                 _check(_named(graph, name), expected, given)
                 if name == graph.classes:
@@ -174,4 +174,5 @@ def _difference(expected: np.ndarray, given: np.ndarray, *, pictures: bool) -> P
 
 
 def _pixels(pictures: np.ndarray) -> np.ndarray:
-    return ((np.clip(pictures, -1, 1) + 1) * 127.5).round().astype(np.uint8)
+    pixels: np.ndarray = ((np.clip(pictures, -1, 1) + 1) * 127.5).round().astype(np.uint8)
+    return pixels

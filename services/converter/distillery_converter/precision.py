@@ -36,7 +36,7 @@ def lowered(graph: Graph, precision: str) -> Graph:
     )  # in one, so that one stays a part of the other
     nn.Module.to(whole, dtype)  # diffusers' own warns of layers to keep, also where there are none
     if whole is module:
-        outputs = [torch.from_numpy(one).dtype for one in graph.answers(graph.inputs(EXAMPLE_BATCH))]
+        outputs = [torch.from_numpy(one).dtype for one in graph.predict(graph.inputs(EXAMPLE_BATCH))]
         return replace(graph, module=Lowered(module, dtype, outputs), whole=None)
     whole.register_forward_pre_hook(partial(_given, dtype), with_kwargs=True)
     return replace(graph, module=module, whole=whole)
@@ -51,9 +51,9 @@ class Lowered(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         cast = (value.to(self.dtype) if value.is_floating_point() else value for value in inputs)
-        found = self.module(*cast)
-        answers = found if isinstance(found, tuple) else (found,)
-        return tuple(one.to(dtype) for one, dtype in zip(answers, self.outputs, strict=True))
+        result = self.module(*cast)
+        outputs = result if isinstance(result, tuple) else (result,)
+        return tuple(one.to(dtype) for one, dtype in zip(outputs, self.outputs, strict=True))
 
 
 def _given(

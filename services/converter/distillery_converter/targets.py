@@ -1,4 +1,4 @@
-"""What a model can be converted to, and how closely each form must agree with PyTorch."""
+"""Targets that a model can be converted to, and how closely each form must agree with PyTorch."""
 
 from __future__ import annotations
 

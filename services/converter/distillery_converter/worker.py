@@ -15,18 +15,18 @@ from distill_service.settings import of_a_folder, settings
 def main() -> int:
     """Work until told to stop; the exit code."""
     try:
-        found = settings()
+        values = settings()
         return run_worker(
             ["convert"],
-            found,
+            values,
             commands={"convert": "distillery_converter.run"},
             service="converter",
             metrics_port="converter_metrics_port",
         )
     except (DistilleryError, OSError) as error:
-        told = of_a_folder(error)
-        print(f"error: {told}", file=sys.stderr)
-        return meaning(told).exit_code
+        failure = of_a_folder(error)
+        print(f"error: {failure}", file=sys.stderr)
+        return meaning(failure).exit_code
 
 
 if __name__ == "__main__":

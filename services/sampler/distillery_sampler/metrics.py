@@ -1,4 +1,4 @@
-"""What Prometheus sees of the sampler. Labels are models, versions and backends, never requests."""
+"""Metrics of the sampler for Prometheus. Labels are models, versions and backends, never requests."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Metrics:
 
 @dataclass
 class ModelStats:
-    """What one loaded version did so far, for Prometheus and for KServe's ModelStatistics."""
+    """Figures of what one loaded version did so far, for Prometheus and for KServe's ModelStatistics."""
 
     metrics: Metrics
     labels: Labels

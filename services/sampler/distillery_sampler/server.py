@@ -29,7 +29,7 @@ from distillery.v1 import models_pb2_grpc, sampler_pb2_grpc
 from distillery_sampler.engine.engine import Engine
 from distillery_sampler.kserve import servicer as kserve
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.models.memory import keep_tidy, settle
+from distillery_sampler.models.memory import freeze_garbage_collector, limit_malloc_arenas
 from distillery_sampler.models.watcher import watch_store
 from distillery_sampler.settings import SamplerSettings, load_sampler_settings
 from distillery_sampler.v1 import servicer
@@ -82,7 +82,7 @@ def shedding(engine: Engine) -> Shed:
 
 
 def rpc_settings(shared: Settings, own: SamplerSettings) -> RpcSettings:
-    """Where this process listens."""
+    """Address of this process."""
     return RpcSettings.parse(
         {
             "host": shared.sampler_host,
@@ -110,7 +110,7 @@ async def preload(engine: Engine, own: SamplerSettings, health: Health) -> None:
     for ref in own.preload:
         await engine.models.load(ref)
     names = sorted({info.manifest.name for info in await engine.models.infos()})
-    settle()
+    freeze_garbage_collector()
     _log.info("ready", models=names, loaded=[model.manifest.ref for model in engine.models.loaded()])
     await health.report(True)
 
@@ -121,14 +121,14 @@ def main() -> int:
         shared, own = settings(), load_sampler_settings()
         configure_logging("sampler", shared)
         hide_library_bars()
-        keep_tidy()
+        limit_malloc_arenas()
         start_tracing("sampler", shared)
         sys.setswitchinterval(SWITCH_S)
         asyncio.run(serve(shared, own))
     except (DistilleryError, OSError) as error:
-        told = of_a_folder(error)
-        print(f"sampler: {told}", file=sys.stderr)
-        return meaning(told).exit_code
+        failure = of_a_folder(error)
+        print(f"sampler: {failure}", file=sys.stderr)
+        return meaning(failure).exit_code
     return 0
 
 

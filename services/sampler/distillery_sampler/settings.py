@@ -20,10 +20,10 @@ def read_bytes(value: Any) -> Any:
     Raises:
         ValueError: no number, or another unit.
     """
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(value))
-    if not found or found[2] not in UNITS:
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(value))
+    if not match or match[2] not in UNITS:
         raise ValueError("give a number of bytes, or one with KiB, MiB, GiB, TiB, KB, MB, GB or TB")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 ByteSize = Annotated[int, BeforeValidator(read_bytes)]
@@ -83,6 +83,6 @@ def load_sampler_settings(**values: object) -> SamplerSettings:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        said = first["msg"][0].lower() + first["msg"][1:]
-        message = f"DISTILLERY_SAMPLER_{name.upper()} = {first.get('input')!r} is not allowed: {said}"
+        sentence = first["msg"][0].lower() + first["msg"][1:]
+        message = f"DISTILLERY_SAMPLER_{name.upper()} = {first.get('input')!r} is not allowed: {sentence}"
         raise ConfigError(message, field=name) from None

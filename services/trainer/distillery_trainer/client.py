@@ -90,8 +90,8 @@ def train_spec(
 def _placed(recipe: str | Path | Mapping[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """The overrides, and those that make the recipe's own relative paths absolute."""
     try:
-        given = recipe if isinstance(recipe, Mapping) else str(recipe)
-        before = load_recipe(given, overrides)
+        source = recipe if isinstance(recipe, Mapping) else str(recipe)
+        before = load_recipe(source, overrides)
         after = load_recipe(absolute(before.model_dump(mode="json", exclude_none=True)))
     except DistilleryError:  # the server, which may know more recipes, answers what is wrong
         return overrides
@@ -122,7 +122,11 @@ def evaluate_spec(
 
 def stage(name: str, work: TrainSpec | ConvertSpec | EvaluateSpec, *, after: Iterable[str] = ()) -> StageSpec:
     """A stage of a pipeline; others refer to what it publishes as `{name}`."""
-    return StageSpec(name=name, after=after, **{_FIELDS[type(work)]: work})
+    return StageSpec(name=name, after=after, **_as_field(work))
+
+
+def _as_field(work: Work) -> dict[str, Any]:
+    return {_FIELDS[type(work)]: work}
 
 
 def pipeline_spec(*stages: StageSpec) -> PipelineSpec:
@@ -157,7 +161,7 @@ def request(
         priority=priority,
         labels=labels,
         idempotency_key=idempotency_key or uuid.uuid4().hex,
-        **{_FIELDS[type(work)]: work},
+        **_as_field(work),
     )
 
 
@@ -174,7 +178,9 @@ class JobsClient:
     ) -> None:
         """`address`, `token` and `ca` default to this machine's settings, as does the client's own certificate."""
         values = settings()
-        tls = values.client_tls() if ca is None else {**values.client_tls(), "ca": ca}
+        tls = values.client_tls()
+        if ca is not None:
+            tls["ca"] = ca
         self.address = address or values.jobs_address
         self._channel = channel(self.address, token=token or values.client_token(), **tls)
         self._stub = jobs_pb2_grpc.JobsServiceStub(self._channel)
@@ -198,7 +204,7 @@ class JobsClient:
         return list(self._submit(request(work, **options)).jobs)
 
     def dry_run(self, work: Work, **options: Any) -> list[Plan]:
-        """What would be queued, and what each job would need; nothing is."""
+        """Plans of what would be queued, and what each job would need; nothing is."""
         asked = request(work, **options)
         asked.dry_run = True
         return list(self._submit(asked, timeout_s=_LONG_S).plans)
@@ -207,12 +213,14 @@ class JobsClient:
         self, asked: jobs_pb2.SubmitRequest, timeout_s: float | None = None
     ) -> jobs_pb2.SubmitResponse:
         with self._errors():
-            return self._stub.Submit(asked, timeout=timeout_s or self._timeout_s)
+            response: jobs_pb2.SubmitResponse = self._stub.Submit(asked, timeout=timeout_s or self._timeout_s)
+            return response
 
     def get(self, job_id: str) -> Job:
         """A job."""
         with self._errors():
-            return self._stub.Get(jobs_pb2.GetRequest(id=job_id), timeout=self._timeout_s).job
+            job: Job = self._stub.Get(jobs_pb2.GetRequest(id=job_id), timeout=self._timeout_s).job
+            return job
 
     def list(self, *, limit: int = 50, **filters: Any) -> list[Job]:
         """The newest `limit` jobs; filters as in `pages`."""
@@ -288,29 +296,36 @@ class JobsClient:
     def cancel(self, job_id: str) -> Job:
         """Stop a job; its checkpoint is kept."""
         with self._errors():
-            return self._stub.Cancel(jobs_pb2.CancelRequest(id=job_id), timeout=self._timeout_s).job
+            job: Job = self._stub.Cancel(jobs_pb2.CancelRequest(id=job_id), timeout=self._timeout_s).job
+            return job
 
     def retry(self, job_id: str) -> Job:
         """Queue a failed or cancelled job again; it continues."""
         with self._errors():
-            return self._stub.Retry(jobs_pb2.RetryRequest(id=job_id), timeout=self._timeout_s).job
+            job: Job = self._stub.Retry(jobs_pb2.RetryRequest(id=job_id), timeout=self._timeout_s).job
+            return job
 
     def queues(self) -> Sequence[Queue]:
         """All queues, by name."""
         with self._errors():
-            return self._stub.ListQueues(jobs_pb2.ListQueuesRequest(), timeout=self._timeout_s).queues
+            queues: Sequence[Queue] = self._stub.ListQueues(
+                jobs_pb2.ListQueuesRequest(), timeout=self._timeout_s
+            ).queues
+            return queues
 
     def pause(self, queue: str, reason: str = "") -> Queue:
         """Start no job of a queue until it is resumed."""
         with self._errors():
             request = jobs_pb2.PauseQueueRequest(name=queue, reason=reason)
-            return self._stub.PauseQueue(request, timeout=self._timeout_s).queue
+            paused: Queue = self._stub.PauseQueue(request, timeout=self._timeout_s).queue
+            return paused
 
     def resume(self, queue: str) -> Queue:
         """Let a paused queue go on."""
         with self._errors():
             request = jobs_pb2.ResumeQueueRequest(name=queue)
-            return self._stub.ResumeQueue(request, timeout=self._timeout_s).queue
+            resumed: Queue = self._stub.ResumeQueue(request, timeout=self._timeout_s).queue
+            return resumed
 
     def collect_garbage(
         self, *, keep: int = 3, older_than_s: float = 30 * 86_400.0, dry_run: bool = True
@@ -318,7 +333,8 @@ class JobsClient:
         """Remove run folders and models that nothing needs, or only say which."""
         request = jobs_pb2.CollectGarbageRequest(keep=keep, older_than_seconds=older_than_s, dry_run=dry_run)
         with self._errors():
-            return self._stub.CollectGarbage(request, timeout=_LONG_S)
+            response: jobs_pb2.CollectGarbageResponse = self._stub.CollectGarbage(request, timeout=_LONG_S)
+            return response
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -62,7 +62,8 @@ def _stage(stage: jobs_pb2.StageSpec) -> Draft:
 
 def _draft(work: Message) -> Draft:
     with _shallow():
-        return _DRAFTS[type(work)](work)
+        draft: Draft = _DRAFTS[type(work)](work)
+        return draft
 
 
 @contextmanager
@@ -119,7 +120,7 @@ def _whole(value: Any) -> Any:
 
 
 def filters(request: jobs_pb2.ListRequest) -> Filters:
-    """Which jobs a List request asks for."""
+    """Filters of a List request."""
     return Filters(
         states=states(list(request.states)),
         kinds=kinds(list(request.kinds)),
@@ -130,7 +131,7 @@ def filters(request: jobs_pb2.ListRequest) -> Filters:
 
 
 def _moment(request: jobs_pb2.ListRequest, field: str) -> float | None:
-    if not request.HasField(field):  # type: ignore[arg-type]
+    if not request.HasField(field):
         return None
     moment: Timestamp = getattr(request, field)
     return moment.seconds + moment.nanos / 1e9
@@ -153,7 +154,7 @@ def _plain(enum: Any, number: int, prefix: str, field: str) -> str:
 
 
 def watch_options(request: jobs_pb2.WatchRequest) -> watch.Options:
-    """What a Watch request wants."""
+    """Options of a Watch request."""
     cursors = {
         job: watch.Cursor(cursor.event, cursor.metrics_offset, cursor.log_offset, cursor.sample)
         for job, cursor in request.cursors.items()
@@ -175,7 +176,7 @@ def _job(job: Job) -> jobs_pb2.Job:
     message = jobs_pb2.Job(
         id=job.id,
         name=job.name,
-        kind=jobs_pb2.JobKind.Value(f"JOB_KIND_{job.kind.upper()}"),
+        kind=f"JOB_KIND_{job.kind.upper()}",
         state=state_value(job.state),
         queue=job.queue,
         priority=job.priority,
@@ -200,9 +201,9 @@ def _job(job: Job) -> jobs_pb2.Job:
     return message
 
 
-def state_value(state: str) -> jobs_pb2.JobState:
-    """The message's number of a state."""
-    return jobs_pb2.JobState.Value(f"JOB_STATE_{state}")
+def state_value(state: str) -> str:
+    """The enum's name of a state, as a message takes it."""
+    return f"JOB_STATE_{state}"
 
 
 def _error(error: Mapping[str, Any]) -> jobs_pb2.JobError:
@@ -226,13 +227,13 @@ def _progress(progress: Mapping[str, Any]) -> jobs_pb2.Progress:
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among `values`; nested tables become dotted names."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found.update({f"{key}.{inner}": number for inner, number in _numbers(value).items()})
+            numbers.update({f"{key}.{inner}": number for inner, number in _numbers(value).items()})
         elif isinstance(value, int | float):
-            found[str(key)] = float(value)
-    return found
+            numbers[str(key)] = float(value)
+    return numbers
 
 
 def _time(seconds: float | None) -> Timestamp | None:
@@ -291,10 +292,10 @@ def _metrics(line: Mapping[str, Any]) -> jobs_pb2.Metrics:
 
 
 def plan_message(plan: Mapping[str, Any]) -> jobs_pb2.Plan:
-    """What a dry run found out about one job."""
+    """Plan of one job that a dry run made."""
     return jobs_pb2.Plan(
         name=str(plan["name"]),
-        kind=jobs_pb2.JobKind.Value(f"JOB_KIND_{str(plan['kind']).upper()}"),
+        kind=f"JOB_KIND_{str(plan['kind']).upper()}",
         memory_bytes=int(plan.get("memory_bytes", 0)),
         standing_bytes=int(plan.get("standing_bytes", 0)),
         device=str(plan.get("device", "")),
@@ -318,7 +319,7 @@ def queue_message(queue: QueueState) -> jobs_pb2.Queue:
 
 
 def garbage_rules(request: jobs_pb2.CollectGarbageRequest) -> Rules:
-    """What a CollectGarbage request lets stay."""
+    """Rules of a CollectGarbage request: what stays."""
     return Rules(
         request.keep if request.HasField("keep") else DEFAULT_KEEP,
         request.older_than_seconds if request.HasField("older_than_seconds") else DEFAULT_OLDER_THAN_S,
@@ -326,11 +327,10 @@ def garbage_rules(request: jobs_pb2.CollectGarbageRequest) -> Rules:
 
 
 def garbage_message(collected: Collected) -> jobs_pb2.CollectGarbageResponse:
-    """What was removed, or would be."""
-    kinds = jobs_pb2.Garbage.Kind
+    """Garbage that was removed, or would be."""
     garbage = [
         jobs_pb2.Garbage(
-            kind=kinds.Value(f"KIND_{thing.kind.upper()}"),
+            kind=f"KIND_{thing.kind.upper()}",
             name=thing.name,
             bytes=thing.size,
             age_seconds=thing.age_s,

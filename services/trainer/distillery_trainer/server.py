@@ -27,7 +27,7 @@ MAX_CALLS = 16_384  # at once; most of them are watchers, which cost next to not
 
 
 def rpc_settings(values: Settings) -> RpcSettings:
-    """Where the Jobs API listens."""
+    """Address of the Jobs API."""
     return RpcSettings.parse(
         {
             "host": values.jobs_host,
@@ -82,9 +82,9 @@ def main() -> int:
         with running_broker(values) as broker:
             asyncio.run(serve(values, broker))
     except (DistilleryError, OSError) as error:
-        told = of_a_folder(error)
-        print(f"error: {told}", file=sys.stderr)
-        return meaning(told).exit_code
+        failure = of_a_folder(error)
+        print(f"error: {failure}", file=sys.stderr)
+        return meaning(failure).exit_code
     return 0
 
 

@@ -30,9 +30,9 @@ def main(arguments: list[str]) -> int:
             return run_once(queues, values, service="trainer")
         return run_worker(queues, values, service="trainer")
     except (DistilleryError, OSError) as error:
-        told = of_a_folder(error)
-        print(f"error: {told}", file=sys.stderr)
-        return meaning(told).exit_code
+        failure = of_a_folder(error)
+        print(f"error: {failure}", file=sys.stderr)
+        return meaning(failure).exit_code
 
 
 if __name__ == "__main__":

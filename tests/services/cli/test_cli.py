@@ -19,8 +19,9 @@ from distill_core.recipe import load_recipe, parse_overrides
 from distill_service.settings import load_settings, settings
 from distillery.v1 import jobs_pb2
 from distillery_cli.app import app, main
-from distillery_cli.jobs.listing import exit_code, job_values
+from distillery_cli.jobs.listing import exit_code
 from distillery_cli.jobs.pipelines import flattened, pipeline_message, read_pipeline
+from distillery_cli.jobs.values import job_values
 from distillery_cli.models.generate import parse_labels, save_pictures, sheet
 from distillery_cli.stack import demo_report as reports
 from distillery_cli.stack.demo import serving_command, stack_settings, users_store

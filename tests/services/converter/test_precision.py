@@ -69,8 +69,9 @@ def converted(store) -> Manifest:
 
 
 def test_calibration_is_the_students_own_sampling_from_noise(graph):
-    feeds = list(int8.calibration(graph))
-    assert [float(feed["sigma"][0]) for feed in feeds] == [5.0, 1.0] * 4  # 128 items: four walks of sixteen
+    feeds = list(int8.calibration_feeds(graph))
+    levels = [float(feed["sigma"][0]) for feed in feeds]
+    assert levels == [5.0, 1.0] * 4  # 128 items: four trajectories of sixteen
     assert all((feed["class_label"] == np.arange(16) % 10).all() for feed in feeds)
     shape, seed = (1, 8, 8), int8.FIRST_SEED
     begun = np.stack([5.0 * unit_normal(seed, index, 0, shape) for index in range(16)])
@@ -82,9 +83,9 @@ def test_calibration_is_the_students_own_sampling_from_noise(graph):
 
 def test_a_walk_ends_where_the_models_own_sampling_does(student, graph):
     expected = generate(student, {"class_label": torch.arange(3)}, 3, seed=7).numpy()
-    found = graph.walk.x0(graph.run, seed=7, indices=range(3), num_steps=2)
+    found = graph.trajectory.x0(graph.run, seed=7, indices=range(3), num_steps=2)
     np.testing.assert_allclose(np.clip(found, -1, 1), expected, atol=1e-5)
-    (last,) = graph.walk.x0(graph.run, seed=7, indices=range(2, 3), num_steps=2)
+    (last,) = graph.trajectory.x0(graph.run, seed=7, indices=range(2, 3), num_steps=2)
     np.testing.assert_allclose(last, found[2], atol=1e-5)
 
 
@@ -98,7 +99,7 @@ def test_guidance_is_walked_too_and_a_teacher_over_its_whole_range(student):
     levels = {round(float(feed["sigma"][0]), 3) for feed in feeds}
     assert (len(levels), max(levels), min(levels)) == (8, 80.0, 0.002)
     expected = generate(student, {"class_label": torch.arange(2)}, 2, seed=7, num_steps=8, sampler=spec)
-    found = guided.walk.x0(guided.run, seed=7, indices=range(2), num_steps=8)
+    found = guided.trajectory.x0(guided.run, seed=7, indices=range(2), num_steps=8)
     np.testing.assert_allclose(np.clip(found, -1, 1), expected.numpy(), atol=1e-4)
 
 
@@ -227,12 +228,12 @@ def test_noise_is_told_in_decibels_and_pixels_and_refused_below_25(graph):
 def test_a_model_whose_pictures_are_others_is_refused(graph, with_data):
     real = None
     if with_data:
-        drawn = graph.walk.x0(graph.run, seed=1, indices=range(128), num_steps=1)
+        drawn = graph.trajectory.x0(graph.run, seed=1, indices=range(128), num_steps=1)
         real = Real(np.clip(drawn, -1, 1), "128 pictures")
     torch_side = Side(graph.run, None)
-    same = frechet.compare_samples(graph.walk, torch_side, torch_side, real=real, seconds=1e9)
+    same = frechet.compare_samples(graph.trajectory, torch_side, torch_side, real=real, seconds=1e9)
     paler = Side(lambda inputs: 0.5 * graph.run(inputs), None)
-    other = frechet.compare_samples(graph.walk, torch_side, paler, real=real, seconds=1e9)
+    other = frechet.compare_samples(graph.trajectory, torch_side, paler, real=real, seconds=1e9)
     assert isinstance(same, FrechetReport)
     assert same.ratio == 1
     assert other.before == same.before
@@ -246,7 +247,7 @@ def test_a_model_whose_pictures_are_others_is_refused(graph, with_data):
 
 def test_samples_that_are_too_dear_are_left_out(graph):
     side = Side(graph.run, None)
-    assert frechet.compare_samples(graph.walk, side, side, seconds=1e-6) is None
+    assert frechet.compare_samples(graph.trajectory, side, side, seconds=1e-6) is None
 
 
 def test_the_data_of_the_models_recipe_is_the_reference_where_it_is_here(tmp_path):

@@ -10,12 +10,13 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.__main__ import app
 from distill_core.errors import ConfigError
 from distill_service.jobs import listing, queue, requests
 from distill_service.jobs.listing import Filters, list_jobs
 from distill_service.jobs.queue import Outcome
 from distill_service.jobs.table import Kind, State
-from distillery_cli.app import main
+from distillery_cli.terminal.running import run
 from tests.services.jobs.jobs_stack import convert, submit, train
 from tools.temporary_postgres import initdb
 
@@ -171,7 +172,7 @@ def test_a_claim_and_each_list_walk_an_index_and_sort_nothing_long(db):
 def test_the_bench_measures_each_operation_on_each_database(tmp_path, capsys):
     page = tmp_path / "page.md"
     options = ["--rounds", "3", "--largest", "200", "--out", str(tmp_path), "--page", str(page), "--json"]
-    code = main(["bench-queue", *options])
+    code = run(app, "python -m benchmarks", ["queue", *options])
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "queue.json").read_text())
     assert report["sizes"] == [100, 200]

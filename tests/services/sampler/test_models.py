@@ -367,10 +367,10 @@ def test_settings_leave_open_what_is_timed(monkeypatch):
 
 HOLES = """
 import sys
-from distillery_sampler.models.memory import keep_tidy, resident
+from distillery_sampler.models.memory import limit_malloc_arenas, resident
 
 if sys.argv[1] == "tidy":
-    keep_tidy()
+    limit_malloc_arenas()
 del (large := [bytearray(30 * 2**20)])[:]  # glibc takes pieces up to this size from its pool from now on
 pieces = [bytearray(b"x") * 2**20 for _ in range(100)]
 before = resident()
@@ -390,10 +390,10 @@ FAULTS = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from resource import RUSAGE_THREAD, getrusage
-from distillery_sampler.models.memory import TORCH_LARGE, keep_tidy
+from distillery_sampler.models.memory import TORCH_LARGE, limit_malloc_arenas
 
 if sys.argv[1] == "tidy":
-    keep_tidy(TORCH_LARGE)
+    limit_malloc_arenas(TORCH_LARGE)
 
 def faults():
     before = getrusage(RUSAGE_THREAD).ru_minflt
@@ -419,9 +419,9 @@ def test_a_model_thread_asks_for_the_same_memory_only_once(how, least, most):
 
 SETTLED = """
 import gc
-from distillery_sampler.server import settle
+from distillery_sampler.server import freeze_garbage_collector
 
-settle()
+freeze_garbage_collector()
 looked_at = gc.get_objects()
 print(gc.get_freeze_count(), len(looked_at), gc.get_threshold()[0])
 """
@@ -437,18 +437,18 @@ def test_what_is_there_at_the_start_is_left_out_of_later_collections():
 
 FREED = """
 import gc, weakref
-from distillery_sampler.models.memory import give_back, settle
+from distillery_sampler.models.memory import trim_heap, freeze_garbage_collector
 
 class Model: ...
 
 model = Model()
 model.itself = model  # only a collection frees it
 seen = weakref.ref(model)
-settle()
+freeze_garbage_collector()
 del model
 gc.collect()
 print(seen() is None)
-give_back()
+trim_heap()
 print(seen() is None)
 """
 

@@ -13,11 +13,11 @@ from distillery_sampler.backends.base import Generator
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.engine.requests import ImageItem, ImageKey
 from distillery_sampler.models.loading import open_model
-from distillery_sampler.models.tuning import Layout, Question, Tuned, cores, tune, warm
+from distillery_sampler.models.tuning import Layout, Tuned, WarmUpRequest, cores, tune, warm
 from distillery_sampler.settings import SamplerSettings
 from tests.services.sampler.helpers import publish_denoiser
 
-QUESTION = Question(ImageKey(1, 1.0), ImageItem(1))
+QUESTION = WarmUpRequest(ImageKey(1, 1.0), ImageItem(1))
 
 
 class Clock:

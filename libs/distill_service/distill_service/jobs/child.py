@@ -112,20 +112,20 @@ class Child:
 
     def events(self, wait_s: float) -> list[dict[str, Any]]:
         """Messages that arrived, waiting up to `wait_s` for the first. Other output goes to the log."""
-        found: list[dict[str, Any]] = []
+        messages: list[dict[str, Any]] = []
         try:
             line = self._lines.get(timeout=wait_s)
-            while len(found) < _BATCH:
+            while len(messages) < _BATCH:
                 message = _message(line)
                 if message is None:
                     with contextlib.suppress(OSError), self._log.open("ab") as log:  # a full disk ends no job
                         log.write(line)
                 else:
-                    found.append(message)
+                    messages.append(message)
                 line = self._lines.get_nowait()
         except queue.Empty:
             pass
-        return found
+        return messages
 
     def exited(self) -> bool:
         """Whether it has ended; what is left of its group is then killed, before its number can be reused."""

@@ -189,10 +189,10 @@ def _stay_with(engine: Engine, file: Path) -> None:
 
 def _identity(file: Path) -> tuple[int, int]:
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError as error:
         raise sqlite3.OperationalError(f"the file cannot be read ({error.strerror})") from None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

@@ -34,7 +34,7 @@ class DryRuns:
         self._asked = 0
 
     async def plans(self, drafts: Sequence[Draft]) -> list[dict[str, Any]]:
-        """What each job needs: name, kind, note, and of a training memory_bytes, standing_bytes, device, fits.
+        """Needs of each job: name, kind, note, and of a training memory_bytes, standing_bytes, device, fits.
 
         Raises:
             DistilleryError: the first job that could not succeed. Overloaded: too many ask at once.
@@ -86,8 +86,8 @@ class DryRuns:
 
 def _heard(out: bytes, log: bytes, code: int) -> list[dict[str, Any]]:
     """The plans that a process told, or the error that it ended with."""
-    told = [json.loads(line) for line in out.splitlines() if line.startswith(b"{")]
-    error = next((message for message in told if message["event"] == "error"), None)
+    messages = [json.loads(line) for line in out.splitlines() if line.startswith(b"{")]
+    error = next((message for message in messages if message["event"] == "error"), None)
     if error is not None and code != EXIT_OUT_OF_MEMORY:
         kind = getattr(errors, str(error["type"]), ConfigError if code == 2 else DistilleryError)
         raise kind(str(error["message"]), field=error.get("field"))
@@ -96,4 +96,4 @@ def _heard(out: bytes, log: bytes, code: int) -> list[dict[str, Any]]:
         raise Unavailable(
             f"the dry run ended with exit code {code} ({last or 'it logged nothing'}); this machine may lack memory"
         )
-    return [message for message in told if message["event"] == "plan"]
+    return [message for message in messages if message["event"] == "plan"]

@@ -41,7 +41,7 @@ _log = structlog.get_logger("distillery.jobs")
 
 @dataclass(frozen=True)
 class Rules:
-    """What stays because it is new: the newest `keep` of each model and of each run's name, and what is younger."""
+    """Rules for what stays as it is new: the newest `keep` of each model and of each run's name, and what is young."""
 
     keep: int = DEFAULT_KEEP
     older_than_s: float = DEFAULT_OLDER_THAN_S
@@ -51,8 +51,8 @@ class Rules:
         if not 1 <= self.keep <= 1_000_000:
             raise ConfigError(f"keep {self.keep} is not 1 or more", field="keep")
         if not (math.isfinite(self.older_than_s) and 0 <= self.older_than_s <= _MAX_AGE_S):
-            said = f"older_than {self.older_than_s} s is not within 0 and 100 years"
-            raise ConfigError(said, field="older_than_seconds")
+            message = f"older_than {self.older_than_s} s is not within 0 and 100 years"
+            raise ConfigError(message, field="older_than_seconds")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Garbage:
 
 @dataclass(frozen=True)
 class Collected:
-    """What was removed, or would be; and which old models stay for what reason."""
+    """Garbage that was removed, or would be; and which old models stay for what reason."""
 
     garbage: tuple[Garbage, ...]
     kept: Mapping[str, str]
@@ -120,10 +120,10 @@ def _models(
 
 def _same(store: ArtifactStore, ref: str, other: str) -> bool:
     """Whether a reference means this version, also while its manifest is out of sight."""
-    name, _, wanted = other.partition("@")
+    name, _, alias = other.partition("@")
     if name != ref.partition("@")[0]:
         return False
-    return other == ref or f"{name}@{store.aliases(name).get(wanted or 'latest')}" == ref
+    return other == ref or f"{name}@{store.aliases(name).get(alias or 'latest')}" == ref
 
 
 def _unended(session: Session, rules: Rules) -> set[str]:
@@ -148,19 +148,19 @@ def _needed(session: Session, rules: Rules, *, after_event: int | None = None) -
 
     With `after_event` of those jobs only that something has happened to since.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     open_job = _is_open(session, rules)
     if after_event is not None:
         open_job &= Job.id.in_(select(Event.job_id).where(Event.id > after_event))
     for job_id, spec in session.execute(
         select(Job.id, Job.spec).where(open_job).execution_options(yield_per=_CHUNK)
     ):
-        found |= {text: f"needed by job {job_id}" for text in _texts(spec)}
+        reasons |= {text: f"needed by job {job_id}" for text in _texts(spec)}
     parent = aliased(Job)
     published = select(Job.id, parent.artifact).join(Parent, Parent.job_id == Job.id)
     published = published.join(parent, parent.id == Parent.parent_id).where(open_job, parent.artifact != "")
-    found |= {artifact: f"needed by job {job_id}" for job_id, artifact in session.execute(published)}
-    return found
+    reasons |= {artifact: f"needed by job {job_id}" for job_id, artifact in session.execute(published)}
+    return reasons
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -205,14 +205,14 @@ def _old_runs(db: Database, folders: Sequence[str], rules: Rules) -> list[tuple[
         for start in range(0, len(folders), _CHUNK):
             rows += session.execute(query.where(Job.id.in_(folders[start : start + _CHUNK])))
     seen: dict[tuple[str, str], int] = {}
-    found = []
+    old = []
     for job, kind, name, state, finished, whole in sorted(rows, key=lambda row: -(row[4] or math.inf)):
         if state not in ENDED or (whole is not None and whole not in ENDED) or finished is None:
             continue
         seen[kind, name] = rank = seen.get((kind, name), 0) + 1
         if rank > rules.keep and moment - finished >= rules.older_than_s:
-            found.append((job, moment - finished))
-    return found
+            old.append((job, moment - finished))
+    return old
 
 
 def _remove_run(db: Database, runs: Path, job_id: str, rules: Rules) -> bool:

@@ -77,7 +77,7 @@ class Hub:
 
     @property
     def groups(self) -> int:
-        """How many looks a round takes now."""
+        """Number of looks that a round takes now."""
         return len(self._groups)
 
     async def follow(self, job_id: str, options: Options) -> AsyncGenerator[Notice, None]:

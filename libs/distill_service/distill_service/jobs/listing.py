@@ -31,7 +31,7 @@ _PLACE = struct.Struct(">dq8s")  # created, seq, and a digest of the filters
 
 @dataclass(frozen=True)
 class Filters:
-    """Which jobs; all of the conditions must hold. Times are seconds since 1970."""
+    """Filters of jobs; all of them must hold. Times are seconds since 1970."""
 
     states: Collection[State] = ()  # none: all
     kinds: Collection[Kind] = ()  # none: all
@@ -48,14 +48,14 @@ class Filters:
 
     def digest(self) -> bytes:
         """Eight bytes that differ for other filters."""
-        said: list[Any] = [sorted(self.states), sorted(self.kinds), sorted(self.labels.items())]
-        said += [self.created_after, self.created_before]
-        return hashlib.sha256(json.dumps(said).encode()).digest()[:8]
+        values: list[Any] = [sorted(self.states), sorted(self.kinds), sorted(self.labels.items())]
+        values += [self.created_after, self.created_before]
+        return hashlib.sha256(json.dumps(values).encode()).digest()[:8]
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a page ended: the last job's time and number."""
+    """End of a page: the last job's time and number."""
 
     created: float
     seq: int
@@ -69,15 +69,15 @@ def list_jobs(
     Raises:
         ConfigError: a size out of bounds, a filter that cannot be, a token of another list.
     """
-    wanted = filters or Filters()
-    wanted.check()
+    chosen = filters or Filters()
+    chosen.check()
     if not 0 <= page_size <= MAX_PAGE:
         raise ConfigError(f"page_size {page_size} is not within 1 and {MAX_PAGE}", field="page_size")
     size = page_size or DEFAULT_PAGE
-    place = _read_token(page_token, wanted) if page_token else None
+    place = _read_token(page_token, chosen) if page_token else None
     with db.read() as session:
-        jobs = _page(session, wanted, place, size + 1)
-        token = _token(jobs[size - 1], wanted) if len(jobs) > size else ""
+        jobs = _page(session, chosen, place, size + 1)
+        token = _token(jobs[size - 1], chosen) if len(jobs) > size else ""
         return records(session, jobs[:size]), token
 
 

@@ -30,11 +30,13 @@ class JobTableCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All figures; none while the table cannot be read."""
         try:
-            found = [self._jobs(), self._seconds(), self._attempts(), self._expired()]
+            families = [self._jobs(), self._seconds(), self._attempts(), self._expired()]
         except Unavailable:
-            found = []
-        up = GaugeMetricFamily("distillery_job_table_up", "1: the job table can be read", float(bool(found)))
-        yield from (up, *found)
+            families = []
+        up = GaugeMetricFamily(
+            "distillery_job_table_up", "1: the job table can be read", float(bool(families))
+        )
+        yield from (up, *families)
 
     def describe(self) -> list[Metric]:
         return []  # so that registering does not query
@@ -85,7 +87,7 @@ class JobTableCollector(Collector):
 
 
 class WorkerMetrics:
-    """What a worker's current job reports. Labels never hold a job's id: their number must stay small."""
+    """Figures of a worker's current job. Labels never hold a job's id: their number must stay small."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""Which of a worker's files a submitted job may name: those under the data roots, and no others.
+"""Files of a worker that a submitted job may name: those under the data roots, and no others.
 
 This check goes by the names of keys and by what looks like a path, so that it needs no model library. The binding one
 is the job's own process's, which walks the schemas of the recipe's tables (`distill_core.recipe.references`).

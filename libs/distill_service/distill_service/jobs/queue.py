@@ -41,7 +41,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended. `preempted` and `crashed` put the job back; only the latter counts against it.
+    """Outcome of an attempt. `preempted` and `crashed` put the job back; only the latter counts against it.
 
     It counts anew from the first crash after a new checkpoint: a long job may lose many workers.
     """
@@ -94,13 +94,13 @@ def _by_urgency(session: Session, queues: Collection[str]) -> list[str]:
     A question for each queue, since an index holds the jobs of one queue in their order, not those of several.
     """
     paused = set(session.scalars(select(Queue.name).where(Queue.paused)))
-    found = []
+    heads = []
     for queue in sorted(set(queues) - paused):
         first = select(Job.priority, Job.seq).where(claimable(queue))
         row = session.execute(first.order_by(Job.priority.desc(), Job.seq).limit(1)).first()
         if row is not None:
-            found.append((-row.priority, row.seq, queue))
-    return [queue for *_, queue in sorted(found)]
+            heads.append((-row.priority, row.seq, queue))
+    return [queue for *_, queue in sorted(heads)]
 
 
 def _take(session: Session, queues: Collection[str], worker: str, lease_s: float) -> Job | None:
@@ -150,7 +150,7 @@ def heartbeat(
 
 
 def cancel_requested(db: Database, job_id: str, attempt: int) -> bool | None:
-    """What `heartbeat` answers, without a write."""
+    """Answer of `heartbeat`, without a write."""
     with db.read() as session:
         return session.scalar(select(Job.cancel_requested).where(*_ours(job_id, attempt)))
 

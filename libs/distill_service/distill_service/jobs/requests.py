@@ -37,7 +37,7 @@ _LABEL_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
 
 @dataclass(frozen=True)
 class Options:
-    """What a client may say about any job."""
+    """Options that a client may give any job."""
 
     name: str = ""
     priority: int = 0  # -1000 to 1000, higher first
@@ -51,8 +51,8 @@ class Options:
         if len(self.name) > 128 or not self.name.isprintable():
             raise ConfigError("name is longer than 128 characters or not printable", field="name")
         if abs(self.priority) > MAX_PRIORITY:
-            said = f"priority {self.priority} is not within -{MAX_PRIORITY} and {MAX_PRIORITY}"
-            raise ConfigError(said, field="priority")
+            message = f"priority {self.priority} is not within -{MAX_PRIORITY} and {MAX_PRIORITY}"
+            raise ConfigError(message, field="priority")
         if len(self.idempotency_key) > 128:
             raise ConfigError("idempotency_key is longer than 128 characters", field="idempotency_key")
         if SWEEP in self.labels:
@@ -150,10 +150,10 @@ def _insert_one(session: Session, drafts: Sequence[Draft], options: Options, dig
 def _insert_sweep(session: Session, drafts: Sequence[Draft], options: Options, digest: str) -> str:
     first = secrets.token_hex(6)
     for draft in drafts:
-        told = {"job_id": first, "key": options.idempotency_key, "digest": digest}
+        identity = {"job_id": first, "key": options.idempotency_key, "digest": digest}
         named = replace(options, name=f"{options.name} {draft.name}"[:128].strip())
         own = replace(draft, labels={**draft.labels, SWEEP: first})
-        _new_job(session, own, named, **(told if draft is drafts[0] else {}))
+        _new_job(session, own, named, **(identity if draft is drafts[0] else {}))
     return first
 
 
@@ -258,14 +258,14 @@ def cancel(db: Database, job_id: str, *, who: str = "") -> Record:
     Raises:
         NotFound: no such job. StatusError: it has ended in another way already.
     """
-    found = get(db, job_id)
-    if found.job.state in (State.SUCCEEDED, State.FAILED):
+    record = get(db, job_id)
+    if record.job.state in (State.SUCCEEDED, State.FAILED):
         raise StatusError(
-            "FAILED_PRECONDITION", f"job {job_id} is {found.job.state} already; there is nothing to cancel"
+            "FAILED_PRECONDITION", f"job {job_id} is {record.job.state} already; there is nothing to cancel"
         )
-    for stage in reversed(found.stages) if found.stages else (found.job,):
+    for stage in reversed(record.stages) if record.stages else (record.job,):
         _cancel_one(db, stage.id, who)
-    refresh_pipeline(db, job_id if found.stages else found.job.pipeline)
+    refresh_pipeline(db, job_id if record.stages else record.job.pipeline)
     return get(db, job_id)
 
 
@@ -286,16 +286,16 @@ def retry(db: Database, job_id: str, *, who: str = "") -> Record:
     Raises:
         NotFound: no such job. StatusError: it has not stopped, or a job that it needs has.
     """
-    found = get(db, job_id)
-    if found.job.state not in STOPPED:
+    record = get(db, job_id)
+    if record.job.state not in STOPPED:
         raise StatusError(
             "FAILED_PRECONDITION",
-            f"job {job_id} is {found.job.state}; only one that FAILED or was CANCELLED can be retried",
+            f"job {job_id} is {record.job.state}; only one that FAILED or was CANCELLED can be retried",
         )
     with db.write() as session:
-        for stage in found.stages or (found.job,):
-            _retry_one(session, stage.id, who, whole=bool(found.stages))
-    refresh_pipeline(db, job_id if found.stages else found.job.pipeline)
+        for stage in record.stages or (record.job,):
+            _retry_one(session, stage.id, who, whole=bool(record.stages))
+    refresh_pipeline(db, job_id if record.stages else record.job.pipeline)
     return get(db, job_id)
 
 

@@ -1,4 +1,4 @@
-"""What a job is asked to do: validated before it is queued, without loading any model code."""
+"""Specifications of jobs: validated before it is queued, without loading any model code."""
 
 from __future__ import annotations
 
@@ -122,10 +122,10 @@ def _limited(spec: dict[str, Any]) -> dict[str, Any]:
 
 def check_single(draft: Draft) -> Draft:
     """A job outside a pipeline refers to no stage."""
-    found = references(draft.spec)
-    if found:
+    stages = references(draft.spec)
+    if stages:
         raise ConfigError(
-            f"artifact '{{{found[0]}}}' refers to a stage, which only a pipeline has; give name@version",
+            f"artifact '{{{stages[0]}}}' refers to a stage, which only a pipeline has; give name@version",
             field="artifact",
         )
     return draft
@@ -169,13 +169,13 @@ def _check_parent(draft: Draft, parent: str, earlier: Mapping[str, Draft], where
 
 def references(spec: Mapping[str, Any]) -> list[str]:
     """Stages whose results a specification names as `artifact = "{stage}"`."""
-    found = []
+    stages = []
     for key, value in spec.items():
         if isinstance(value, Mapping):
-            found += references(value)
+            stages += references(value)
         elif key == "artifact" and isinstance(value, str) and (match := _REFERENCE.match(value)):
-            found.append(match[1])
-    return found
+            stages.append(match[1])
+    return stages
 
 
 def substitute(spec: Mapping[str, Any], artifacts: Mapping[str, str]) -> dict[str, Any]:
@@ -193,6 +193,6 @@ def substitute(spec: Mapping[str, Any], artifacts: Mapping[str, str]) -> dict[st
 
 def within(stage: str, error: DistilleryError) -> DistilleryError:
     """The same error, saying in which stage of a pipeline it is."""
-    said = type(error)(f"stage {stage}: {error}")
-    said.field = f"pipeline.stages.{stage}.{error.field}" if error.field else f"pipeline.stages.{stage}"
-    return said
+    placed = type(error)(f"stage {stage}: {error}")
+    placed.field = f"pipeline.stages.{stage}.{error.field}" if error.field else f"pipeline.stages.{stage}"
+    return placed

@@ -1,4 +1,4 @@
-"""How a job changes state: done, recorded, and carried to its children and pipeline in one place."""
+"""Changes of a job's state: done, recorded, and carried to its children and pipeline in one place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARENT_STOPPED = "ParentStopped"  # error type of a job that was cancelled becau
 
 def now(session: Session) -> float:
     """The database's clock."""
-    value = session.scalar(select(epoch()))
+    value: float | None = session.scalar(select(epoch()))
     assert value is not None
     return value
 
@@ -75,7 +75,7 @@ def descendants(session: Session, job_id: str) -> list[Job]:
 
 
 def open_parents(session: Session, job_id: str) -> int:
-    """How many of a job's parents have not succeeded."""
+    """Number of a job's parents that have not succeeded."""
     query = select(func.count()).select_from(Parent).join(Job, Job.id == Parent.parent_id)
     return session.scalar(query.where(Parent.job_id == job_id, Job.state != State.SUCCEEDED)) or 0
 
@@ -120,28 +120,30 @@ def refresh_pipeline(db: Database, pipeline: str | None) -> None:
 
 def pipeline_state(states: Iterable[str]) -> State:
     """A pipeline's state from its stages': it goes on as long as any of them can."""
-    found = set(states)
-    if found == {State.SUCCEEDED}:
+    distinct = set(states)
+    if distinct == {State.SUCCEEDED}:
         return State.SUCCEEDED
-    if found == {State.QUEUED}:
+    if distinct == {State.QUEUED}:
         return State.QUEUED
-    if found & {State.QUEUED, State.RUNNING}:
+    if distinct & {State.QUEUED, State.RUNNING}:
         return State.RUNNING
-    return State.FAILED if State.FAILED in found else State.CANCELLED
+    return State.FAILED if State.FAILED in distinct else State.CANCELLED
 
 
 def _first_error(stages: list[Job]) -> dict[str, Any]:
     failed = next(stage for stage in stages if stage.state == State.FAILED)
-    said = failed.error.get("message", "")
-    return {**failed.error, "message": f"stage {failed.stage} ({failed.id}): {said}"}
+    message = failed.error.get("message", "")
+    return {**failed.error, "message": f"stage {failed.stage} ({failed.id}): {message}"}
 
 
 def stale_pipelines(session: Session) -> list[str]:
     """Pipelines whose row says another state than their stages: somebody ended between the two writes."""
     unended = select(Job).where(Job.kind == Kind.PIPELINE, Job.state.in_((State.QUEUED, State.RUNNING)))
-    said = {job_id: state for job_id, state in session.execute(unended.with_only_columns(Job.id, Job.state))}
+    recorded = {
+        job_id: state for job_id, state in session.execute(unended.with_only_columns(Job.id, Job.state))
+    }
     stages: dict[str, set[str]] = {}
     of_them = Job.pipeline.in_(unended.with_only_columns(Job.id))
     for pipeline, state in session.execute(select(Job.pipeline, Job.state).where(of_them).distinct()):
         stages.setdefault(pipeline or "", set()).add(state)
-    return [job_id for job_id, found in stages.items() if pipeline_state(found) != said[job_id]]
+    return [job_id for job_id, found in stages.items() if pipeline_state(found) != recorded[job_id]]

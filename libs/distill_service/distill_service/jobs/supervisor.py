@@ -39,7 +39,7 @@ _log = structlog.get_logger("distillery.jobs")
 
 @dataclass
 class _Seen:
-    """What a child has said so far."""
+    """Messages of a child so far."""
 
     progress: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] | None = None
@@ -238,7 +238,7 @@ def conclude(
     log: str = "",
     delay_s: float = 0.0,
 ) -> Outcome:
-    """What a process's exit code means for its job. `delay_s`: before what was unavailable is tried again."""
+    """Outcome of a job by its process's exit code. `delay_s`: before what was unavailable is tried again."""
     if code == 0:
         values = result or {}
         return Outcome("succeeded", str(values.get("artifact") or ""), dict(values.get("metrics") or {}))
@@ -252,8 +252,8 @@ def conclude(
         name = _signal_name(number) if number is not None else "SIGTERM from outside"
         return Outcome("crashed", error=_said("Killed", f"the job's process was ended by {name}", log))
     if code == EXIT_OUT_OF_MEMORY:
-        told = (error or {}).get("message") or "out of memory; a smaller batch_size needs less"
-        return Outcome("failed", error=_said("OutOfMemory", str(told), log))
+        words = (error or {}).get("message") or "out of memory; a smaller batch_size needs less"
+        return Outcome("failed", error=_said("OutOfMemory", str(words), log))
     details = dict(error) if error else _said("ProcessFailed", _last_words(code, log), log)
     details.setdefault("log", log)
     if code == _EXIT_RETRY:

@@ -44,8 +44,8 @@ def _check(axes: Sequence[tuple[str, Sequence[str]]], overrides: Mapping[str, st
         if key in seen:
             raise ConfigError(f"key {key[:64]!r} is given twice", field="sweep.axes")
         if not values or len(set(values)) != len(values):
-            said = f"key {key[:64]!r} of a sweep needs one value or more, each of them once"
-            raise ConfigError(said, field="sweep.axes")
+            message = f"key {key[:64]!r} of a sweep needs one value or more, each of them once"
+            raise ConfigError(message, field="sweep.axes")
         seen.add(key)
     count = math.prod(len(values) for _, values in axes)
     if count > MAX_JOBS:
@@ -60,7 +60,7 @@ def _draft(
     try:
         draft = draft_train(toml=toml, name=name, overrides=changes)
     except DistilleryError as error:
-        said = type(error)(f"{error} (in the sweep's job {shown})")
-        said.field = error.field
-        raise said from None
+        placed = type(error)(f"{error} (in the sweep's job {shown})")
+        placed.field = error.field
+        raise placed from None
     return replace(draft, name=f"{draft.name} {shown}", labels=point)

@@ -27,7 +27,7 @@ STOPPED = (State.FAILED, State.CANCELLED)  # what a retry starts again
 
 
 class Kind(enum.StrEnum):
-    """What a job does."""
+    """Kind of work that a job does."""
 
     TRAIN = "train"
     CONVERT = "convert"
@@ -41,7 +41,7 @@ QUEUE_NAMES = (*sorted(name for name in QUEUES.values() if name), MULTI)
 
 
 def processes_of(spec: Mapping[str, Any]) -> int:
-    """How many processes a job's specification asks for."""
+    """Number of processes that a job's specification asks for."""
     return int((spec.get("recipe") or {}).get("processes") or 1)
 
 
@@ -142,7 +142,7 @@ class Event(Base):
 
 
 class Leader(Base):
-    """Who does a duty that one process at a time should do, and until when."""
+    """Holder of a duty that one process at a time should do, and until when."""
 
     __tablename__ = "job_leaders"
 

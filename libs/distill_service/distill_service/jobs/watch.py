@@ -24,7 +24,7 @@ _PNG_END = b"IEND\xaeB`\x82"
 
 @dataclass(frozen=True)
 class Cursor:
-    """How far a job has been watched."""
+    """Position up to which a job has been watched."""
 
     event: int = 0
     metrics_offset: int = 0
@@ -53,7 +53,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Options:
-    """What a watcher wants."""
+    """Options of a watcher."""
 
     cursors: Mapping[str, Cursor] = field(default_factory=dict)
     with_samples: bool = False
@@ -71,28 +71,28 @@ class Watch:
         self.ended = False
 
     def look(self) -> list[Notice]:
-        """What is new since the last look.
+        """News since the last look.
 
         Raises:
             NotFound: no such job.
         """
         record = requests.get(self._db, self.job_id)
-        found = [notice for job in (record.job, *record.stages) for notice in self._news(job)]
-        self.ended = record.job.state in ENDED and not found
+        notices = [notice for job in (record.job, *record.stages) for notice in self._news(job)]
+        self.ended = record.job.state in ENDED and not notices
         if self.ended or not self._announced:
             cursor = self._followers[self.job_id].cursor
-            found.insert(0, Notice(self.job_id, "job", record, cursor))
+            notices.insert(0, Notice(self.job_id, "job", record, cursor))
             self._announced = True
-        return found
+        return notices
 
     def cursors(self) -> dict[str, Cursor]:
-        """How far each job has been watched."""
+        """Position up to which each job has been watched."""
         return {job_id: follower.cursor for job_id, follower in self._followers.items()}
 
     def position(self) -> Hashable:
-        """What is wanted, and how far this is: two of one job at equal positions find the same from there on."""
-        wanted = self.options.with_samples, self.options.with_log
-        return wanted, frozenset(follower.position() for follower in self._followers.values())
+        """Streams that are wanted, and the position in each: two at equal positions find the same from there on."""
+        streams = self.options.with_samples, self.options.with_log
+        return streams, frozenset(follower.position() for follower in self._followers.values())
 
     def _news(self, job: Job) -> list[Notice]:
         return self._follower(job).look(self._db, job)
@@ -115,13 +115,13 @@ class _Follower:
         self._progress: dict[str, Any] = {}
 
     def look(self, db: Database, job: Job) -> list[Notice]:
-        found = [*self._changes(db), *self._metrics(), *self._samples()]
+        notices = [*self._changes(db), *self._metrics(), *self._samples()]
         if self._options.with_log:
-            found += self._log()
+            notices += self._log()
         if job.progress and job.progress != self._progress:
             self._progress = job.progress
-            found.append(Notice(self._job_id, "progress", job.progress, self.cursor))
-        return found
+            notices.append(Notice(self._job_id, "progress", job.progress, self.cursor))
+        return notices
 
     def position(self) -> Hashable:
         """As `Watch.position`."""

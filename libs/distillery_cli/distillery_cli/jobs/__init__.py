@@ -1,1 +1,1 @@
-"""What is queued: submitted, listed, compared, and what an operator does to the queues."""
+"""Queued jobs: submitted, listed, compared, and what an operator does to the queues."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.errors import ConfigError, NotFound, nearest
-from distillery_cli.jobs.listing import client, state_name
+from distillery_cli.jobs.listing import client
+from distillery_cli.jobs.values import state_name
 from distillery_cli.terminal.output import AsJson, emit_json, results, table
 from distillery_cli.terminal.parsing import parse_labels
 
@@ -36,12 +37,12 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare the results of a sweep, or of all jobs with a label: what differs between them, and their figures."""
-    wanted = parse_labels([label]) if "=" in label else {SWEEP: label}
+    labels = parse_labels([label]) if "=" in label else {SWEEP: label}
     with client() as api:
-        found = api.list(labels=wanted, limit=MAX_JOBS)[::-1]
-    if not found:
+        jobs = api.list(labels=labels, limit=MAX_JOBS)[::-1]
+    if not jobs:
         raise NotFound(f"no job has the label {label!r}; `distillery jobs` lists them", field="label")
-    rows = [_row(job) for job in found]
+    rows = [_row(job) for job in jobs]
     names = sorted({name for row in rows for name in row["metrics"]})
     for name in (*(metric or []), *([by] if by else [])):
         if name not in names and names:

@@ -84,7 +84,7 @@ def jobs(
             return emit_json(job_values(job)) if as_json else _show(job)
         states = [_enum(jobs_pb2.JobState, "JOB_STATE", value, "state") for value in state or []]
         kinds = [_enum(jobs_pb2.JobKind, "JOB_KIND", value, "kind") for value in kind or []]
-        found = api.list(
+        matches = api.list(
             states=states,
             kinds=kinds,
             labels=parse_labels(label or []),
@@ -93,15 +93,17 @@ def jobs(
             limit=limit,
         )
     if as_json:
-        return emit_json([job_values(job) for job in found])
-    if not found:
+        return emit_json([job_values(job) for job in matches])
+    if not matches:
         return results.print("no jobs; `distillery submit edm_digits` queues one")
     columns = ["id", "name", "kind", "state", "progress", "artifact", "error"]
-    return results.print(table(columns, [_row(job) for job in found], prose=["error"], spare=["kind"]))
+    return results.print(table(columns, [_row(job) for job in matches], prose=["error"], spare=["kind"]))
 
 
 def _enum(kind: Any, prefix: str, value: str, field: str) -> int:
-    known = {name.removeprefix(f"{prefix}_").lower(): number for name, number in kind.items() if number}
+    known: dict[str, int] = {
+        name.removeprefix(f"{prefix}_").lower(): number for name, number in kind.items() if number
+    }
     if value.lower() not in known:
         raise ConfigError(
             f"{field} {value!r} is not known{errors.nearest(value.lower(), known)}", field=field
@@ -165,8 +167,8 @@ def cancel(job_id: Id, as_json: AsJson = False) -> None:
     """Stop a job within a step; its checkpoint is kept and `retry` continues it."""
     with client() as api:
         job = api.cancel(job_id)
-    said = f"{job.id} {state_name(job)}" + (", cancel requested" if state_name(job) == "RUNNING" else "")
-    emit_json(job_values(job)) if as_json else results.print(said)
+    text = f"{job.id} {state_name(job)}" + (", cancel requested" if state_name(job) == "RUNNING" else "")
+    emit_json(job_values(job)) if as_json else results.print(text)
 
 
 def retry(
@@ -193,7 +195,11 @@ def follow(
     cursors: Mapping[str, WatchCursor] | None = None,
 ) -> int:
     """Show a job until it ends, then its outcome; the exit code that the outcome means."""
-    wanted = {"with_log": with_log, "with_samples": samples is not None, "cursors": cursors or {}}
+    options: dict[str, Any] = {
+        "with_log": with_log,
+        "with_samples": samples is not None,
+        "cursors": cursors or {},
+    }
 
     def hear(response: WatchResponse) -> None:
         if samples is not None and response.WhichOneof("event") == "sample":
@@ -202,13 +208,13 @@ def follow(
 
     try:
         if as_json:
-            for response in api.watch(job.id, **wanted):
+            for response in api.watch(job.id, **options):
                 hear(response)
                 emit_json(response_values(response))
             ended = api.get(job.id)
             emit_json(job_values(ended))
         else:
-            ended = shown_until_end(api, job, hear=hear, **wanted)
+            ended = shown_until_end(api, job, hear=hear, **options)
             _show_outcome(ended)
     except KeyboardInterrupt:
         notes.print(f"\nno longer watching; the job goes on. To come back: distillery watch {job.id}")
@@ -229,13 +235,13 @@ def shown_until_end(
     job: Job,
     *,
     hear: Callable[[WatchResponse], None] = lambda response: None,
-    **wanted: Any,
+    **options: Any,
 ) -> Job:
     """Progress bars of a job and its stages until it ends; `hear` gets every message. The ended job."""
     with Bars() as bars:
         view = _View(bars)
         view.take_job(job)
-        for response in api.watch(job.id, **wanted):
+        for response in api.watch(job.id, **options):
             view.take(response)
             hear(response)
     return api.get(job.id)

@@ -29,8 +29,8 @@ def register(app: typer.Typer) -> None:
 def queues(as_json: AsJson = False) -> None:
     """Show the queues: what waits, what runs, and which are paused."""
     with client() as api:
-        found = api.queues()
-    _show(list(found), as_json)
+        known = api.queues()
+    _show(list(known), as_json)
 
 
 def pause(
@@ -40,15 +40,15 @@ def pause(
 ) -> None:
     """Start no more jobs of a queue until it is resumed. Those that run go on."""
     with client() as api:
-        found = api.pause(queue, reason)
-    _show([found], as_json)
+        paused = api.pause(queue, reason)
+    _show([paused], as_json)
 
 
 def resume(queue: QueueName, as_json: AsJson = False) -> None:
     """Let a paused queue go on."""
     with client() as api:
-        found = api.resume(queue)
-    _show([found], as_json)
+        resumed = api.resume(queue)
+    _show([resumed], as_json)
 
 
 def _show(found: list[Queue], as_json: bool) -> None:
@@ -80,10 +80,10 @@ def gc(
     """
     age_s = parse_age(older_than, "older-than")
     with client() as api:
-        found = api.collect_garbage(keep=keep, older_than_s=age_s, dry_run=dry_run)
+        collected = api.collect_garbage(keep=keep, older_than_s=age_s, dry_run=dry_run)
     if as_json:
-        return emit_json(_values(found, dry_run))
-    return _show_garbage(found, dry_run)
+        return emit_json(_values(collected, dry_run))
+    return _show_garbage(collected, dry_run)
 
 
 def _kind(value: int) -> str:
@@ -107,5 +107,5 @@ def _show_garbage(found: CollectGarbageResponse, dry_run: bool) -> None:
         results.print(table(["kind", "name", "size", "age"], rows))
     for model in found.kept:
         notes.print(f"kept: {model.name}, {model.reason}")
-    said = "would be removed" if dry_run else "removed"
-    results.print(f"{len(rows)} {said}, {size(found.bytes)}")
+    verb = "would be removed" if dry_run else "removed"
+    results.print(f"{len(rows)} {verb}, {size(found.bytes)}")

@@ -9,8 +9,9 @@ import typer
 
 from distill_core.errors import ConfigError
 from distill_core.recipe import parse_overrides
-from distillery_cli.jobs.listing import client, follow, job_values, show_submitted
+from distillery_cli.jobs.listing import client, follow, show_submitted
 from distillery_cli.jobs.sweeps import could_be_value
+from distillery_cli.jobs.values import job_values
 from distillery_cli.terminal.output import AsJson, Overrides, emit_json, notes, results, table
 from distillery_cli.terminal.parsing import parse_labels, split_sweep
 from distillery_cli.training.memory_table import size
@@ -55,6 +56,8 @@ def submit(
 
     `-s KEY=A,B` is the same where KEY takes no such text; a path or a title may hold commas and is one value.
     """
+    from distillery.v1.jobs_pb2 import SweepSpec
+
     if (recipe is None) == (pipeline is None):
         raise ConfigError("give either a RECIPE or --pipeline FILE", field="recipe")
     if pipeline is not None and (overrides or sweep):
@@ -67,14 +70,13 @@ def submit(
         work, called = _training(recipe or "", overrides or [], sweep or []), ""
     options = {"name": name or called, "priority": priority, "idempotency_key": idempotency_key}
     options |= {"labels": parse_labels(label or [])}
-    is_sweep = type(work).__name__ == "SweepSpec"
-    if is_sweep and wait:
+    if isinstance(work, SweepSpec) and wait:
         raise ConfigError("--watch follows one job; a sweep's are shown by `distillery jobs`", field="watch")
     with client() as api:
         if dry_run:
             _show_plans(api.dry_run(work, **options), as_json)
             return 0
-        if is_sweep:
+        if isinstance(work, SweepSpec):
             _show_sweep(api.sweep(work, **options), as_json)
             return 0
         job = api.submit(work, **options)
@@ -90,8 +92,8 @@ def _training(recipe: str, overrides: list[str], sweep: list[str]) -> Work:
     def is_value(key: str, text: str) -> bool:
         taken = could_be_value(recipe, key, text, (item for item in overrides if "," not in item))
         if taken:
-            said = f"{key} = {text!r} is one value; a run for each of several is --sweep {key}=A,B"
-            notes.print(said)
+            note = f"{key} = {text!r} is one value; a run for each of several is --sweep {key}=A,B"
+            notes.print(note)
         return taken
 
     single, axes = split_sweep(overrides, sweep, is_value=is_value)

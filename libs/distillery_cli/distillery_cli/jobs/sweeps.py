@@ -1,4 +1,4 @@
-"""What `KEY=A,B` of `submit` means: one value that holds a comma, as for `train`, or a run for each of several."""
+"""Meaning of `KEY=A,B` in `submit`: one value that holds a comma, as for `train`, or a run for each of several."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ def response_values(response: WatchResponse) -> dict[str, Any]:
 def _values(message: Any) -> dict[str, Any]:
     from google.protobuf.json_format import MessageToDict
 
-    return _with_numbers(MessageToDict(message, preserving_proto_field_name=True))
+    values: dict[str, Any] = _with_numbers(MessageToDict(message, preserving_proto_field_name=True))
+    return values
 
 
 _INT64 = {"step", "steps", "event", "metrics_offset", "log_offset"}

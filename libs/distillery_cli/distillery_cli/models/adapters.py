@@ -52,7 +52,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Add adapters of one base, W0 + a D1 + b D2 + …; the sum is sampled as the first of them is."""
-    wanted = [_term(term) for term in terms]
+    weighted = [_term(term) for term in terms]
     if (out is None) == (publish is None):
         raise ConfigError("where should the sum go? give --out FOLDER or --publish NAME", field="out")
     if publish is not None:
@@ -61,13 +61,13 @@ def merge(
         raise ConfigError(f"{out} exists; give --out a new folder", field="out")
     with waiting("adding the adapters"):
         from distill_core import api
-        from distillery_cli.training.train import here
+        from distillery_cli.training.train import local_context
 
-        where = here(store)
-        total = api.merge_adapters(wanted, where, base=base)
+        context = local_context(store)
+        total = api.merge_adapters(weighted, context, base=base)
         total.form = _form(form, total)
         if publish is not None:
-            manifest = _publish(total, publish, wanted, where)
+            manifest = _publish(total, publish, weighted, context)
         else:
             total.save(Path(str(out)))
     if as_json:
@@ -100,11 +100,11 @@ def _form(wanted: str, total: LoraDenoiser) -> Literal["merged", "adapter"]:
     return "adapter" if wanted == "adapter" else "merged"
 
 
-def _publish(total: LoraDenoiser, name: str, terms: list[Term], where: Context) -> Manifest:
+def _publish(total: LoraDenoiser, name: str, terms: list[Term], context: Context) -> Manifest:
     from distill_core.artifacts import Manifest
     from distill_core.kinds.base import parity_of
 
-    parents = [where.store.manifest(ref) for ref, _ in terms if not Path(ref).is_dir()]
+    parents = [context.store.manifest(ref) for ref, _ in terms if not Path(ref).is_dir()]
     licences = dict.fromkeys(parent.licence for parent in parents)
     draft = Manifest(
         name=name,
@@ -118,4 +118,4 @@ def _publish(total: LoraDenoiser, name: str, terms: list[Term], where: Context) 
     )
     with tempfile.TemporaryDirectory(prefix="distillery-merge-") as scratch:
         total.save(Path(scratch))
-        return where.store.publish(Path(scratch), draft)
+        return context.store.publish(Path(scratch), draft)

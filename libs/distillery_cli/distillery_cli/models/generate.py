@@ -95,16 +95,16 @@ def generate(
     conditions |= {name: _read(path, name) for name, path in (("image", image), ("mask", mask)) if path}
     with client() as sampler, bar(f"generate {model}", total) as line:
         pictures: dict[int, Any] = {}
-        told: list[Any] = []
-        conditions |= {"seed": seed, "num_steps": steps, "guidance": guidance, "on_summary": told.append}
+        summaries: list[Any] = []
+        conditions |= {"seed": seed, "num_steps": steps, "guidance": guidance, "on_summary": summaries.append}
         stream = sampler.generate_stream(model, **conditions)
         for index, picture in stream:
             pictures[index] = picture
             line.update(len(pictures), total)
-    if said := cut_prompts(told[-1]):
+    if said := cut_prompts(summaries[-1]):
         notes.print(f"warning: {said}")
     paths = save_pictures([pictures[index] for index in sorted(pictures)], out)
-    say_files(paths, as_json, cut_prompts=list(told[-1].cut_prompts))
+    say_files(paths, as_json, cut_prompts=list(summaries[-1].cut_prompts))
 
 
 def _read(path: Path, option: str) -> bytes:

@@ -55,7 +55,7 @@ def predict(
         called = _function(served, function)
         names, arrays = _inputs(served, called, files, resize)
         reply = sampler.call_predict(predict_request(model, called.name, arrays))
-    classes = [str(name) for name in served.card["class_names"]] if "class_names" in served.card else []
+    classes = _class_names(served)
     outputs = outputs_of(reply)
     if out is not None:
         _save(outputs, out)
@@ -64,6 +64,13 @@ def predict(
         emit_json({"model": reply.summary.model, "function": called.name, "items": rows})
     else:
         _print(rows)
+
+
+def _class_names(served: models_pb2.Model) -> list[str]:
+    if "class_names" not in served.card:
+        return []
+    names: Any = served.card["class_names"]
+    return [str(name) for name in names]
 
 
 def _function(served: models_pb2.Model, name: str) -> models_pb2.FunctionInfo:
@@ -93,9 +100,9 @@ def _inputs(
     needed = [tensor for tensor in called.inputs if not tensor.optional]
     image = next((tensor for tensor in called.inputs if tensor.name == IMAGE), None)
     if image is None or [tensor.name for tensor in needed] != [IMAGE] or len(image.shape) != 3:
-        wanted = ", ".join(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}" for tensor in called.inputs)
+        inputs = ", ".join(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}" for tensor in called.inputs)
         raise ConfigError(
-            f"{called.name} of {served.name}@{served.version} takes no pictures alone but {wanted}; give a "
+            f"{called.name} of {served.name}@{served.version} takes no pictures alone but {inputs}; give a "
             f"{ARRAYS} file with these",
             field="files",
         )
@@ -172,7 +179,7 @@ def _save(outputs: Mapping[str, np.ndarray], out: Path) -> None:
 def _answers(
     names: Sequence[str], outputs: Mapping[str, np.ndarray], classes: Sequence[str], top: int
 ) -> list[dict[str, Any]]:
-    """What is said of each item: the likeliest classes where there are logits, else the outputs."""
+    """Answer for each item: the likeliest classes where there are logits, else the outputs."""
     logits = outputs.get(LOGITS)
     if logits is not None and classes and logits.shape[1:] == (len(classes),):
         return [{"item": name, "classes": _likeliest(row, classes, top)} for name, row in zip(names, logits)]
@@ -195,9 +202,9 @@ def _likeliest(logits: np.ndarray, classes: Sequence[str], top: int) -> list[dic
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
     cells = []
     for row in rows:
-        said = row.get("classes")
-        if said is not None:
-            text = "  ".join(f"{one['class']} {one['probability']:.1%}" for one in said)
+        ranked = row.get("classes")
+        if ranked is not None:
+            text = "  ".join(f"{one['class']} {one['probability']:.1%}" for one in ranked)
             cells.append([row["item"], text])
         else:
             cells += [[row["item"], f"{key}: {_short(value)}"] for key, value in row.items() if key != "item"]

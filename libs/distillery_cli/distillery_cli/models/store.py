@@ -110,19 +110,19 @@ def _export(report: ExportReport) -> list[tuple[str, str]]:
     """A converted form in words: what it differs by, then each of its graphs."""
     whole = [f"max difference from PyTorch {report.max_abs_difference:.2g} of {report.tolerance:g} allowed"]
     if report.frechet is not None:
-        found = report.frechet
+        frechet = report.frechet
         whole.append(
-            f"Fréchet distance {found.before:.3g} before, {found.after:.3g} after ({found.ratio:.3f} x; "
-            f"{found.samples} samples of {found.num_steps} steps, {found.features}, to {found.reference})"
+            f"Fréchet distance {frechet.before:.3g} before, {frechet.after:.3g} after ({frechet.ratio:.3f} x; "
+            f"{frechet.samples} samples of {frechet.num_steps} steps, {frechet.features}, to {frechet.reference})"
         )
     parts = []
     for name, graph in report.graphs.items():
-        said = [f"{graph.precision}, {graph.size / 1e6:.2f} MB, relative L2 {graph.rel_l2:.2g}"]
-        said += [f"{graph.snr_db:.1f} dB"] if graph.snr_db is not None else []
-        said += [f"{graph.changed_pixels:.2%} of pixels differ"] if graph.changed_pixels is not None else []
-        said += [f"{graph.agreement:.2%} of answers agree"] if graph.agreement is not None else []
-        said += [f"in float: {graph.left_in_float}"] if graph.left_in_float else []
-        parts.append((f".{name}", ", ".join(said)))
+        facts = [f"{graph.precision}, {graph.size / 1e6:.2f} MB, relative L2 {graph.rel_l2:.2g}"]
+        facts += [f"{graph.snr_db:.1f} dB"] if graph.snr_db is not None else []
+        facts += [f"{graph.changed_pixels:.2%} of pixels differ"] if graph.changed_pixels is not None else []
+        facts += [f"{graph.agreement:.2%} of answers agree"] if graph.agreement is not None else []
+        facts += [f"in float: {graph.left_in_float}"] if graph.left_in_float else []
+        parts.append((f".{name}", ", ".join(facts)))
     return [("", "; ".join(whole)), *parts]
 
 

@@ -41,10 +41,10 @@ def export_scene(
         from distill_core import api
         from distill_core.radiance.export.scene import export_scene as export
         from distill_core.radiance.export.scene import import_splats
-        from distillery_cli.training.train import here
+        from distillery_cli.training.train import local_context
 
         splats = Path(scene).suffix.lower() == ".ply"
-        loaded = import_splats(Path(scene)) if splats else api.load(scene, here(store))
+        loaded = import_splats(Path(scene)) if splats else api.load(scene, local_context(store))
         sizes = {"views": views, "size": size, "resolution": resolution, "threshold": threshold}
         files = export(loaded, to, cameras=cameras, **sizes)  # type: ignore[arg-type]
     if as_json:

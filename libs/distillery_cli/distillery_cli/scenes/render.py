@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distill_core.errors import ConfigError, missing_package
 from distillery_cli.models.generate import Out, check_out, save_pictures, say_files
-from distillery_cli.scenes.sources import OUTPUTS, ViewedScene, needed_outputs, open_scene, picture_of
+from distillery_cli.scenes.sources import OUTPUTS, RenderableScene, needed_outputs, open_scene, picture_of
 from distillery_cli.terminal.output import AsJson, StoreUrl, bar
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def _check(out: Path, orbit: int | None, cameras: Path | None, output: str) -> N
         raise ConfigError("give --orbit or --cameras, not both", field="cameras")
 
 
-def _orbit(scene: ViewedScene, azimuth: float, elevation: float, radius: float | None, size: int) -> Camera:
+def _orbit(
+    scene: RenderableScene, azimuth: float, elevation: float, radius: float | None, size: int
+) -> Camera:
     from distill_core.radiance.cameras.camera import orbit_camera
 
     spec = scene.spec
@@ -127,7 +130,7 @@ def save_film(frames: list[np.ndarray], path: Path) -> None:
         film.mux(stream.encode())
 
 
-def _film_library() -> object:
+def _film_library() -> ModuleType:
     try:
         import av
     except ModuleNotFoundError:

@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     normal: np.ndarray | None
 
 
-class ViewedScene(abc.ABC):
+class RenderableScene(abc.ABC):
     """A scene and where it is usually seen from."""
 
     spec: SceneSpec
@@ -55,7 +55,7 @@ class ViewedScene(abc.ABC):
         """The whole view."""
 
 
-class ServedScene(ViewedScene):
+class ServedScene(RenderableScene):
     """A model of a running sampler."""
 
     def __init__(self, client: SamplerClient, name: str, spec: SceneSpec) -> None:
@@ -80,7 +80,7 @@ class ServedScene(ViewedScene):
         return Seen(*self._client.render(self._name, **_options(camera, outputs, background)))
 
 
-class LocalScene(ViewedScene):
+class LocalScene(RenderableScene):
     """A field or Gaussians in this process."""
 
     def __init__(self, scene: Any) -> None:
@@ -141,7 +141,7 @@ class LocalScene(ViewedScene):
         return Seen(rgb, *rest)
 
 
-def open_scene(ref: str, store: str | None = None) -> ViewedScene:
+def open_scene(ref: str, store: str | None = None) -> RenderableScene:
     """The scene of a folder, of a running sampler's model, or, without a sampler, of a reference of the store.
 
     Where `store` names one, no sampler is asked: it may serve another.
@@ -170,9 +170,9 @@ def open_scene(ref: str, store: str | None = None) -> ViewedScene:
 
 def _load(ref: str, store: str | None = None) -> Any:
     from distill_core import api
-    from distillery_cli.training.train import here
+    from distillery_cli.training.train import local_context
 
-    return api.load(ref, here(store))
+    return api.load(ref, local_context(store))
 
 
 def _spec(scene: models_pb2.SceneInfo) -> SceneSpec:
@@ -190,7 +190,7 @@ def _spec(scene: models_pb2.SceneInfo) -> SceneSpec:
 
 
 def _options(camera: Camera, outputs: tuple[str, ...], background: Colour | None) -> dict[str, Any]:
-    """What the sampler's client is told."""
+    """Options of the sampler's client."""
     return {
         "pose": camera.c2w.numpy(),
         "intrinsics": (camera.fx, camera.fy, camera.cx, camera.cy),
@@ -212,7 +212,7 @@ def picture_of(seen: Seen, output: str, background: Colour) -> np.ndarray:
     assert seen.opacity is not None
     opacity = seen.opacity[..., None]
     if output == "opacity":
-        grey = opacity.repeat(3, axis=-1)
+        grey: np.ndarray = opacity.repeat(3, axis=-1)
     elif output == "normal":
         assert seen.normal is not None
         grey = (seen.normal + opacity) / 2 + (1 - opacity) * np.asarray(background, np.float32)
@@ -223,11 +223,12 @@ def picture_of(seen: Seen, output: str, background: Colour) -> np.ndarray:
         low, high = (distance[solid].min(), distance[solid].max()) if solid.any() else (0.0, 1.0)
         near = 1 - 0.9 * np.clip((distance - low) / max(high - low, 1e-6), 0, 1)
         grey = (near * opacity + (1 - opacity) * np.asarray(background, np.float32)) * np.ones(3, np.float32)
-    return np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
+    pixels: np.ndarray = np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
+    return pixels
 
 
 def needed_outputs(output: str) -> tuple[str, ...]:
-    """What must be rendered to show an output."""
+    """Outputs that must be rendered to show one."""
     return ("rgb",) if output == "rgb" else ("opacity",) if output == "opacity" else (output, "opacity")
 
 

@@ -14,7 +14,7 @@ from distill_core.errors import Unavailable, missing_package
 from distillery_cli.scenes.sources import (
     OUTPUTS,
     Colour,
-    ViewedScene,
+    RenderableScene,
     needed_outputs,
     open_scene,
     picture_of,
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 MIN_SIZE, MAX_SIZE, SIZE_STEP = 64, 1024, 32
 JPEG_QUALITY = 90
+Position = tuple[float, float, float]
+Quaternion = tuple[float, float, float, float]  # w x y z
 FRUSTUM, FRUSTUM_LINE = 0.08, 0.002  # size and line of a drawn camera, in the scene's usual camera distances
 
 
@@ -78,7 +80,7 @@ class Viewer:
         MissingPackage: viser is not installed. Unavailable: the port is in use.
     """
 
-    def __init__(self, scene: ViewedScene, *, host: str, port: int, size: int) -> None:
+    def __init__(self, scene: RenderableScene, *, host: str, port: int, size: int) -> None:
         self.scene, self.size = scene, size
         self.server = _server(host, port)
         self.port = self.server.get_port()
@@ -135,7 +137,7 @@ class Viewer:
 class _Visitor:
     """Renders for one visitor, in a thread: the newest camera wins, what it overtakes is given up."""
 
-    def __init__(self, client: viser.ClientHandle, scene: ViewedScene, size: int) -> None:
+    def __init__(self, client: viser.ClientHandle, scene: RenderableScene, size: int) -> None:
         self._client, self._scene = client, scene
         self._moved, self._closed = threading.Event(), False
         gui = client.gui
@@ -165,7 +167,7 @@ class _Visitor:
             try:
                 self._show()
             except Exception as error:  # the page goes on, and says why it shows nothing new
-                self._state.value = str(error)
+                self._say(str(error))
 
     def _show(self) -> None:
         output = self._output.value
@@ -176,7 +178,10 @@ class _Visitor:
         for seen in stages:
             picture = picture_of(seen, output, background)
             self._client.scene.set_background_image(picture, format="jpeg", jpeg_quality=JPEG_QUALITY)
-            self._state.value = f"{output}, {picture.shape[1]} x {picture.shape[0]}"
+            self._say(f"{output}, {picture.shape[1]} x {picture.shape[0]}")
+
+    def _say(self, state: str) -> None:
+        self._state.value = state  # type: ignore[misc]  # the stubs name the read-only half of the handle
 
 
 def _server(host: str, port: int) -> viser.ViserServer:
@@ -203,13 +208,15 @@ def _check_port(host: str, port: int) -> None:
             ) from None
 
 
-def _to_viser(camera: Camera) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _to_viser(camera: Camera) -> tuple[Position, Quaternion]:
     """Position and rotation, w x y z, of a camera that looks along +z with y down."""
     import viser.transforms
 
     turned = camera.c2w[:3, :3].double().numpy() * [1.0, -1.0, -1.0]
     wxyz = viser.transforms.SO3.from_matrix(turned).wxyz
-    return tuple(camera.c2w[:3, 3].tolist()), tuple(float(value) for value in wxyz)
+    x, y, z = camera.c2w[:3, 3].tolist()
+    qw, qx, qy, qz = (float(value) for value in wxyz)
+    return (x, y, z), (qw, qx, qy, qz)
 
 
 def _from_viser(seen: viser.CameraHandle, size: int) -> Camera:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core.errors import ConfigError, DistilleryError
-from distillery_cli.jobs.listing import shown_until_end, state_name
+from distillery_cli.jobs.listing import shown_until_end
+from distillery_cli.jobs.values import state_name
 from distillery_cli.models.generate import save_pictures
 from distillery_cli.scenes.render import save_gif
 from distillery_cli.stack import demo_report as reports
@@ -42,7 +43,7 @@ FRAMES, FRAME_SIDE = 36, 128
 
 @dataclass
 class Trained:
-    """What the jobs published, how their losses went, and how long each took."""
+    """Results of the jobs: what they published, how their losses went, and how long each took."""
 
     models: dict[str, str] = field(default_factory=dict)  # stage -> name@version
     curves: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
@@ -99,7 +100,7 @@ def users_store() -> str | None:
 
 
 def serving_command(store: str) -> str:
-    """What to type to serve the models of `store`."""
+    """Command that serves the models of `store`."""
     from distill_service.settings import settings
 
     script, module = [sys.argv[0]], [sys.executable, "-m", "distillery_cli"]
@@ -109,19 +110,19 @@ def serving_command(store: str) -> str:
 
 
 def _conclude(report: reports.Report, out: Path, store: str, as_json: bool) -> int:
-    found = reports.demands(report)
+    demands = reports.demands(report)
     if as_json:
         emit_json(report.values())
     else:
         results.print(reports.table(report))
         results.print(f"radiance field: PSNR {report.field['psnr']:.1f} dB on views it was not trained on")
         results.print(f"took {report.seconds['total']:.0f} s; pictures and report.json are in {out}")
-        for demand in found:
+        for demand in demands:
             word = ("holds", "green") if demand.holds else ("FAILS", "red")
             results.print(styled(word, f": {demand.said}"))
         results.print(f"published in {store}: {', '.join(dict.fromkeys(report.models.values()))}")
         results.print(f"to serve them: {serving_command(store)}")
-    return 0 if all(demand.holds for demand in found) else 1
+    return 0 if all(demand.holds for demand in demands) else 1
 
 
 def _state_folder(state: Path, keep: bool) -> Path:

@@ -64,7 +64,7 @@ class Report:
 
 
 class Demand(NamedTuple):
-    """What must hold for the demo to count as a success."""
+    """Demands that must hold for the demo to count as a success."""
 
     said: str
     holds: bool
@@ -148,8 +148,8 @@ def save_curves(curves: Mapping[str, Curve], path: Path) -> None:
 
 
 def _present(wanted: Sequence[str], curve: Curve) -> list[str]:
-    found = {name for _, values in curve for name in values}
-    return [name for name in wanted if name in found] or sorted(n for n in found if n.endswith("_loss"))
+    names = {name for _, values in curve for name in values}
+    return [name for name in wanted if name in names] or sorted(n for n in names if n.endswith("_loss"))
 
 
 def save_strip(frames: Sequence[np.ndarray], path: Path, *, count: int = 8) -> None:

@@ -62,12 +62,12 @@ def register(app: typer.Typer) -> None:
 def doctor(store: StoreUrl = None, as_json: AsJson = False) -> int:
     """Say what is installed, what works and what to do. Exits with 1 if something needed does not work."""
     with waiting("looking around"):
-        found = list(examine(store))
-    broken = [finding for finding in found if finding.state == "problem"]
+        findings = list(examine(store))
+    broken = [finding for finding in findings if finding.state == "problem"]
     if as_json:
-        emit_json({"ok": not broken, "findings": [asdict(finding) for finding in found]})
+        emit_json({"ok": not broken, "findings": [asdict(finding) for finding in findings]})
     else:
-        _show(found)
+        _show(findings)
     return 1 if broken else 0
 
 
@@ -101,8 +101,8 @@ def examine(store: str | None = None) -> Iterator[Finding]:
 
 
 def _python() -> Finding:
-    said = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {_cores()} cores"
-    return Finding("python", "ok", said)
+    facts = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {_cores()} cores"
+    return Finding("python", "ok", facts)
 
 
 def _cores() -> int:
@@ -164,15 +164,15 @@ def _onnxruntime() -> Finding:
     providers = ", ".join(
         name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()
     )
-    said = f"{onnxruntime.__version__}, providers {providers}"
+    facts = f"{onnxruntime.__version__}, providers {providers}"
     if len(both) > 1:
         advice = (
             "they overwrite each other: pip uninstall onnxruntime onnxruntime-gpu, then install one of them"
         )
         return Finding(
-            "onnxruntime", "problem", f"{said}; both onnxruntime and onnxruntime-gpu are installed", advice
+            "onnxruntime", "problem", f"{facts}; both onnxruntime and onnxruntime-gpu are installed", advice
         )
-    return Finding("onnxruntime", "ok", said)
+    return Finding("onnxruntime", "ok", facts)
 
 
 def _tensorrt() -> Finding:
@@ -229,10 +229,10 @@ def _folder(name: str, folder: Path, known: Settings) -> Finding:
         advice = f"make it writable, or set {' and '.join(known.naming(folder))} to another"
         return Finding(name, "problem", f"{folder} cannot be written: {error.strerror}", advice)
     free = shutil.disk_usage(present).free / 1e9
-    said = f"{folder}, {free:.0f} GB free"
+    facts = f"{folder}, {free:.0f} GB free"
     if free < MIN_FREE_GB:
-        return Finding(name, "problem", said, f"free some space; a stack needs about {MIN_FREE_GB:g} GB")
-    return Finding(name, "ok", said)
+        return Finding(name, "problem", facts, f"free some space; a stack needs about {MIN_FREE_GB:g} GB")
+    return Finding(name, "ok", facts)
 
 
 def _broker(known: Settings) -> Finding:

@@ -35,7 +35,7 @@ def grpc_health(
 
 
 def grpc_state(address: str, service: str = "", *, timeout_s: float = 5.0) -> str:
-    """What grpc.health.v1 answers, e.g. `SERVING`.
+    """State that grpc.health.v1 answers, e.g. `SERVING`.
 
     Raises:
         Unavailable: nothing answers there in time.
@@ -57,7 +57,8 @@ def grpc_state(address: str, service: str = "", *, timeout_s: float = 5.0) -> st
                     f"{address} did not answer within {timeout_s:g} s; is it running?"
                 ) from None
             raise error_from_call(error, address) from None
-    return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+    state: str = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+    return state
 
 
 @health_app.command("worker", epilog="Example: distillery health worker --queue convert")
@@ -97,12 +98,12 @@ def worker_state(queue: str, settings: Settings, *, timeout_s: float = 5.0) -> l
         ) from None
     finally:
         app.close()
-    found = sorted(
+    workers = sorted(
         name for name, queues in replies.items() if any(entry["name"] == queue for entry in queues)
     )
-    if not found:
+    if not workers:
         raise Unavailable(f"no worker on queue {queue!r} answered within {timeout_s:g} s; is one running?")
-    return found
+    return workers
 
 
 def broker_answers(settings: Settings) -> bool:

@@ -58,7 +58,7 @@ class Running:
     again_at: float | None = None  # it is dead, and started again then
 
     def how_it_ended(self) -> str:
-        """What its exit code says, or the signal that it died of."""
+        """Meaning of its exit code, or the signal that it died of."""
         code = self.process.returncode
         if code >= 0:
             return f"exit code {code}: {last_words(self.log)}"
@@ -157,12 +157,12 @@ class Stack:
 
         configure_logging("cli", self.settings.model_copy(update={"log_level": "warning"}))
         self._until.enter_context(only_one(self.settings.state_dir))
-        wanted = parts(self.settings)
-        self._check_ports(wanted)
+        services = parts(self.settings)
+        self._check_ports(services)
         tell("broker", "starting")
         self._until.enter_context(running_broker(self.settings))
         tell("broker", "ready")
-        for part in wanted:
+        for part in services:
             tell(part.name, "starting")
             self.running.append(self._launch(part, environment(self.settings)))
         for running in self.running:

@@ -54,7 +54,7 @@ class Printer(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """All strings of a print, a table or a panel come through here."""
         return super().render_str(shown(text), **{**options, "markup": False, "emoji": False})
 

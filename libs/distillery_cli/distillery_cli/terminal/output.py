@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, everything else (progress, remarks, errors) on stderr."""
+"""Output of commands: results on stdout, everything else (progress, remarks, errors) on stderr."""
 
 from __future__ import annotations
 
@@ -97,9 +97,9 @@ class Bar:
         if not rate and step:
             rate = step / max(time.monotonic() - self._began, 1e-6)
             eta_s = (steps - step) / rate
-        said = f"{rate:.3g}/s" + (f", {duration(eta_s)} left" if eta_s is not None else "")
-        self._progress.update(self._task, completed=step, total=steps or None, speed=said)
-        self._line(f"{step}/{steps}, {said}")
+        speed = f"{rate:.3g}/s" + (f", {duration(eta_s)} left" if eta_s is not None else "")
+        self._progress.update(self._task, completed=step, total=steps or None, speed=speed)
+        self._line(f"{step}/{steps}, {speed}")
 
     def say(self, text: str) -> None:
         """Show a remark in place of the figures."""
@@ -107,7 +107,7 @@ class Bar:
         self._line(text)
 
     def _line(self, text: str) -> None:
-        """Where nothing can be drawn over, a line now and then."""
+        """Progress where nothing can be drawn over: a line now and then."""
         now = time.monotonic()
         if not self._live and now - self._printed >= LINE_EVERY_S:
             self._printed = now

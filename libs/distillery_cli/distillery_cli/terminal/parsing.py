@@ -1,4 +1,4 @@
-"""What people type for labels, times and sweeps, as values; each mistake is one sentence."""
+"""Values of what people type for labels, times and sweeps; each mistake is one sentence."""
 
 from __future__ import annotations
 

@@ -26,16 +26,16 @@ def run(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) 
     """Run the command line of `app`, which people type as `program`; the exit code."""
     speak_any_encoding()
     hide_library_bars()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given  # allowed anywhere, not only before the command
-    given = [argument for argument in given if argument != "--debug"]
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in typed  # allowed anywhere, not only before the command
+    typed = [argument for argument in typed if argument != "--debug"]
     try:
-        code = app(given, prog_name=program, standalone_mode=False)
+        code = app(typed, prog_name=program, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return _failed("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left, e.g. `| head`
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
     except Exception as error:
         if debug and not isinstance(error, USAGE_ERROR | typer.Abort):
@@ -51,9 +51,9 @@ def _report(error: Exception) -> int:
     translated = _known(error)
     if translated is not None:
         return _failed(str(translated), meaning(translated).exit_code)
-    told = out_of_memory(error)
-    if told is not None:
-        return _failed(told, EXIT_OUT_OF_MEMORY)
+    memory_error = out_of_memory(error)
+    if memory_error is not None:
+        return _failed(memory_error, EXIT_OUT_OF_MEMORY)
     return _failed(f"internal error: {type(error).__name__}: {error}; --debug shows the traceback", 1)
 
 
@@ -98,8 +98,8 @@ def _usage(error: Exception) -> int:
         error.show()  # type: ignore[attr-defined]
         return 2
     command = context.command_path if context is not None else "distillery"
-    said = message[:1].lower() + message[1:].rstrip(".")
-    return _failed(f"{said}; see {command} --help", 2)
+    sentence = message[:1].lower() + message[1:].rstrip(".")
+    return _failed(f"{sentence}; see {command} --help", 2)
 
 
 def _failed(sentence: str, code: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
@@ -54,7 +54,7 @@ class FittedTable:
     title: str | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Any]:
-        """What rich draws, for the width at hand."""
+        """Parts that rich draws, for the width at hand."""
         width = options.max_width
         kept, left_out = self._fitting(width)
         if _least(kept) > width and console.is_terminal:
@@ -62,7 +62,7 @@ class FittedTable:
             return
         made = Table(title=self.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for column, size in zip(kept, _widths(kept, max(width, _least(kept))), strict=True):
-            justify = "right" if column.numeric else "left"
+            justify: Literal["right", "left"] = "right" if column.numeric else "left"
             made.add_column(column.name, justify=justify, width=size, no_wrap=not column.prose)
         for cells in zip(*(column.cells for column in kept), strict=True):
             made.add_row(*cells)

@@ -66,14 +66,14 @@ def methods(
                 "--schema needs a method's name, e.g. distillery methods dmd2 --schema", field="name"
             )
         return emit_json(described) if as_json else _show_methods(described)
-    found = [entry for entry in described if entry["name"] == name]
-    if not found:
+    matches = [entry for entry in described if entry["name"] == name]
+    if not matches:
         raise NotFound(
             f"no method is called {name!r}{nearest(name, [e['name'] for e in described])}", field="name"
         )
     if schema:
         return emit_json(recipe_schema(name))
-    return emit_json(found[0]) if as_json else _show_method(found[0])
+    return emit_json(matches[0]) if as_json else _show_method(matches[0])
 
 
 def _show_methods(described: list[dict[str, Any]]) -> None:
@@ -109,7 +109,7 @@ def recipe_schema(name: str) -> dict[str, Any]:
     return schema
 
 
-def here(store: str | None = None) -> Context:
+def local_context(store: str | None = None) -> Context:
     """The store at this URL, or the one that the settings name, and their cache."""
     from distill_core import api
     from distill_service.settings import settings
@@ -133,27 +133,27 @@ def train(
         with _quiet(as_json, "planning"):
             from distill_core import api
 
-            plan = api.plan(loaded, here(store))
+            plan = api.plan(loaded, local_context(store))
         return show_plan(plan, as_json=as_json)
     folder = (out or _new_folder(recipe)).absolute()
     with _quiet(False, "loading"):
         from distill_core import api
 
-        where = here(store)
+        context = local_context(store)
     with _alone_in(folder), _stop_on_signals() as stopped, bar(Path(recipe).stem, loaded.steps) as line:
         _say_changes(folder, loaded)
-        result = api.train(loaded, folder, where, listener=line.tell, should_stop=stopped)
+        result = api.train(loaded, folder, context, listener=line.tell, should_stop=stopped)
     if result.stopped:
         again = [recipe, *(part for given in overrides or [] for part in ("-s", given)), "--out", str(folder)]
         again += ["--store", store] if store else []
-        said = f"stopped at step {result.step}; continue with: distillery train {shlex.join(again)}"
-        notes.print(said)
+        note = f"stopped at step {result.step}; continue with: distillery train {shlex.join(again)}"
+        notes.print(note)
         return EXIT_STOPPED
     published = result.manifest.ref if result.manifest else None
     model = folder / "model"
     if as_json:
-        told = {"artifact": published, "metrics": result.figures, "measured_with": result.measured_with}
-        emit_json({"folder": str(folder), "model": str(model), **told})
+        outcome = {"artifact": published, "metrics": result.figures, "measured_with": result.measured_with}
+        emit_json({"folder": str(folder), "model": str(model), **outcome})
         return 0
     word = "nothing new: this run was published before, as" if result.again else "published:"
     results.print(f"model: {model}" + (f"\n{word} {published}" if published else ""))
@@ -185,8 +185,8 @@ def _say_changes(folder: Path, recipe: Recipe) -> None:
         return
     changed = [f"{key} = {old}, now {new}" for key, (old, new) in recipe.differences(before).items()]
     if changed:
-        said = f"goes on in {folder}, which was begun with {'; '.join(changed)}; give another --out to begin anew"
-        notes.print(said)
+        message = f"goes on in {folder}, which was begun with {'; '.join(changed)}; give another --out to begin anew"
+        notes.print(message)
 
 
 @contextlib.contextmanager
@@ -240,9 +240,9 @@ def check(
     with _quiet(False, "loading, and training the teacher if no run has yet"):
         from distill_core import api
 
-        where = here(store)
+        context = local_context(store)
     with bar(f"check {name}") as line:
-        verdict = api.check(name, where, listener=line.tell)
+        verdict = api.check(name, context, listener=line.tell)
     if not as_json:
         _show_verdict(verdict)
     emit_json(verdict)

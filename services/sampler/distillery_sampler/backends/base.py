@@ -1,4 +1,4 @@
-"""What evaluates a model. Backends are called from several model threads and hold no request state."""
+"""Backends: what evaluates a model. They are called from several model threads and hold no request state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from distill_core.diffusion.noise import unit_normals
 from distill_core.errors import ArtifactError
 from distill_core.signature import Signature, TensorSpec
 from distillery_sampler.engine.requests import ImageItem, ImageKey, Rendered, Tile
@@ -94,16 +93,8 @@ def stacked(values: Sequence[np.ndarray]) -> np.ndarray:
 def _described(name: str, values: np.ndarray | None, spec: TensorSpec, size: int) -> np.ndarray:
     shape = None if values is None else values.shape
     if values is None or not shape or shape[0] != size or not spec.fits(shape[1:]):
-        said = "is not answered" if shape is None else f"has the shape {shape}"
+        fault = "is not answered" if shape is None else f"has the shape {shape}"
         raise ArtifactError(
-            f"output {name} {said} for {size} items, its signature says {spec.described}; publish it again"
+            f"output {name} {fault} for {size} items, its signature says {spec.described}; publish it again"
         )
     return values.astype(object if spec.dtype == "text" else spec.dtype, copy=False)
-
-
-def noise(items: Sequence[ImageItem], draw: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The `draw`-th noise of each item, (B, *shape)."""
-    made = [item.ahead.get(draw) for item in items]
-    missing = [(item.seed, item.index) for item, there in zip(items, made, strict=True) if there is None]
-    drawn = iter(unit_normals(missing, draw, shape) if missing else ())
-    return np.stack([next(drawn) if there is None else there for there in made])

@@ -53,8 +53,10 @@ class Denoisers:
         if not cond or self._spec.parts == 1:
             return np.full(batch, self._spec.default)
         if self._spec.kind == "class_label":
-            return class_parts(cond["class_label"], self._table)
-        return prompt_parts(pooled(cond["prompt_embeds"]), **self._router)
+            by_class: np.ndarray = class_parts(cond["class_label"], self._table)
+            return by_class
+        by_prompt: np.ndarray = prompt_parts(pooled(cond["prompt_embeds"]), **self._router)
+        return by_prompt
 
     def __call__(self, feed: Feed, parts: np.ndarray) -> np.ndarray:
         """x0 (B, C, H, W) of each item by its own part's graph."""

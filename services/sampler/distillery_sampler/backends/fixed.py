@@ -1,4 +1,4 @@
-"""What a GPU wants: batches of a few fixed sizes, and one thread that all its calls come from. Knows no library."""
+"""Batches for a GPU: batches of a few fixed sizes, and one thread that all its calls come from. Knows no library."""
 
 from __future__ import annotations
 

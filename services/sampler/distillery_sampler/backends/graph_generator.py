@@ -15,10 +15,11 @@ from distill_core.diffusion.routing import ROUTER
 from distill_core.diffusion.sampling import sample
 from distill_core.errors import ConfigError
 from distill_core.kinds.cards import generator_card
-from distillery_sampler.backends.base import Generator, noise
+from distillery_sampler.backends.base import Generator
 from distillery_sampler.backends.experts import Denoisers, Feed, Graph
 from distillery_sampler.backends.tokens import PromptTokens
-from distillery_sampler.engine.init_images import beginning, given_pictures, with_known_pixels
+from distillery_sampler.engine.init_images import beginning, init_pictures, with_known_pixels
+from distillery_sampler.engine.noise_prefetch import noise
 from distillery_sampler.engine.requests import ImageItem, ImageKey
 
 TEXT_ENCODER, DECODER, ENCODER = "text_encoder", "decoder", "encoder"  # the latter two of latent models
@@ -82,7 +83,8 @@ class GraphGenerator(Generator):
             both = {name: np.concatenate([value, null[name]]) for name, value in cond.items()}
             x0 = self._x0(np.concatenate([x, x]), sigma, both, np.concatenate([parts, parts]))
             with_cond, without = np.split(x0, 2)
-            return guide(with_cond, without, np.float32(key.guidance))
+            guided: np.ndarray = guide(with_cond, without, np.float32(key.guidance))
+            return guided
 
         x0 = sample(
             denoise,
@@ -91,8 +93,8 @@ class GraphGenerator(Generator):
             key.num_steps,
             self._beginning(key, items),
         )
-        pictures = self._decoder({"x0": x0}) if self._decoder else x0
-        return with_known_pixels(np.clip(pictures, -1, 1), items)
+        pictures = np.clip(self._decoder({"x0": x0}) if self._decoder else x0, -1, 1)
+        return pictures if key.init_image is None else with_known_pixels(pictures, items)
 
     def cuts(self, prompt: str) -> bool:
         return self._tokens is not None and self._tokens.cuts(prompt)
@@ -101,9 +103,9 @@ class GraphGenerator(Generator):
         return {id(self): self._files}
 
     def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> Beginning | None:
-        if key.begin is None:
+        if key.init_image is None:
             return None
-        y = given_pictures(items)
+        y = init_pictures(items)
         if self._decoder is not None:
             if self._encoder is None:
                 raise ConfigError(
@@ -112,7 +114,7 @@ class GraphGenerator(Generator):
                     field="image",
                 )
             y = self._encoder({"picture": y})
-        return beginning(key.begin, y, items)
+        return beginning(key.init_image, y, items)
 
     def _x0(self, x: np.ndarray, sigma: float, cond: Feed, parts: np.ndarray) -> np.ndarray:
         level = np.full(len(x), sigma, dtype=np.float32)

@@ -64,8 +64,8 @@ class Session:
         self._bindings: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}
 
     def __call__(self, feed: Feed) -> np.ndarray:
-        given = {name: np.ascontiguousarray(value, self._types[name]) for name, value in feed.items()}
-        answer = self._session.run(None, given)[0] if self._device is None else self._bound(given)
+        inputs = {name: np.ascontiguousarray(value, self._types[name]) for name, value in feed.items()}
+        answer = self._session.run(None, inputs)[0] if self._device is None else self._bound(inputs)
         return answer.astype(np.float32, copy=False)
 
     def _bound(self, feed: Feed) -> np.ndarray:
@@ -78,7 +78,8 @@ class Session:
         for name, value in feed.items():
             buffers[name].update_inplace(value)
         self._session.run_with_iobinding(binding)
-        return binding.get_outputs()[0].numpy()
+        output: np.ndarray = binding.get_outputs()[0].numpy()
+        return output
 
     def _bind(self, feed: Feed) -> tuple[Any, dict[str, Any]]:
         binding = self._session.io_binding()
@@ -105,14 +106,15 @@ def open_session(path: Path, threads: int, *, rewrite: bool = True) -> onnxrunti
         "session.intra_op.allow_spinning", "0"
     )  # spinning pools fight over cores
     options.log_severity_level = 3
-    wanted = [p for p in (CUDA,) if p in onnxruntime.get_available_providers()]
+    accelerated = [p for p in (CUDA,) if p in onnxruntime.get_available_providers()]
     try:
-        model = (rewritten(path) if rewrite and not wanted else None) or str(path)
-        session = onnxruntime.InferenceSession(model, options, providers=[*wanted, CPU])
+        model = (rewritten(path) if rewrite and not accelerated else None) or str(path)
+        session = onnxruntime.InferenceSession(model, options, providers=[*accelerated, CPU])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise ArtifactError(f"{path.name} cannot be loaded: {str(error).splitlines()[0]}") from None
-    if wanted and session.get_providers()[: len(wanted)] != wanted:  # it falls back to the CPU without a word
+    started = session.get_providers()[: len(accelerated)]
+    if accelerated and started != accelerated:  # it falls back to the CPU without a word
         raise Unavailable(
-            f"onnxruntime could not start {wanted[0]}; check the driver, or install onnxruntime"
+            f"onnxruntime could not start {accelerated[0]}; check the driver, or install onnxruntime"
         )
     return session

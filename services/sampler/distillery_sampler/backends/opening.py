@@ -1,4 +1,4 @@
-"""Which backend evaluates a model, and its opening. A backend's libraries are imported when it is opened."""
+"""Choice of a model's backend, and its opening. A backend's libraries are imported when it is opened."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXTRAS = {"torch": "train", "onnxruntime": "sampler", "tensorrt": "trt"}
 
 
 class Choice(NamedTuple):
-    """What evaluates a model: a backend, by name, and the export that it runs; None is the model itself."""
+    """Backend of a model, by name, and the export that it runs; None is the model itself."""
 
     backend: str
     target: str | None
@@ -47,12 +47,12 @@ def usable(manifest: Manifest, settings: SamplerSettings) -> list[Choice]:
     Raises:
         ArtifactError: as `choices`. Unavailable: a package is missing.
     """
-    found = choices(manifest, settings)
-    lacking = {choice: _lacking(choice) for choice in found}
+    allowed = choices(manifest, settings)
+    lacking = {choice: _lacking(choice) for choice in allowed}
     if all(lacking.values()):
-        package = lacking[found[-1]]
-        raise missing_package(package, EXTRAS[found[-1].backend])
-    return [choice for choice in found if not lacking[choice]]
+        package = lacking[allowed[-1]]
+        raise missing_package(package, EXTRAS[allowed[-1].backend])
+    return [choice for choice in allowed if not lacking[choice]]
 
 
 def _lacking(choice: Choice) -> str:
@@ -74,19 +74,19 @@ def choices(manifest: Manifest, settings: SamplerSettings) -> list[Choice]:
     if served_by(manifest) == "generate" and not (card.image and card.cond and card.sampler):
         raise ArtifactError(f"{manifest.ref}: its manifest lacks image, cond or sampler; publish it again")
     # a field's marching is not in an exported graph
-    wanted = "torch" if served_by(manifest) == "render" else settings.backend
+    backend = "torch" if served_by(manifest) == "render" else settings.backend
     runtimes: tuple[str, ...] = ("onnxruntime", "tensorrt")
     if served_by(manifest) == "call":  # engines are of denoisers
         runtimes = ("onnxruntime",)
-        _refuse_engines(manifest, wanted)
-    allowed = [t for t in settings.targets if _runtime(t) in runtimes and wanted in ("auto", _runtime(t))]
+        _refuse_engines(manifest, backend)
+    allowed = [t for t in settings.targets if _runtime(t) in runtimes and backend in ("auto", _runtime(t))]
     targets = [target for target in allowed if target in manifest.exports]
     if not targets:
-        _require_no_export(manifest, wanted, allowed, settings)
+        _require_no_export(manifest, backend, allowed, settings)
         return [Choice("torch", None, "fp32" if served_by(manifest) == "render" else settings.precision)]
-    found = [Choice(_runtime(target), target, target.rpartition("-")[2]) for target in targets]
-    last = next((at for at, choice in enumerate(found) if choice.backend != "tensorrt"), len(found) - 1)
-    return found[: last + 1]
+    options = [Choice(_runtime(target), target, target.rpartition("-")[2]) for target in targets]
+    last = next((at for at, choice in enumerate(options) if choice.backend != "tensorrt"), len(options) - 1)
+    return options[: last + 1]
 
 
 def _refuse_engines(manifest: Manifest, wanted: str) -> None:

@@ -72,7 +72,7 @@ class _Graph:
         return inside and not nested and not self._graph.sparse_initializer
 
     def rewrite(self) -> int:
-        """How many nodes were rewritten, here and now, each with what makes its first input."""
+        """Number of nodes that were rewritten, here and now, each with what makes its first input."""
         rules = {"Conv": (self._upsampled, self._narrow), "Add": (self._by_channel,)}
         instead: dict[str, list[NodeProto]] = {}  # by the output that nodes make
         for node in self._nodes:
@@ -174,5 +174,5 @@ def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
 
 
 def _has(node: NodeProto, wanted: dict[str, Any]) -> bool:
-    found = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    return all(found.get(name) == value for name, value in wanted.items())
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return all(attributes.get(name) == value for name, value in wanted.items())

@@ -26,15 +26,16 @@ from distill_core.networks.steering import with_negative
 from distill_core.radiance.cameras.camera import Camera, focal_length, orbit_camera
 from distill_core.radiance.scenes.scene import develop, load_scene, refined, render_rays
 from distill_core.recipe.tables import ModelSource
-from distillery_sampler.backends.base import Backend, Generator, SceneRenderer, noise
+from distillery_sampler.backends.base import Backend, Generator, SceneRenderer
 from distillery_sampler.backends.experts import log_expert
 from distillery_sampler.backends.fixed import OneThread
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.backends.torch_device import HostBuffers, Replayed, prepare
 from distillery_sampler.backends.torch_shared import storages, use_threads
-from distillery_sampler.engine.init_images import beginning, given_pictures, with_known_pixels
+from distillery_sampler.engine.init_images import beginning, init_pictures, with_known_pixels
+from distillery_sampler.engine.noise_prefetch import noise
 from distillery_sampler.engine.requests import ImageItem, ImageKey, Rendered, Tile, View
-from distillery_sampler.models.memory import TORCH_LARGE, keep_tidy
+from distillery_sampler.models.memory import TORCH_LARGE, limit_malloc_arenas
 from distillery_sampler.settings import SamplerSettings
 
 
@@ -42,7 +43,7 @@ def open_model(
     folder: Path, manifest: Manifest, *, threads: int, settings: SamplerSettings, weights: SharedWeights
 ) -> Backend:
     """The torch backend for a manifest's kind; on a GPU a generator has a thread of its own."""
-    keep_tidy(TORCH_LARGE)
+    limit_malloc_arenas(TORCH_LARGE)
 
     def generator() -> TorchGenerator:
         with loading():
@@ -150,7 +151,8 @@ class TorchGenerator(Generator):
             return torch.from_numpy(noise(items, k, shape)).to(self._device)
 
         def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
-            return self._guided(x, x.new_full((len(x),), sigma), cond, key.guidance)
+            x0: torch.Tensor = self._guided(x, x.new_full((len(x),), sigma), cond, key.guidance)
+            return x0
 
         x0 = sample(denoise, self._denoiser.sampler, draw, key.num_steps, self._beginning(key, items))
         plain = (
@@ -158,15 +160,15 @@ class TorchGenerator(Generator):
         )
         x0 = x0.bfloat16() if plain else x0
         pictures = self._to_host(self._denoiser.decode(x0).clamp(-1, 1))
-        return with_known_pixels(pictures, items)
+        return pictures if key.init_image is None else with_known_pixels(pictures, items)
 
     def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> Beginning | None:
-        if key.begin is None:
+        if key.init_image is None:
             return None
-        y = self._denoiser.encode(torch.from_numpy(given_pictures(items)).to(self._device))
-        found = beginning(key.begin, y.cpu().numpy(), items)
-        known = None if found.known is None else torch.from_numpy(found.known).to(self._device)
-        return replace(found, y=y, known=known)
+        y = self._denoiser.encode(torch.from_numpy(init_pictures(items)).to(self._device))
+        init_image = beginning(key.init_image, y.cpu().numpy(), items)
+        known = None if init_image.known is None else torch.from_numpy(init_image.known).to(self._device)
+        return replace(init_image, y=y, known=known)
 
     def _condition(self, key: ImageKey, items: Sequence[ImageItem]) -> dict[str, torch.Tensor]:
         kind = self._denoiser.cond.kind
@@ -199,10 +201,10 @@ class TorchScene(SceneRenderer):
         self.on_gpu, self._threads = device.startswith("cuda"), threads
         self._scene = refined(load_scene(folder, device=device))
         described, bound = scene_spec(manifest), self._scene.spec.bound
-        said = None if described is None else described.bound
-        if said is not None and said != bound:
+        published = None if described is None else described.bound
+        if published is not None and published != bound:
             raise ArtifactError(
-                f"{manifest.ref} is said to lie in the box of half side {said:g}, but its field was trained in "
+                f"{manifest.ref} is said to lie in the box of half side {published:g}, but its field was trained in "
                 f"{bound:g}; publish it again"
             )
 

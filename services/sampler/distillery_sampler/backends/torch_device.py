@@ -1,4 +1,4 @@
-"""What makes torch quick on a GPU: bfloat16, channels last, recorded CUDA graphs, pinned buffers for the answer."""
+"""Fast torch on a GPU: bfloat16, channels last, recorded CUDA graphs, pinned buffers for the answer."""
 
 from __future__ import annotations
 
@@ -65,27 +65,27 @@ class Replayed:
         self._recordings: dict[Hashable, tuple[Any, list[Tensor], Tensor]] = {}
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond, guidance: float) -> Tensor:
-        names, given = list(cond), [x, sigma, *cond.values()]
+        names, tensors = list(cond), [x, sigma, *cond.values()]
 
         def call(*inputs: Tensor) -> Tensor:
             return self._guided(inputs[0], inputs[1], dict(zip(names, inputs[2:], strict=True)), guidance)
 
         key = (
             guidance,
-            *zip(("x", "sigma", *names), ((value.shape, value.dtype) for value in given), strict=True),
+            *zip(("x", "sigma", *names), ((value.shape, value.dtype) for value in tensors), strict=True),
         )
         if key not in self._recordings:
             if guidance not in self._usual or len(self._recordings) >= MAX_GRAPHS:
-                return call(*given)
+                return call(*tensors)
             try:
-                self._recordings[key] = self._record(call, given)
+                self._recordings[key] = self._record(call, tensors)
             except RuntimeError as error:
-                said = (str(error).splitlines() or ["no reason given"])[0]
-                log.warning("a network cannot be recorded as a CUDA graph, so it runs without: %s", said)
+                reason = (str(error).splitlines() or ["no reason given"])[0]
+                log.warning("a network cannot be recorded as a CUDA graph, so it runs without: %s", reason)
                 self._usual = frozenset()
-                return call(*given)
+                return call(*tensors)
         graph, inputs, output = self._recordings[key]
-        for own, value in zip(inputs, given, strict=True):
+        for own, value in zip(inputs, tensors, strict=True):
             own.copy_(value)
         graph.replay()
         return output.clone()

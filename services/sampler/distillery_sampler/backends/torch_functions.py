@@ -16,7 +16,7 @@ from distill_core.networks.denoiser import loading
 from distillery_sampler.backends.base import Functions
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.backends.torch_shared import storages, use_threads
-from distillery_sampler.models.memory import TORCH_LARGE, keep_tidy
+from distillery_sampler.models.memory import TORCH_LARGE, limit_malloc_arenas
 from distillery_sampler.settings import SamplerSettings
 
 
@@ -35,7 +35,7 @@ class TorchFunctions(Functions):
         threads: int,
     ) -> None:
         super().__init__(manifest.signature)
-        keep_tidy(TORCH_LARGE)
+        limit_malloc_arenas(TORCH_LARGE)
         use_threads(threads)
         self._device, self._threads = settings.device, threads
         self.on_gpu, self._half = settings.device.startswith("cuda"), settings.precision == "bf16"

@@ -1,4 +1,4 @@
-"""What all torch backends do alike. Imports no diffusers, which takes longer than a small model's loading."""
+"""Common parts of all torch backends. Imports no diffusers, which takes longer than a small model's loading."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def use_threads(count: int) -> None:
 
 def storages(modules: Iterable[Any]) -> dict[Hashable, int]:
     """Bytes of all parameters and buffers, by where they are: what two modules share is there once."""
-    found: dict[Hashable, int] = {}
+    sizes: dict[Hashable, int] = {}
     for module in modules:
         for value in (*module.parameters(), *module.buffers()):
             storage = value.untyped_storage()
-            found[value.device.type, storage.data_ptr()] = storage.nbytes()
-    return found
+            sizes[value.device.type, storage.data_ptr()] = storage.nbytes()
+    return sizes

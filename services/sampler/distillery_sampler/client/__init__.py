@@ -18,11 +18,11 @@ from distillery_sampler.client.messages import (
     outputs_of,
     picture_from,
     predict_request,
-    tensor_from,
     to_pil,
     view_options,
 )
 from distillery_sampler.client.sync import SamplerClient
+from distillery_sampler.v1.wire import tensor_from
 
 __all__ = [
     "AsyncSamplerClient",

@@ -109,7 +109,8 @@ class AsyncSamplerClient:
         """As `SamplerClient.call_generate`."""
         seconds = self._seconds(timeout_s)
         with self._calling(request.model, seconds):
-            return await self._sampler.Generate(request, timeout=seconds)
+            response: sampler_pb2.GenerateResponse = await self._sampler.Generate(request, timeout=seconds)
+            return response
 
     async def generate_stream(
         self,
@@ -207,7 +208,8 @@ class AsyncSamplerClient:
         """As `SamplerClient.call_predict`."""
         seconds = self._seconds(timeout_s)
         with self._calling(request.model, seconds):
-            return await self._sampler.Predict(request, timeout=seconds)
+            response: sampler_pb2.PredictResponse = await self._sampler.Predict(request, timeout=seconds)
+            return response
 
     async def models(self, *, all_versions: bool = False) -> list[models_pb2.Model]:
         """As `SamplerClient.models`."""
@@ -219,13 +221,15 @@ class AsyncSamplerClient:
         """As `SamplerClient.model`."""
         with errors_from(self.address):
             request = models_pb2.GetModelRequest(model=ref)
-            return (await self._models.GetModel(request, timeout=self.timeout_s)).model
+            served: models_pb2.Model = (await self._models.GetModel(request, timeout=self.timeout_s)).model
+            return served
 
     async def load(self, ref: str) -> models_pb2.Model:
         """As `SamplerClient.load`."""
         with errors_from(self.address):
             request = models_pb2.LoadModelRequest(model=ref)
-            return (await self._models.LoadModel(request, timeout=self.timeout_s)).model
+            loaded: models_pb2.Model = (await self._models.LoadModel(request, timeout=self.timeout_s)).model
+            return loaded
 
     async def unload(self, ref: str) -> None:
         """As `SamplerClient.unload`."""

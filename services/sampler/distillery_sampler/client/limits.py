@@ -26,7 +26,7 @@ MOST = 1000  # limits that are kept: names of models may come from anybody
 
 
 class Limits:
-    """How many calls at once a server takes, by model and by how long they have: the hurried are refused sooner.
+    """Number of calls at once that a server takes, by model and by how long they have: the hurried are refused sooner.
 
     Safe to use from several threads.
     """

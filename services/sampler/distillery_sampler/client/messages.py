@@ -1,4 +1,4 @@
-"""What both clients send and how they read the answers: options to messages, messages to NumPy."""
+"""Messages of both clients: options to messages, messages to NumPy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LISTS = ("class_labels", "prompts", "negative_prompts", "seeds")
 
 
 class GenerateOptions(TypedDict, total=False):
-    """What a request for pictures may say; lists that are given must be equally long, one entry an image."""
+    """Options of a request for pictures; lists that are given must be equally long, one entry an image."""
 
     class_labels: Iterable[int]
     prompts: Iterable[str]
@@ -41,7 +41,7 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class ViewOptions(TypedDict, total=False):
-    """What a request for views may say."""
+    """Options of a request for views."""
 
     width: int  # pixels, 256 if it is left out
     height: int
@@ -78,9 +78,9 @@ def cut_prompts(summary: sampler_pb2.GenerateSummary) -> str | None:
 
 def warn_of_cut_prompts(summary: sampler_pb2.GenerateSummary) -> None:
     """A `UserWarning` with the sentence."""
-    said = cut_prompts(summary)
-    if said is not None:
-        warnings.warn(said, stacklevel=3)
+    warning = cut_prompts(summary)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=3)
 
 
 def to_pil(pixels: np.ndarray) -> Image.Image:
@@ -101,7 +101,7 @@ def generate_request(model: str, **options: Unpack[GenerateOptions]) -> sampler_
         if isinstance(values.get(name), str):
             raise ConfigError(f"{name} is one text; give a list of texts, one an image", field=name)
     try:
-        lists = {name: list(values.pop(name)) for name in _LISTS if name in values}
+        lists: dict[str, Any] = {name: list(values.pop(name)) for name in _LISTS if name in values}
         return sampler_pb2.GenerateRequest(
             model=model,
             image_format=_format(image_format),
@@ -161,23 +161,24 @@ def _known(options: Mapping[str, Any], kind: type) -> Mapping[str, Any]:
     return options
 
 
-def _format(name: str) -> common_pb2.ImageFormat:
+def _format(name: str) -> str:
+    """The enum's value by name, as a message takes it."""
     if name not in FORMATS.values():
         raise ConfigError(
             f"image_format {name!r} is not known; known: {', '.join(sorted(set(FORMATS.values())))}",
             field="image_format",
         )
-    return common_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{name}")
+    return f"IMAGE_FORMAT_{name}"
 
 
 def _priority(bulk: bool) -> sampler_pb2.Priority:
     return sampler_pb2.PRIORITY_BULK if bulk else sampler_pb2.PRIORITY_INTERACTIVE
 
 
-def _output(name: str) -> sampler_pb2.RenderOutput:
+def _output(name: str) -> str:
     if name not in ("rgb", *FLOATS):
         raise ConfigError(f"output {name!r} is not known; known: rgb, {', '.join(FLOATS)}", field="outputs")
-    return sampler_pb2.RenderOutput.Value(f"RENDER_OUTPUT_{name.upper()}")
+    return f"RENDER_OUTPUT_{name.upper()}"
 
 
 def _image_input(
@@ -285,7 +286,7 @@ def seen(view: sampler_pb2.View) -> SeenView:
 
 
 def improved(shown: SeenView | None, view: sampler_pb2.View, options: sampler_pb2.ViewOptions) -> SeenView:
-    """What is shown with one more region of it; the first one covers the whole view."""
+    """View with one more region of it; the first one covers the whole view."""
     new_parts, region = seen(view), view.region
 
     def enlarged(part: np.ndarray | None) -> np.ndarray | None:

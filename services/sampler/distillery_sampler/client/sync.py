@@ -126,7 +126,8 @@ class SamplerClient:
         """Generate with the messages themselves: encoded bytes, the float tensor, the summary."""
         seconds = self._seconds(timeout_s)
         with self._calling(request.model, seconds):
-            return self._sampler.Generate(request, timeout=seconds)
+            response: sampler_pb2.GenerateResponse = self._sampler.Generate(request, timeout=seconds)
+            return response
 
     def generate_stream(
         self,
@@ -214,7 +215,7 @@ class SamplerClient:
         bulk: bool = False,
         **arrays: Any,
     ) -> dict[str, np.ndarray]:
-        """What one of a model's functions, "" its first, answers to `arrays` (B, …) by input; (B, …) by output.
+        """Outputs (B, …) by name of one of a model's functions, "" its first, for `arrays` (B, …) by input.
 
         `sampler.predict("digits-student", image=batch)["logits"]`; `sampler.model(ref).functions` says what there is.
         `bulk` waits while others' interactive requests wait.
@@ -228,7 +229,8 @@ class SamplerClient:
         """Predict with the messages themselves: tensors, and the summary."""
         seconds = self._seconds(timeout_s)
         with self._calling(request.model, seconds):
-            return self._sampler.Predict(request, timeout=seconds)
+            response: sampler_pb2.PredictResponse = self._sampler.Predict(request, timeout=seconds)
+            return response
 
     def models(self, *, all_versions: bool = False) -> list[models_pb2.Model]:
         """The models of the sampler's store, and which are loaded."""
@@ -239,13 +241,17 @@ class SamplerClient:
     def model(self, ref: str) -> models_pb2.Model:
         """One version."""
         with errors_from(self.address):
-            return self._models.GetModel(models_pb2.GetModelRequest(model=ref), timeout=self.timeout_s).model
+            served: models_pb2.Model = self._models.GetModel(
+                models_pb2.GetModelRequest(model=ref), timeout=self.timeout_s
+            ).model
+            return served
 
     def load(self, ref: str) -> models_pb2.Model:
         """Load a version now; needs an admin token where tokens are used."""
         with errors_from(self.address):
             request = models_pb2.LoadModelRequest(model=ref)
-            return self._models.LoadModel(request, timeout=self.timeout_s).model
+            loaded: models_pb2.Model = self._models.LoadModel(request, timeout=self.timeout_s).model
+            return loaded
 
     def unload(self, ref: str) -> None:
         """Free a version's memory; needs an admin token where tokens are used."""

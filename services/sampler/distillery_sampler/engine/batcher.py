@@ -1,8 +1,9 @@
 """Dynamic batching for one model: while the device works, the next batch forms by itself.
 
-The unit is one image, or one tile of a view. Those with equal keys (steps, guidance) and of one kind (the expert that
-makes them) may share a batch, whoever asked for them, as long as it costs no more than `max_cost`. Each of the model's
-threads takes its next batch itself the moment it is free, so that a busy event loop never keeps the device waiting.
+The unit is one image, or one tile of a view. Those with equal keys (steps, guidance) and of one partition (the expert
+that makes them) may share a batch, whoever asked for them, as long as it costs no more than `max_cost`. Each of the
+model's threads takes its next batch itself the moment it is free, so that a busy event loop never keeps the device
+waiting.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 from distill_core.errors import DistilleryError, Overloaded
 
 Cost = Callable[[Any, Any], float]  # what a payload with this key costs, in any unit
-Kind = Callable[[Any], Hashable]  # what sets a payload apart from others with its key
+Partition = Callable[[Any], Hashable]  # of a payload: batches never mix two of them
 Run = Callable[[Hashable, list[Any]], Sequence[Any]]  # (key, payloads) -> results; called in a model thread
 BULK_EVERY = 8  # at least one batch of so many starts with bulk work, if there is any
 EMA_SHARE = 0.2
@@ -35,10 +36,10 @@ class Expired(DistilleryError):
 
 
 class Observer(Protocol):
-    """Who is told what the batcher does."""
+    """Observer of what the batcher does."""
 
     def origin(self) -> Any:
-        """What the images now queued are remembered by until their batch ran, e.g. a span; None: nothing."""
+        """Origin of the images now queued, kept until their batch ran, e.g. a span; None: nothing."""
 
     def batch(self, images: int, reason: str, waits: list[float], seconds: float, origins: list[Any]) -> None:
         """A batch ran; `reason` is full, idle or delay, `waits` how long each image was queued."""
@@ -53,7 +54,7 @@ class Observer(Protocol):
 @dataclass(eq=False, slots=True)
 class _Item:
     key: Hashable
-    group: Hashable  # key and kind: what a batch has in common
+    group: Hashable  # key and partition: what a batch has in common
     payload: Any
     cost: float
     client: str
@@ -103,7 +104,7 @@ class _Line:
 
 @dataclass(eq=False, slots=True)
 class _Batch:
-    """What a thread runs together."""
+    """Items that a thread runs together."""
 
     items: list[_Item]
     cost: float
@@ -126,7 +127,7 @@ class Batcher:
         max_delay_s: float = 0.0,
         max_cost: float = math.inf,
         cost: Cost = lambda _key, _payload: 1.0,
-        kind: Kind = lambda _payload: None,
+        partition: Partition = lambda _payload: None,
         seconds_per_cost: float = 0.0,
     ) -> None:
         self._run, self._observer = run, observer
@@ -134,7 +135,7 @@ class Batcher:
         self.max_cost = max_cost  # of a batch of several
         self.queued = 0
         self.seconds_per_cost = seconds_per_cost  # a first guess; each batch corrects it
-        self._cost, self._kind = cost, kind
+        self._cost, self._partition = cost, partition
         self._loop = asyncio.get_running_loop()
         self._changed = (
             threading.Condition()
@@ -169,7 +170,7 @@ class Batcher:
             self._admit(len(payloads), client, deadline, now, sum(self._cost(key, one) for one in payloads))
             items = []
             for payload in payloads:
-                group, cost = (key, self._kind(payload)), self._cost(key, payload)
+                group, cost = (key, self._partition(payload)), self._cost(key, payload)
                 future = self._loop.create_future()
                 item = _Item(key, group, payload, cost, client, deadline, now, future, origin)
                 future.add_done_callback(partial(self._forget, item, bulk))
@@ -191,7 +192,7 @@ class Batcher:
             return self._wait_estimate()
 
     def too_late(self, seconds_left: float) -> Expired | None:
-        """Why nothing new is taken from a caller who has so long left; None if it may be tried."""
+        """Refusal of a caller who has so long left; None if it may be tried."""
         wait = self.wait_estimate()
         return self._expired(wait) if MARGIN * wait > seconds_left else None
 
@@ -374,3 +375,10 @@ class Batcher:
             if not item.future.done():
                 self._observer.rejected("deadline")
                 item.future.set_exception(Expired("the call's deadline passed while it was queued"))
+
+
+def drop(futures: Iterable[asyncio.Future[Any]]) -> None:
+    """Take what is not done out of the queue; errors that nobody awaits are no news."""
+    for future in futures:
+        if not future.cancel() and not future.cancelled():
+            future.exception()

@@ -1,4 +1,4 @@
-"""What a request may say to a model: every refusal is one sentence that names the field."""
+"""Checks of what a request says to a model: every refusal is one sentence that names the field."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def image_items(request: GenerateRequest, manifest: Manifest, limits: SamplerSet
     ]
     if request.latents is not None:
         _check_latents(request.latents, manifest)
-        items = [replace(item, ahead={0: own}) for item, own in zip(items, request.latents, strict=True)]
+        items = [replace(item, draws={0: own}) for item, own in zip(items, request.latents, strict=True)]
     if not request.negative_prompts and request.negative_scale is None:
         return items
     negatives = _negatives(request, cond, count, limits, manifest.ref)
@@ -51,22 +51,22 @@ def _negatives(
     request: GenerateRequest, cond: CondSpec, count: int, limits: SamplerSettings, ref: str
 ) -> tuple[str, ...]:
     """A negative prompt for each image, "" for none."""
-    given = request.negative_prompts
+    negatives = request.negative_prompts
     if cond.kind != "prompt":
         raise ConfigError(f"{ref} takes no prompts, so it takes no negative ones", field="negative_prompts")
-    if len(given) not in (1, count):
+    if len(negatives) not in (1, count):
         raise ConfigError(
-            f"the request says {len(given)} negative prompts for {count} images; give one, or one an image",
+            f"the request says {len(negatives)} negative prompts for {count} images; give one, or one an image",
             field="negative_prompts",
         )
-    for prompt in given:
+    for prompt in negatives:
         if len(prompt) > limits.max_prompt_chars:
             raise ConfigError(
                 f"a negative prompt of {len(prompt)} characters is too long; allowed are "
                 f"{limits.max_prompt_chars}",
                 field="negative_prompts",
             )
-    return given * count if len(given) == 1 else given
+    return negatives * count if len(negatives) == 1 else negatives
 
 
 def _negative_scale(request: GenerateRequest, manifest: Manifest) -> float:
@@ -94,19 +94,19 @@ def _negative_scale(request: GenerateRequest, manifest: Manifest) -> float:
 
 
 def _count(request: GenerateRequest, limits: SamplerSettings) -> int:
-    given = {
+    lengths = {
         "class_labels": len(request.class_labels),
         "prompts": len(request.prompts),
         "seeds": len(request.seeds),
         "latents": 0 if request.latents is None else len(request.latents),
         "count": request.count,
     }
-    counts = {name: number for name, number in given.items() if number}
+    counts = {name: number for name, number in lengths.items() if number}
     if request.count is not None and request.count < 1:
         raise ConfigError(f"count = {request.count} is not allowed; ask for at least 1 image", field="count")
     if len(set(counts.values())) > 1:
-        said = ", ".join(f"{number} for {name}" for name, number in counts.items())
-        raise ConfigError(f"the request says {said}; these must be equal", field=list(counts)[-1])
+        shown = ", ".join(f"{number} for {name}" for name, number in counts.items())
+        raise ConfigError(f"the request says {shown}; these must be equal", field=list(counts)[-1])
     count = next(iter(counts.values()), 1)
     if count > limits.max_images:
         raise ConfigError(

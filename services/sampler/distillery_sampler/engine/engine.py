@@ -17,9 +17,10 @@ from distill_core.artifacts import ArtifactStore, ImageSpec, Manifest
 from distill_core.errors import ConfigError
 from distill_core.kinds.cards import generator_card, served_by
 from distillery_sampler.backends.base import Functions, Generator, SceneRenderer
+from distillery_sampler.engine.batcher import drop
 from distillery_sampler.engine.checks import check_reply, check_view, image_items, image_key
-from distillery_sampler.engine.init_images import given
-from distillery_sampler.engine.noise_prefetch import QUICK_VALUES, DrawAhead, draw
+from distillery_sampler.engine.init_images import decode_init_image
+from distillery_sampler.engine.noise_prefetch import QUICK_VALUES, NoisePrefetch, draw_noise
 from distillery_sampler.engine.predict import QUICK_VALUES as QUICK_INPUTS
 from distillery_sampler.engine.predict import calls_of, reply_bytes, size_of
 from distillery_sampler.engine.requests import (
@@ -34,7 +35,7 @@ from distillery_sampler.engine.requests import (
     Summary,
 )
 from distillery_sampler.engine.statistics import packing
-from distillery_sampler.engine.views import drop, render_views, terms
+from distillery_sampler.engine.views import render_views
 from distillery_sampler.metrics import Metrics
 from distillery_sampler.models.loading import LoadedModel
 from distillery_sampler.models.registry import Registry
@@ -73,9 +74,9 @@ class _Queued:
     def _cut_prompts(self) -> tuple[int, ...]:
         backend = self.model.backend
         assert isinstance(backend, Generator)
-        said = [{text for text in (item.prompt, item.negative) if text} for item in self.items]
-        cut = {text for text in set().union(*said) if backend.cuts(text)}
-        return tuple(index for index, texts in enumerate(said) if texts & cut)
+        texts_of = [{text for text in (item.prompt, item.negative) if text} for item in self.items]
+        cut = {text for text in set().union(*texts_of) if backend.cuts(text)}
+        return tuple(index for index, texts in enumerate(texts_of) if texts & cut)
 
 
 class Engine:
@@ -86,7 +87,7 @@ class Engine:
     ) -> None:
         self.settings, self.metrics = settings, metrics
         self.models = Registry(store, cache, settings, metrics)
-        self._ahead = DrawAhead()
+        self._prefetch = NoisePrefetch()
 
     async def generate(
         self, request: GenerateRequest, approve: Approve | None = None
@@ -132,9 +133,9 @@ class Engine:
             self._check_size(model, len(items))
             times = until.enter_context(model.stats.requests.request(len(items)))
             if request.image is not None:  # decoding takes milliseconds: not on the event loop
-                found, begin = await asyncio.to_thread(given, request.image, manifest)
-                items = [replace(item, given=found) for item in items]
-                key = replace(key, begin=begin)
+                decoded, shared = await asyncio.to_thread(decode_init_image, request.image, manifest)
+                items = [replace(item, init_image=decoded) for item in items]
+                key = replace(key, init_image=shared)
             times.queued()
             futures = self._submit(model, key, items, request.call)
             return _Queued(model, key, items, futures, until.pop_all())
@@ -148,12 +149,12 @@ class Engine:
         shape, waits = (image.channels, image.height, image.width), model.batcher.busy
         quick = len(items) * math.prod(shape) <= QUICK_VALUES
         if quick and not waits:
-            draw(items, shape)
-        futures = model.batcher.submit(key, items, **terms(call))
+            draw_noise(items, shape)
+        futures = model.batcher.submit(key, items, **vars(call))
         if quick:
-            draw(items, shape)
+            draw_noise(items, shape)
         elif waits:
-            self._ahead.ask(items, shape)
+            self._prefetch.request(items, shape)
         return futures
 
     async def render(self, request: RenderRequest) -> AsyncGenerator[Rendered | Summary, None]:
@@ -173,7 +174,7 @@ class Engine:
             yield Summary(model.manifest.ref, model.backend.name, len(request.views), seconds)
 
     async def predict(self, request: PredictRequest) -> tuple[dict[str, np.ndarray], Summary]:
-        """What one of a model's functions answers, (B, …) by output. Item i is the same whatever it was batched with.
+        """Outputs of one of a model's functions, (B, …) each, by name. Item i is the same whatever it was batched with.
 
         Raises:
             ConfigError, NotFound, ArtifactError: the request or its model is wrong.
@@ -191,7 +192,7 @@ class Engine:
             self._check_size(model, len(calls.payloads), "items", "inputs")
             with model.stats.requests.request(calls.count, model.stats.of(calls.key.function)) as times:
                 times.queued()
-                futures = model.batcher.submit(calls.key, calls.payloads, **terms(request.call))
+                futures = model.batcher.submit(calls.key, calls.payloads, **vars(request.call))
                 try:
                     answers = [await future for future in futures]
                 finally:
@@ -205,7 +206,7 @@ class Engine:
     async def close(self) -> None:
         """Free all models."""
         await self.models.close()
-        self._ahead.close()
+        self._prefetch.close()
 
     def _check_size(self, model: LoadedModel, count: int, what: str = "images", field: str = "count") -> None:
         if count > model.batcher.max_queue:

@@ -1,4 +1,4 @@
-"""Pictures that requests begin from: bytes to arrays, checked against the model; knows no backend."""
+"""Init images: bytes to arrays, checked against the model; knows no backend."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from distill_core.diffusion.image_to_image import Beginning
 from distill_core.errors import ConfigError, DataError
 from distill_core.kinds.cards import generator_card
 from distill_core.pictures import on_white, read_image, upright_size
-from distillery_sampler.engine.requests import BeginKey, Given, ImageInput, ImageItem
+from distillery_sampler.engine.requests import DecodedImage, ImageInput, ImageItem, InitImageKey
 
 KINDS = ("PNG", "JPEG", "WEBP")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 EDIT_STRENGTH = 0.5  # unset, without a mask: half of the steps
 
 
-def given(wish: ImageInput, manifest: Manifest) -> tuple[Given, BeginKey]:
-    """The decoded picture and mask of a request, and what its images share a batch by.
+def decode_init_image(wish: ImageInput, manifest: Manifest) -> tuple[DecodedImage, InitImageKey]:
+    """The decoded init image and mask of a request, and what its images share a batch by.
 
     Raises:
         ConfigError: no such kind of picture, another size than the model's, a strength out of range.
@@ -58,12 +58,12 @@ def given(wish: ImageInput, manifest: Manifest) -> tuple[Given, BeginKey]:
         _check_size(_size(wish.mask, "image.mask"), (width, height), manifest.ref, "image.mask")
         known = (_pixels(wish.mask, "L", "image.mask") < 128).astype(np.float32)
     pixels = _pixels(wish.image, MODES[channels], "image.image").astype(np.float32) / 127.5 - 1
-    return Given(_enlarged(pixels, block), known), BeginKey(
+    return DecodedImage(_enlarged(pixels, block), known), InitImageKey(
         strength, known is not None, 1 if latent else block
     )
 
 
-def beginning(key: BeginKey, y: np.ndarray, items: Sequence[ImageItem]) -> Beginning:
+def beginning(key: InitImageKey, y: np.ndarray, items: Sequence[ImageItem]) -> Beginning:
     """What sampling begins from: `y` are the items' pictures in the network's own space (B, C, H, W)."""
     known = known_pixels(items)
     if known is not None and known.shape[-2:] != y.shape[-2:]:  # a latent is known if all its pixels are
@@ -73,21 +73,25 @@ def beginning(key: BeginKey, y: np.ndarray, items: Sequence[ImageItem]) -> Begin
     return Beginning(y, key.strength, known, key.block)
 
 
-def given_pictures(items: Sequence[ImageItem]) -> np.ndarray:
+def init_pictures(items: Sequence[ImageItem]) -> np.ndarray:
     """The decoded pictures (B, C, H, W) in [-1, 1]."""
-    return np.stack([item.given.picture for item in items if item.given is not None])
+    return np.stack([item.init_image.picture for item in items if item.init_image is not None])
 
 
 def known_pixels(items: Sequence[ImageItem]) -> np.ndarray | None:
     """1 where a pixel stays (B, 1, H, W); None without masks."""
-    masks = [item.given.known for item in items if item.given is not None and item.given.known is not None]
+    masks = [
+        item.init_image.known
+        for item in items
+        if item.init_image is not None and item.init_image.known is not None
+    ]
     return np.stack(masks) if masks else None
 
 
 def with_known_pixels(pictures: np.ndarray, items: Sequence[ImageItem]) -> np.ndarray:
     """Finished pictures (B, C, H, W) whose known pixels are the given ones, to the bit."""
     known = known_pixels(items)
-    return pictures if known is None else np.where(known > 0, given_pictures(items), pictures)
+    return pictures if known is None else np.where(known > 0, init_pictures(items), pictures)
 
 
 def _size(data: bytes, field: str) -> tuple[int, int]:
@@ -98,21 +102,21 @@ def _size(data: bytes, field: str) -> tuple[int, int]:
         raise ConfigError(str(error), field=field) from None
 
 
-def _check_size(found: tuple[int, int], wanted: tuple[int, int], ref: str, field: str) -> None:
-    if found != wanted:
+def _check_size(size: tuple[int, int], model_size: tuple[int, int], ref: str, field: str) -> None:
+    if size != model_size:
         raise ConfigError(
-            f"{field} is {found[0]} x {found[1]} pixels, and {ref} makes {wanted[0]} x {wanted[1]}; "
+            f"{field} is {size[0]} x {size[1]} pixels, and {ref} makes {model_size[0]} x {model_size[1]}; "
             "send that size",
             field=field,
         )
 
 
-def _enlargement(found: tuple[int, int], wanted: tuple[int, int], ref: str) -> int:
-    factor = wanted[0] // max(found[0], 1)
-    if factor < 2 or (found[0] * factor, found[1] * factor) != wanted:
+def _enlargement(size: tuple[int, int], model_size: tuple[int, int], ref: str) -> int:
+    factor = model_size[0] // max(size[0], 1)
+    if factor < 2 or (size[0] * factor, size[1] * factor) != model_size:
         raise ConfigError(
-            f"image.image is {found[0]} x {found[1]} pixels, which {ref} cannot enlarge to {wanted[0]} x "
-            f"{wanted[1]}; send a half, a third … of that size",
+            f"image.image is {size[0]} x {size[1]} pixels, which {ref} cannot enlarge to {model_size[0]} x "
+            f"{model_size[1]}; send a half, a third … of that size",
             field="image.image",
         )
     return factor
@@ -139,4 +143,5 @@ def _enlarged(pixels: np.ndarray, factor: int) -> np.ndarray:
     )
     cells = smooth.reshape(channels, height, factor, width, factor)
     off = pixels - cells.mean((2, 4))
-    return (cells + off[:, :, None, :, None]).reshape(smooth.shape).astype(np.float32)
+    enlarged: np.ndarray = (cells + off[:, :, None, :, None]).reshape(smooth.shape).astype(np.float32)
+    return enlarged

@@ -1,4 +1,4 @@
-"""The first noise of images before their turn comes: model threads are to run models."""
+"""Noise prefetch: the first noise of images, drawn before their turn comes, as model threads are to run models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Sequence
 from queue import SimpleQueue
 
+import numpy as np
+
 from distill_core.diffusion.noise import unit_normals
 from distillery_sampler.engine.requests import ImageItem
 
@@ -14,45 +16,53 @@ AT_ONCE = (
     16  # images: NumPy lets go of the interpreter in every operation, and under load waits to get it back
 )
 QUICK_VALUES = 2**13  # drawn in less than 0.2 ms
-MOST_ASKED = 1024  # images that wait for it: callers may come and go faster than it draws
+MAX_REQUESTS = 1024  # images that wait for it: callers may come and go faster than it draws
 Shape = tuple[int, ...]
 
 
-class DrawAhead:
-    """Draws in a thread of its own, in the order in which it is asked, while the device is busy.
+class NoisePrefetch:
+    """Draws noise in a thread of its own, in the order of the requests, while the device is busy.
 
     An image whose turn comes before that gets its noise then.
     """
 
     def __init__(self) -> None:
-        self._asked: SimpleQueue[tuple[ImageItem, Shape] | None] = SimpleQueue()
-        threading.Thread(target=self._serve, name="draw-ahead", daemon=True).start()
+        self._requests: SimpleQueue[tuple[ImageItem, Shape] | None] = SimpleQueue()
+        threading.Thread(target=self._serve, name="noise-prefetch", daemon=True).start()
 
-    def ask(self, items: Sequence[ImageItem], shape: Shape) -> None:
+    def request(self, items: Sequence[ImageItem], shape: Shape) -> None:
         """Draw for those of these images that were not given their noise, each of `shape`, as far as there is room."""
         for item in items:
-            if 0 not in item.ahead and self._asked.qsize() < MOST_ASKED:
-                self._asked.put((item, shape))
+            if 0 not in item.draws and self._requests.qsize() < MAX_REQUESTS:
+                self._requests.put((item, shape))
 
     def close(self) -> None:
         """Stop; what is asked for already may still be drawn."""
-        self._asked.put(None)
+        self._requests.put(None)
 
     def _serve(self) -> None:
         while True:
-            asked = [self._asked.get()]
-            while not self._asked.empty() and len(asked) < AT_ONCE:
-                asked.append(self._asked.get())
-            for shape in dict.fromkeys(one[1] for one in asked if one):
+            requests = [self._requests.get()]
+            while not self._requests.empty() and len(requests) < AT_ONCE:
+                requests.append(self._requests.get())
+            for shape in dict.fromkeys(one[1] for one in requests if one):
                 with contextlib.suppress(MemoryError):  # then they draw in their turn
-                    draw([one[0] for one in asked if one and one[1] == shape], shape)
-            if None in asked:
+                    draw_noise([one[0] for one in requests if one and one[1] == shape], shape)
+            if None in requests:
                 return
 
 
-def draw(items: Sequence[ImageItem], shape: Shape) -> None:
+def draw_noise(items: Sequence[ImageItem], shape: Shape) -> None:
     """The first noise of images that were not given theirs, here and now."""
-    items = [item for item in items if 0 not in item.ahead]
+    items = [item for item in items if 0 not in item.draws]
     drawn = unit_normals([(item.seed, item.index) for item in items], 0, shape) if items else ()
     for item, noise in zip(items, drawn, strict=True):
-        item.ahead[0] = noise
+        item.draws[0] = noise
+
+
+def noise(items: Sequence[ImageItem], draw: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The `draw`-th noise of each item, (B, *shape)."""
+    made = [item.draws.get(draw) for item in items]
+    missing = [(item.seed, item.index) for item, there in zip(items, made, strict=True) if there is None]
+    drawn = iter(unit_normals(missing, draw, shape) if missing else ())
+    return np.stack([next(drawn) if there is None else there for there in made])

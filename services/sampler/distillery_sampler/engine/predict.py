@@ -24,7 +24,7 @@ _numbers = itertools.count(1)  # of calls that share no batch
 
 @dataclass(frozen=True, eq=False)
 class Calls:
-    """What one request puts into its model's queue."""
+    """Items that one request puts into its model's queue."""
 
     key: CallKey
     payloads: list[dict[str, np.ndarray]]  # items without batch axis, or one call with it
@@ -115,7 +115,7 @@ def size_of(inputs: Mapping[str, np.ndarray]) -> int:
 
 
 def cost_by(signature: Signature) -> Callable[[CallKey, Any], float]:
-    """What an item costs: its share of the largest that its function takes; 1 where all are of one size."""
+    """Cost of an item: its share of the largest that its function takes; 1 where all are of one size."""
     largest = {
         name: max(1, sum(_largest(spec) for spec in function.inputs.values()))
         for name, function in signature.functions.items()
@@ -137,7 +137,7 @@ def _largest(spec: TensorSpec) -> int:
 
 
 def runner(backend: Functions) -> Callable[[CallKey, list[Any]], list[dict[str, np.ndarray]]]:
-    """What the model's threads run a batch with."""
+    """Function that the model's threads run a batch with."""
 
     def run(key: CallKey, payloads: list[Any]) -> list[dict[str, np.ndarray]]:
         if key.alone:

@@ -1,4 +1,4 @@
-"""What the engine is asked and answers. Plain data: knows no gRPC and no tensor library but NumPy."""
+"""Requests to the engine and its answers. Plain data: knows no gRPC and no tensor library but NumPy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Float = np.ndarray  # float32
 
 @dataclass(frozen=True)
 class Call:
-    """Who asks, and until when an answer is of use."""
+    """Caller of a request, and until when an answer is of use."""
 
     client: str = ""
     deadline: float | None = None  # event loop time
@@ -24,7 +24,7 @@ class Call:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """A picture to begin from, as encoded bytes; white in `mask` is made anew, black stays."""
+    """Init image, as encoded bytes; white in `mask` is made anew, black stays."""
 
     image: bytes
     mask: bytes = b""
@@ -63,7 +63,7 @@ class PredictRequest:
 
 @dataclass(frozen=True)
 class CallKey:
-    """What items of one batch have in common: the function, and the shape of each input."""
+    """Batch key of items: the function, and the shape of each input."""
 
     function: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
@@ -71,8 +71,8 @@ class CallKey:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """A decoded picture to begin from."""
+class DecodedImage:
+    """Decoded init image of one picture."""
 
     picture: Float  # (C, H, W) in [-1, 1]
     known: Float | None  # (1, H, W): 1 where a pixel stays
@@ -80,23 +80,23 @@ class Given:
 
 @dataclass(frozen=True)
 class ImageItem:
-    """One picture to make; its noise is `unit_normal(seed, index, draw, shape)`, but for draws in `ahead`."""
+    """One picture to make; its noise is `unit_normal(seed, index, draw, shape)`, but for those in `draws`."""
 
     seed: int
     index: int = 0
     class_label: int | None = None
     prompt: str | None = None
-    given: Given | None = None
+    init_image: DecodedImage | None = None
     negative: str = ""
     negative_scale: float = 0.0  # of the attention
-    ahead: dict[int, Float] = field(
+    draws: dict[int, Float] = field(
         default_factory=dict, compare=False, repr=False
     )  # draws that are made already, or given
 
 
 @dataclass(frozen=True)
-class BeginKey:
-    """How images of one batch begin from pictures: see `distill_core.diffusion.image_to_image`."""
+class InitImageKey:
+    """Batch key of init images: see `distill_core.diffusion.image_to_image`."""
 
     strength: float
     masked: bool
@@ -105,11 +105,11 @@ class BeginKey:
 
 @dataclass(frozen=True)
 class ImageKey:
-    """What images of one batch have in common."""
+    """Batch key of images."""
 
     num_steps: int
     guidance: float
-    begin: BeginKey | None = None
+    init_image: InitImageKey | None = None
     negative: Literal["", "guidance", "attention"] = ""  # what leads away from the items' negative prompts
 
 
@@ -124,7 +124,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Summary:
-    """Which version answered, and how."""
+    """Summary of an answer: the version, and how it went."""
 
     model: str
     backend: str
@@ -190,7 +190,7 @@ class Tile:
 
     @property
     def rays(self) -> int:
-        """How many pixels it has."""
+        """Number of its pixels."""
         return len(self.region.rows) * -(-self.view.width // self.region.factor)
 
 
@@ -222,6 +222,6 @@ class ModelInfo:
     stats: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
-    def answers(self) -> bool:
+    def is_servable(self) -> bool:
         """Whether a request is answered: the version is loaded, or the first request loads it."""
         return self.state == "ready" or (self.state == "available" and not self.message)

@@ -1,4 +1,4 @@
-"""What a model's requests took, by Triton's definitions: counted per request, over all since the version was loaded.
+"""Times of a model's requests, by Triton's definitions: counted per request, over all since the version was loaded.
 
 A request's time is that of its decoding (`compute_input`), the time in which a batch with one of its images or tiles
 ran (`compute_infer`), the time in which none ran and one waited (`queue`), and that of its packing (`compute_output`).
@@ -19,7 +19,7 @@ _current: ContextVar[RequestTimes | None] = ContextVar("distillery_request_times
 
 @dataclass
 class Duration:
-    """How often, and seconds in all."""
+    """Count, and seconds in all."""
 
     count: int = 0
     seconds: float = 0.0
@@ -93,7 +93,7 @@ class RequestTimes:
         self.run.add(now - seconds, now)
 
     def end(self) -> float:
-        """How long the request took."""
+        """Seconds that the request took."""
         self._ended = True
         for stats in self._stats:
             stats.last_ms = time.time_ns() // 1_000_000

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import AsyncGenerator, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from distill_core.errors import Overloaded
-from distillery_sampler.engine.batcher import Batcher
-from distillery_sampler.engine.requests import Call, Region, Rendered, RenderRequest, Tile
+from distillery_sampler.engine.batcher import Batcher, drop
+from distillery_sampler.engine.requests import Region, Rendered, RenderRequest, Tile
 
 TILE_RAYS = 4096
 PREVIEW_RAYS = 1024  # of a preview, which is to be seen at once
@@ -23,7 +23,7 @@ PREVIEW_FACTOR = 4  # of a preview's pixels, at least
 
 
 class TileKey(NamedTuple):
-    """What tiles of one batch have in common."""
+    """Batch key of tiles."""
 
     normals: bool
 
@@ -67,7 +67,7 @@ class _Window:
         self, batcher: Batcher, tiles: Iterator[tuple[int, Tile]], request: RenderRequest, size: int
     ) -> None:
         self._batcher, self._tiles, self._size = batcher, tiles, size
-        self._key, self._terms = TileKey(request.normals), terms(request.call)
+        self._key, self._terms = TileKey(request.normals), vars(request.call)
         self._ahead: deque[tuple[int, asyncio.Future[Rendered]]] = deque()
         self._waiting = next(tiles, None)
         self._started = False
@@ -100,18 +100,6 @@ class _Window:
     def close(self) -> None:
         """Want no more tiles."""
         drop(future for _, future in self._ahead)
-
-
-def terms(call: Call) -> dict[str, Any]:
-    """How a caller's work is queued."""
-    return {"client": call.client, "deadline": call.deadline, "bulk": call.bulk}
-
-
-def drop(futures: Iterable[asyncio.Future[Any]]) -> None:
-    """Take what is not done out of the queue; errors that nobody awaits are no news."""
-    for future in futures:
-        if not future.cancel() and not future.cancelled():
-            future.exception()
 
 
 def _tiles(request: RenderRequest) -> Iterator[tuple[int, Tile]]:

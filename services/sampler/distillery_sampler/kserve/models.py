@@ -66,7 +66,7 @@ def outputs_of(manifest: Manifest, function: str = "") -> dict[str, TensorSpec]:
 
 
 def platform(info: ModelInfo) -> str:
-    """What kind of model it is, where others say `onnxruntime_onnx`."""
+    """Kind of the model, where others say `onnxruntime_onnx`."""
     return f"distillery_{info.manifest.kind}"
 
 
@@ -87,7 +87,7 @@ def metadata(info: ModelInfo, function: str = "") -> service_pb2.ModelMetadataRe
 
 
 def config(info: ModelInfo, settings: SamplerSettings, function: str = "") -> model_config_pb2.ModelConfig:
-    """How a version is served, in the fields that Triton has for it."""
+    """Serving configuration of a version, in the fields that Triton has for it."""
     described = model_config_pb2.ModelConfig(
         name=served_name(info.manifest.name, function),
         platform=platform(info),
@@ -114,7 +114,7 @@ def config(info: ModelInfo, settings: SamplerSettings, function: str = "") -> mo
 
 
 def _most(manifest: Manifest, settings: SamplerSettings, function: str) -> int:
-    """How many pictures, views or items one request may ask for."""
+    """Number of pictures, views or items that one request may ask for."""
     if served_by(manifest) == "call":
         called = manifest.signature.function(function)
         in_a_message = settings.max_reply_bytes // max(1, output_bytes(called))
@@ -129,11 +129,12 @@ def _most(manifest: Manifest, settings: SamplerSettings, function: str) -> int:
 
 def _type(spec: TensorSpec) -> int:
     name = "STRING" if spec.datatype == "BYTES" else spec.datatype
-    return model_config_pb2.DataType.Value(f"TYPE_{name}")
+    number: int = model_config_pb2.DataType.Value(f"TYPE_{name}")
+    return number
 
 
 def statistics(name: str, version: int, stats: RequestStats) -> service_pb2.ModelStatistics:
-    """What a version did; there is no cache of answers, so `cache_hit` and `cache_miss` stay 0."""
+    """Statistics of a version; there is no cache of answers, so `cache_hit` and `cache_miss` stay 0."""
     reply = service_pb2.ModelStatistics(
         name=name,
         version=str(version),

@@ -25,7 +25,7 @@ OF_KINDS = {  # by how a model is served
 def read_parameters(request: service_pb2.ModelInferRequest, manifest: Manifest) -> dict[str, float]:
     """The request's parameters, all of them numbers; what Triton's own clients add for Triton is passed over."""
     known = (*OF_ALL, *OF_KINDS.get(served_by(manifest), ()))
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, given in request.parameters.items():
         if name.startswith("triton_"):
             continue
@@ -38,8 +38,8 @@ def read_parameters(request: service_pb2.ModelInferRequest, manifest: Manifest) 
         if isinstance(value, bool | str) or (whole and not float(value).is_integer()):
             kind = "a whole number" if whole else "a number"
             raise ConfigError(f"parameter {name} = {value!r} is not {kind}", field=f"parameters.{name}")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def whole(parameters: Mapping[str, float], name: str) -> int | None:
@@ -48,7 +48,7 @@ def whole(parameters: Mapping[str, float], name: str) -> int | None:
 
 
 def pictures_of(inputs: Mapping[str, np.ndarray]) -> int:
-    """How many pictures are asked for: the batch of the inputs that are given; without any it is one."""
+    """Number of pictures that are asked for: the batch of the inputs that are given; without any it is one."""
     return next((len(value) for name, value in inputs.items() if name != "guidance_scale"), 1)
 
 

@@ -78,7 +78,7 @@ _UNSERVED = {
 }
 
 
-class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
+class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     def __init__(self, engine: Engine, is_ready: Callable[[], bool]) -> None:
         self._engine, self._is_ready = engine, is_ready
 
@@ -103,7 +103,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         except NotFound:
             return service_pb2.ModelReadyResponse(ready=False)
         there = not function or function in info.manifest.signature.functions
-        return service_pb2.ModelReadyResponse(ready=info.answers and there)
+        return service_pb2.ModelReadyResponse(ready=info.is_servable and there)
 
     async def ModelMetadata(
         self, request: service_pb2.ModelMetadataRequest, context: Any
@@ -122,23 +122,23 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> service_pb2.ModelStatisticsResponse:
         """Of what is loaded; zeros for another version that is asked for, or that is ready."""
         asked, function = split_name(request.name)
-        found = {}
+        ready = {}
         for model in self._engine.models.loaded():
             name, version = model.manifest.name, model.manifest.version
             if asked in ("", name) and request.version in ("", str(version)):
                 for part in _parts(model, function, every=not asked):
                     listed = served_name(name, part)
-                    found[listed, version] = statistics(listed, version, model.stats.of(part))
+                    ready[listed, version] = statistics(listed, version, model.stats.of(part))
         if not asked:
-            others = [(info, "") for info in await self._engine.models.infos() if info.answers]
+            others = [(info, "") for info in await self._engine.models.infos() if info.is_servable]
         else:
-            others = [] if found else [await self._described(request.name, request.version)]
+            others = [] if ready else [await self._described(request.name, request.version)]
         for info, part in others:
             version = info.manifest.version
             for listed in listed_functions(info.manifest) if not asked else [part]:
                 name = served_name(info.manifest.name, listed)
-                found.setdefault((name, version), statistics(name, version, RequestStats()))
-        return service_pb2.ModelStatisticsResponse(model_stats=found.values())
+                ready.setdefault((name, version), statistics(name, version, RequestStats()))
+        return service_pb2.ModelStatisticsResponse(model_stats=ready.values())
 
     async def _described(self, name: str, version: str) -> tuple[ModelInfo, str]:
         """A version of which it can be said what it takes and answers, and a function of it.
@@ -158,13 +158,13 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> service_pb2.RepositoryIndexResponse:
         reply = service_pb2.RepositoryIndexResponse()
         for info in await self._engine.models.infos():
-            if info.answers or not request.ready:
+            if info.is_servable or not request.ready:
                 not_ready = "LOADING" if info.state == "loading" else "UNAVAILABLE"
                 for function in listed_functions(info.manifest):
                     reply.models.add(
                         name=served_name(info.manifest.name, function),
                         version=str(info.manifest.version),
-                        state="READY" if info.answers else not_ready,
+                        state="READY" if info.is_servable else not_ready,
                         reason=info.message,
                     )
         return reply
@@ -241,8 +241,8 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         call: Call,
     ) -> Answered:
         spec = (await self._engine.models.manifest(ref)).signature.function(function)
-        wanted = PredictRequest(ref, function, from_protocol(spec.inputs, inputs), call)
-        outputs, summary = await self._engine.predict(wanted)
+        asked = PredictRequest(ref, function, from_protocol(spec.inputs, inputs), call)
+        outputs, summary = await self._engine.predict(asked)
         return summary.model, to_protocol(spec.outputs, outputs), ()
 
     async def _images(

@@ -62,7 +62,7 @@ def read_inputs(
             )
     if raw and len(raw) != len(request.inputs):
         raise ConfigError(f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs", field="inputs")
-    found = {}
+    arrays = {}
     for index, tensor in enumerate(request.inputs):
         spec = specs.get(tensor.name)
         if spec is None:
@@ -70,13 +70,13 @@ def read_inputs(
             raise ConfigError(
                 f"input {tensor.name!r} is not known; known: {known}", field=f"inputs.{tensor.name}"
             )
-        if tensor.name in found:
+        if tensor.name in arrays:
             raise ConfigError(f"input {tensor.name!r} is given twice", field=f"inputs.{tensor.name}")
-        found[tensor.name] = _read(tensor, raw[index] if raw else None, spec)
-    missing = [name for name, spec in specs.items() if not spec.optional and name not in found]
+        arrays[tensor.name] = _read(tensor, raw[index] if raw else None, spec)
+    missing = [name for name, spec in specs.items() if not spec.optional and name not in arrays]
     if missing:
         raise ConfigError(f"input {missing[0]!r} is missing", field=f"inputs.{missing[0]}")
-    return found
+    return arrays
 
 
 def _read(
@@ -119,14 +119,18 @@ def _values(
             f"input {tensor.name} is {tensor.datatype}, which goes in raw_input_contents only", field=field
         )
     if raw is None:
-        return np.array(getattr(tensor.contents, _TYPED[tensor.datatype]), dtype=DTYPES[tensor.datatype])
+        values: np.ndarray = np.array(
+            getattr(tensor.contents, _TYPED[tensor.datatype]), dtype=DTYPES[tensor.datatype]
+        )
+        return values
     dtype = np.dtype(DTYPES[tensor.datatype])
     if len(raw) % dtype.itemsize:
         raise ConfigError(
             f"input {tensor.name} has {len(raw)} bytes, no multiple of {dtype.itemsize}", field=field
         )
     if tensor.datatype == "BOOL":
-        return np.frombuffer(raw, dtype=np.uint8) != 0
+        bits: np.ndarray = np.frombuffer(raw, dtype=np.uint8) != 0
+        return bits
     return np.frombuffer(raw, dtype=dtype)
 
 

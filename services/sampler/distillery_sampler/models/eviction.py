@@ -1,4 +1,4 @@
-"""Which of the loaded models go when another one needs their place: the longest unused, never a preloaded one."""
+"""Eviction of loaded models when another one needs their place: the longest unused, never a preloaded one."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ NO_ROOM = (
 )
 
 
-class Room:
-    """The places that models may take: how many, and how much memory."""
+class ModelBudget:
+    """Budget of loaded models: their number, and the memory of all together."""
 
     def __init__(self, settings: SamplerSettings, manifests: Manifests) -> None:
         self._settings, self._manifests = settings, manifests
         self._limit = settings.max_memory
-        self._coming: dict[Key, int] = {}  # bytes that models which are being loaded will need, about
+        self._reserved: dict[Key, int] = {}  # bytes that models which are being loaded will need, about
 
     def limit(self) -> int:
         """Bytes for all models together; the first call may import torch to ask a GPU."""
@@ -35,7 +35,7 @@ class Room:
         return self._limit
 
     async def needed(self, key: Key, loaded: Mapping[Key, LoadedModel]) -> int:
-        """What a version will need, by its files: its own weights, and its base's if that is not among `loaded`.
+        """Bytes that a version will need, by its files: its own weights, and its base's if that is not among `loaded`.
 
         Raises:
             NotFound, ArtifactError: it cannot be served, or is more than all models together may take.
@@ -53,7 +53,7 @@ class Room:
         return need
 
     def why_not(self, pinned: Collection[LoadedModel], need: int) -> str:
-        """Why no room of `need` bytes can be made while the `pinned` models stay; empty if it can."""
+        """Reason why no room of `need` bytes can be made while the `pinned` models stay; empty if it can."""
         places = len(pinned) < self._settings.max_models
         fits = places and total(model.held() for model in pinned) + need <= self.limit()
         return "" if fits or not pinned else NO_ROOM
@@ -66,22 +66,22 @@ class Room:
                 "models may take here; raise DISTILLERY_SAMPLER_MAX_MEMORY, or serve it on a larger machine"
             )
 
-    def expect(self, key: Key, need: int) -> None:
-        """Keep `need` bytes for a model that is being loaded, until `arrived`."""
-        self._coming[key] = need
+    def reserve(self, key: Key, need: int) -> None:
+        """Keep `need` bytes for a model that is being loaded, until `release`."""
+        self._reserved[key] = need
 
-    def arrived(self, key: Key) -> None:
+    def release(self, key: Key) -> None:
         """The model is loaded, or was refused."""
-        self._coming.pop(key, None)
+        self._reserved.pop(key, None)
 
     def fits(self, loaded: dict[Key, LoadedModel], need: int, places: int) -> bool:
         """Whether `places` more models of `need` bytes in all may be there."""
-        if len(loaded) + len(self._coming) + places > self._settings.max_models:
+        if len(loaded) + len(self._reserved) + places > self._settings.max_models:
             return False
-        taken = total(model.held() for model in loaded.values()) + sum(self._coming.values())
+        taken = total(model.held() for model in loaded.values()) + sum(self._reserved.values())
         return taken + need <= self.limit()
 
-    def next_to_go(self, idle: dict[Key, LoadedModel]) -> Key:
+    def next_evicted(self, idle: dict[Key, LoadedModel]) -> Key:
         """Of models that may go the one that is missed least: replaced ones first, then the longest unused.
 
         Raises:

@@ -28,7 +28,7 @@ from distillery_sampler.engine.views import TILE_RAYS
 from distillery_sampler.metrics import Metrics, ModelStats
 from distillery_sampler.models.memory import Held, resident, total
 from distillery_sampler.models.probing import answer_probes
-from distillery_sampler.models.tuning import Question, Tuned, layouts, tune, warm
+from distillery_sampler.models.tuning import Tuned, WarmUpRequest, layouts, tune, warm
 from distillery_sampler.settings import SamplerSettings
 
 MAX_TILES = 64  # in a batch, whose pixels are those of one full tile at most
@@ -87,7 +87,7 @@ class LoadedModel:
         return {**known, ("beyond its files", id(self)): beyond}
 
     def figures(self) -> dict[str, Any]:
-        """What was found when it was loaded, by name."""
+        """Figures that were measured when it was loaded, by name."""
         return {
             "backend": self.backend.name,
             **self.tuned.layout._asdict(),
@@ -96,7 +96,7 @@ class LoadedModel:
         }
 
     def info(self, aliases: tuple[str, ...]) -> ModelInfo:
-        """What a client is told of it."""
+        """Facts of it for a client."""
         return ModelInfo(self.manifest, "ready", aliases, **self.figures())
 
     async def retire(self) -> None:
@@ -131,12 +131,12 @@ def open_model(
     first = tuned.layout if tuned else layouts(settings, on_gpu=settings.device.startswith("cuda"))[0]
     choice, backend = _first_that_opens(options, manifest, lambda one: opened(one, first.threads))
     if isinstance(backend, Generator):
-        question = _question(manifest)
-        _compare(manifest, _answered(backend, question, manifest), DIFFERENCE[choice.precision])
+        request = _warm_up_request(manifest)
+        _compare(manifest, _first_image(backend, request, manifest), DIFFERENCE[choice.precision])
         if tuned is None:
-            backend, tuned = tune(backend, partial(opened, choice), question, settings)
+            backend, tuned = tune(backend, partial(opened, choice), request, settings)
         if isinstance(backend, Padded) and backend.on_gpu:
-            warm(backend, question, tuned.max_batch, backend.sizes)
+            warm(backend, request, tuned.max_batch, backend.sizes)
     elif isinstance(backend, Functions):
         tuned = answer_probes(backend, folder, manifest, choice.precision, settings)
     else:
@@ -158,26 +158,27 @@ def _first_that_opens(
     return last, opened(last)
 
 
-def _question(manifest: Manifest) -> Question:
-    """What the parity sample was made with; for older versions what it would be."""
+def _warm_up_request(manifest: Manifest) -> WarmUpRequest:
+    """Request that the parity sample was made with; for older versions what it would be."""
     card = generator_card(manifest)
     parity, cond, sampler = manifest.parity, card.cond, card.sampler
     assert cond is not None
     assert sampler is not None
     if parity is not None:
         item = ImageItem(parity.seed, class_label=parity.class_label, prompt=parity.prompt)
-        return Question(ImageKey(parity.num_steps, guidance=1.0), item)
+        return WarmUpRequest(ImageKey(parity.num_steps, guidance=1.0), item)
     label, prompt = (0 if cond.kind == "class_label" else None), ("" if cond.kind == "prompt" else None)
-    return Question(
+    return WarmUpRequest(
         ImageKey(min(sampler.step_counts, default=1), guidance=1.0),
         ImageItem(SEED, class_label=label, prompt=prompt),
     )
 
 
-def _answered(backend: Generator, question: Question, manifest: Manifest) -> np.ndarray:
+def _first_image(backend: Generator, request: WarmUpRequest, manifest: Manifest) -> np.ndarray:
     """A model's first picture: damaged graphs can open, and fail only when they run."""
     try:
-        return backend.generate(question.key, [question.item])[0]
+        image: np.ndarray = backend.generate(request.key, [request.item])[0]
+        return image
     except DistilleryError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no base class
@@ -200,11 +201,11 @@ def _look(backend: SceneRenderer, manifest: Manifest, settings: SamplerSettings)
 def _compare(manifest: Manifest, picture: np.ndarray, allowed: float) -> None:
     if not np.isfinite(picture).all():
         raise ArtifactError(f"{manifest.ref} answers with NaN or infinity; publish it again")
-    found = manifest.parity.difference(picture) if manifest.parity else 0.0
-    if found > allowed:
+    difference = manifest.parity.difference(picture) if manifest.parity else 0.0
+    if difference > allowed:
         raise ArtifactError(
             f"{manifest.ref} answers differently than when it was published: its parity sample is off by "
-            f"{found:.2g}, and {allowed:g} is allowed; convert or publish it again"
+            f"{difference:.2g}, and {allowed:g} is allowed; convert or publish it again"
         )
 
 
@@ -223,7 +224,7 @@ def start_model(opened: Opened, metrics: Metrics, settings: SamplerSettings) -> 
         max_delay_s=settings.max_delay_s,
         max_cost=TILE_RAYS if isinstance(backend, SceneRenderer) else math.inf,
         cost=cost_by(manifest.signature) if isinstance(backend, Functions) else _cost,
-        kind=_kind(manifest),
+        partition=_partition(manifest),
         seconds_per_cost=tuned.seconds,
     )
     return LoadedModel(manifest, backend, batcher, stats, tuned, grown)
@@ -233,10 +234,11 @@ def _cost(key: Any, payload: Any) -> float:
     """Steps of an image, doubled by guidance; pixels of a tile."""
     if isinstance(payload, Tile):
         return payload.rays
-    return key.num_steps * (1 if key.guidance == 1 else 2)
+    steps: int = key.num_steps
+    return steps * (1 if key.guidance == 1 else 2)
 
 
-def _kind(manifest: Manifest) -> Callable[[Any], Any]:
+def _partition(manifest: Manifest) -> Callable[[Any], Any]:
     """The part of an image, where its class decides it: a batch of one part is as fast as one of a plain model."""
     partition = generator_card(manifest).partition
     if partition is None or partition.kind != "class_label":

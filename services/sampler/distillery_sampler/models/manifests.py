@@ -1,4 +1,4 @@
-"""What the store says of versions, read once: a version never changes."""
+"""Manifests of the store's versions, read once: a version never changes."""
 
 from __future__ import annotations
 

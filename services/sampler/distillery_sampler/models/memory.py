@@ -1,4 +1,4 @@
-"""How much memory models may take, and how much they do."""
+"""Memory limit of loaded models, and what they use."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def resident() -> int:
 
 
 def weight_bytes(manifest: Manifest, target: str | None) -> int:
-    """What the files say that a version takes: those of an export, or without one its own weights."""
+    """Bytes of a version by its files: those of an export, or without one its own weights."""
     if target is not None:
         folder = f"exports/{target}"  # not those below it: what engines are built from is not loaded
         return sum(file.size for path, file in manifest.files.items() if path.rpartition("/")[0] == folder)
@@ -56,14 +56,14 @@ def weight_bytes(manifest: Manifest, target: str | None) -> int:
 
 
 def total(held: Iterable[Held]) -> int:
-    """What several models take together; what they share counts once."""
+    """Bytes of several models together; what they share counts once."""
     merged: dict[Hashable, int] = {}
     for parts in held:
         merged.update(parts)
     return sum(merged.values())
 
 
-def keep_tidy(large: int = LARGE) -> None:
+def limit_malloc_arenas(large: int = LARGE) -> None:
     """Have glibc keep few pools, and give pieces of `large` bytes back when they are freed; before threads start.
 
     Otherwise each thread has a pool of its own, and holes that one model left in it fit no other: after 50 versions
@@ -76,7 +76,7 @@ def keep_tidy(large: int = LARGE) -> None:
         mallopt(M_TRIM_THRESHOLD, 2 * large)  # as glibc itself has it once the other is not set by hand
 
 
-def settle() -> None:
+def freeze_garbage_collector() -> None:
     """Leave what is alive out of later garbage collections: a full one kept the event loop for 70 ms.
 
     What an earlier call left out and nobody uses any more, as a model that was there then, is freed now.
@@ -87,9 +87,9 @@ def settle() -> None:
     gc.set_threshold(GC_AFTER)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return what freed models held to the system: glibc would keep it for the next one."""
-    settle()
+    freeze_garbage_collector()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""Which versions are loaded, which one answers for a name or an alias, and how one replaces another."""
+"""Registry of loaded versions: which one answers for a name or an alias, and how one replaces another."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from distill_core.errors import ArtifactError, DistilleryError, NotFound, Overlo
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.engine.requests import ModelInfo
 from distillery_sampler.metrics import Metrics
-from distillery_sampler.models.eviction import Room
+from distillery_sampler.models.eviction import ModelBudget
 from distillery_sampler.models.loading import LoadedModel, open_model, start_model
 from distillery_sampler.models.manifests import Key, Manifests
-from distillery_sampler.models.memory import give_back, total
+from distillery_sampler.models.memory import total, trim_heap
 from distillery_sampler.models.tuning import Tuned
 from distillery_sampler.settings import SamplerSettings
 
@@ -44,7 +44,7 @@ class Registry:
         self._following: set[asyncio.Task[None]] = set()
         self._tuned: dict[Key, Tuned] = {}  # found once for a version, and used when it is loaded again
         self._manifests = Manifests(store)
-        self._room = Room(settings, self._manifests)
+        self._budget = ModelBudget(settings, self._manifests)
         self._retiring: set[asyncio.Task[None]] = set()
         self._unloaded: set[Key] = set()  # by hand, and not asked for since
         self._changed = asyncio.Condition()
@@ -87,7 +87,7 @@ class Registry:
 
     async def infos(self, *, all_versions: bool = False) -> list[ModelInfo]:
         """The loaded versions and each model's latest; with `all_versions` every one in the store."""
-        found = []
+        infos = []
         for name in await asyncio.to_thread(self.store.names):
             versions = await asyncio.to_thread(self.store.versions, name)
             aliases = await asyncio.to_thread(self.store.aliases, name)
@@ -96,8 +96,8 @@ class Registry:
                     (name, version) in group for group in (self._loaded, self._loading, self._failed)
                 )
                 if all_versions or active or version == versions[-1]:
-                    found.append(await self._info((name, version), aliases))
-        return found
+                    infos.append(await self._info((name, version), aliases))
+        return infos
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return at the next load, unload or swap, or after `timeout_s`."""
@@ -108,7 +108,7 @@ class Registry:
                 return
 
     def too_late(self, seconds_left: float) -> DistilleryError | None:
-        """Why a caller who has so long left is refused whatever they ask for: no model here would be done by then.
+        """Refusal of a caller who has so long left, whatever they ask for: no model here would be done by then.
 
         A model that is not loaded yet would take longer still.
         """
@@ -208,29 +208,29 @@ class Registry:
     def _is_pinned(self, key: Key) -> bool:
         """Whether the version is one that `preload` names, by its number or by an alias that leads to it now."""
         for ref in self.settings.preload:
-            name, _, wanted = ref.partition("@")
-            version = int(wanted) if wanted.isdecimal() else self._served.get((name, wanted or "latest"))
+            name, _, alias = ref.partition("@")
+            version = int(alias) if alias.isdecimal() else self._served.get((name, alias or "latest"))
             if (name, version) == key:
                 return True
         return False
 
     async def _resolve(self, ref: str) -> Key:
         """The version that answers for `ref` here; the store decides where none does yet."""
-        name, _, wanted = ref.partition("@")
-        served = self._served.get((name, wanted or "latest"))
+        name, _, alias = ref.partition("@")
+        served = self._served.get((name, alias or "latest"))
         if served is not None:
             return name, served
-        if wanted.isdecimal() and len(wanted) <= MAX_DIGITS and (name, int(wanted)) in self._loaded:
-            return name, int(wanted)
+        if alias.isdecimal() and len(alias) <= MAX_DIGITS and (name, int(alias)) in self._loaded:
+            return name, int(alias)
         return await asyncio.to_thread(self.store.resolve, ref)
 
     async def _find(self, ref: str) -> LoadedModel:
         key = await self._resolve(ref)
         model = self._loaded.get(key) or await self._load(key)
-        wanted = ref.partition("@")[2] or "latest"
-        if wanted.isdecimal():
+        alias = ref.partition("@")[2] or "latest"
+        if alias.isdecimal():
             model.by_number = True
-        elif self._served.setdefault((key[0], wanted), key[1]) == key[1]:
+        elif self._served.setdefault((key[0], alias), key[1]) == key[1]:
             model.replaced_at = None
         return model
 
@@ -257,19 +257,19 @@ class Registry:
         self._unloaded.discard(key)
         started = time.perf_counter()
         try:
-            need = await self._room.needed(key, self._loaded)
+            need = await self._budget.needed(key, self._loaded)
             await self._make_room(need, places=1, stays=stays)
-            self._room.expect(key, need)
+            self._budget.reserve(key, need)
             opened = await asyncio.to_thread(
                 open_model, self.store, ref, self._weights, self.settings, self._tuned.get(key)
             )
-            self._room.refuse_giant(opened.manifest, total([opened.backend.held()]))
+            self._budget.refuse_giant(opened.manifest, total([opened.backend.held()]))
         except (Unavailable, Overloaded):
             raise  # not the model's fault: the next request tries again
         except Exception as error:
             raise await self._refuse(key, error) from None
         finally:
-            self._room.arrived(key)
+            self._budget.release(key)
         self._tuned[key] = opened.tuned
         model = start_model(opened, self.metrics, self.settings)
         self._loaded[key] = model
@@ -289,14 +289,16 @@ class Registry:
 
     async def _refuse(self, key: Key, error: Exception) -> ArtifactError:
         """Remember a version that cannot be loaded: each new try would fail alike."""
-        said = str(error)
+        message = str(error)
         if not isinstance(error, DistilleryError):
             _log.exception("model cannot be loaded", model=key[0], version=key[1], exc_info=error)
-            said = f"{key[0]}@{key[1]} cannot be loaded ({type(error).__name__}); the sampler's log says why"
-        self._failed[key] = said
+            message = (
+                f"{key[0]}@{key[1]} cannot be loaded ({type(error).__name__}); the sampler's log says why"
+            )
+        self._failed[key] = message
         self.metrics.model_reload.labels(key[0], "refused").inc()
         await self._announce()
-        return ArtifactError(said, field="model")
+        return ArtifactError(message, field="model")
 
     async def _make_room(
         self, need: int, *, places: int, stays: Key | None = None, but: Key | None = None
@@ -306,13 +308,13 @@ class Registry:
         Raises:
             Overloaded: what is left is busy or preloaded.
         """
-        while not self._room.fits(self._loaded, need, places):
+        while not self._budget.fits(self._loaded, need, places):
             idle = {
                 key: model
                 for key, model in self._loaded.items()
                 if not model.users and key not in (stays, but) and not self._is_pinned(key)
             }
-            await self._retire(self._room.next_to_go(idle))
+            await self._retire(self._budget.next_evicted(idle))
 
     async def _retire(self, key: Key) -> None:
         model = self._loaded.pop(key)
@@ -329,7 +331,7 @@ class Registry:
     async def _drain(self, model: LoadedModel) -> None:
         await model.retire()
         del model
-        await asyncio.to_thread(give_back)
+        await asyncio.to_thread(trim_heap)
 
     async def _announce(self) -> None:
         async with self._changed:
@@ -351,9 +353,9 @@ class Registry:
             state = "loading" if key in self._loading else "failed"
             return ModelInfo(manifest, state, names, message=self._failed.get(key, ""))
         try:
-            need = await self._room.needed(key, self._loaded)
+            need = await self._budget.needed(key, self._loaded)
         except DistilleryError as error:  # as a request for it would be told
             return ModelInfo(manifest, "failed", names, message=str(error))
         pinned = [model for other, model in self._loaded.items() if self._is_pinned(other)]
-        why_not = UNLOADED if key in self._unloaded else self._room.why_not(pinned, need)
+        why_not = UNLOADED if key in self._unloaded else self._budget.why_not(pinned, need)
         return ModelInfo(manifest, "available", names, message=why_not)

@@ -1,4 +1,4 @@
-"""How a model uses its device best, found by timing when it is loaded: instances, threads, images in a batch."""
+"""Best use of a device by a model, measured by timing when it is loaded: instances, threads, images in a batch."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Tuned(NamedTuple):
     seconds: float
 
 
-class Question(NamedTuple):
-    """What a generator is asked while it is timed."""
+class WarmUpRequest(NamedTuple):
+    """Warm-up request: what a generator makes when it is loaded, and while it is timed."""
 
     key: ImageKey
     item: ImageItem
@@ -65,7 +65,7 @@ def layouts(settings: SamplerSettings, *, on_gpu: bool) -> list[Layout]:
 def tune(
     generator: Generator,
     reopen: Callable[[int], Generator],
-    question: Question,
+    request: WarmUpRequest,
     settings: SamplerSettings,
 ) -> tuple[Generator, Tuned]:
     """The best layout and batch, and the generator opened for it.
@@ -75,44 +75,45 @@ def tune(
     """
     open_layouts = layouts(settings, on_gpu=generator.on_gpu)
     until = time.perf_counter() + (math.inf if generator.on_gpu else ENOUGH_S)
-    best = _best_batch(generator, open_layouts[0], question, settings, until)
+    best = _best_batch(generator, open_layouts[0], request, settings, until)
     for layout in open_layouts[1:]:
         if time.perf_counter() > until:
             break
         other = reopen(layout.threads)
-        found = _best_batch(other, layout, question, settings, until)
-        if _rate(found) > _rate(best) * LAYOUT_WORTH_IT:
-            best, generator = found, other
+        candidate = _best_batch(other, layout, request, settings, until)
+        if _rate(candidate) > _rate(best) * LAYOUT_WORTH_IT:
+            best, generator = candidate, other
     return generator, best
 
 
-def warm(generator: Generator, question: Question, max_batch: int, buckets: Sequence[int]) -> None:
+def warm(generator: Generator, request: WarmUpRequest, max_batch: int, buckets: Sequence[int]) -> None:
     """Run every size that batches up to `max_batch` are filled up to, so that no caller waits for its first time."""
     largest = next((size for size in buckets if size >= max_batch), buckets[-1])
     for size in buckets:
         if size <= largest:
-            generator.generate(question.key, [question.item] * size)
+            generator.generate(request.key, [request.item] * size)
 
 
 def _rate(tuned: Tuned) -> float:
     return tuned.layout.instances / (tuned.seconds + QUEUE_S / tuned.max_batch)
 
 
-def _is_worth_it(found: Tuned, best: Tuned) -> bool:
-    doublings = math.log2(found.max_batch / best.max_batch)
-    return _rate(found) > _rate(best) * WORTH_IT**doublings
+def _is_worth_it(candidate: Tuned, best: Tuned) -> bool:
+    doublings = math.log2(candidate.max_batch / best.max_batch)
+    threshold: float = _rate(best) * WORTH_IT**doublings
+    return _rate(candidate) > threshold
 
 
 def _best_batch(
-    generator: Generator, layout: Layout, question: Question, settings: SamplerSettings, until: float
+    generator: Generator, layout: Layout, request: WarmUpRequest, settings: SamplerSettings, until: float
 ) -> Tuned:
-    steps = question.key.num_steps
+    steps = request.key.num_steps
     best: Tuned | None = None
     with ThreadPoolExecutor(layout.instances) as pool:
         for size in (settings.max_batch,) if settings.max_batch else settings.buckets or BATCH_SIZES:
-            batch = [question.item] * size
+            batch = [request.item] * size
             try:
-                seconds = min(_timed(pool, layout.instances, generator, question.key, batch)) / steps
+                seconds = min(_timed(pool, layout.instances, generator, request.key, batch)) / steps
             except (
                 Exception
             ) as error:  # runtimes share no base class: out of memory, or beyond an engine's profile
@@ -120,9 +121,9 @@ def _best_batch(
                     raise
                 _log.info("larger batches do not run", images=size, error=str(error).partition("\n")[0])
                 break
-            found = Tuned(layout, size, seconds / size)
-            if best is None or (seconds <= settings.max_batch_s and _is_worth_it(found, best)):
-                best = found
+            candidate = Tuned(layout, size, seconds / size)
+            if best is None or (seconds <= settings.max_batch_s and _is_worth_it(candidate, best)):
+                best = candidate
             if seconds > settings.max_batch_s or time.perf_counter() > until:
                 break
     assert best is not None, "one size at least is tried"

@@ -70,7 +70,7 @@ def _image_input(message: sampler_pb2.ImageInput) -> ImageInput:
 
 
 def generate_summary(summary: Summary) -> sampler_pb2.GenerateSummary:
-    """How a Generate went."""
+    """Summary of a Generate."""
     return sampler_pb2.GenerateSummary(
         model=summary.model,
         backend=summary.backend,
@@ -90,7 +90,7 @@ def predict_from(message: sampler_pb2.PredictRequest, call: Call) -> PredictRequ
 
 
 def predicted(outputs: Mapping[str, np.ndarray], summary: Summary) -> sampler_pb2.PredictResponse:
-    """What a function answered, and how that went."""
+    """Outputs of a function, and how that went."""
     return sampler_pb2.PredictResponse(
         outputs={name: array_to(values, name) for name, values in outputs.items()},
         summary=sampler_pb2.PredictSummary(
@@ -100,7 +100,7 @@ def predicted(outputs: Mapping[str, np.ndarray], summary: Summary) -> sampler_pb
 
 
 def render_summary(summary: Summary) -> sampler_pb2.RenderSummary:
-    """How a rendering went."""
+    """Summary of a rendering."""
     return sampler_pb2.RenderSummary(
         model=summary.model, backend=summary.backend, count=summary.count, seconds=summary.seconds
     )
@@ -145,10 +145,10 @@ def path_from(message: sampler_pb2.RenderPathRequest, call: Call, limits: Sample
 def outputs_from(options: sampler_pb2.ViewOptions) -> frozenset[int]:
     """The outputs asked for; none is RGB."""
     known = set(sampler_pb2.RenderOutput.values()) - {sampler_pb2.RENDER_OUTPUT_UNSPECIFIED}
-    wanted = frozenset(options.outputs) or frozenset({sampler_pb2.RENDER_OUTPUT_RGB})
-    if not wanted <= known:
+    outputs = frozenset(options.outputs) or frozenset({sampler_pb2.RENDER_OUTPUT_RGB})
+    if not outputs <= known:
         raise ConfigError("options.outputs may hold RGB, DEPTH, OPACITY and NORMAL", field="options.outputs")
-    return wanted
+    return outputs
 
 
 def _normals(options: sampler_pb2.ViewOptions) -> bool:
@@ -221,7 +221,7 @@ def model_to(info: ModelInfo) -> models_pb2.Model:
         version=manifest.version,
         aliases=info.aliases,
         kind=manifest.kind,
-        state=models_pb2.ModelState.Value(f"MODEL_STATE_{info.state.upper()}"),
+        state=f"MODEL_STATE_{info.state.upper()}",
         message=info.message,
         backend=info.backend,
         title=manifest.title,

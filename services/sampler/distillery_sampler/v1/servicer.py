@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import cache, partial
-from typing import get_args
 
 import numpy as np
 from grpc.aio import ServicerContext
@@ -45,9 +44,6 @@ from distillery_sampler.v1.messages import (
 )
 from distillery_sampler.v1.wire import tensor_to
 
-NUMBERS = {
-    name: common_pb2.ImageFormat.Value(f"IMAGE_FORMAT_{name}") for name in get_args(image_formats.Format)
-}
 QUICK_VALUES = 2**17  # of a picture that is packed where it is, in less than a millisecond
 FOR_PICTURES = frozenset(
     f"/distillery.v1.SamplerService/{name}"
@@ -57,7 +53,7 @@ ADMIN_METHODS = frozenset(f"/distillery.v1.ModelsService/{name}" for name in ("L
 
 
 def call_of(context: ServicerContext, *, bulk: bool = False) -> Call:
-    """Who calls, and when their deadline is on the event loop's clock."""
+    """Caller, and their deadline on the event loop's clock."""
     remaining = context.time_remaining()
     deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
     return Call(CALLER.get().name, deadline, bulk)
@@ -107,7 +103,7 @@ class Encoders:
         return common_pb2.Image(
             index=index,
             data=data,
-            format=NUMBERS[image_format],
+            format=f"IMAGE_FORMAT_{image_format}",
             width=width,
             height=height,
             channels=channels,
@@ -129,9 +125,9 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         self, request: sampler_pb2.GenerateRequest, context: ServicerContext
     ) -> sampler_pb2.GenerateResponse:
         image_format = format_from(request.image_format)
-        wanted = generate_from(request, call_of(context, bulk=is_bulk(request.priority)))
+        generation = generate_from(request, call_of(context, bulk=is_bulk(request.priority)))
         approve = self._approve(image_format, 5 if request.with_tensor else 1)  # uint8, and float32
-        pictures, summary = await self._engine.generate(wanted, approve)
+        pictures, summary = await self._engine.generate(generation, approve)
         with packing():
             packed = await self._encoders.pictures(pictures, image_format)
             tensor = np.stack([picture.pixels for picture in pictures]) if request.with_tensor else None
@@ -150,9 +146,9 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
                 "with_tensor is for Generate; a stream sends images", field="request.with_tensor"
             )
         image_format = format_from(inner.image_format)
-        wanted = generate_from(inner, call_of(context, bulk=is_bulk(inner.priority)))
+        generation = generate_from(inner, call_of(context, bulk=is_bulk(inner.priority)))
         approve = self._approve(image_format, 0)  # one image a message always fits
-        async with aclosing(self._engine.generate_stream(wanted, approve)) as events:
+        async with aclosing(self._engine.generate_stream(generation, approve)) as events:
             async for event in events:
                 if isinstance(event, Picture):
                     with packing():
@@ -164,12 +160,12 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     async def Render(
         self, request: sampler_pb2.RenderRequest, context: ServicerContext
     ) -> sampler_pb2.RenderResponse:
-        wanted = render_from(request, call_of(context, bulk=is_bulk(request.options.priority)))
+        rendering = render_from(request, call_of(context, bulk=is_bulk(request.options.priority)))
         outputs = outputs_from(request.options)
         image_format = format_from(request.options.image_format)
         self._check_view_size(request.options, outputs)
         reply = sampler_pb2.RenderResponse()
-        async with aclosing(self._engine.render(wanted)) as events:
+        async with aclosing(self._engine.render(rendering)) as events:
             async for event in events:
                 if isinstance(event, Rendered):
                     reply.view.CopyFrom(await self._view(event, outputs, image_format))
@@ -181,11 +177,11 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         self, request: sampler_pb2.RenderPathRequest, context: ServicerContext
     ) -> AsyncIterator[sampler_pb2.RenderPathResponse]:
         call = call_of(context, bulk=is_bulk(request.options.priority))
-        wanted = path_from(request, call, self._engine.settings)
+        rendering = path_from(request, call, self._engine.settings)
         outputs = outputs_from(request.options)
         image_format = format_from(request.options.image_format)
         self._check_view_size(request.options, outputs)
-        async with aclosing(self._engine.render(wanted)) as events:
+        async with aclosing(self._engine.render(rendering)) as events:
             async for event in events:
                 if isinstance(event, Rendered):
                     view = await self._view(event, outputs, image_format)
@@ -196,8 +192,8 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     async def Predict(
         self, request: sampler_pb2.PredictRequest, context: ServicerContext
     ) -> sampler_pb2.PredictResponse:
-        wanted = predict_from(request, call_of(context, bulk=is_bulk(request.priority)))
-        outputs, summary = await self._engine.predict(wanted)
+        prediction = predict_from(request, call_of(context, bulk=is_bulk(request.priority)))
+        outputs, summary = await self._engine.predict(prediction)
         with packing():
             return predicted(outputs, summary)
 

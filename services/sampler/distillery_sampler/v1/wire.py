@@ -1,4 +1,4 @@
-"""What the sampler and its clients both read and write inside `distillery.v1` messages."""
+"""Parts that the sampler and its clients both read and write inside `distillery.v1` messages."""
 
 from __future__ import annotations
 
@@ -69,16 +69,16 @@ def array_from(message: common_pb2.Tensor, name: str = "the array") -> np.ndarra
     """
     shape, count = tuple(message.shape), math.prod(message.shape)
     if message.dtype == "text":
-        given = len(message.texts)
+        held = len(message.texts)
     elif message.dtype in NUMBERS:
         dtype = np.dtype(message.dtype).newbyteorder("<")
-        given, left = divmod(len(message.data), dtype.itemsize)
+        held, left = divmod(len(message.data), dtype.itemsize)
         count = -1 if left else count
     else:
         raise ConfigError(
             f"{name} has the dtype {message.dtype!r}; allowed are {', '.join(NUMBERS)} and text", field=name
         )
-    if min(shape, default=0) < 0 or given != count or (message.texts and message.data):
+    if min(shape, default=0) < 0 or held != count or (message.texts and message.data):
         raise ConfigError(
             f"{name} holds {len(message.texts) or len(message.data)} {'texts' if message.texts else 'bytes'}, "
             f"which is not {message.dtype} of shape {list(shape)}",
@@ -87,7 +87,8 @@ def array_from(message: common_pb2.Tensor, name: str = "the array") -> np.ndarra
     if message.dtype == "text":
         return np.array(list(message.texts), dtype=object).reshape(shape)
     if message.dtype == "bool":
-        return (np.frombuffer(message.data, np.uint8) != 0).reshape(shape)
+        bits: np.ndarray = np.frombuffer(message.data, np.uint8) != 0
+        return bits.reshape(shape)
     return np.frombuffer(message.data, dtype).reshape(shape)
 
 

@@ -1,4 +1,4 @@
-"""First draws that are made while images wait."""
+"""Noise prefetch: first draws that are made while images wait."""
 
 import sys
 import threading
@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from distill_core.diffusion.noise import unit_normal, unit_normals
-from distillery_sampler.backends.base import noise
-from distillery_sampler.engine.noise_prefetch import AT_ONCE, DrawAhead
+from distillery_sampler.engine.noise_prefetch import AT_ONCE, NoisePrefetch, noise
 from distillery_sampler.engine.requests import ImageItem
 
 
@@ -51,43 +50,43 @@ def test_noise_is_box_mullers_of_philox_in_every_thread(restless):
 
 
 def test_what_is_drawn_ahead_is_what_the_image_would_have_drawn():
-    drawing = DrawAhead()
+    prefetch = NoisePrefetch()
     items = [ImageItem(seed, index) for seed in range(AT_ONCE) for index in range(2)]
     small = ImageItem(3)
-    given = ImageItem(5, ahead={0: np.zeros((3, 8, 8), np.float32)})
-    drawing.ask([*items, given], (3, 8, 8))
-    drawing.ask([small], (1, 2, 2))
-    drawing.ask(items[:1], (3, 8, 8))
-    drawing.close()
-    while 0 not in small.ahead:
+    given = ImageItem(5, draws={0: np.zeros((3, 8, 8), np.float32)})
+    prefetch.request([*items, given], (3, 8, 8))
+    prefetch.request([small], (1, 2, 2))
+    prefetch.request(items[:1], (3, 8, 8))
+    prefetch.close()
+    while 0 not in small.draws:
         time.sleep(0.001)
     for item in items:
-        np.testing.assert_array_equal(item.ahead[0], unit_normal(item.seed, item.index, 0, (3, 8, 8)))
-    assert not given.ahead[0].any()
-    np.testing.assert_array_equal(small.ahead[0], unit_normal(3, 0, 0, (1, 2, 2)))
+        np.testing.assert_array_equal(item.draws[0], unit_normal(item.seed, item.index, 0, (3, 8, 8)))
+    assert not given.draws[0].any()
+    np.testing.assert_array_equal(small.draws[0], unit_normal(3, 0, 0, (1, 2, 2)))
 
 
 def test_who_comes_and_goes_faster_than_it_draws_fills_no_memory(monkeypatch):
-    monkeypatch.setattr("distillery_sampler.engine.noise_prefetch.MOST_ASKED", 2)
-    drawing, busy = DrawAhead(), threading.Event()
+    monkeypatch.setattr("distillery_sampler.engine.noise_prefetch.MAX_REQUESTS", 2)
+    prefetch, busy = NoisePrefetch(), threading.Event()
 
     def slow(images, draw, shape):
         busy.wait()
         return unit_normals(images, draw, shape)
 
     monkeypatch.setattr("distillery_sampler.engine.noise_prefetch.unit_normals", slow)
-    drawing.ask([ImageItem(0)], (1, 2, 2))
-    while drawing._asked.qsize():
+    prefetch.request([ImageItem(0)], (1, 2, 2))
+    while prefetch._requests.qsize():
         time.sleep(0.001)
-    drawing.ask([ImageItem(seed) for seed in range(100)], (1, 2, 2))
-    assert drawing._asked.qsize() == 2
-    drawing.close()
+    prefetch.request([ImageItem(seed) for seed in range(100)], (1, 2, 2))
+    assert prefetch._requests.qsize() == 2
+    prefetch.close()
     busy.set()
 
 
 def test_images_with_and_without_a_draw_share_a_batch():
     items = [ImageItem(seed) for seed in range(4)]
-    items[1].ahead[0] = items[3].ahead[0] = np.full((1, 2, 2), 5.0, np.float32)
+    items[1].draws[0] = items[3].draws[0] = np.full((1, 2, 2), 5.0, np.float32)
     first = noise(items, 0, (1, 2, 2))
     assert (first[[1, 3]] == 5.0).all()
     for number in (0, 2):

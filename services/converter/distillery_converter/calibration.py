@@ -1,4 +1,4 @@
-"""A model's own sampling, so that its graphs are calibrated and compared on what serving feeds them."""
+"""Calibration trajectories: a model's own sampling, as serving feeds its graphs, to calibrate and compare them on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from distill_core.diffusion.sampling import SamplerSpec, sample
 
 Arrays = dict[str, np.ndarray]
 Run = Callable[[Arrays], np.ndarray]
-COUNT = 16  # pictures of a walk
-STEPS = 8  # of a walk at most, where the model takes any number: its levels are spread over the same range
+COUNT = 16  # pictures of a trajectory
+STEPS = (
+    8  # of a trajectory at most, where the model takes any number: its levels are spread over the same range
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Walk:
-    """From noise to x0 by the sampler's steps, with the inputs of a denoiser's graph on the way."""
+class CalibrationTrajectory:
+    """Trajectory from noise to x0 by the sampler's steps, with the inputs of a denoiser's graph on the way."""
 
     sampler: SamplerSpec
     shape: tuple[int, int, int]  # (C, H, W) of x0
@@ -51,20 +53,21 @@ class Walk:
             if not guided:
                 return run(feed)
             without = run({**feed, **null})
-            return guide(run(feed), without, np.float32(self.sampler.guidance))  # type: ignore[arg-type, return-value]
+            x0: np.ndarray = guide(run(feed), without, np.float32(self.sampler.guidance))
+            return x0
 
         def draw(step: int) -> np.ndarray:
             return unit_normals([(seed, index) for index in indices], step, self.shape)
 
         return np.asarray(sample(denoise, self.sampler, draw, num_steps), np.float32)
 
-    def trail(self, run: Run, seed: int) -> tuple[list[Arrays], np.ndarray]:
-        """Every evaluation's inputs on one walk of `COUNT` pictures, and the x0 at its end."""
+    def recorded(self, run: Run, seed: int) -> tuple[list[Arrays], np.ndarray]:
+        """Every evaluation's inputs on one trajectory of `COUNT` pictures, and the x0 at its end."""
         feeds: list[Arrays] = []
 
-        def recorded(feed: Arrays) -> np.ndarray:
+        def record(feed: Arrays) -> np.ndarray:
             feeds.append(feed)
             return run(feed)
 
-        x0 = self.x0(recorded, seed=seed, indices=range(COUNT), num_steps=self.steps)
+        x0 = self.x0(record, seed=seed, indices=range(COUNT), num_steps=self.steps)
         return feeds, x0
