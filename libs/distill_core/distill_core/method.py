@@ -126,9 +126,8 @@ class Method(nn.Module):
     Config: ClassVar[type[MethodConfig]] = MethodConfig  # what the constructor's `config` is annotated with
     paper: ClassVar[str] = ""  # "Authors, year, title, arXiv id"
     kind: ClassVar[str] = "denoiser"  # of the result
-    roles: ClassVar[
-        tuple[str, ...]
-    ] = ()  # attributes that are trained: an optimiser, a checkpoint entry each
+    # attributes that are trained: an optimiser, a checkpoint entry each; a constructor may name more of them
+    roles: tuple[str, ...] = ()
     held: ClassVar[
         tuple[str, ...]
     ] = ()  # attributes that change untrained (targets, snapshots): checkpointed too

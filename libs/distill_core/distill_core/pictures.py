@@ -135,7 +135,9 @@ def _opened(
 ) -> Iterator[Image.Image]:
     """The picture of a file whose header is in order; pixels are not read yet."""
     try:
-        with Image.open(BytesIO(given) if isinstance(given, bytes) else given, formats=formats) as picture:
+        with Image.open(
+            BytesIO(given) if isinstance(given, bytes) else given, formats=tuple(formats)
+        ) as picture:
             _check_header(picture, name, max_pixels)
             yield picture
     except FileNotFoundError:

@@ -131,9 +131,10 @@ def _written(store: ArtifactStore, path: str) -> float:
 
 def _claimant(store: ArtifactStore, folder: str) -> str:
     try:
-        return store.fs.cat_file(f"{folder}/.claim").decode(errors="replace").strip("-")
+        claim: bytes = store.fs.cat_file(f"{folder}/.claim")
     except FileNotFoundError:
         return ""
+    return claim.decode(errors="replace").strip("-")
 
 
 def remove_version(store: ArtifactStore, version: Stored, still_unneeded: Callable[[], bool]) -> bool:

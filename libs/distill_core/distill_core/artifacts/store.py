@@ -148,7 +148,7 @@ class ArtifactStore:
         manifest = self.manifest(ref)
         if path not in manifest.files:
             raise NotFound(f"{manifest.ref} has no file {path!r}{nearest(path, manifest.files)}")
-        data = self.fs.cat_file(self._path(manifest.name, "versions", str(manifest.version), path))
+        data: bytes = self.fs.cat_file(self._path(manifest.name, "versions", str(manifest.version), path))
         if hashlib.sha256(data).hexdigest() != manifest.files[path].sha256:
             raise ArtifactError(
                 f"{manifest.ref}: checksum of {path} differs from its manifest; publish it again"

@@ -78,7 +78,7 @@ class NoiseSchedule:
         edm: the rho = 7 grid (Karras et al. 2022, Eq. 5); vp: training timesteps; flow: t.
         """
         if self.kind == "edm":
-            low, high = self.sigma_min ** (1 / 7), self.sigma_max ** (1 / 7)
+            low, high = (float(s ** (1 / 7)) for s in (self.sigma_min, self.sigma_max))
             return (low + u * (high - low)) ** 7
         if self.kind == "flow":
             low, high = (s / (1 + s) for s in (self.sigma_min, self.sigma_max))

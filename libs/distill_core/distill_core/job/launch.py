@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from distill_core.errors import EXIT_STOPPED, MEANINGS, ConfigError
 
@@ -67,8 +68,8 @@ class Launcher:
     def _wait(self) -> int:
         failed_at: float | None = None
         while any(process.poll() is None for process in self._running):
-            codes = [process.poll() for process in self._running]
-            if failed_at is None and any(code not in (None, 0, EXIT_STOPPED) for code in codes):
+            polled = [process.poll() for process in self._running]
+            if failed_at is None and any(code not in (None, 0, EXIT_STOPPED) for code in polled):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > _LAST_WORDS_S:
                 for process in self._running:
@@ -132,7 +133,7 @@ def _as_rank(parent: int, module: str, spec: str) -> int:
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
-def _needs_models_first(task: dict) -> bool:
+def _needs_models_first(task: dict[str, Any]) -> bool:
     """Whether the recipe names models by recipes of theirs, which are trained once, by one process."""
     return '"recipe":' in json.dumps(task["spec"]["recipe"]) or bool(task["spec"]["recipe"].get("pairs"))
 
@@ -147,7 +148,7 @@ def _preparation(spec: Path) -> Path:
 def _meeting_place(count: int) -> tuple[object, list[dict[str, str]]]:
     """A store for the ranks to meet at, which lives as long as it is held, and each rank's variables."""
     import torch
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     gpus = torch.cuda.device_count()
     if 0 < gpus < count:

@@ -51,7 +51,8 @@ def distance(student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
     """Scalar d(student, teacher); 0, with a gradient of 0, where there is nothing to compare."""
     difference = student - teacher
     if reduction == "norm":
-        return difference.norm()
+        length: Tensor = difference.norm()
+        return length
     return difference.square().sum() / max(difference.numel(), 1)
 
 
@@ -65,10 +66,10 @@ def distillation_terms(
     chosen = slice(None) if kept is None else kept
     terms: dict[str, Tensor] = {}
     if feature:
-        features = [
+        own, taught = (
             torch.cat([view.log_density[:, None], view.geo], -1)[chosen] for view in (student, teacher)
-        ]
-        terms["feature"] = distance(*features, reduction)
+        )
+        terms["feature"] = distance(own, taught, reduction)
     if student.radiance is not None and teacher.radiance is not None:
         terms["density"] = distance(student.log_density[chosen], teacher.log_density[chosen], reduction)
         terms["color"] = distance(student.radiance[chosen], teacher.radiance[chosen], reduction)

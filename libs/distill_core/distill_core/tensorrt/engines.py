@@ -187,7 +187,7 @@ def import_tensorrt() -> Any:
 def trt_logger(trt: Any) -> Any:
     """A logger of TensorRT's kind; `last_error` is what it said last of that severity."""
 
-    class Logger(trt.ILogger):  # TensorRT's messages go where ours go
+    class Logger(trt.ILogger):  # type: ignore[misc]  # TensorRT's messages go where ours go
         last_error = "see the log"
 
         def __init__(self) -> None:

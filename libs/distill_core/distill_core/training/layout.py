@@ -30,7 +30,8 @@ class Replicated:
     @property
     def keeps(self) -> bool:
         """Whether this process is the one that writes checkpoints, previews and the result."""
-        return self._accelerator.is_main_process
+        main: bool = self._accelerator.is_main_process
+        return main
 
     def average(self, role: str) -> None:
         """Mean gradient over processes. No wrapper: a method calls its networks any way it likes."""

@@ -421,7 +421,8 @@ def _layout(method: Method, accelerator: Accelerator, sharding: str | None) -> R
 
 
 def _module(method: Method, role: str) -> torch.nn.Module:
-    return getattr(method, role)
+    module: torch.nn.Module = getattr(method, role)
+    return module
 
 
 def _check_roles(method: Method, recipe: Recipe) -> None:

@@ -101,7 +101,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made inside and not freed yet: `now`, and `peak` so far."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._sizes: dict[int, int] = {}
 

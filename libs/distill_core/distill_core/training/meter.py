@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
 from distill_core.recipe import Recipe
 from distill_core.training.run import Run
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Meter:
@@ -50,7 +54,7 @@ class Meter:
             self.board.flush()
 
 
-def _tensorboard(run: Run) -> object | None:
+def _tensorboard(run: Run) -> SummaryWriter | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # metrics.jsonl has everything; TensorBoard is a convenience

@@ -26,7 +26,7 @@ def build_optimizer(
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         )
-    cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
+    cls: type[torch.optim.Adam] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
     return cls(  # fused: one kernel for all tensors, a third of a small network's step on a CPU
         groups,
         lr=config.lr,
@@ -68,4 +68,5 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
         return config.lr * (
             config.final_lr_ratio + (1 - config.final_lr_ratio) * (1 + math.cos(math.pi * done)) / 2
         )
-    return config.lr * max(config.final_lr_ratio, 1e-8) ** done
+    ratio: float = max(config.final_lr_ratio, 1e-8) ** done
+    return config.lr * ratio

@@ -77,6 +77,7 @@ class Run:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        step: float = json.loads(line)["step"]
     except (ValueError, KeyError):
         return float("inf")  # a line cut off by a kill
+    return step

@@ -139,16 +139,18 @@ class Sharded(Replicated):
         return gathered[parameter]
 
     def gathered(self, tensors: Parts) -> Parts:
-        found = {
+        whole = {
             part: {name: self._full(value) for name, value in values.items()}
             for part, values in tensors.items()
         }
-        return found if self.keeps else {}
+        return whole if self.keeps else {}
 
     def _full(self, value: Tensor) -> Tensor:
         if not isinstance(value, DTensor):
             return value
-        full = value.detach().full_tensor()
+        share = value.detach()
+        assert isinstance(share, DTensor)
+        full: Tensor = share.full_tensor()
         return full.cpu() if self.keeps else full.new_empty(0)  # one at a time: they need not fit together
 
 

@@ -35,6 +35,8 @@ class Config(DrawnGuidanceConfig):
 
 
 class NASA(DrawnGuidance):
+    config: Config
+
     def __init__(self, config: Config, *, teacher: Denoiser, student: Denoiser, data: Source) -> None:
         super().__init__(config, teacher=teacher, student=student)
         self.data = data

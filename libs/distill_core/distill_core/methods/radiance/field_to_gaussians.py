@@ -73,6 +73,8 @@ class FieldToGaussians(Method):
     result = "appearance"
     kind = "gaussians"
     plan = "step"
+    occupied: Tensor
+    extra: Tensor
 
     def __init__(self, config: Config, *, teacher: Scene) -> None:
         super().__init__()

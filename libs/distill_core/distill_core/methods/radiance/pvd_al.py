@@ -62,6 +62,9 @@ class PVDAL(VolumeDistillation):
         "Conversion, arXiv 2304.04012"
     )
     config: Config
+    epoch: Tensor
+    epoch_poses: Tensor
+    pose_errors: Tensor
 
     def __init__(self, config: Config, *, teacher: Scene, network: NetworkConfig, data: Source) -> None:
         super().__init__(config, teacher=teacher, network=network, data=data)
