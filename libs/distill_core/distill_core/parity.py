@@ -115,7 +115,7 @@ def read_probe(folder: Path) -> dict[str, Probe]:
         arrays = load_file(path)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"{PROBE} is damaged or not safetensors: {error}; publish it again") from None
-    found: dict[str, Probe] = {}
+    probes: dict[str, Probe] = {}
     for key, values in arrays.items():
         function, _, rest = key.partition("/")
         side, _, name = rest.partition(".")
@@ -123,18 +123,18 @@ def read_probe(folder: Path) -> dict[str, Probe]:
             raise ArtifactError(
                 f"{PROBE} holds {key!r}, expected FUNCTION/inputs.NAME and FUNCTION/outputs.NAME"
             )
-        getattr(found.setdefault(function, Probe({}, {})), side)[name] = values
-    return found
+        getattr(probes.setdefault(function, Probe({}, {})), side)[name] = values
+    return probes
 
 
-def _difference(wanted: np.ndarray, found: np.ndarray | None) -> float:
-    if found is None or found.shape != wanted.shape:
+def _difference(reference: np.ndarray, output: np.ndarray | None) -> float:
+    if output is None or output.shape != reference.shape:
         return float("inf")
-    if not wanted.size:
+    if not reference.size:
         return 0.0
-    if wanted.dtype.kind in "iub":
-        return float(np.mean(wanted != found))
-    reference, other = wanted.astype(np.float64), found.astype(np.float64)
-    largest = float(np.abs(reference).max())
-    difference = float(np.abs(other - reference).max()) / (largest or 1.0)
+    if reference.dtype.kind in "iub":
+        return float(np.mean(reference != output))
+    exact = reference.astype(np.float64)
+    largest = float(np.abs(exact).max())
+    difference = float(np.abs(output.astype(np.float64) - exact).max()) / (largest or 1.0)
     return difference if np.isfinite(difference) else float("inf")

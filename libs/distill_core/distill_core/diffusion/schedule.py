@@ -48,7 +48,7 @@ class NoiseSchedule:
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def scale(self, sigma: Tensor) -> Tensor:
-        """What `x_sigma` is multiplied with before the network."""
+        """The factor of `x_sigma` before the network."""
         if self.kind == "edm":
             return (sigma**2 + self.sigma_data**2).rsqrt()
         return (1 + sigma**2).rsqrt() if self.kind == "vp" else 1 / (1 + sigma)

@@ -1,8 +1,8 @@
 """One job in several processes of this machine: `python -m distill_core.job.launch COUNT MODULE SPEC.json`.
 
-torchrun gives its ranks 30 s after a SIGTERM and ends with 1 whatever they said; a job's grace and exit code are
-promises (`errors.MEANINGS`), which this keeps. The rest is torchrun's way: the ranks meet at a store that the launcher
-holds, on a port that the system chose. What the recipe needs first is made before they start, by one process.
+torchrun gives its ranks 30 s after a SIGTERM and ends with 1 whatever they ended with; a job's grace and exit code are
+promises (`errors.ERROR_CODES`), which this keeps. The rest is torchrun's way: the ranks meet at a store that the
+launcher holds, on a port that the system chose. What the recipe needs first is made before they start, by one process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distill_core.errors import EXIT_STOPPED, MEANINGS, ConfigError
+from distill_core.errors import ERROR_CODES, EXIT_STOPPED, ConfigError
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         event = {"event": "error", "type": "ConfigError", "message": str(error), "field": error.field}
         print(json.dumps(event), flush=True)
-        return MEANINGS[ConfigError].exit_code
+        return ERROR_CODES[ConfigError].exit_code
     code = launcher.run(module, spec, variables)
     del store  # the ranks met there until now
     return code

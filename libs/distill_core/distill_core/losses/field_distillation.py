@@ -1,4 +1,4 @@
-"""How far a student field is from its teacher, at shared samples and in the pixels that they add up to (PVD).
+"""Distances of a student field from its teacher, at shared samples and in the pixels that they add up to (PVD).
 
     d(a, b) = mean (a - b)^2,   or the Frobenius norm ||a - b|| over the whole batch, as in the official code
     feature = d([l, geo]_s, [l, geo]_t),   density = d(l_s, l_t),   color = d(c_s, c_t),   pixel = d(C_s, C_t)
@@ -20,7 +20,7 @@ Reduction = Literal["mean", "norm"]
 
 
 class FieldView(NamedTuple):
-    """What a field says along rays; None what was not asked for."""
+    """A field's outputs along rays; None for those not asked for."""
 
     log_density: Tensor  # (M,), clipped for the comparison
     geo: Tensor  # (M, F)
@@ -30,7 +30,7 @@ class FieldView(NamedTuple):
 
 
 class LossWeights(Config):
-    """Of each term. That of `feature` is multiplied by `feature_decay` at every step, from step 0 on."""
+    """Weight of each term. That of `feature` is multiplied by `feature_decay` at every step, from step 0 on."""
 
     feature: float = Field(ge=0)
     feature_decay: float = Field(gt=0, le=1)

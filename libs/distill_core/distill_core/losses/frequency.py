@@ -1,4 +1,4 @@
-"""What a picture holds beside its slow changes: edges (Sobel), and the frequencies above a cutoff (Fourier).
+"""High-frequency content of an image: edges (Sobel), and the frequencies above a cutoff (Fourier).
 
 L_hf = mean | |S(x)| - |S(y)| | + mean |A(x) - A(y)|          (after HiPA, arXiv 2311.18158)
 

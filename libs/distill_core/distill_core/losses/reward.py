@@ -20,7 +20,7 @@ Conditions = dict[str, Tensor]
 
 
 class RewardConfig(Config):
-    """Which reward. All but `ink` read pictures with the recipe's `[extractor]`."""
+    """Choice of the reward. All but `ink` read images with the recipe's `[extractor]`."""
 
     name: Literal["ink", "class_probability", "text_similarity"] = "ink"
     texts: tuple[Words, ...] = Field(())  # text_similarity: one for all pictures, or one per class

@@ -47,7 +47,7 @@ def find_method(name: str) -> type[Method]:
 
 
 def needs(method: type[Method]) -> list[str]:
-    """What the constructor asks for by keyword: teacher, student, network, data, seed."""
+    """Keyword names of the constructor: teacher, student, network, data, seed."""
     signature = inspect.signature(method.__init__)
     return [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
 

@@ -41,18 +41,18 @@ def _groups(
     module: nn.Module, parameters: Sequence[nn.Parameter], config: OptimConfig
 ) -> list[dict[str, Any]]:
     """The parameters by the first pattern that fits their name; the rest come last."""
-    wanted = {id(parameter) for parameter in parameters}
-    rest = [(name, value) for name, value in module.named_parameters() if id(value) in wanted]
-    found = []
+    trained = {id(parameter) for parameter in parameters}
+    rest = [(name, value) for name, value in module.named_parameters() if id(value) in trained]
+    groups = []
     for group in config.groups:
         own = [(name, value) for name, value in rest if fnmatchcase(name, group.match)]
         rest = [pair for pair in rest if not fnmatchcase(pair[0], group.match)]
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
         if own:
-            found.append(
+            groups.append(
                 {"params": [value for _, value in own], "lr_scale": group.lr_scale, "weight_decay": decay}
             )
-    return [*found, {"params": [value for _, value in rest], "lr_scale": 1.0}] if rest else found
+    return [*groups, {"params": [value for _, value in rest], "lr_scale": 1.0}] if rest else groups
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -69,7 +69,7 @@ class NASA(DrawnGuidance):
         return {n: v for n, v in self.teacher_cond(batch).items() if not n.startswith(NEGATIVE)}
 
     def figures(self, config: EvaluateConfig) -> dict[str, float]:
-        """How often pictures show what they must not, and what they must; `plain_`: without the negative prompt.
+        """Shares of images that show the prompt, and the negative prompt; `plain_`: without the negative prompt.
 
         For data that recognises what a picture shows, on its prompts without a word of the negative ones.
         """

@@ -52,7 +52,7 @@ class TSM(Method):
         yield Update("student", denoising_loss(student_x0, teacher_x0, sigma, self.teacher.schedule))
 
     def both(self, batch: Batch, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """What student and teacher take for x0 in the same noised pictures, (B, C, H, W) each."""
+        """x0 of student and teacher in the same noised images, (B, C, H, W) each."""
         with torch.no_grad():
             x_sigma = add_noise(self.teacher.encode(batch.columns["x0"]), sigma)
             teacher_x0 = self.teacher.guided(x_sigma, sigma, batch.cond, self.config.guidance)

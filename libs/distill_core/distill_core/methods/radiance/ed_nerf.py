@@ -249,7 +249,7 @@ class EDNeRF(Method):
 
 
 def condition(teacher: Denoiser, words: str, key: str) -> Cond:
-    """What `words` are to the teacher, for one item: an encoded prompt, or the label of the class of that name."""
+    """The teacher's condition for `words`, of one item: an encoded prompt, or the label of the class of that name."""
     if teacher.cond.kind == "prompt":
         return teacher.encode_prompts([words])
     names = teacher.cond.class_names

@@ -49,7 +49,7 @@ SURE = 0.9  # a pixel counts as inside or outside a region, or as surface, when 
 
 
 class Stage(MethodConfig):
-    """What holds until step `until`."""
+    """Settings until step `until`."""
 
     until: int = Field(ge=0)
     alpha: Literal["zero", "free"] = "free"  # zero: the raw field alone
@@ -203,7 +203,7 @@ class PRD(Method):
         return Rays(*(part.to(self.device) for part in rays)), rgba.to(self.device)
 
     def side(self) -> int:
-        """Of a patch, in pixels."""
+        """Side of a patch, in pixels."""
         height, width = self.data.train.images.shape[1:3]
         return min(self.config.patch, height, width)
 
