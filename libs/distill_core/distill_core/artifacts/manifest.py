@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, StringConstraints
 
 from distill_core.config import Config, Name
-from distill_core.parity import ParitySample
+from distill_core.probe import ImageProbe
 from distill_core.signature import Signature
 
 MANIFEST = "manifest.json"
@@ -105,7 +105,7 @@ class Manifest(Config):
     step: int = 0
     card: dict[str, Any] = {}  # facts of its kind: see `card_as`
     signature: Signature = Signature()  # functions that a server calls by name
-    parity: ParitySample | None = None  # what it answered when it was published
+    parity: ImageProbe | None = None  # its image for fixed inputs when it was published
     metrics: dict[str, float | int | str] = {}
     exports: dict[str, ExportReport] = {}
     files: dict[str, FileEntry] = {}

@@ -11,11 +11,11 @@ from distill_core.building import names_of_results
 from distill_core.context import Context
 from distill_core.data import Source
 from distill_core.kinds import find_kind
-from distill_core.kinds.base import parity_of
+from distill_core.kinds.base import image_probe_of
 from distill_core.kinds.cards import described
 from distill_core.method import Method, Model
-from distill_core.parity import write_probe
 from distill_core.pictures import save_sheet
+from distill_core.probe import write_probe
 from distill_core.recipe import Recipe
 from distill_core.running.keys import move_alias, parents
 from distill_core.training.run_folder import Run
@@ -63,7 +63,7 @@ def publish(
             recipe_sha256=hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
             step=recipe.steps,
             metrics=dict(figures) if main else {},
-            parity=parity_of(find_kind(model.kind).as_saved(model, folder)),
+            parity=image_probe_of(find_kind(model.kind).as_saved(model, folder)),
             **described(model),
         )
         published = context.store.publish(folder, draft, key=job)

@@ -1,4 +1,4 @@
-"""A model's answer to fixed questions, small enough to be published with it: a server of it compares. NumPy only."""
+"""Probes: outputs of a model for fixed inputs, published with it so that a server of it can compare. NumPy only."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ VIEW_SIDE = 16  # pixels of a scene's view
 VIEW_DEGREES = 30.0  # azimuth and elevation of its camera, at the scene's usual distance
 
 
-class ParitySample(Config):
-    """Mean and spread of the cells that a picture is cut into: a few numbers that no change of backend moves far.
+class ImageProbe(Config):
+    """Mean and spread of the cells that an image is cut into: a few numbers that no change of backend moves far.
 
-    A denoiser's picture is of noise (seed, image 0), its fewest steps and no guidance; a field's a small view.
+    A denoiser's image is of noise (seed, image 0), its fewest steps and no guidance; a field's a small view.
     """
 
     seed: int = Field(SEED, ge=0)
@@ -37,16 +37,16 @@ class ParitySample(Config):
     spreads: tuple[float, ...] = Field(max_length=64 * CELLS**2)  # standard deviation inside each cell
 
     @model_validator(mode="after")
-    def _lengths(self) -> ParitySample:
+    def _lengths(self) -> ImageProbe:
         if not len(self.means) == len(self.spreads) == int(np.prod(self.shape)):
-            raise ValueError(f"a parity sample of shape {self.shape} needs as many means and spreads")
+            raise ValueError(f"an image probe of shape {self.shape} needs as many means and spreads")
         return self
 
     @classmethod
-    def of(cls, picture: np.ndarray, **question: Any) -> ParitySample:
-        """The sample of a picture (C, H, W); `question` is what it was made with."""
+    def of(cls, picture: np.ndarray, **inputs: Any) -> ImageProbe:
+        """The probe of an image (C, H, W); `inputs` are those that it was made with."""
         shape, means, spreads = _cells(picture)
-        return cls(shape=shape, means=means, spreads=spreads, **question)
+        return cls(shape=shape, means=means, spreads=spreads, **inputs)
 
     def difference(self, picture: np.ndarray) -> float:
         """The largest difference of a cell's mean or spread, in units of the picture; infinite for other cells."""
@@ -69,7 +69,7 @@ def _cells(picture: np.ndarray) -> tuple[tuple[int, int, int], tuple[float, ...]
 
 
 class Probe(NamedTuple):
-    """Inputs of one function, and what it answered when the model was published; the batch first."""
+    """Inputs of one function, and its outputs when the model was published; the batch first."""
 
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
