@@ -81,10 +81,10 @@ class NASA(DrawnGuidance):
         steered = with_negative(
             self.student, cond, [negative for _, negative in asked], scale=self.config.scale
         )
-        figures = {}
-        for prefix, given in (("", steered), ("plain_", cond)):
+        figures: dict[str, float] = {}
+        for prefix, condition in (("", steered), ("plain_", cond)):
             pictures = generate(
-                self.student, given, len(asked), seed=config.seed, batch_size=config.batch_size
+                self.student, condition, len(asked), seed=config.seed, batch_size=config.batch_size
             )
             seen = [self.data.class_names[label].split() for label in recognise(pictures).tolist()]
             shown = [
