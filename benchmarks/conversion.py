@@ -195,7 +195,7 @@ def _step_seconds(recipe: Recipe, context: Context, folder: Path) -> float:
 def _trainer(recipe: Recipe, context: Context, folder: Path) -> Trainer:
     from distill_core.building import build
     from distill_core.training.loop import Trainer
-    from distill_core.training.run import Run
+    from distill_core.training.run_folder import Run
 
     method, source = build(recipe, context)
     return Trainer(method, source, recipe, Run(folder))

@@ -78,7 +78,7 @@ def _is_self_contained(name: str) -> bool:
 def _trainer(recipe: Recipe, context: Context, folder: Path) -> Trainer:
     from distill_core.building import build
     from distill_core.training.loop import Trainer
-    from distill_core.training.run import Run
+    from distill_core.training.run_folder import Run
 
     if recipe.pairs is not None:  # how they are made is no part of a step
         recipe = recipe.override({"pairs.num_steps": 1})

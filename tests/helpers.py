@@ -15,7 +15,7 @@ from distill_core.kinds import find_kind
 from distill_core.method import Method
 from distill_core.recipe import Recipe, load_recipe, recipe_names
 from distill_core.training.loop import Trainer
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"

@@ -41,7 +41,7 @@ LAYERS = [
     ("diffusion", "losses", "metrics.image", "metrics.frechet", "metrics.classification"),
     (
         "artifacts",
-        "parity",
+        "probe",
         "pictures",
         "kinds",
         "method",

@@ -16,7 +16,7 @@ import typer
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.data import source_types
-from distill_core.errors import MEANINGS
+from distill_core.errors import ERROR_CODES
 from distill_core.kinds.cards import described
 from distill_core.methods import find_method
 from distill_core.recipe import load_recipe, parse_overrides
@@ -273,7 +273,7 @@ def test_the_table_of_errors_is_the_code_s():
     page = (ROOT / "docs/conventions.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|[^|]*\| (\d+) \| (\w+) \| (yes|no) \|$", page, re.M)
     said = {name: (int(code), status, again == "yes") for name, code, status, again in rows}
-    assert said == {cls.__name__: tuple(meaning) for cls, meaning in MEANINGS.items()}
+    assert said == {cls.__name__: tuple(meaning) for cls, meaning in ERROR_CODES.items()}
 
 
 def test_a_decision_fits_on_a_page_and_has_a_number_of_its_own():

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from distill_core.artifacts import ArtifactStore
-from distill_core.parity import ParitySample
+from distill_core.probe import ImageProbe
 from distillery.v1 import models_pb2
 from distillery_sampler.client import SamplerClient
 from tests.services.sampler.helpers import SamplerProcess, class_means, publish_denoiser
@@ -37,10 +37,10 @@ def means_of(version: int) -> np.ndarray:
 
 
 def publish(store: ArtifactStore, folder: Path, version: int, *, weights: int | None = None) -> int:
-    """The next version, with its parity sample; `weights` are those of another version than it says."""
+    """The next version, with its image probe; `weights` are those of another version than it says."""
     aside = ArtifactStore(folder / f"aside-{version}")
     draft = publish_denoiser(aside, folder / f"model-{version}", means=means_of(weights or version))
-    sample = ParitySample.of(means_of(version)[LABEL], class_label=LABEL)
+    sample = ImageProbe.of(means_of(version)[LABEL], class_label=LABEL)
     made = store.publish(folder / f"model-{version}", draft.model_copy(update={"parity": sample}))
     return made.version
 

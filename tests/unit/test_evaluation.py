@@ -12,7 +12,7 @@ from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.data import build_source
 from distill_core.diffusion.schedule import NoiseSchedule
 from distill_core.errors import ArtifactError, ConfigError, NotFound
-from distill_core.kinds.base import parity_of
+from distill_core.kinds.base import image_probe_of
 from distill_core.kinds.denoiser.card import Evaluate
 from distill_core.kinds.denoiser.evaluation import Evaluator, load_evaluator
 from distill_core.metrics.frechet import set_figures
@@ -221,7 +221,7 @@ def test_a_published_model_is_evaluated_and_its_training_says_what_measured_it(c
     close = {name: value for name, value in result.figures.items() if not name.startswith("ms_")}
     assert {name: figures[name] for name in close} == pytest.approx(close, rel=1e-3)
     assert said == result.measured_with
-    answered, published = parity_of(api.load("edm-digits", where)), result.manifest.parity
+    answered, published = image_probe_of(api.load("edm-digits", where)), result.manifest.parity
     np.testing.assert_allclose(answered.means, published.means, atol=1e-3)  # what it will be compared with
 
 

@@ -13,7 +13,7 @@ from distill_core.data import build_source
 from distill_core.method import Method, Update
 from distill_core.recipe import load_recipe
 from distill_core.training.loop import Trainer
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 from tests.helpers import tiny_trainer
 
 

@@ -1,4 +1,4 @@
-"""The parity sample of a manifest: what it notices, what it forgives, and that what is published has one."""
+"""The image probe of a manifest: what it notices, what it forgives, and that what is published has one."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,11 @@ import torch
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ConfigError
-from distill_core.kinds.base import parity_of
+from distill_core.kinds.base import image_probe_of
 from distill_core.kinds.cards import described
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.diffusers_new import build_denoiser
-from distill_core.parity import ParitySample
+from distill_core.probe import ImageProbe
 from distill_core.recipe.tables import NetworkConfig
 from tests.helpers import tiny_text_to_image
 
@@ -34,14 +34,14 @@ def unet(seed: int = 0):
 
 
 def test_the_same_picture_does_not_differ_and_rounding_hardly():
-    sample = ParitySample.of(picture())
+    sample = ImageProbe.of(picture())
     assert sample.shape == (3, 8, 8)
     assert sample.difference(picture()) < 1e-6
     assert sample.difference(picture() + 1e-3) < 2e-3
 
 
 def test_one_wrong_corner_and_a_lost_texture_are_seen():
-    sample = ParitySample.of(picture())
+    sample = ImageProbe.of(picture())
     wrong = picture()
     wrong[:, :4, :4] = -wrong[:, :4, :4]
     assert sample.difference(wrong) > 0.05
@@ -49,35 +49,35 @@ def test_one_wrong_corner_and_a_lost_texture_are_seen():
     for rows in np.array_split(flat, 8, axis=1):  # the same means without their texture
         for cell in np.array_split(rows, 8, axis=2):
             cell[...] = cell.mean((1, 2), keepdims=True)
-    assert np.abs(np.array(ParitySample.of(flat).means) - sample.means).max() < 1e-5
+    assert np.abs(np.array(ImageProbe.of(flat).means) - sample.means).max() < 1e-5
     assert sample.difference(flat) > 0.3
 
 
 def test_a_picture_of_another_size_differs_without_bound_and_lists_must_fit():
-    assert ParitySample.of(picture()).difference(picture()[:, :4]) == float("inf")
+    assert ImageProbe.of(picture()).difference(picture()[:, :4]) == float("inf")
     with pytest.raises(ConfigError, match="needs as many means"):
-        ParitySample.parse({"shape": (1, 2, 2), "means": (0.0,) * 4, "spreads": (0.0,) * 3})
+        ImageProbe.parse({"shape": (1, 2, 2), "means": (0.0,) * 4, "spreads": (0.0,) * 3})
 
 
 def test_a_sample_tells_two_models_apart_and_travels_through_a_manifest(tmp_path):
     one, other = unet(0), unet(1)
-    sample = parity_of(one)
+    sample = image_probe_of(one)
     assert sample is not None
     assert (sample.class_label, sample.num_steps) == (0, 1)
-    assert sample == parity_of(one)
+    assert sample == image_probe_of(one)
     store = ArtifactStore(tmp_path / "store")
     one.save(tmp_path / "model")
     store.publish(tmp_path / "model", Manifest(name="m", parity=sample, **described(one)))
     read = store.manifest("m").parity
     assert read == sample
-    again = parity_of(load_denoiser(store.fetch("m")))
+    again = image_probe_of(load_denoiser(store.fetch("m")))
     assert np.abs(np.subtract(again.means, sample.means)).max() < 1e-4
-    assert np.abs(np.subtract(parity_of(other).means, sample.means)).max() > 0.05
+    assert np.abs(np.subtract(image_probe_of(other).means, sample.means)).max() > 0.05
 
 
 def test_a_text_model_is_asked_for_a_prompt_and_without_an_encoder_for_nothing(tmp_path):
     denoiser = load_denoiser(tiny_text_to_image(tmp_path / "pipeline"))
-    sample = parity_of(denoiser)
+    sample = image_probe_of(denoiser)
     assert sample is not None
     assert sample.prompt == next(iter(denoiser.cond.examples), "")
-    assert parity_of(denoiser.bare()) is None
+    assert image_probe_of(denoiser.bare()) is None

@@ -11,7 +11,7 @@ from PIL import Image
 from distill_core.data import build_source
 from distill_core.files.text import lines, read_text
 from distill_core.recipe import load_recipe
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 from distill_service.auth import Tokens
 from distill_service.settings import Settings
 from distillery_cli.jobs.pipelines import read_pipeline

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from distill_core.errors import ArtifactError
-from distill_core.parity import HEADER_BYTES, PROBE, PROBE_BYTES, Probe, read_probe, write_probe
+from distill_core.probe import HEADER_BYTES, PROBE, PROBE_BYTES, Probe, read_probe, write_probe
 
 
 def part(values: int, seed: int = 1) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What Distillery does, as functions: train, evaluate, publish, load, check. Services and commands call these."""
+"""Functions of Distillery: train, evaluate, publish, load, check. Services and commands call these."""
 
 from __future__ import annotations
 

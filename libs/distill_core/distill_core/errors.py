@@ -1,4 +1,4 @@
-"""The exception tree, and the one table that says what each class means at every edge.
+"""The exception tree, and the one table of the codes that each class has at every edge.
 
 DistilleryError
 ├── ConfigError     a recipe, a request field or a setting is wrong
@@ -59,44 +59,44 @@ class DivergedError(DistilleryError):
     pass
 
 
-class Meaning(NamedTuple):
-    """What an error class is at the edges: process exit code, gRPC status name, and may the job be tried again."""
+class ErrorCodes(NamedTuple):
+    """Codes of an error class at the edges: process exit code, gRPC status name, and whether the job is tried again."""
 
     exit_code: int
     grpc_status: str
     retry: bool
 
 
-MEANINGS: dict[type[BaseException], Meaning] = {
-    ConfigError: Meaning(2, "INVALID_ARGUMENT", False),
-    DataError: Meaning(65, "INVALID_ARGUMENT", False),
-    ArtifactError: Meaning(66, "FAILED_PRECONDITION", False),
-    NotFound: Meaning(67, "NOT_FOUND", False),
-    Unavailable: Meaning(75, "UNAVAILABLE", True),
-    Overloaded: Meaning(75, "RESOURCE_EXHAUSTED", True),
-    DivergedError: Meaning(68, "ABORTED", False),
-    DistilleryError: Meaning(1, "INTERNAL", False),
+ERROR_CODES: dict[type[BaseException], ErrorCodes] = {
+    ConfigError: ErrorCodes(2, "INVALID_ARGUMENT", False),
+    DataError: ErrorCodes(65, "INVALID_ARGUMENT", False),
+    ArtifactError: ErrorCodes(66, "FAILED_PRECONDITION", False),
+    NotFound: ErrorCodes(67, "NOT_FOUND", False),
+    Unavailable: ErrorCodes(75, "UNAVAILABLE", True),
+    Overloaded: ErrorCodes(75, "RESOURCE_EXHAUSTED", True),
+    DivergedError: ErrorCodes(68, "ABORTED", False),
+    DistilleryError: ErrorCodes(1, "INTERNAL", False),
 }
 EXIT_OUT_OF_MEMORY = 70
 EXIT_STOPPED = 143
 
 
-def meaning(error: BaseException) -> Meaning:
+def codes_of(error: BaseException) -> ErrorCodes:
     """The table's row for the nearest class of `error`; anything foreign is an INTERNAL error."""
     for cls in type(error).__mro__:
-        if cls in MEANINGS:
-            return MEANINGS[cls]
-    return MEANINGS[DistilleryError]
+        if cls in ERROR_CODES:
+            return ERROR_CODES[cls]
+    return ERROR_CODES[DistilleryError]
 
 
 def out_of_memory(error: BaseException) -> str | None:
     """The sentence for an error that says that memory, a host's or a GPU's, ran out; None for any other."""
-    said = (str(error).splitlines() or [""])[0]
+    message = (str(error).splitlines() or [""])[0]
     hints = ("out of memory", "can't allocate memory", "cannot allocate memory")
-    told = isinstance(error, RuntimeError) and any(hint in said.lower() for hint in hints)
-    if not told and not isinstance(error, MemoryError):
+    hinted = isinstance(error, RuntimeError) and any(hint in message.lower() for hint in hints)
+    if not hinted and not isinstance(error, MemoryError):
         return None
-    shown = f" ({said[:200]})" if said else ""
+    shown = f" ({message[:200]})" if message else ""
     return f"out of memory{shown}; lower batch_size or raise accumulate"
 
 

@@ -92,7 +92,7 @@ class Stage:
 
 
 class Model(Protocol):
-    """What a run publishes: it names its kind, writes its folder, and says what a manifest keeps of it."""
+    """A model that a run publishes: it names its kind, writes its folder, and says what a manifest keeps of it."""
 
     kind: ClassVar[str]
 
@@ -108,8 +108,8 @@ class Model(Protocol):
 def _annotated_config(cls: type) -> Any:
     """The class that `cls` itself annotates `config` with, in its body or in its constructor; None for neither."""
     constructor = vars(cls).get("__init__")
-    said = {**getattr(constructor, "__annotations__", {}), **vars(cls).get("__annotations__", {})}
-    config = types.SimpleNamespace(__annotations__={name: said[name] for name in said.keys() & {"config"}})
+    hints = {**getattr(constructor, "__annotations__", {}), **vars(cls).get("__annotations__", {})}
+    config = types.SimpleNamespace(__annotations__={name: hints[name] for name in hints.keys() & {"config"}})
     return typing.get_type_hints(config, globalns=vars(sys.modules[cls.__module__])).get("config")
 
 
@@ -126,9 +126,8 @@ class Method(nn.Module):
     Config: ClassVar[type[MethodConfig]] = MethodConfig  # what the constructor's `config` is annotated with
     paper: ClassVar[str] = ""  # "Authors, year, title, arXiv id"
     kind: ClassVar[str] = "denoiser"  # of the result
-    roles: ClassVar[
-        tuple[str, ...]
-    ] = ()  # attributes that are trained: an optimiser, a checkpoint entry each
+    # attributes that are trained: an optimiser, a checkpoint entry each; a constructor may name more of them
+    roles: tuple[str, ...] = ()
     held: ClassVar[
         tuple[str, ...]
     ] = ()  # attributes that change untrained (targets, snapshots): checkpointed too

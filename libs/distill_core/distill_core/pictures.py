@@ -52,7 +52,7 @@ Read = TypeVar("Read")
 
 
 def read_image(
-    given: Path | bytes,
+    source: Path | bytes,
     name: str = "",
     *,
     turn: bool = True,
@@ -67,23 +67,25 @@ def read_image(
     Raises:
         DataError: no such file, no picture of these `formats`, damaged, too large, 16-bit grey, or more than one frame.
     """
-    name = _called(given, name)
-    with _opened(given, name, formats, max_pixels) as picture:
+    name = _called(source, name)
+    with _opened(source, name, formats, max_pixels) as picture:
         _check_key(picture, name)
         # a TIFF is turned when it is decoded
         upright = ImageOps.exif_transpose(picture) if turn else picture
         return _plain(upright)
 
 
-def upright_size(given: Path | bytes, name: str = "", *, formats: Sequence[str] = FORMATS) -> tuple[int, int]:
+def upright_size(
+    source: Path | bytes, name: str = "", *, formats: Sequence[str] = FORMATS
+) -> tuple[int, int]:
     """Width and height of what `read_image` gives, from the file's header alone; it raises the same."""
-    with _opened(given, _called(given, name), formats, None) as picture:
+    with _opened(source, _called(source, name), formats, None) as picture:
         return picture.size[::-1] if _lies(picture) else picture.size
 
 
-def stored_size(given: Path | bytes, name: str = "", *, formats: Sequence[str] = FORMATS) -> tuple[int, int]:
+def stored_size(source: Path | bytes, name: str = "", *, formats: Sequence[str] = FORMATS) -> tuple[int, int]:
     """Width and height without the turn, as `read_image(turn=False)` gives them."""
-    with _opened(given, _called(given, name), formats, None) as picture:
+    with _opened(source, _called(source, name), formats, None) as picture:
         return picture.size
 
 
@@ -102,15 +104,15 @@ def read_all(items: Sequence[Item], read: Callable[[Item], Read]) -> list[Read]:
     Raises:
         DataError: some could not be read; one error says of all of them why, up to `MAX_NAMED`.
     """
-    found, problems = [], []
+    results, problems = [], []
     for item in items:
         try:
-            found.append(read(item))
+            results.append(read(item))
         except DataError as error:
             problems.append(error)
     if problems:
         raise together(problems, len(items))
-    return found
+    return results
 
 
 def together(problems: Sequence[DataError], total: int) -> DataError:
@@ -125,17 +127,19 @@ def together(problems: Sequence[DataError], total: int) -> DataError:
     )
 
 
-def _called(given: Path | bytes, name: str) -> str:
-    return name or ("the picture" if isinstance(given, bytes) else str(given))
+def _called(source: Path | bytes, name: str) -> str:
+    return name or ("the picture" if isinstance(source, bytes) else str(source))
 
 
 @contextmanager
 def _opened(
-    given: Path | bytes, name: str, formats: Sequence[str], max_pixels: int | None
+    source: Path | bytes, name: str, formats: Sequence[str], max_pixels: int | None
 ) -> Iterator[Image.Image]:
     """The picture of a file whose header is in order; pixels are not read yet."""
     try:
-        with Image.open(BytesIO(given) if isinstance(given, bytes) else given, formats=formats) as picture:
+        with Image.open(
+            BytesIO(source) if isinstance(source, bytes) else source, formats=tuple(formats)
+        ) as picture:
             _check_header(picture, name, max_pixels)
             yield picture
     except FileNotFoundError:
@@ -146,7 +150,7 @@ def _opened(
             field="data.path",
         ) from None
     except UnidentifiedImageError:
-        if _begins_as(given, formats):
+        if _begins_as(source, formats):
             raise _damaged(name, "its header is incomplete") from None
         kinds = ", ".join(formats)
         raise DataError(
@@ -156,12 +160,12 @@ def _opened(
         raise _damaged(name, str(error)) from None
 
 
-def _begins_as(given: Path | bytes, formats: Sequence[str]) -> bool:
-    """Are the first bytes those of one of these formats?"""
-    if isinstance(given, Path):
-        with given.open("rb") as file:
-            given = file.read(4)
-    return any(given.startswith(SIGNATURES[kind]) for kind in formats)
+def _begins_as(source: Path | bytes, formats: Sequence[str]) -> bool:
+    """Whether the first bytes are those of one of these formats."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            source = file.read(4)
+    return any(source.startswith(SIGNATURES[kind]) for kind in formats)
 
 
 def _damaged(name: str, reason: str) -> DataError:
@@ -209,7 +213,7 @@ def _check_key(picture: Image.Image, name: str) -> None:
 
 
 def _lies(picture: Image.Image) -> bool:
-    """Does the EXIF orientation exchange width and height of what the header says?"""
+    """Whether the EXIF orientation exchanges width and height of the header."""
     return picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
 
 

@@ -59,8 +59,8 @@ class TensorSpec(Config):
             return False
         bounds = self.max_shape or self.shape
         return all(
-            given == size or (size == -1 and 1 <= given <= bound and given % self.multiple_of == 0)
-            for given, size, bound in zip(shape, self.shape, bounds)
+            length == size or (size == -1 and 1 <= length <= bound and length % self.multiple_of == 0)
+            for length, size, bound in zip(shape, self.shape, bounds)
         )
 
     def checked(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -89,19 +89,19 @@ class TensorSpec(Config):
 
     def _cast(self, name: str, values: np.ndarray) -> np.ndarray:
         """`values` in this type; what it cannot hold is refused, where NumPy would wrap it around."""
-        wanted = np.dtype(self.dtype)
-        if wanted.kind in "iu" and values.size:
-            limits = np.iinfo(wanted)
+        dtype = np.dtype(self.dtype)
+        if dtype.kind in "iu" and values.size:
+            limits = np.iinfo(dtype)
             holds = limits.min <= int(values.min()) and int(values.max()) <= limits.max
         else:
             with np.errstate(over="ignore"):
-                holds = wanted.kind != "f" or bool(np.isfinite(values.astype(wanted, copy=False)).all())
+                holds = dtype.kind != "f" or bool(np.isfinite(values.astype(dtype, copy=False)).all())
         if not holds:
             raise ConfigError(
                 f"{name} holds values from {values.min():g} to {values.max():g}, beyond {self.dtype}",
                 field=name,
             )
-        return values.astype(wanted, copy=False)
+        return values.astype(dtype, copy=False)
 
     def _check_range(self, name: str, values: np.ndarray) -> None:
         low, high = self.low, self.high
@@ -158,12 +158,12 @@ class Function(Config):
         for name, spec in self.inputs.items():
             if name not in arrays and not spec.optional:
                 raise ConfigError(f"input {name} is missing: {spec.described}", field=name)
-        given = {name: self.inputs[name].checked(name, values) for name, values in arrays.items()}
-        counts = {name: len(values) for name, values in given.items()}
+        checked = {name: self.inputs[name].checked(name, values) for name, values in arrays.items()}
+        counts = {name: len(values) for name, values in checked.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
-            said = ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
-            raise ConfigError(f"inputs need equally many items, at least one; given are {said}")
-        return given
+            shown = ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+            raise ConfigError(f"inputs need equally many items, at least one; given are {shown}")
+        return checked
 
 
 class Signature(Config):

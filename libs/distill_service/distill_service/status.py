@@ -14,14 +14,14 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from distill_core.errors import (
-    MEANINGS,
+    ERROR_CODES,
     ArtifactError,
     ConfigError,
     DistilleryError,
     NotFound,
     Overloaded,
     Unavailable,
-    meaning,
+    codes_of,
 )
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -60,7 +60,7 @@ grpc.Status.register(WireStatus)
 
 def status_name(error: DistilleryError) -> str:
     """The gRPC status of an error, e.g. `NOT_FOUND`: its own `grpc_status`, or its class's."""
-    return getattr(error, "grpc_status", None) or meaning(error).grpc_status
+    return getattr(error, "grpc_status", None) or codes_of(error).grpc_status
 
 
 def shortened(text: str) -> str:
@@ -86,8 +86,8 @@ def wire_status(error: DistilleryError) -> WireStatus:
 
 def _class_details(error: DistilleryError, name: str) -> list[Message]:
     """The error's class, where its status means another one first."""
-    kind = next((cls for cls in type(error).__mro__ if cls in MEANINGS), DistilleryError)
-    row = MEANINGS[kind]
+    kind = next((cls for cls in type(error).__mro__ if cls in ERROR_CODES), DistilleryError)
+    row = ERROR_CODES[kind]
     if row.grpc_status != name or row.retry or kind in (CLASSES.get(name), DistilleryError):
         return []
     return [error_details_pb2.ErrorInfo(reason=kind.__name__, domain=DOMAIN)]
@@ -146,7 +146,7 @@ def _class(call: grpc.RpcError) -> type[DistilleryError] | None:
     info = _unpacked(call, error_details_pb2.ErrorInfo)
     if info is None or info.domain != DOMAIN:
         return None
-    known = {cls.__name__: cls for cls, row in MEANINGS.items() if row.grpc_status == call.code().name}
+    known = {cls.__name__: cls for cls, row in ERROR_CODES.items() if row.grpc_status == call.code().name}
     found = known.get(info.reason)
     return found if found is not None and issubclass(found, DistilleryError) else None
 

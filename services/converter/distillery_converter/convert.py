@@ -18,7 +18,7 @@ from distill_core.artifacts import (
     Manifest,
 )
 from distill_core.errors import Unavailable
-from distill_core.kinds.base import parity_of
+from distill_core.kinds.base import image_probe_of
 from distill_core.kinds.cards import generator_card
 from distill_core.kinds.convertible import check_convertible
 from distill_core.kinds.loading import load_artifact
@@ -81,7 +81,7 @@ def convert(
             report = _export(folder, graphs, source, goal, versions, cache)
             on_progress(STEPS - 1, STEPS)
             # older versions have none
-            sample = source.parity or parity_of(load_artifact(store, source.ref, cache))
+            sample = source.parity or image_probe_of(load_artifact(store, source.ref, cache))
             draft = _manifest(source, report, job).model_copy(update={"parity": sample})
             published = store.publish(folder, draft, key=job)
     except OSError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from distill_core.errors import DistilleryError, meaning
+from distill_core.errors import DistilleryError, codes_of
 from distill_service.jobs.worker import run_worker
 from distill_service.settings import of_a_folder, settings
 
@@ -26,7 +26,7 @@ def main() -> int:
     except (DistilleryError, OSError) as error:
         failure = of_a_folder(error)
         print(f"error: {failure}", file=sys.stderr)
-        return meaning(failure).exit_code
+        return codes_of(failure).exit_code
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import structlog
 from tritonclient.grpc import service_pb2_grpc
 
 from distill_core.artifacts import ArtifactStore
-from distill_core.errors import DistilleryError, meaning
+from distill_core.errors import DistilleryError, codes_of
 from distill_core.library_bars import hide_library_bars
 from distill_service.logs import configure_logging
 from distill_service.metrics import serve_metrics
@@ -128,7 +128,7 @@ def main() -> int:
     except (DistilleryError, OSError) as error:
         failure = of_a_folder(error)
         print(f"sampler: {failure}", file=sys.stderr)
-        return meaning(failure).exit_code
+        return codes_of(failure).exit_code
     return 0
 
 

@@ -7,7 +7,7 @@ import sys
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from distill_core.errors import DistilleryError, meaning
+from distill_core.errors import DistilleryError, codes_of
 from distill_service.jobs.broker import running_broker
 from distill_service.jobs.celery_app import make_app
 from distill_service.jobs.database import Database
@@ -84,7 +84,7 @@ def main() -> int:
     except (DistilleryError, OSError) as error:
         failure = of_a_folder(error)
         print(f"error: {failure}", file=sys.stderr)
-        return meaning(failure).exit_code
+        return codes_of(failure).exit_code
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from distill_core.errors import ConfigError, DistilleryError, meaning, nearest
+from distill_core.errors import ConfigError, DistilleryError, codes_of, nearest
 from distill_service.jobs.once import run_once
 from distill_service.jobs.table import MULTI, QUEUE_NAMES
 from distill_service.jobs.worker import run_worker
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     except (DistilleryError, OSError) as error:
         failure = of_a_folder(error)
         print(f"error: {failure}", file=sys.stderr)
-        return meaning(failure).exit_code
+        return codes_of(failure).exit_code
 
 
 if __name__ == "__main__":

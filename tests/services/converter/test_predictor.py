@@ -20,7 +20,7 @@ from distill_core.kinds.predictor.kind import KIND
 from distill_core.networks import predictors
 from distill_core.networks.predictor import Predictor, PredictorFile, image_classifier, load_predictor
 from distill_core.networks.predictors import build_network
-from distill_core.parity import write_probe
+from distill_core.probe import write_probe
 from distill_core.recipe.tables import NetworkConfig
 from distill_core.signature import Function, TensorSpec
 from distillery_cli.models.store import _export

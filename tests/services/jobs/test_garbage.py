@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from distill_core.artifacts import MANIFEST, ArtifactStore, Manifest
-from distill_core.artifacts.garbage import Stored, find_garbage, remove_version
+from distill_core.artifacts.garbage import StoredVersion, find_garbage, remove_version
 from distill_core.errors import ConfigError
 from distill_service.jobs import garbage, queue, requests
 from distill_service.jobs.garbage import Rules, collect
@@ -148,7 +148,7 @@ def test_a_version_that_is_named_at_the_last_moment_is_put_back(store):
     publish(store, "digits")
     publish(store, "digits")
     answers = iter([True, False])  # an alias is set between the question and the removal
-    version = Stored("digits", 1, 100, 1e9)
+    version = StoredVersion("digits", 1, 100, 1e9)
     assert not remove_version(store, version, lambda: next(answers))
     assert store.fetch("digits@1").is_dir()
     assert store.versions("digits") == [1, 2]

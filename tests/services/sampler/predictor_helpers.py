@@ -13,7 +13,7 @@ from distill_core.kinds.cards import described
 from distill_core.kinds.predictor.card import Card
 from distill_core.networks.predictor import Predictor, image_classifier
 from distill_core.networks.predictors import build_network
-from distill_core.parity import write_probe
+from distill_core.probe import write_probe
 from distill_core.recipe.tables import NetworkConfig
 from distill_core.signature import Function, Signature, TensorSpec
 

@@ -16,7 +16,7 @@ import pytest
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, ConfigError, DistilleryError, Overloaded
-from distill_core.parity import ParitySample
+from distill_core.probe import ImageProbe
 from distillery_sampler.backends.fixed import Padded
 from distillery_sampler.backends.onnx_backend import Session
 from distillery_sampler.backends.opening import choices
@@ -82,7 +82,7 @@ def publish_big(store: ArtifactStore, folder: Path, name: str, mib: int = 4) -> 
 def with_parity(store: ArtifactStore, folder: Path, means: np.ndarray, *, name: str = "checked") -> Manifest:
     """A model with `means` in its graph, whose manifest says that class 3 looks as in `class_means`."""
     published = publish_denoiser(ArtifactStore(folder / "other"), folder / "model", name=name, means=means)
-    sample = ParitySample.of(class_means()[3], class_label=3)
+    sample = ImageProbe.of(class_means()[3], class_label=3)
     return store.publish(folder / "model", published.model_copy(update={"parity": sample}))
 
 
@@ -141,7 +141,7 @@ def test_a_scene_is_compared_too(tmp_path):
     import torch
 
     from distill_core.artifacts import SceneSpec
-    from distill_core.kinds.base import parity_of
+    from distill_core.kinds.base import image_probe_of
     from distill_core.networks.fields import build_field
     from distill_core.radiance.scenes.scene import Scene, load_scene, save_scene
     from distill_core.recipe.tables import NetworkConfig
@@ -155,7 +155,7 @@ def test_a_scene_is_compared_too(tmp_path):
             torch.nn.init.normal_(value.data, std=0.7)
         folder = tmp_path / f"scene{seed}"
         save_scene(Scene(field, torch.ones(4, 4, 4, dtype=torch.bool), spec, 32), folder)
-        samples.append(parity_of(load_scene(folder)))
+        samples.append(image_probe_of(load_scene(folder)))
         for name, sample in (("right", samples[seed]), ("wrong", samples[0])):
             store.publish(
                 folder,

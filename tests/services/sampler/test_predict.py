@@ -12,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 from distill_core.artifacts import ArtifactStore, ExportReport
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds import find_kind
-from distill_core.parity import write_probe
+from distill_core.probe import write_probe
 from distillery_sampler.client import AsyncSamplerClient
 from distillery_sampler.engine.engine import Engine
 from distillery_sampler.engine.requests import PredictRequest

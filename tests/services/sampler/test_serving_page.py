@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from distill_core.artifacts import ArtifactStore
-from distill_core.errors import MEANINGS
+from distill_core.errors import ERROR_CODES
 from distill_service.channels import MAX_RETRIES, _options
 from distill_service.rpc import MAX_RECEIVE_BYTES
 from distillery_sampler.settings import SamplerSettings
@@ -122,7 +122,7 @@ def test_the_limits_are_the_defaults():
 def test_the_errors_and_the_retry_policy_are_the_codes():
     rows = dict(re.findall(r"^\| `(\w+)` \| ([A-Z_]+) \|", PAGE, re.M))
     assert rows == {
-        cls.__name__: meaning.grpc_status for cls, meaning in MEANINGS.items() if cls.__name__ in rows
+        cls.__name__: meaning.grpc_status for cls, meaning in ERROR_CODES.items() if cls.__name__ in rows
     }
     assert len(rows) == 5
     (policy,) = re.findall(r"`(\{\"methodConfig.*?\})`", PAGE, re.S)

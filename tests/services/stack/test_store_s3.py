@@ -16,7 +16,7 @@ import torch
 from distill_core import api
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.artifacts import garbage as store_garbage
-from distill_core.artifacts.garbage import Stored, find_garbage, remove_upload, remove_version
+from distill_core.artifacts.garbage import StoredVersion, find_garbage, remove_upload, remove_version
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable
 from distill_core.recipe import load_recipe
 
@@ -185,7 +185,7 @@ def test_old_versions_and_cut_off_uploads_are_found_and_removed(s3, url, store, 
     found = find_garbage(store, keep=1, older_than_s=0)
     assert [version.ref for version in found.versions] == ["digits@2", "digits@3"]
     assert [remove_version(store, version, lambda: True) for version in found.versions] == [True, True]
-    assert not remove_version(store, Stored("digits", 4, 0, 0.0), lambda: False)
+    assert not remove_version(store, StoredVersion("digits", 4, 0, 0.0), lambda: False)
     assert store.versions("digits") == [1, 4]
     assert s3.find(f"{url}/digits/versions/2") == []
     (upload,) = cut_off(store)
@@ -194,7 +194,7 @@ def test_old_versions_and_cut_off_uploads_are_found_and_removed(s3, url, store, 
     assert cut_off(store) == ()
 
 
-def cut_off(store: ArtifactStore) -> tuple[Stored, ...]:
+def cut_off(store: ArtifactStore) -> tuple[StoredVersion, ...]:
     """Uploads without a manifest, whatever their age."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_garbage, "UPLOAD_AGE_S", -1.0)

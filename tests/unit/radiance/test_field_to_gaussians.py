@@ -21,7 +21,7 @@ from distill_core.radiance.scenes.scene import Rendering, Scene
 from distill_core.recipe import load_recipe
 from distill_core.recipe.tables import EvaluateConfig
 from distill_core.training.loop import Trainer
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 from tests.helpers import previewed
 
 CELL = 2 / 32

@@ -16,7 +16,7 @@ from distill_core.recipe.tables import EvaluateConfig
 from distill_core.training.checkpoint import load_latest
 from distill_core.training.hard_examples import HardExamplePool
 from distill_core.training.loop import Trainer
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 from tests.unit.radiance.test_pvd import OPTIM, build, scene
 
 SMALL = {

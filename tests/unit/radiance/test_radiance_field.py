@@ -19,7 +19,7 @@ from distill_core.metrics.image import psnr, ssim
 from distill_core.radiance.scenes.scene import load_scene, render
 from distill_core.recipe import load_recipe
 from distill_core.training.loop import Trainer
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 from tests.helpers import previewed
 
 LEGO = Path(__file__).parents[3].parent / "shared" / "data" / "lego_200"

@@ -14,7 +14,7 @@ from distill_core.errors import EXIT_STOPPED
 from distill_core.method import Method, Update
 from distill_core.recipe import load_recipe
 from distill_core.training.loop import Trainer
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 
 
 class Noisy(Method):

@@ -24,7 +24,7 @@ from distill_core.radiance.rendering.occupancy import OccupancyGrid
 from distill_core.recipe import load_recipe
 from distill_core.reductions import over_processes
 from distill_core.training.loop import Trainer
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 from tests.helpers import tiny_recipe
 from tests.unit.training.test_scale_out import ROOM, Hungry
 

@@ -20,7 +20,7 @@ from distill_core.recipe.tables import OptimConfig
 from distill_core.training.checkpoint import complete_checkpoints, load_latest, save_checkpoint
 from distill_core.training.loop import Trainer
 from distill_core.training.optimizers import build_optimizer, learning_rate
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 from distill_core.training.seeding import derive
 
 

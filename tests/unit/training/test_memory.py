@@ -14,7 +14,7 @@ from distill_core.networks.fake_tensors import fake_tensors, is_faked, real_tens
 from distill_core.recipe import load_recipe
 from distill_core.training.loop import Trainer
 from distill_core.training.memory import LiveBytes, MemoryPlan, plan_memory
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 from tests.helpers import tiny_text_to_image
 
 SMALL = {"batch_size": 64, "threads": 1, "steps": 10}

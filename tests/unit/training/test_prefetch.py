@@ -16,7 +16,7 @@ from distill_core.errors import DataError
 from distill_core.method import Method, Stage, Update
 from distill_core.recipe import load_recipe
 from distill_core.training.loop import Trainer
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 
 STEPS = 7
 

@@ -11,9 +11,8 @@ from distill_core.errors import ArtifactError, ConfigError
 from distill_core.method import Method, Stage, Update
 from distill_core.recipe import load_recipe
 from distill_core.training.checkpoint import load_latest, save_checkpoint
-from distill_core.training.layout import Replicated
 from distill_core.training.loop import Trainer
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 from distill_core.training.seeding import derive
 from distill_core.training.stages import (
     check_sharded,
@@ -22,6 +21,7 @@ from distill_core.training.stages import (
     select_parameters,
     stage_at,
 )
+from distill_core.training.strategy import Replicated
 
 FIRST, SECOND, THIRD = (Stage(name, steps, ("model",)) for name, steps in (("a", 3), ("b", 4), ("c", 1)))
 
@@ -283,8 +283,8 @@ def test_a_stream_gives_a_batch_to_each_micro_batch_of_its_stage_with_a_seed_of_
 
 def test_a_stage_that_changes_nothing_keeps_layout_and_optimisers(tmp_path):
     run = trainer(tmp_path, Pulled())
-    layout, optimizers = run.layout, run.optimizers
+    strategy, optimizers = run.strategy, run.optimizers
     run.enter(run.stages[1])
-    assert run.layout is layout
+    assert run.strategy is strategy
     assert run.optimizers is optimizers
-    assert type(run.layout) is Replicated
+    assert type(run.strategy) is Replicated

@@ -56,6 +56,6 @@ def publishable(folder: Path) -> list[str]:
 
 
 def entry_of(file: Path) -> FileEntry:
-    """What a manifest says of the file: its size and checksum."""
+    """The manifest's entry of a file: its size and checksum."""
     with file.open("rb") as stream:
         return FileEntry(size=file.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())

@@ -16,7 +16,7 @@ UPLOAD_AGE_S = 86_400.0  # an upload that nobody has written to for a day has be
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredVersion:
     """A version in a store. `claimed_by`: the key of an upload that was cut off, e.g. a job's id."""
 
     name: str
@@ -31,17 +31,17 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What may go, and which old versions stay for what reason."""
+class StoreGarbage:
+    """Versions and uploads that may be removed, and the reasons for which other old versions are kept."""
 
-    versions: tuple[Stored, ...] = ()
-    uploads: tuple[Stored, ...] = ()
+    versions: tuple[StoredVersion, ...] = ()
+    uploads: tuple[StoredVersion, ...] = ()
     kept: Mapping[str, str] | None = None  # name@version to a reason
 
 
 def find_garbage(
     store: ArtifactStore, *, keep: int, older_than_s: float, needed: Mapping[str, str] | None = None
-) -> Found:
+) -> StoreGarbage:
     """Versions older than `older_than_s` beyond the newest `keep` of their model that nothing refers to.
 
     An alias, a key of `needed` (a reference such as name@3 or name@prod; its value is the reason), and every kept
@@ -61,8 +61,8 @@ def find_garbage(
             kept[version] = reason
     _keep_parents(manifests, kept)
     gone = [m for ref, m in manifests.items() if ref not in kept]
-    return Found(
-        tuple(Stored(m.name, m.version, _size(m), old[m.ref]) for m in gone),
+    return StoreGarbage(
+        tuple(StoredVersion(m.name, m.version, _size(m), old[m.ref]) for m in gone),
         tuple(_cut_off(store, max(older_than_s, UPLOAD_AGE_S))),
         {ref: reason for ref, reason in kept.items() if reason and old.get(ref, 0.0) >= older_than_s},
     )
@@ -70,15 +70,15 @@ def find_garbage(
 
 def _manifests(store: ArtifactStore) -> tuple[dict[str, Manifest], dict[str, str]]:
     """Every version's manifest by its reference; and those that cannot be read, which are kept."""
-    found, damaged = {}, {}
+    manifests, damaged = {}, {}
     for name in store.names():
         for version in store.versions(name):
             ref = f"{name}@{version}"
             try:
-                found[ref] = store.manifest(ref)
+                manifests[ref] = store.manifest(ref)
             except ArtifactError:
                 damaged[ref] = "its manifest cannot be read"
-    return found, damaged
+    return manifests, damaged
 
 
 def _age(manifest: Manifest) -> float:
@@ -110,7 +110,7 @@ def _keep_parents(manifests: Mapping[str, Manifest], kept: dict[str, str]) -> No
                 frontier.append(parent)
 
 
-def _cut_off(store: ArtifactStore, older_than_s: float) -> Iterable[Stored]:
+def _cut_off(store: ArtifactStore, older_than_s: float) -> Iterable[StoredVersion]:
     """Numbers that were taken and never published, untouched for `older_than_s`."""
     for name in store._children(""):
         for child in store._children(f"{name}/versions"):
@@ -121,7 +121,7 @@ def _cut_off(store: ArtifactStore, older_than_s: float) -> Iterable[Stored]:
             age = time.time() - max((_written(store, path) for path in files), default=0.0)
             if age >= older_than_s and f"{folder}/{MANIFEST}" not in files:
                 size = sum(int(info.get("size") or 0) for info in files.values())
-                yield Stored(name, int(child), size, age, _claimant(store, folder))
+                yield StoredVersion(name, int(child), size, age, _claimant(store, folder))
 
 
 def _written(store: ArtifactStore, path: str) -> float:
@@ -131,12 +131,13 @@ def _written(store: ArtifactStore, path: str) -> float:
 
 def _claimant(store: ArtifactStore, folder: str) -> str:
     try:
-        return store.fs.cat_file(f"{folder}/.claim").decode(errors="replace").strip("-")
+        claim: bytes = store.fs.cat_file(f"{folder}/.claim")
     except FileNotFoundError:
         return ""
+    return claim.decode(errors="replace").strip("-")
 
 
-def remove_version(store: ArtifactStore, version: Stored, still_unneeded: Callable[[], bool]) -> bool:
+def remove_version(store: ArtifactStore, version: StoredVersion, still_unneeded: Callable[[], bool]) -> bool:
     """Unpublish a version and remove its files. False: somebody has come to need it, and it is as it was.
 
     The manifest goes first: what is cut off in the middle is an upload that was never published.
@@ -155,7 +156,7 @@ def remove_version(store: ArtifactStore, version: Stored, still_unneeded: Callab
     return True
 
 
-def remove_upload(store: ArtifactStore, upload: Stored, still_unneeded: Callable[[], bool]) -> bool:
+def remove_upload(store: ArtifactStore, upload: StoredVersion, still_unneeded: Callable[[], bool]) -> bool:
     """Remove what a cut-off upload left."""
     folder = store._path(upload.name, "versions", str(upload.version))
     with _store_errors(store):

@@ -1,4 +1,4 @@
-"""What is known of one version of a model: its manifest, part by part. Imports no torch."""
+"""The manifest of one version of a model, part by part. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, StringConstraints
 
 from distill_core.config import Config, Name
-from distill_core.parity import ParitySample
+from distill_core.probe import ImageProbe
 from distill_core.signature import Signature
 
 MANIFEST = "manifest.json"
@@ -21,7 +21,7 @@ class FileEntry(Config):
 
 
 class GraphReport(Config):
-    """One graph of a converted form, at its worst over all compared batches."""
+    """One graph of an export, at its worst over all compared batches."""
 
     precision: Literal["fp32", "fp16", "bf16", "int8"]  # of its weights
     size: int = Field(ge=0)  # bytes, with its side file
@@ -46,7 +46,7 @@ class FrechetReport(Config):
 
 
 class ExportReport(Config):
-    """One converted form of the model, and how it compares with PyTorch on fixed inputs."""
+    """One export of the model, and how it compares with PyTorch on fixed inputs."""
 
     target: str
     files: tuple[str, ...]
@@ -67,10 +67,10 @@ class ExportReport(Config):
 
     @property
     def figures(self) -> dict[str, float]:
-        """What was measured, by name."""
+        """Figures of the comparison, by name."""
         changed = [graph.changed_pixels for graph in self.graphs.values() if graph.changed_pixels is not None]
         agreed = [graph.agreement for graph in self.graphs.values() if graph.agreement is not None]
-        found = {
+        figures = {
             "max_abs_difference": self.max_abs_difference,
             "rel_l2": self.rel_l2,
             "snr_db": self.snr_db,
@@ -81,7 +81,7 @@ class ExportReport(Config):
             "frechet_ratio": self.frechet.ratio if self.frechet else None,
             "megabytes": sum(graph.size for graph in self.graphs.values()) / 1e6 if self.graphs else None,
         }
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in figures.items() if value is not None}
 
 
 class Manifest(Config):
@@ -105,7 +105,7 @@ class Manifest(Config):
     step: int = 0
     card: dict[str, Any] = {}  # facts of its kind: see `card_as`
     signature: Signature = Signature()  # functions that a server calls by name
-    parity: ParitySample | None = None  # what it answered when it was published
+    parity: ImageProbe | None = None  # its image for fixed inputs when it was published
     metrics: dict[str, float | int | str] = {}
     exports: dict[str, ExportReport] = {}
     files: dict[str, FileEntry] = {}

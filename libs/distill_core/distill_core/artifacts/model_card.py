@@ -42,17 +42,17 @@ def model_card(manifest: Manifest, saved: str = "") -> str:
 
 def front_matter(manifest: Manifest, *, library: str) -> list[str]:
     """YAML, line by line; JSON's strings are YAML's. `library` is the one that the section of use is for."""
-    said = {
+    entries = {
         "license": manifest.licence.lower(),
         "library_name": library,
         "base_model": _base(manifest),
         "tags": ["distillery", *([manifest.method] if manifest.method else [])],
     }
-    return [f"{key}: {json.dumps(value)}" for key, value in said.items() if value]
+    return [f"{key}: {json.dumps(value)}" for key, value in entries.items() if value]
 
 
 def _base(manifest: Manifest) -> str:
-    """Of a LoRA student the model that it adapts."""
+    """The model that a LoRA student adapts."""
     return str(manifest.card.get("base") or "")
 
 

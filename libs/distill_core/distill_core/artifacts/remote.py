@@ -1,4 +1,4 @@
-"""A remote file system that says in a sentence when it cannot be used."""
+"""Remote file systems whose errors are one sentence."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from distill_core.errors import Unavailable
 
 
-class Reached:
-    """A remote file system; whatever its library raises for a server that is away or refuses is `Unavailable`."""
+class RemoteFileSystem:
+    """A remote file system: errors of its library for a server that is unreachable or refuses are `Unavailable`."""
 
     def __init__(self, fs: Any, url: str) -> None:
         self._fs, self._url = fs, url

@@ -14,7 +14,7 @@ Side = Annotated[int, Field(ge=1, le=2**16)]
 
 
 class ImageSpec(Config):
-    """What a generator makes: the denoiser's own tensor, and the picture after decoding."""
+    """Output of a generator: the denoiser's own tensor, and the image after decoding."""
 
     channels: Side  # of the denoiser's tensor: pixels, or latents
     height: Side
@@ -30,7 +30,7 @@ class ImageSpec(Config):
 
 
 class CondSpec(Config):
-    """What a generator is conditioned on."""
+    """Condition of a generator."""
 
     kind: Literal["none", "class_label", "prompt"]
     num_classes: int | None = None
@@ -46,7 +46,7 @@ class CondSpec(Config):
 
 
 class SceneSpec(Config):
-    """What a radiance field shows: its box and cameras' usual place, in the scene's own units."""
+    """Scene of a radiance field: its box and cameras' usual place, in the scene's own units."""
 
     field: str
     bound: float = Field(gt=0)

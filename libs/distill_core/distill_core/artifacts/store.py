@@ -26,7 +26,7 @@ import fsspec
 from distill_core.artifacts.files import entry_of, inside, publishable, verify
 from distill_core.artifacts.manifest import MANIFEST, AliasMove, FileEntry, Manifest
 from distill_core.artifacts.model_card import CARD, model_card
-from distill_core.artifacts.remote import Reached
+from distill_core.artifacts.remote import RemoteFileSystem
 from distill_core.artifacts.upgrade import upgraded
 from distill_core.config import check_name, is_reserved_alias
 from distill_core.errors import ArtifactError, ConfigError, NotFound, Unavailable, nearest
@@ -47,7 +47,7 @@ class ArtifactStore:
             (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
         )
         if not self.local:
-            self.fs = Reached(self.fs, self.url)
+            self.fs = RemoteFileSystem(self.fs, self.url)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -65,12 +65,12 @@ class ArtifactStore:
     def aliases(self, name: str) -> dict[str, int]:
         """Alias -> version; `latest` is always the highest complete version."""
         check_name(name, what="model", field="model")
-        found = {}
+        moved = {}
         for child in self._children(f"{name}/aliases"):
             if child.endswith(".json"):
-                found[child.removesuffix(".json")] = self._read_move(name, "aliases", child).version
+                moved[child.removesuffix(".json")] = self._read_move(name, "aliases", child).version
         versions = self.versions(name)
-        return {**found, **({"latest": versions[-1]} if versions else {})}
+        return {**moved, **({"latest": versions[-1]} if versions else {})}
 
     def resolve(self, ref: str) -> tuple[str, int]:
         """`name`, `name@3` or `name@alias` as (name, version).
@@ -78,18 +78,18 @@ class ArtifactStore:
         Raises:
             ConfigError: not of that form. NotFound: no such model, version or alias.
         """
-        name, _, wanted = ref.partition("@")
+        name, _, version = ref.partition("@")
         check_name(name, what="model", field="model")
         versions = self.versions(name)
         if not versions:
             raise NotFound(f"no model is called {name!r}{nearest(name, self.names())}", field="model")
-        if wanted.isdecimal():
-            if len(wanted) > 18 or int(wanted) not in versions:
+        if version.isdecimal():
+            if len(version) > 18 or int(version) not in versions:
                 shown = ", ".join(map(str, versions[-8:]))
-                raise NotFound(f"{name} has no version {wanted}; it has {shown}", field="version")
-            return name, int(wanted)
+                raise NotFound(f"{name} has no version {version}; it has {shown}", field="version")
+            return name, int(version)
         aliases = self.aliases(name)
-        alias = wanted or "latest"
+        alias = version or "latest"
         if alias not in aliases:
             raise NotFound(f"{name} has no alias {alias!r}{nearest(alias, aliases)}", field="version")
         return name, aliases[alias]
@@ -148,7 +148,7 @@ class ArtifactStore:
         manifest = self.manifest(ref)
         if path not in manifest.files:
             raise NotFound(f"{manifest.ref} has no file {path!r}{nearest(path, manifest.files)}")
-        data = self.fs.cat_file(self._path(manifest.name, "versions", str(manifest.version), path))
+        data: bytes = self.fs.cat_file(self._path(manifest.name, "versions", str(manifest.version), path))
         if hashlib.sha256(data).hexdigest() != manifest.files[path].sha256:
             raise ArtifactError(
                 f"{manifest.ref}: checksum of {path} differs from its manifest; publish it again"

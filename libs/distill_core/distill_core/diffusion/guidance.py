@@ -15,7 +15,7 @@ def guide(cond: Array, uncond: Array, guidance: float | Array) -> Array:
 
 @dataclass(frozen=True)
 class GuidanceLaw:
-    """Where a training step takes its scale from: uniform on [`low`, `high`], a scale per sample; or fixed."""
+    """Distribution of a training step's guidance scale: uniform on [`low`, `high`], a scale per sample; or fixed."""
 
     low: float
     high: float

@@ -1,4 +1,4 @@
-"""Sampling that begins from a picture: editing, inpainting, super-resolution. Needs no training, suits every sampler.
+"""Sampling that starts from an image: editing, inpainting, super-resolution. Needs no training, suits every sampler.
 
     x_sigma = y + sigma z          begin at a lower level than pure noise (SDEdit, Meng et al. 2021, arXiv 2108.01073)
     x0     <- x0 + A+ (y - A x0)   what is known of the picture stays (DDNM, Wang et al. 2022, arXiv 2212.00490)
@@ -18,8 +18,8 @@ Array = Any
 
 
 @dataclass(frozen=True, eq=False)
-class Beginning:
-    """The picture `y` that sampling begins from, in the network's own space."""
+class InitImage:
+    """The init image `y` that sampling starts from, in the network's own space."""
 
     y: Array  # (B, C, H, W)
     strength: float  # share of the steps that is done, in (0, 1]; 1 is all of them

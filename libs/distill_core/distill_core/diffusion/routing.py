@@ -1,4 +1,4 @@
-"""Which of several networks answers a condition, on torch tensors and NumPy arrays alike.
+"""Routing of conditions to one of several networks, on torch tensors and NumPy arrays alike.
 
     class label c              part = of_class[c]
     prompt_embeds (T, D)       part = argmin_k |e - centroid_k|^2 - offset_k,   e = mean over the T tokens

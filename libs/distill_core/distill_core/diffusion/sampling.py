@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from distill_core.config import Config
-from distill_core.diffusion.image_to_image import Beginning
+from distill_core.diffusion.image_to_image import InitImage
 from distill_core.errors import ConfigError
 
 Array = Any  # torch.Tensor or numpy.ndarray
@@ -24,7 +24,7 @@ Denoise = Callable[
 
 
 class SamplerSpec(Config):
-    """How a published model is sampled; part of its manifest."""
+    """Sampler of a published model; part of its manifest."""
 
     kind: Literal["few_step", "heun", "euler"]
     sigmas: tuple[
@@ -124,20 +124,20 @@ def sample(
     spec: SamplerSpec,
     draw: Callable[[int], Array],
     num_steps: int,
-    beginning: Beginning | None = None,
+    init_image: InitImage | None = None,
 ) -> Array:
     """The sample x0 for the noise stream `draw(k)`: draw 0 starts, draw k re-noises before evaluation k.
 
-    `draw(k)` returns unit normal noise of the batch's shape (B, C, H, W). With a `beginning`, a picture and its
+    `draw(k)` returns unit normal noise of the batch's shape (B, C, H, W). With an `init_image`, that image and its
     strength decide where it starts and what stays.
     """
     levels = spec.levels(num_steps)
     x = draw(0) * spec.noise_scale
     if spec.clip is not None:
         denoise = clamped(denoise, spec.clip)
-    if beginning is not None:
-        levels, denoise = beginning.levels(levels), beginning.held(denoise)
-        x = beginning.start(draw(0), levels[0])
+    if init_image is not None:
+        levels, denoise = init_image.levels(levels), init_image.held(denoise)
+        x = init_image.start(draw(0), levels[0])
     if spec.kind == "few_step":
         return few_step(denoise, x, levels, draw)
     return (heun if spec.kind == "heun" else euler)(denoise, x, levels)

@@ -48,7 +48,7 @@ class NoiseSchedule:
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def scale(self, sigma: Tensor) -> Tensor:
-        """What `x_sigma` is multiplied with before the network."""
+        """The factor of `x_sigma` before the network."""
         if self.kind == "edm":
             return (sigma**2 + self.sigma_data**2).rsqrt()
         return (1 + sigma**2).rsqrt() if self.kind == "vp" else 1 / (1 + sigma)
@@ -78,7 +78,7 @@ class NoiseSchedule:
         edm: the rho = 7 grid (Karras et al. 2022, Eq. 5); vp: training timesteps; flow: t.
         """
         if self.kind == "edm":
-            low, high = self.sigma_min ** (1 / 7), self.sigma_max ** (1 / 7)
+            low, high = (float(s ** (1 / 7)) for s in (self.sigma_min, self.sigma_max))
             return (low + u * (high - low)) ** 7
         if self.kind == "flow":
             low, high = (s / (1 + s) for s in (self.sigma_min, self.sigma_max))

@@ -1,4 +1,4 @@
-"""What queued jobs would need, said before they are queued: nothing is trained, published or kept."""
+"""Dry run of jobs: what they would need, before they are queued. Nothing is trained, published or kept."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ def dry_run(spec: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int
     Raises:
         DistilleryError: the first job that could not succeed; `field` is its key, the sentence names its stage.
     """
-    where = api.context(spec["store"], Path(spec["cache"]))
+    context = api.context(spec["store"], Path(spec["cache"]))
     for values in spec["jobs"]:
         job = _Job(values["name"], values["kind"], values["spec"], tuple(values.get("waits_for", ())))
         try:
             if not job.waits_for and job.kind != "convert":  # a conversion names no file
-                check_job(job.spec, spec.get("roots"), where.store)
-            told = _looked_at(job, where)
+                check_job(job.spec, spec.get("roots"), context.store)
+            report = _checked(job, context)
         except DistilleryError as error:
-            said = type(error)(f"{job.name}: {error}" if len(spec["jobs"]) > 1 else str(error))
-            said.field = error.field
-            raise said from None
-        tell({"event": "plan", "name": job.name, "kind": job.kind, **told})
+            named = type(error)(f"{job.name}: {error}" if len(spec["jobs"]) > 1 else str(error))
+            named.field = error.field
+            raise named from None
+        tell({"event": "plan", "name": job.name, "kind": job.kind, **report})
     return 0
 
 
-def _looked_at(job: _Job, where: Context) -> dict[str, Any]:
+def _checked(job: _Job, context: Context) -> dict[str, Any]:
     if job.waits_for:
         stages = ", ".join(job.waits_for)
         return {"note": f"data and memory were not looked at: it needs what {stages} will publish"}
     if job.kind == "train":
-        return _training(Recipe.parse(job.spec["recipe"]), where)
-    model = where.store.manifest(job.spec["artifact"])
+        return _training(Recipe.parse(job.spec["recipe"]), context)
+    model = context.store.manifest(job.spec["artifact"])
     if job.kind == "evaluate":
         find_card(model.kind).Evaluate.parse(job.spec.get("evaluate", {}), where="evaluate")
     elif job.kind == "convert":
@@ -62,13 +62,13 @@ def _looked_at(job: _Job, where: Context) -> dict[str, Any]:
     return {"note": f"{model.ref} exists; its memory was not planned: only training is"}
 
 
-def _training(recipe: Recipe, where: Context) -> dict[str, Any]:
+def _training(recipe: Recipe, context: Context) -> dict[str, Any]:
     device = training_device()
-    told = {"device": device.name, "device_bytes": device.memory}
+    report = {"device": device.name, "device_bytes": device.memory}
     try:
-        plan = api.plan(recipe, where)
+        plan = api.plan(recipe, context)
     except Unplannable as error:
-        return {**told, "note": str(error)}
+        return {**report, "note": str(error)}
     problem = too_large(plan, device)
     measured = {"memory_bytes": plan.total, "standing_bytes": plan.standing, "fits": problem is None}
-    return {**told, **measured, "note": problem or ""}
+    return {**report, **measured, "note": problem or ""}

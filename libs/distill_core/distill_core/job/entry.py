@@ -1,6 +1,6 @@
 """The job process: `python -m distill_core.job.entry SPEC.json` trains or evaluates and tells its parent in JSON lines.
 
-Exit codes: 0 done, 143 stopped on request with a checkpoint written, 70 out of memory, else errors.MEANINGS.
+Exit codes: 0 done, 143 stopped on request with a checkpoint written, 70 out of memory, else errors.ERROR_CODES.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distill_core.errors import EXIT_OUT_OF_MEMORY, EXIT_STOPPED, DistilleryError, meaning, out_of_memory
+from distill_core.errors import EXIT_OUT_OF_MEMORY, EXIT_STOPPED, DistilleryError, codes_of, out_of_memory
 from distill_core.library_bars import hide_library_bars
 
 Job = Callable[[dict[str, Any], Callable[[dict[str, Any]], None], Callable[[], bool]], int]
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None, *, run: Job | None = None) -> int:
         return (run or _run)(spec, tell, stop)
     except DistilleryError as error:
         tell({"event": "error", "type": type(error).__name__, "message": str(error), "field": error.field})
-        return meaning(error).exit_code
+        return codes_of(error).exit_code
     except OSError as error:
         logging.exception("the job failed")
         tell(
@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None, *, run: Job | None = None) -> int:
         if message is not None:
             tell({"event": "error", "type": "MemoryError", "message": message})
             return EXIT_OUT_OF_MEMORY
-        name, said = type(error).__name__, (str(error).splitlines() or ["no message"])[0]
-        tell({"event": "error", "type": name, "message": f"internal error: {name}: {said}"})
+        name, reason = type(error).__name__, (str(error).splitlines() or ["no message"])[0]
+        tell({"event": "error", "type": name, "message": f"internal error: {name}: {reason}"})
         return 1
 
 
@@ -85,27 +85,28 @@ def _run(spec: dict[str, Any], tell: Any, stop: _StopFlag) -> int:
     from distill_core.recipe.references import check_job
 
     run_dir = Path(spec["run_dir"])
-    where = api.context(spec["store"], Path(spec.get("cache") or run_dir / "cache"))
-    check_job(spec["spec"], spec.get("roots"), where.store)
+    context = api.context(spec["store"], Path(spec.get("cache") or run_dir / "cache"))
+    check_job(spec["spec"], spec.get("roots"), context.store)
     if spec["kind"] == "prepare":
-        prepared = api.prepare(Recipe.parse(spec["spec"]["recipe"]), where, listener=tell, should_stop=stop)
+        prepared = api.prepare(Recipe.parse(spec["spec"]["recipe"]), context, listener=tell, should_stop=stop)
         return 0 if prepared else EXIT_STOPPED
     if spec["kind"] == "evaluate":
         values = spec["spec"]
         table = values.get("evaluate", {})
-        figures, said = api.evaluate(values["artifact"], table, values.get("data"), where)
+        figures, measured_with = api.evaluate(values["artifact"], table, values.get("data"), context)
         artifact = values["artifact"]
     else:
         recipe = Recipe.parse(spec["spec"]["recipe"])
-        result = api.train(recipe, run_dir, where, listener=tell, should_stop=stop, job=spec["job"])
+        result = api.train(recipe, run_dir, context, listener=tell, should_stop=stop, job=spec["job"])
         if result.stopped:
             return EXIT_STOPPED
         if not result.main:
             return 0
-        figures, said = result.figures, result.measured_with
+        figures, measured_with = result.figures, result.measured_with
         artifact = result.manifest.ref if result.manifest else ""
     (run_dir / "result.json").write_text(
-        json.dumps({"artifact": artifact, "metrics": figures, "measured_with": said}), encoding="utf-8"
+        json.dumps({"artifact": artifact, "metrics": figures, "measured_with": measured_with}),
+        encoding="utf-8",
     )
     tell({"event": "result", "artifact": artifact, "metrics": figures})
     return 0

@@ -1,8 +1,8 @@
 """One job in several processes of this machine: `python -m distill_core.job.launch COUNT MODULE SPEC.json`.
 
-torchrun gives its ranks 30 s after a SIGTERM and ends with 1 whatever they said; a job's grace and exit code are
-promises (`errors.MEANINGS`), which this keeps. The rest is torchrun's way: the ranks meet at a store that the launcher
-holds, on a port that the system chose. What the recipe needs first is made before they start, by one process.
+torchrun gives its ranks 30 s after a SIGTERM and ends with 1 whatever they ended with; a job's grace and exit code are
+promises (`errors.ERROR_CODES`), which this keeps. The rest is torchrun's way: the ranks meet at a store that the
+launcher holds, on a port that the system chose. What the recipe needs first is made before they start, by one process.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from distill_core.errors import EXIT_STOPPED, MEANINGS, ConfigError
+from distill_core.errors import ERROR_CODES, EXIT_STOPPED, ConfigError
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
@@ -67,8 +68,8 @@ class Launcher:
     def _wait(self) -> int:
         failed_at: float | None = None
         while any(process.poll() is None for process in self._running):
-            codes = [process.poll() for process in self._running]
-            if failed_at is None and any(code not in (None, 0, EXIT_STOPPED) for code in codes):
+            polled = [process.poll() for process in self._running]
+            if failed_at is None and any(code not in (None, 0, EXIT_STOPPED) for code in polled):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > _LAST_WORDS_S:
                 for process in self._running:
@@ -105,7 +106,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         event = {"event": "error", "type": "ConfigError", "message": str(error), "field": error.field}
         print(json.dumps(event), flush=True)
-        return MEANINGS[ConfigError].exit_code
+        return ERROR_CODES[ConfigError].exit_code
     code = launcher.run(module, spec, variables)
     del store  # the ranks met there until now
     return code
@@ -132,7 +133,7 @@ def _as_rank(parent: int, module: str, spec: str) -> int:
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
-def _needs_models_first(task: dict) -> bool:
+def _needs_models_first(task: dict[str, Any]) -> bool:
     """Whether the recipe names models by recipes of theirs, which are trained once, by one process."""
     return '"recipe":' in json.dumps(task["spec"]["recipe"]) or bool(task["spec"]["recipe"].get("pairs"))
 
@@ -147,7 +148,7 @@ def _preparation(spec: Path) -> Path:
 def _meeting_place(count: int) -> tuple[object, list[dict[str, str]]]:
     """A store for the ranks to meet at, which lives as long as it is held, and each rank's variables."""
     import torch
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     gpus = torch.cuda.device_count()
     if 0 < gpus < count:

@@ -15,7 +15,7 @@ from distill_core.artifacts import Manifest
 from distill_core.config import Config
 from distill_core.data import Source
 from distill_core.kinds import find_card, find_kind
-from distill_core.parity import ParitySample
+from distill_core.probe import ImageProbe
 from distill_core.recipe.tables import EvaluateConfig, ModelSource
 from distill_core.signature import Signature
 
@@ -131,7 +131,7 @@ class Kind(abc.ABC):
         """The model as a server reads it from `folder`, where its weights may be of less precision."""
         return model
 
-    def parity(self, model: Any) -> ParitySample | None:
+    def image_probe(self, model: Any) -> ImageProbe | None:
         """The model's picture of fixed inputs, in few numbers, for kinds that make pictures."""
         return None
 
@@ -148,6 +148,6 @@ class Kind(abc.ABC):
         return []
 
 
-def parity_of(model: Any) -> ParitySample | None:
+def image_probe_of(model: Any) -> ImageProbe | None:
     """A model's picture of fixed inputs, in few numbers; None for what makes no pictures."""
-    return find_kind(model.kind).parity(model)
+    return find_kind(model.kind).image_probe(model)

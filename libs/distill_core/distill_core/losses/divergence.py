@@ -71,6 +71,9 @@ class TimeBinNormalizer(nn.Module):
     KL: keep 0.9 or more below a batch of 256.
     """
 
+    edges: Tensor
+    means: Tensor
+
     def __init__(self, edges: Tensor, decay: float) -> None:
         super().__init__()
         self.decay = decay

@@ -1,4 +1,4 @@
-"""How far a student field is from its teacher, at shared samples and in the pixels that they add up to (PVD).
+"""Distances of a student field from its teacher, at shared samples and in the pixels that they add up to (PVD).
 
     d(a, b) = mean (a - b)^2,   or the Frobenius norm ||a - b|| over the whole batch, as in the official code
     feature = d([l, geo]_s, [l, geo]_t),   density = d(l_s, l_t),   color = d(c_s, c_t),   pixel = d(C_s, C_t)
@@ -20,7 +20,7 @@ Reduction = Literal["mean", "norm"]
 
 
 class FieldView(NamedTuple):
-    """What a field says along rays; None what was not asked for."""
+    """A field's outputs along rays; None for those not asked for."""
 
     log_density: Tensor  # (M,), clipped for the comparison
     geo: Tensor  # (M, F)
@@ -30,7 +30,7 @@ class FieldView(NamedTuple):
 
 
 class LossWeights(Config):
-    """Of each term. That of `feature` is multiplied by `feature_decay` at every step, from step 0 on."""
+    """Weight of each term. That of `feature` is multiplied by `feature_decay` at every step, from step 0 on."""
 
     feature: float = Field(ge=0)
     feature_decay: float = Field(gt=0, le=1)
@@ -51,7 +51,8 @@ def distance(student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
     """Scalar d(student, teacher); 0, with a gradient of 0, where there is nothing to compare."""
     difference = student - teacher
     if reduction == "norm":
-        return difference.norm()
+        length: Tensor = difference.norm()
+        return length
     return difference.square().sum() / max(difference.numel(), 1)
 
 
@@ -65,10 +66,10 @@ def distillation_terms(
     chosen = slice(None) if kept is None else kept
     terms: dict[str, Tensor] = {}
     if feature:
-        features = [
+        own, taught = (
             torch.cat([view.log_density[:, None], view.geo], -1)[chosen] for view in (student, teacher)
-        ]
-        terms["feature"] = distance(*features, reduction)
+        )
+        terms["feature"] = distance(own, taught, reduction)
     if student.radiance is not None and teacher.radiance is not None:
         terms["density"] = distance(student.log_density[chosen], teacher.log_density[chosen], reduction)
         terms["color"] = distance(student.radiance[chosen], teacher.radiance[chosen], reduction)

@@ -1,4 +1,4 @@
-"""What a picture holds beside its slow changes: edges (Sobel), and the frequencies above a cutoff (Fourier).
+"""High-frequency content of an image: edges (Sobel), and the frequencies above a cutoff (Fourier).
 
 L_hf = mean | |S(x)| - |S(y)| | + mean |A(x) - A(y)|          (after HiPA, arXiv 2311.18158)
 
@@ -41,7 +41,8 @@ def _smooth(x: Tensor, axis: int) -> Tensor:
 def high_pass(pictures: Tensor, cutoff: float = CUTOFF) -> Tensor:
     """`pictures` (B, C, H, W) without what lies at radial frequencies up to `cutoff` (cycles per pixel)."""
     waves = torch.fft.rfft2(pictures) * (_radius(pictures) > cutoff)
-    return torch.fft.irfft2(waves, s=pictures.shape[2:])
+    passed: Tensor = torch.fft.irfft2(waves, s=pictures.shape[2:])
+    return passed
 
 
 def edge_strength(pictures: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def spectrum(pictures: Tensor, cutoff: float = CUTOFF) -> Tensor:
 
     Rings are one cycle per picture wide. Of noise of variance 1 all have the amplitude 1.
     """
-    waves = torch.fft.rfft2(pictures, norm="ortho")
+    waves: Tensor = torch.fft.rfft2(pictures, norm="ortho")
     power = (waves.real.square() + waves.imag.square()).flatten(2)
     radius = _radius(pictures).flatten()
     kept = (radius > cutoff).nonzero().squeeze(-1)

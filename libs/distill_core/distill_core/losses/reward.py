@@ -5,7 +5,7 @@ hinge = E[ max(0, threshold - r(picture, cond)) ]       no gradient from picture
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,7 +20,7 @@ Conditions = dict[str, Tensor]
 
 
 class RewardConfig(Config):
-    """Which reward. All but `ink` read pictures with the recipe's `[extractor]`."""
+    """Choice of the reward. All but `ink` read images with the recipe's `[extractor]`."""
 
     name: Literal["ink", "class_probability", "text_similarity"] = "ink"
     texts: tuple[Words, ...] = Field(())  # text_similarity: one for all pictures, or one per class
@@ -31,6 +31,18 @@ class RewardModel(Protocol):
 
     def score(self, picture: Tensor, cond: Conditions) -> Tensor:
         """(B,) scores of pictures (B, C, H, W) in [-1, 1]; more is better."""
+        ...
+
+
+class TextImageModel(Protocol):
+    """A CLIP model: texts and pictures in one space."""
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """(K, D) of unit length."""
+        ...
+
+    def image_features(self, pictures: Tensor) -> Tensor:
+        """(B, D) of unit length, of pictures (B, C, H, W) in [-1, 1]."""
         ...
 
 
@@ -55,13 +67,14 @@ class ClassProbability:
 class TextSimilarity:
     """Cosine between a picture and a text in a CLIP model: of its class, or of all pictures."""
 
-    def __init__(self, clip: Any, texts: tuple[str, ...]) -> None:
-        self.clip, self.texts = clip, clip.text_features(texts)  # (K, D), unit length
+    def __init__(self, clip: TextImageModel, texts: tuple[str, ...]) -> None:
+        self.clip, self.text_features = clip, clip.text_features(texts)
 
     def score(self, picture: Tensor, cond: Conditions) -> Tensor:
-        texts = self.texts.to(picture.device)
-        wanted = texts if len(texts) == 1 else texts[cond["class_label"]]
-        return (self.clip.image_features(picture) * wanted).sum(1)
+        features = self.text_features.to(picture.device)
+        if len(features) > 1:
+            features = features[cond["class_label"]]
+        return (self.clip.image_features(picture) * features).sum(1)
 
 
 def build_reward(config: RewardConfig, extractor: Any, *, num_classes: int | None) -> RewardModel:
@@ -74,13 +87,13 @@ def build_reward(config: RewardConfig, extractor: Any, *, num_classes: int | Non
         return Ink()
     is_clip = hasattr(extractor, "text_features")
     if extractor is None or is_clip != (config.name == "text_similarity"):
-        wanted = (
+        extractors = (
             "a CLIP folder"
             if config.name == "text_similarity"
             else "a classifier, e.g. recipe = 'judge_digits'"
         )
         raise ConfigError(
-            f"reward {config.name!r} reads pictures with {wanted}: set [extractor]", field="extractor"
+            f"reward {config.name!r} reads pictures with {extractors}: set [extractor]", field="extractor"
         )
     if config.name == "class_probability":
         if num_classes is None:

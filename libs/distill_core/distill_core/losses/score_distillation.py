@@ -23,7 +23,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (x_sigma, sigma) -> x0, under it
 
 
 class Source(NamedTuple):
-    """What an edit begins with: the picture (B, ...), and the model under the words that describe it."""
+    """Source of an edit: the image (B, ...), and the model under the words that describe it."""
 
     x0: Tensor
     predict: Predict

@@ -18,7 +18,8 @@ def ssim_map(one: Tensor, other: Tensor) -> Tensor:
     window = (line[:, None] * line)[None, None]
 
     def mean(values: Tensor) -> Tensor:
-        return F.conv2d(values.flatten(0, 1)[:, None], window).unflatten(0, values.shape[:2]).squeeze(2)
+        means: Tensor = F.conv2d(values.flatten(0, 1)[:, None], window).unflatten(0, values.shape[:2])
+        return means.squeeze(2)
 
     a, b = mean(one), mean(other)
     var_a, var_b, cov = mean(one * one) - a * a, mean(other * other) - b * b, mean(one * other) - a * b

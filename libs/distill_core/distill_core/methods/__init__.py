@@ -6,6 +6,7 @@ import importlib
 import inspect
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 
 from distill_core.errors import ConfigError, NotFound, missing_package, nearest
 from distill_core.method import Method
@@ -40,13 +41,13 @@ def find_method(name: str) -> type[Method]:
         return _method_in(module)
     for entry in entry_points(group="distillery.methods"):
         if entry.name == name:
-            loaded = entry.load()
-            return loaded if inspect.isclass(loaded) else _method_in(loaded)
+            loaded: type[Method] | ModuleType = entry.load()
+            return loaded if isinstance(loaded, type) else _method_in(loaded)
     raise NotFound(f"no method is called {name!r}{nearest(name, method_names())}", field="method")
 
 
 def needs(method: type[Method]) -> list[str]:
-    """What the constructor asks for by keyword: teacher, student, network, data, seed."""
+    """Keyword names of the constructor: teacher, student, network, data, seed."""
     signature = inspect.signature(method.__init__)
     return [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
@@ -57,13 +58,13 @@ def family(method: type[Method]) -> str:
     return parts[2] if parts[:2] == ["distill_core", "methods"] else parts[0]
 
 
-def _method_in(module: object) -> type[Method]:
+def _method_in(module: ModuleType) -> type[Method]:
     name = getattr(module, "__name__", "")
-    found = [
+    methods = [
         value
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == name
     ]
-    if len(found) != 1:
-        raise ConfigError(f"{name} must define exactly one Method subclass, it defines {len(found)}")
-    return found[0]
+    if len(methods) != 1:
+        raise ConfigError(f"{name} must define exactly one Method subclass, it defines {len(methods)}")
+    return methods[0]

@@ -30,20 +30,20 @@ def words() -> dict[str, dict[str, str]]:
 
 def library_reference() -> dict[str, list[Table]]:
     """Chapters of tables: the recipe, data sources, methods, fields, figures."""
-    said = words()
+    descriptions = words()
     return {
-        "Recipe": list(tables(Recipe, "", said, upper=NAMED)),
-        "Evaluation": [table for name in kind_names() for table in _of_kind(name, said)],
+        "Recipe": list(tables(Recipe, "", descriptions, upper=NAMED)),
+        "Evaluation": [table for name in kind_names() for table in _of_kind(name, descriptions)],
         "Data sources": [
             table
             for name, cls in source_types().items()
-            for table in _about(cls.Config, f"data.{name}", cls, said)
+            for table in _about(cls.Config, f"data.{name}", cls, descriptions)
         ],
-        "Methods": [table for name in method_names() for table in _of_method(name, said)],
+        "Methods": [table for name in method_names() for table in _of_method(name, descriptions)],
         "Fields": [
             table
             for name, cls in FIELDS.items()
-            for table in _about(cls.Config, f"network.{name}", cls, said)
+            for table in _about(cls.Config, f"network.{name}", cls, descriptions)
         ],
         "Figures": [figures()],
     }
@@ -62,31 +62,33 @@ def settings_reference(settings: type[BaseModel], prefix: str) -> Table:
 
 
 def figures() -> Table:
-    """What is measured; all figures are numbers."""
-    said = words()
-    whole = [Key(name, "number", "", "", meaning) for name, meaning in said["figures"].items()]
+    """The figures that are measured; all are numbers."""
+    descriptions = words()
+    whole = [Key(name, "number", "", "", meaning) for name, meaning in descriptions["figures"].items()]
     parts = [Key(f"{name}…", "number", "", "", f"{meaning}: any figure above") for name, meaning in
-             said["figure_prefixes"].items()]  # fmt: skip
+             descriptions["figure_prefixes"].items()]  # fmt: skip
     meaning = (
         "What `evaluate` and `check` measure, and prefixes that say of what. Not every run has every figure."
     )
     return Table("figures", meaning, (*whole, *parts))
 
 
-def _of_method(name: str, said: dict[str, dict[str, str]]) -> list[Table]:
+def _of_method(name: str, descriptions: dict[str, dict[str, str]]) -> list[Table]:
     method = find_method(name)
     module: Any = inspect.getmodule(method)
-    return _about(method.Config, f"config.{name}", module, said)
+    return _about(method.Config, f"config.{name}", module, descriptions)
 
 
-def _of_kind(name: str, said: dict[str, dict[str, str]]) -> list[Table]:
+def _of_kind(name: str, descriptions: dict[str, dict[str, str]]) -> list[Table]:
     """The [evaluate] table of a method whose result is of this kind."""
     card = find_card(name)
-    first, *rest = tables(card.Evaluate, f"evaluate.{name}", said)
+    first, *rest = tables(card.Evaluate, f"evaluate.{name}", descriptions)
     return [replace(first, meaning=f"Of a result of the kind {name}. {first.meaning}"), *rest]
 
 
-def _about(model: type[BaseModel], path: str, described: Any, said: dict[str, dict[str, str]]) -> list[Table]:
+def _about(
+    model: type[BaseModel], path: str, described: Any, descriptions: dict[str, dict[str, str]]
+) -> list[Table]:
     """The tables of `model`, the first with the words of what it configures."""
-    first, *rest = tables(model, path, said)
+    first, *rest = tables(model, path, descriptions)
     return [replace(first, meaning=first_sentence(described)), *rest]

@@ -53,15 +53,15 @@ def tables(
     upper: Mapping[str, str] | None = None,
 ) -> Iterator[Table]:
     """The table of `model` and those inside it; `upper` names what users choose a name for, as `optim` its ROLE."""
-    said = dict(words.get("any", {}))
+    described = dict(words.get("any", {}))
     for place in (*(base.__name__ for base in reversed(model.__mro__)), path):
-        said |= words.get(place, {})
-    said |= meanings(model)
+        described |= words.get(place, {})
+    described |= meanings(model)
     schema = model.model_json_schema()
     inner, keys = [], []
     for name, field in model.model_fields.items():
         nested = _nested(field)
-        keys.append(_key(name, field, schema, said.get(name, field.description or "")))
+        keys.append(_key(name, field, schema, described.get(name, field.description or "")))
         if nested is not None:
             chosen = (upper or {}).get(name)
             deeper = f"{path}.{name}" if path else name
@@ -73,7 +73,10 @@ def tables(
     yield Table(path, first_sentence(model), tuple(keys))
     for nested, deeper in inner:
         first, *rest = tables(nested, deeper, words, upper=upper)
-        yield from (replace(first, meaning=first.meaning or said.get(deeper.rpartition(".")[2], "")), *rest)
+        yield from (
+            replace(first, meaning=first.meaning or described.get(deeper.rpartition(".")[2], "")),
+            *rest,
+        )
 
 
 def first_sentence(described: Any) -> str:
@@ -82,12 +85,12 @@ def first_sentence(described: Any) -> str:
 
 
 def meanings(model: type[BaseModel]) -> dict[str, str]:
-    """What the comments beside and above each field of a class say, or the docstring below it."""
-    found: dict[str, str] = {}
+    """The comments beside and above each field of a class, or the docstring below it."""
+    described: dict[str, str] = {}
     for base in reversed(model.__mro__):
         if issubclass(base, BaseModel) and not base.__module__.startswith("pydantic"):
-            found |= {name: said for name, said in _own_meanings(base) if said}
-    return found
+            described |= {name: meaning for name, meaning in _own_meanings(base) if meaning}
+    return described
 
 
 def _own_meanings(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
@@ -103,12 +106,12 @@ def _own_meanings(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
             first = node.lineno
             while first - 1 in alone:
                 first -= 1
-            said = [
+            lines = [
                 comments[line] for line in range(first, (node.end_lineno or first) + 1) if line in comments
             ]
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                said = [inspect.cleandoc(str(after.value.value))]
-            yield node.target.id, " ".join(said).rstrip(" ,")
+                lines = [inspect.cleandoc(str(after.value.value))]
+            yield node.target.id, " ".join(lines).rstrip(" ,")
 
 
 def _key(name: str, field: FieldInfo, schema: Mapping[str, Any], meaning: str) -> Key:
@@ -163,29 +166,29 @@ def _allowed(shape: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         own = _bounds(shape)
         for part in parts:
             resolved = definitions.get(part["$ref"].rpartition("/")[2], {}) if "$ref" in part else part
-            if resolved.get("type") != "object" and (said := own or _allowed(resolved, definitions)):
-                return said
+            if resolved.get("type") != "object" and (bounds := own or _allowed(resolved, definitions)):
+                return bounds
     return _bounds(shape)
 
 
-def _bounds(given: Mapping[str, Any]) -> str:
-    if given.get("pattern") == NAME_PATTERN:
+def _bounds(schema: Mapping[str, Any]) -> str:
+    if schema.get("pattern") == NAME_PATTERN:
         return "a plain name"
-    shape = dict(given)
+    shape = dict(schema)
     if shape.get("type") == "integer" and "exclusiveMaximum" in shape:
         shape["maximum"] = shape.pop("exclusiveMaximum") - 1
     low = [f"{_value(shape[key])}" if key == "minimum" else f"above {_value(shape[key])}"
            for key in ("minimum", "exclusiveMinimum") if key in shape]  # fmt: skip
     high = [_value(shape[key]) if key == "maximum" else f"below {_value(shape[key])}"
             for key in ("maximum", "exclusiveMaximum") if key in shape]  # fmt: skip
-    said = (
+    span = (
         " to ".join([*low, *high])
         if low and high
         else f"{low[0]} or more"
         if low and "above" not in low[0]
         else ""
     )
-    said = said or (
+    span = span or (
         low[0] if low else f"at most {high[0]}" if high and "below" not in high[0] else "".join(high)
     )
     more = [f"multiples of {_value(shape['multipleOf'])}"] if "multipleOf" in shape else []
@@ -195,7 +198,7 @@ def _bounds(given: Mapping[str, Any]) -> str:
         more.append(f"{count} entries")
     if "pattern" in shape:
         more.append(f"as {shape['pattern']}")
-    return ", ".join([*([said] if said else []), *more])
+    return ", ".join([*([span] if span else []), *more])
 
 
 def _nested(field: FieldInfo) -> type[BaseModel] | None:

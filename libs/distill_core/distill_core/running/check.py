@@ -14,10 +14,10 @@ from distill_core.errors import ConfigError
 from distill_core.recipe import load_recipe
 from distill_core.recipe.verdicts import verdict
 from distill_core.running.train import missing_first, train
-from distill_core.training.run import Listener
+from distill_core.training.run_folder import Listener
 
 
-def check(name: str, where: Context, *, listener: Listener | None = None) -> dict[str, Any]:
+def check(name: str, context: Context, *, listener: Listener | None = None) -> dict[str, Any]:
     """Run a recipe's claims and their ablations: `{name, passed, measured, ablation, also, seconds, ...}`.
 
     Raises:
@@ -28,18 +28,18 @@ def check(name: str, where: Context, *, listener: Listener | None = None) -> dic
         raise ConfigError(f"recipe {name} has no [check] table, so it claims nothing", field="check")
     claim = recipe.check
     sized = recipe.override(claim.set).model_copy(update={"publish": None})
-    missing_first(sized, where, listener)  # a teacher that must be trained first is not this method's time
+    missing_first(sized, context, listener)  # a teacher that must be trained first is not this method's time
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="distillery-check-") as scratch:
         folders = (Path(scratch) / str(number) for number in itertools.count())
-        said: dict[str, str] = {}
+        measured_with: dict[str, str] = {}
 
         def measure(changes: Mapping[str, Any]) -> list[dict[str, float]]:
             seeded = [sized.override(changes).model_copy(update={"seed": seed}) for seed in claim.seeds]
-            results = [train(run, next(folders), where, listener=listener) for run in seeded]
-            said.update(results[0].measured_with)
+            results = [train(run, next(folders), context, listener=listener) for run in seeded]
+            measured_with.update(results[0].measured_with)
             return [result.figures for result in results]
 
         judged = verdict(claim, measure)
     seconds = round(time.perf_counter() - began, 1)
-    return {"name": name, **judged, "measured_with": said, "seconds": seconds}
+    return {"name": name, **judged, "measured_with": measured_with, "seconds": seconds}

@@ -21,13 +21,13 @@ class Evaluation(NamedTuple):
     measured_with: dict[str, str]
 
 
-def evaluator_of(method: Method, source: Source, recipe: Recipe, where: Context) -> Evaluator | None:
-    """What measures the method's result; None for results that nothing measures but the method itself."""
+def evaluator_of(method: Method, source: Source, recipe: Recipe, context: Context) -> Evaluator | None:
+    """The evaluator of the method's result; None for results that nothing measures but the method itself."""
     kind = find_kind(method.kind)
     config = kind.Evaluate.parse(recipe.evaluate, where="evaluate")
     if kind.needs_held_out and config.data is None:
         return None
-    return kind.evaluator(method.main, source, config, where)
+    return kind.evaluator(method.main, source, config, context)
 
 
 def figures_of(method: Method, recipe: Recipe, evaluator: Any) -> Measured:
@@ -40,13 +40,13 @@ def figures_of(method: Method, recipe: Recipe, evaluator: Any) -> Measured:
     return Measured(own | measured.figures, measured.rests_on)
 
 
-def evaluate(ref: str, table: dict[str, Any], data: dict[str, Any] | None, where: Context) -> Evaluation:
+def evaluate(ref: str, table: dict[str, Any], data: dict[str, Any] | None, context: Context) -> Evaluation:
     """Figures of a published model on `data`, or on the data that the `[evaluate]` table names.
 
     Raises:
         ConfigError: nothing to measure with, or nothing to compare with.
     """
-    model = load(ref, where)
+    model = load(ref, context)
     if not hasattr(model, "kind"):
         raise ConfigError(
             f"nothing can be measured of {ref}: it measures other models; name it in evaluate instead",
@@ -54,11 +54,11 @@ def evaluate(ref: str, table: dict[str, Any], data: dict[str, Any] | None, where
         )
     kind = find_kind(model.kind)
     config = kind.Evaluate.parse(table, where="evaluate")
-    given = data or config.data
-    if given is None:
+    table_of_data = data or config.data
+    if table_of_data is None:
         raise ConfigError("evaluate needs data to compare with, e.g. data.name = 'digits'", field="data")
-    source = build_source(given, folders=where)
-    evaluator = kind.evaluator(model, source, config.model_copy(update={"data": None}), where)
+    source = build_source(table_of_data, folders=context)
+    evaluator = kind.evaluator(model, source, config.model_copy(update={"data": None}), context)
     if evaluator is None:
         raise ConfigError(
             f"nothing can be measured of {ref}, a {kind.name}: set what measures it in evaluate "

@@ -14,16 +14,16 @@ from distill_core.networks.denoiser import Denoiser
 from distill_core.recipe.tables import ModelSource
 
 
-def load(ref: str, where: Context, *, device: str = "cpu") -> Any:
+def load(ref: str, context: Context, *, device: str = "cpu") -> Any:
     """The model of a store reference, or of a folder's path."""
     path = Path(ref)
     if not path.is_dir():
-        return where.artifact(ref, device=device)
-    return load_model(path, device=device, models=where)
+        return context.artifact(ref, device=device)
+    return load_model(path, device=device, models=context)
 
 
 def merge_adapters(
-    terms: Sequence[tuple[str, float]], where: Context, *, base: str | None = None
+    terms: Sequence[tuple[str, float]], context: Context, *, base: str | None = None
 ) -> LoraDenoiser:
     """The adapter `a D1 + b D2 + …` of store references or folders with their weights, sampled as the first is.
 
@@ -32,25 +32,25 @@ def merge_adapters(
     Raises:
         ConfigError: a model without an adapter, adapters of different bases, or a base that nobody names.
     """
-    folders = {ref: _folder(ref, where) for ref, _ in terms}
+    folders = {ref: _folder(ref, context) for ref, _ in terms}
     for ref, folder in folders.items():
         if not has_adapter(folder):
             raise ConfigError(f"{ref} holds no adapter; only students of [student.lora] do", field="terms")
-    meant = {ref: read_base(folder / ADAPTER) for ref, folder in folders.items()}
-    if len({said.sha256 for said in meant.values() if said}) > 1:
-        over = ", ".join(f"{ref} adapts {said.ref or 'another'}" for ref, said in meant.items() if said)
+    bases = {ref: read_base(folder / ADAPTER) for ref, folder in folders.items()}
+    if len({known.sha256 for known in bases.values() if known}) > 1:
+        over = ", ".join(f"{ref} adapts {known.ref or 'another'}" for ref, known in bases.items() if known)
         raise ConfigError(f"only adapters of one model can be merged, and {over}", field="terms")
-    base = base or next((said.ref for said in meant.values() if said and said.ref), None)
+    base = base or next((known.ref for known in bases.values() if known and known.ref), None)
     if base is None:
         raise ConfigError(
             f"{terms[0][0]} does not name the model it adapts; give base, its reference or folder",
             field="base",
         )
-    model = plain(load(base, where))
+    model = plain(load(base, context))
     if not isinstance(model, Denoiser):
         raise ConfigError(f"{base} is no denoiser; give the model that the adapters adapt", field="base")
     return combined([(LoraDenoiser.load(model, folders[ref]), weight) for ref, weight in terms])
 
 
-def _folder(ref: str, where: Context) -> Path:
-    return Path(ref) if Path(ref).is_dir() else where.folder(ModelSource(artifact=ref))
+def _folder(ref: str, context: Context) -> Path:
+    return Path(ref) if Path(ref).is_dir() else context.folder(ModelSource(artifact=ref))

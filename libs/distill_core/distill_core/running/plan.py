@@ -14,25 +14,25 @@ from distill_core.recipe import Recipe
 from distill_core.training.memory import MemoryPlan, Unplannable, plan_memory, refusing_values
 
 
-def untrained(where: Context, folder: Path) -> Context:
+def untrained(context: Context, folder: Path) -> Context:
     """The same context with models made as recipes say, in `folder`, but not trained: for sizes and times."""
 
     def make(recipe: Recipe, target: Path) -> Path:
         with real_tensors():
-            method, _ = build(recipe, here)
+            method, _ = build(recipe, new_context)
             method.main.save(target / "model")
         return target / "model"
 
-    fetched = where.cache / "artifacts"
+    fetched = context.cache / "artifacts"
     fetched.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "artifacts").symlink_to(fetched.absolute())  # not fetched anew
-    here = replace(where, cache=folder, train=make)
-    return here
+    new_context = replace(context, cache=folder, train=make)
+    return new_context
 
 
-def plan(recipe: Recipe, where: Context) -> MemoryPlan:
-    """What training `recipe` needs of memory, in seconds and without having it: no weights are read.
+def plan(recipe: Recipe, context: Context) -> MemoryPlan:
+    """The memory that training `recipe` needs, in seconds and without having it: no weights are read.
 
     Scenes, whose steps depend on the values of their tensors and which are small, are made and take one step.
 
@@ -43,10 +43,10 @@ def plan(recipe: Recipe, where: Context) -> MemoryPlan:
         try:
             with fake_tensors():
                 with refusing_values(recipe.method):
-                    method, source = build(recipe, untrained(where, Path(scratch) / "fake"))
+                    method, source = build(recipe, untrained(context, Path(scratch) / "fake"))
                 return plan_memory(method, source, recipe)
         except Unplannable:
             if find_method(recipe.method).plan != "step":
                 raise
-        method, source = build(recipe, untrained(where, Path(scratch)))
+        method, source = build(recipe, untrained(context, Path(scratch)))
         return plan_memory(method, source, recipe)

@@ -11,14 +11,14 @@ from distill_core.building import names_of_results
 from distill_core.context import Context
 from distill_core.data import Source
 from distill_core.kinds import find_kind
-from distill_core.kinds.base import parity_of
+from distill_core.kinds.base import image_probe_of
 from distill_core.kinds.cards import described
 from distill_core.method import Method, Model
-from distill_core.parity import write_probe
 from distill_core.pictures import save_sheet
+from distill_core.probe import write_probe
 from distill_core.recipe import Recipe
 from distill_core.running.keys import move_alias, parents
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 
 
 def save_models(method: Method, source: Source, recipe: Recipe, run: Run) -> None:
@@ -34,7 +34,13 @@ def save_models(method: Method, source: Source, recipe: Recipe, run: Run) -> Non
 
 
 def publish(
-    method: Method, recipe: Recipe, run: Run, where: Context, figures: Mapping[str, float | str], *, job: str
+    method: Method,
+    recipe: Recipe,
+    run: Run,
+    context: Context,
+    figures: Mapping[str, float | str],
+    *,
+    job: str,
 ) -> Manifest:
     """Publish the run's models, the main one under the recipe's name, others as NAME-ROLE; the main one's manifest.
 
@@ -52,16 +58,16 @@ def publish(
             paper=method.paper,
             title=recipe.title,
             licence=recipe.publish.licence,
-            parents=parents(method, recipe, where),
+            parents=parents(method, recipe, context),
             job=job,
             recipe_sha256=hashlib.sha256(recipe.to_toml().encode()).hexdigest(),
             step=recipe.steps,
             metrics=dict(figures) if main else {},
-            parity=parity_of(find_kind(model.kind).as_saved(model, folder)),
+            parity=image_probe_of(find_kind(model.kind).as_saved(model, folder)),
             **described(model),
         )
-        published = where.store.publish(folder, draft, key=job)
-    move_alias(published, recipe, where, job)
+        published = context.store.publish(folder, draft, key=job)
+    move_alias(published, recipe, context, job)
     return published
 
 

@@ -13,24 +13,24 @@ from distill_core.data import Source
 from distill_core.method import Method
 from distill_core.recipe import Recipe
 from distill_core.running.evaluate import evaluator_of, figures_of
-from distill_core.running.hearing import (
+from distill_core.running.keys import MEASURED_WITH, move_alias, run_key
+from distill_core.running.listeners import (
     StoppedWhilePreparing,
     cpu_threads,
-    heard,
-    listener_now,
+    current_listener,
+    current_should_stop,
+    listening,
     preparing,
-    should_stop_now,
 )
-from distill_core.running.keys import MEASURED_WITH, move_alias, run_key
 from distill_core.running.publish import publish, save_models
 from distill_core.training.checkpoint import writing
 from distill_core.training.loop import Trainer
-from distill_core.training.run import Listener, Run
+from distill_core.training.run_folder import Listener, Run
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a training run left: its folder, its model's folder, its figures; `stopped` if it did not finish."""
+    """Result of a training run: its folder, its model's folder, its figures; `stopped` if it did not finish."""
 
     folder: Path
     step: int
@@ -43,24 +43,24 @@ class Result:
 
 
 def context(store: ArtifactStore | str | Path, cache: Path) -> Context:
-    """Where recipes find their teachers: a store, and a cache of models trained from recipes."""
+    """The context of recipes: a store, and a cache of models trained from recipes, which teachers come from."""
     opened = store if isinstance(store, ArtifactStore) else ArtifactStore(store)
 
     def train_into(recipe: Recipe, folder: Path) -> Path:
         inner = recipe.model_copy(update={"publish": None, "evaluate": {}})
-        stop = should_stop_now.get()
-        if train(inner, folder, here, listener=preparing(recipe), should_stop=stop).stopped:
+        stop = current_should_stop.get()
+        if train(inner, folder, new_context, listener=preparing(recipe), should_stop=stop).stopped:
             raise StoppedWhilePreparing
         return folder / "model"
 
-    here = Context(opened, cache, train_into)
-    return here
+    new_context = Context(opened, cache, train_into)
+    return new_context
 
 
 def train(
     recipe: Recipe,
     folder: Path,
-    where: Context,
+    context: Context,
     *,
     listener: Listener | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -72,59 +72,59 @@ def train(
         DistilleryError: a mistake in the recipe or its data, a diverged loss, a store that cannot be written.
     """
     try:
-        with heard(listener, should_stop), cpu_threads(recipe.threads):
-            return _train(recipe, Run(folder, listener), where, should_stop, job)
+        with listening(listener, should_stop), cpu_threads(recipe.threads):
+            return _train(recipe, Run(folder, listener), context, should_stop, job)
     except StoppedWhilePreparing:
         return Result(folder, 0, stopped=True)
 
 
 def prepare(
     recipe: Recipe,
-    where: Context,
+    context: Context,
     *,
     listener: Listener | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Make what `recipe` needs first (teachers by their recipes, pairs); False if it was stopped on the way."""
     try:
-        with heard(listener, should_stop), cpu_threads(recipe.threads):
-            method, source = build(recipe, where)
-            evaluator_of(method, source, recipe, where)
+        with listening(listener, should_stop), cpu_threads(recipe.threads):
+            method, source = build(recipe, context)
+            evaluator_of(method, source, recipe, context)
     except StoppedWhilePreparing:
         return False
     return True
 
 
-def missing_first(recipe: Recipe, where: Context, listener: Listener | None) -> None:
+def missing_first(recipe: Recipe, context: Context, listener: Listener | None) -> None:
     """Train what `recipe` and its evaluation need and the cache does not have."""
-    told = listener_now.set(listener)
+    token = current_listener.set(listener)
     try:
-        method, source = build(recipe, where)
-        evaluator_of(method, source, recipe, where)
+        method, source = build(recipe, context)
+        evaluator_of(method, source, recipe, context)
     finally:
-        listener_now.reset(told)
+        current_listener.reset(token)
 
 
-def _train(recipe: Recipe, run: Run, where: Context, should_stop: Callable[[], bool], job: str) -> Result:
-    recipe = for_its_teacher(recipe, where)
-    method, source = build(recipe, where)
+def _train(recipe: Recipe, run: Run, context: Context, should_stop: Callable[[], bool], job: str) -> Result:
+    recipe = for_its_teacher(recipe, context)
+    method, source = build(recipe, context)
     run.write_recipe(recipe)
-    evaluator = evaluator_of(method, source, recipe, where)  # a mistake in it is said before the training
+    evaluator = evaluator_of(method, source, recipe, context)  # a mistake in it is said before the training
     trainer = Trainer(method, source, recipe, run)
     skipped = getattr(source.pixels, "skipped", 0)  # damaged pictures that the data was told to leave out
-    if skipped and trainer.layout.keeps:
+    if skipped and trainer.strategy.keeps:
         run.metrics(0, {"skipped_pictures": skipped})
     outcome = trainer.train(should_stop)
     if outcome.stopped:
         return Result(run.folder, outcome.step, stopped=True)
     with trainer.averaged():
-        if not trainer.layout.keeps:
+        if not trainer.strategy.keeps:
             return Result(run.folder, outcome.step, False, main=False)
         key = job or run_key(run, recipe)
-        if recipe.publish and (known := where.store.published_with(recipe.publish.name, key)):
-            move_alias(known, recipe, where, key)
+        if recipe.publish and (known := context.store.published_with(recipe.publish.name, key)):
+            move_alias(known, recipe, context, key)
             return _known(run, known)
-        return _finished(method, source, recipe, run, where, evaluator, key)
+        return _finished(method, source, recipe, run, context, evaluator, key)
 
 
 def _finished(
@@ -132,7 +132,7 @@ def _finished(
     source: Source,
     recipe: Recipe,
     run: Run,
-    where: Context,
+    context: Context,
     evaluator: object,
     job: str,
 ) -> Result:
@@ -142,8 +142,8 @@ def _finished(
     measured = figures_of(method, recipe, evaluator)
     if skipped := getattr(source.pixels, "skipped", 0):
         measured.figures["skipped_pictures"] = float(skipped)
-    told = measured.figures | {MEASURED_WITH + name: words for name, words in measured.rests_on.items()}
-    manifest = publish(method, recipe, run, where, told, job=job) if recipe.publish else None
+    metrics = measured.figures | {MEASURED_WITH + name: words for name, words in measured.rests_on.items()}
+    manifest = publish(method, recipe, run, context, metrics, job=job) if recipe.publish else None
     return Result(
         run.folder,
         recipe.steps,
@@ -156,7 +156,7 @@ def _finished(
 
 def _known(run: Run, manifest: Manifest) -> Result:
     """The result of a run that was finished and published before."""
-    said = {name: value for name, value in manifest.metrics.items() if name.startswith(MEASURED_WITH)}
-    figures = {name: float(value) for name, value in manifest.metrics.items() if name not in said}
-    words = {name.removeprefix(MEASURED_WITH): str(value) for name, value in said.items()}
+    grounds = {name: value for name, value in manifest.metrics.items() if name.startswith(MEASURED_WITH)}
+    figures = {name: float(value) for name, value in manifest.metrics.items() if name not in grounds}
+    words = {name.removeprefix(MEASURED_WITH): str(value) for name, value in grounds.items()}
     return Result(run.folder, manifest.step, False, figures, words, manifest, again=True)

@@ -64,28 +64,28 @@ def build(
     _write(folder / ENGINE, info.model_dump_json(indent=1).encode())
 
 
-def fitting(folder: Path, here: Host, cache: Path) -> Path:
-    """`folder`, if its engines can run `here`; else a folder in `cache` with engines that are built for this machine.
+def fitting(folder: Path, host: Host, cache: Path) -> Path:
+    """`folder`, if its engines can run `host`; else a folder in `cache` with engines that are built for this machine.
 
     Raises:
         ArtifactError: the ONNX files that they were built from are not there, or TensorRT refuses one.
         Unavailable: the disk is full.
     """
     info = read_info(folder)
-    if info.host == here:
+    if info.host == host:
         return folder
     sources = [folder / SOURCES / f"{Path(file.plan).stem}.onnx" for file in info.engines]
     if not sources or not all(source.is_file() for source in sources):
-        require_host(folder, here)  # raises, and says how to rebuild
-    made_of = [info.target, here.model_dump(), [file.model_dump() for file in info.engines]]
+        require_host(folder, host)  # raises, and says how to rebuild
+    made_of = [info.target, host.model_dump(), [file.model_dump() for file in info.engines]]
     built = cache / "tensorrt" / "engines" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     log.warning(
         "engines of %s were built by %s, and here is %s, so this machine builds its own, if it has not already",
-        *(info.target, info.host, here),
+        *(info.target, info.host, host),
     )
     profiles = [file.profile for file in info.engines]
     try:
-        build(sources, profiles, built, target=info.target, host=here, cache=cache)
+        build(sources, profiles, built, target=info.target, host=host, cache=cache)
     except OSError as error:
         raise Unavailable(
             f"engines cannot be kept in {cache}: {error.strerror or error}; see to the disk"
@@ -145,7 +145,7 @@ def _write_timings(config: Any, path: Path) -> None:
 
 
 def _plan_key(onnx_sha256: str, profile: Profile, host: Host) -> str:
-    """What an engine depends on, as a file name."""
+    """File name of an engine, by all that it depends on."""
     built = [onnx_sha256, profile, host.model_dump(), OPTIMISATION_LEVEL, WORKSPACE_BYTES]
     return f"{hashlib.sha256(json.dumps(built, sort_keys=True).encode()).hexdigest()}.plan"
 
@@ -171,7 +171,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _sha256(path: Path) -> str:
-    """Of an ONNX file together with its side file."""
+    """Checksum of an ONNX file together with its side file."""
     digest = hashlib.sha256()
     for file in (path, path.with_name(f"{path.name}.data")):
         if file.exists():

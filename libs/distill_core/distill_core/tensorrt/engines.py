@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Host(Config):
-    """What an engine depends on."""
+    """Machine that an engine depends on."""
 
     tensorrt: str
     gpu: str
@@ -77,25 +77,25 @@ def read_info(folder: Path) -> EngineInfo:
         raise ArtifactError(f"{ENGINE} in {folder.name} cannot be read; convert the model again") from error
 
 
-def require_host(folder: Path, here: Host) -> EngineInfo:
-    """The folder's `engine.json`, if its engines can run `here`.
+def require_host(folder: Path, host: Host) -> EngineInfo:
+    """The folder's `engine.json`, if its engines can run `host`.
 
     Raises:
         ArtifactError: they cannot; it says how to rebuild them.
     """
     info = read_info(folder)
-    if info.host != here:
-        raise ArtifactError(f"this engine was built by {info.host}, and here is {here}; {_rebuild(info)}")
+    if info.host != host:
+        raise ArtifactError(f"this engine was built by {info.host}, and here is {host}; {_rebuild(info)}")
     return info
 
 
-def open_engine(folder: Path, name: str, here: Host) -> Engine:
-    """The engine `<name>.plan` of `folder`, on this machine, which is `here`.
+def open_engine(folder: Path, name: str, host: Host) -> Engine:
+    """The engine `<name>.plan` of `folder`, on this machine, which is `host`.
 
     Raises:
         ArtifactError: built for another GPU or TensorRT version, or damaged; it says how to rebuild.
     """
-    info = require_host(folder, here)
+    info = require_host(folder, host)
     trt, path = import_tensorrt(), folder / f"{name}.plan"
     try:
         plan = path.read_bytes()
@@ -161,10 +161,10 @@ class Engine:
         return held
 
     def _allocated(self, inputs: Arrays) -> _Buffers:
-        given = {name: torch.from_numpy(np.array(array)).cuda() for name, array in inputs.items()}
+        buffers = {name: torch.from_numpy(np.array(array)).cuda() for name, array in inputs.items()}
         shape = tuple(self._context.get_tensor_shape(self._output))
         output = torch.empty(shape, dtype=torch.float32, device="cuda")
-        return _Buffers(given, output, torch.empty(shape, dtype=torch.float32, pin_memory=True))
+        return _Buffers(buffers, output, torch.empty(shape, dtype=torch.float32, pin_memory=True))
 
     def _names(self, mode: Any) -> tuple[str, ...]:
         names = map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
@@ -187,7 +187,7 @@ def import_tensorrt() -> Any:
 def trt_logger(trt: Any) -> Any:
     """A logger of TensorRT's kind; `last_error` is what it said last of that severity."""
 
-    class Logger(trt.ILogger):  # TensorRT's messages go where ours go
+    class Logger(trt.ILogger):  # type: ignore[misc]  # TensorRT's messages go where ours go
         last_error = "see the log"
 
         def __init__(self) -> None:

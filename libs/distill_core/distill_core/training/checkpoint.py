@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill_core.errors import ArtifactError, Unavailable
-from distill_core.training.layout import place
+from distill_core.training.strategy import place
 
 log = logging.getLogger(__name__)
 STATE = "state.json"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from distill_core.training.layout import local, place
+from distill_core.training.strategy import local, place
 
 
 class EMA:

@@ -28,11 +28,10 @@ from distill_core.training.checkpoint import (
     save_checkpoint,
 )
 from distill_core.training.ema import EMA
-from distill_core.training.layout import Replicated, place, trained
 from distill_core.training.meter import Meter
 from distill_core.training.micro_batch import fitting_accumulate
 from distill_core.training.optimizers import build_optimizer, learning_rate
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 from distill_core.training.seeding import derive, seed_everything
 from distill_core.training.stages import (
     Placed,
@@ -45,6 +44,7 @@ from distill_core.training.stages import (
     stage_at,
     stage_optim,
 )
+from distill_core.training.strategy import Replicated, place, trained
 
 log = logging.getLogger(__name__)
 
@@ -80,13 +80,13 @@ class Trainer:
         self.alone = False  # True: a step of this process, whose gradients are not averaged with others'
 
     def arrange(self) -> None:
-        """Layout, optimisers and EMA of the networks as they are at the beginning of the stage."""
+        """Set up strategy, optimisers and EMA for the networks as they are at the beginning of the stage."""
         method, stage = self.method, self.placed.stage
         select_parameters(method, stage)
-        self.layout = _layout(method, self.accelerator, self.recipe.sharding)
-        self.parameters = self.layout.parameters
-        given = self.recipe.optim | self._stage_optim()
-        self.configs = {role: given.get(role, OptimConfig()) for role in method.roles}
+        self.strategy = _strategy(method, self.accelerator, self.recipe.sharding)
+        self.parameters = self.strategy.parameters
+        configs = self.recipe.optim | self._stage_optim()
+        self.configs = {role: configs.get(role, OptimConfig()) for role in method.roles}
         self.optimizers = {
             role: self._prepared(
                 build_optimizer(_module(method, role), self.parameters[role], self.configs[role])
@@ -111,12 +111,12 @@ class Trainer:
         self.method.to(self.accelerator.device)
         select_parameters(self.method, placed.stage)
         if begins_anew or self._trained_ids() != before:
-            if type(self.layout) is not Replicated:
+            if type(self.strategy) is not Replicated:
                 raise not_sharded(placed)
             self.arrange()
 
     def _trained_ids(self) -> dict[str, list[int]]:
-        """What each role trains now, by identity."""
+        """Identities of the parameters that each role trains now."""
         return {
             role: [id(value) for value in trained(_module(self.method, role))] for role in self.method.roles
         }
@@ -205,12 +205,12 @@ class Trainer:
 
     def _differentiated(self, generator: Iterator[Update], micro: int) -> Update | None:
         """A micro-batch's next update, its gradient added: activations must not wait for the other micro-batches."""
-        with self.layout.following():
+        with self.strategy.following():
             with self.accelerator.autocast():
                 update = next(generator, None)
             if update is None or update.loss is None:
                 return update
-            self.accelerator.backward(update.loss / micro, inputs=self.layout.leaves[update.role])
+            self.accelerator.backward(update.loss / micro, inputs=self.strategy.leaves[update.role])
         return replace(update, loss=update.loss.detach())
 
     def apply(self, updates: tuple[Update, ...]) -> dict[str, Tensor]:
@@ -223,7 +223,7 @@ class Trainer:
         if not torch.isfinite(loss):
             raise self._diverged(role, float(loss))
         if not self.alone:
-            self.layout.average(role)
+            self.strategy.average(role)
         if config.grad_clip is not None:
             self.accelerator.clip_grad_norm_(parameters, config.grad_clip)
         optimizer.step()
@@ -273,7 +273,7 @@ class Trainer:
 
     def _after_step(self, meter: Meter, values: dict[str, Tensor]) -> None:
         last = self.step == self.recipe.steps
-        if self.layout.keeps:
+        if self.strategy.keeps:
             meter.tick(self.step)
             if self.step % self.recipe.log_every == 0 or last:
                 self._log(meter, values)
@@ -288,7 +288,7 @@ class Trainer:
 
     def _sample(self) -> None:
         with self.averaged():
-            pictures = self._preview() if self.layout.keeps else None
+            pictures = self._preview() if self.strategy.keeps else None
         if pictures is not None:
             self.run.sample(self.step, pictures)
 
@@ -309,13 +309,13 @@ class Trainer:
             stack.enter_context(_evaluating(self.method))
             for role, ema in self.emas.items():
                 stack.enter_context(ema.applied(_module(self.method, role)))
-            stack.enter_context(self.layout.whole())
+            stack.enter_context(self.strategy.whole())
             yield
 
     def checkpoint(self) -> None:
         """Everything that the next steps depend on, written by one process; all call."""
-        tensors = self.layout.gathered(self.tensors())
-        if not self.layout.keeps:
+        tensors = self.strategy.gathered(self.tensors())
+        if not self.strategy.keeps:
             return
         save_checkpoint(
             self.run.checkpoints,
@@ -348,8 +348,8 @@ class Trainer:
         for role in self.method.roles:
             module = _module(self.method, role)
             present = module.state_dict()
-            given = {name: place(value, present.get(name, value)) for name, value in tensors[role].items()}
-            module.load_state_dict(given, strict=True)
+            weights = {name: place(value, present.get(name, value)) for name, value in tensors[role].items()}
+            module.load_state_dict(weights, strict=True)
             if role in self.optimizers:
                 load_optimizer_tensors(self.optimizers[role], tensors[f"{role}.optim"])
         for name in self.method.held:
@@ -362,10 +362,10 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the run folder's newest checkpoint, if there is one."""
-        found = load_latest(self.run.checkpoints, method=self.recipe.method)
-        if found is None:
+        checkpoint = load_latest(self.run.checkpoints, method=self.recipe.method)
+        if checkpoint is None:
             return
-        self.step, tensors = found
+        self.step, tensors = checkpoint
         try:
             self._return_to_stage(tensors)
             self.load(tensors)
@@ -412,7 +412,7 @@ def _evaluating(method: Method) -> Iterator[None]:
             module.training = True
 
 
-def _layout(method: Method, accelerator: Accelerator, sharding: str | None) -> Replicated:
+def _strategy(method: Method, accelerator: Accelerator, sharding: str | None) -> Replicated:
     if sharding is None or accelerator.num_processes == 1:
         return Replicated(method, accelerator)
     from distill_core.training.sharding import Sharded
@@ -421,13 +421,14 @@ def _layout(method: Method, accelerator: Accelerator, sharding: str | None) -> R
 
 
 def _module(method: Method, role: str) -> torch.nn.Module:
-    return getattr(method, role)
+    module: torch.nn.Module = getattr(method, role)
+    return module
 
 
 def _check_roles(method: Method, recipe: Recipe) -> None:
     tables: tuple[tuple[str, Iterable[str]], ...] = (("optim", recipe.optim), ("ema", recipe.ema))
-    for table, given in tables:
-        for role in given:
+    for table, roles in tables:
+        for role in roles:
             if role not in method.roles:
                 raise ConfigError(
                     f"unknown role {table}.{role}{nearest(role, method.roles)}", field=f"{table}.{role}"

@@ -1,4 +1,4 @@
-"""What a training run needs of memory, measured without having it: one step of the real loop on fake tensors.
+"""Memory that a training run needs, measured without having it: one step of the real loop on fake tensors.
 
     at the peak = weights + optimiser state + EMA + the most that is alive at once in a step
 
@@ -30,7 +30,7 @@ from distill_core.networks.fake_tensors import real_tensors
 from distill_core.recipe import Recipe
 from distill_core.training.batches import Batches, Draw
 from distill_core.training.loop import Trainer
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Unplannable(ConfigError):
 
 
 class Device(NamedTuple):
-    """What trains here, and its memory in bytes."""
+    """The device that trains here, and its memory in bytes."""
 
     name: str
     memory: int
@@ -82,8 +82,8 @@ class Device(NamedTuple):
 def training_device() -> Device:
     """The first GPU, or this machine."""
     if torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0)
-        return Device(found.name, found.total_memory, is_gpu=True)
+        gpu = torch.cuda.get_device_properties(0)
+        return Device(gpu.name, gpu.total_memory, is_gpu=True)
     return Device("this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), is_gpu=False)
 
 
@@ -101,7 +101,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made inside and not freed yet: `now`, and `peak` so far."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._sizes: dict[int, int] = {}
 
@@ -126,7 +126,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
-    """What training `method` as `recipe` says needs; under `fake_tensors()` it costs seconds and no memory.
+    """The memory that training `method` as `recipe` says needs; under `fake_tensors()` it costs seconds and no memory.
 
     Takes a step of the method, so its weights change where there are any. Of several processes each has its share of
     the batch. Where networks are sharded, the step has room for one whole, as if all its blocks were gathered at once.
@@ -158,7 +158,7 @@ def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
 
 
 def _divided(part: Part, processes: int) -> Part:
-    """What one of several processes holds of a part, of which they share all that is trained."""
+    """The share of a part that one of several processes holds; they divide all that is trained."""
     others = part.gradients - part.gradients // processes  # bytes of trained weights
     return replace(
         part,
@@ -175,10 +175,10 @@ def refusing_values(method: str) -> Iterator[None]:
     try:
         yield
     except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise Unplannable(
             f"the memory of method {method} cannot be planned, since it decides by values that a plan "
-            f"does not have ({said}); train a few steps and watch the device",
+            f"does not have ({reason}); train a few steps and watch the device",
             field="method",
         ) from error
 
@@ -203,7 +203,7 @@ def _faked(batch: Batch) -> Batch:
 
 
 def _make_optimizer_state(trainer: Trainer) -> None:
-    """What the optimisers allocate at their first step."""
+    """Make the optimisers allocate what they do at their first step."""
     for role, optimizer in trainer.optimizers.items():
         for parameter in trainer.parameters[role]:
             parameter.grad = torch.zeros_like(parameter)
@@ -243,7 +243,7 @@ def _parts(trainer: Trainer) -> Iterator[Part]:
 
 
 def _part(name: str, module: nn.Module, trainer: Trainer, seen: set[int]) -> Part:
-    """What `module` holds beyond what was `seen`, which it is added to."""
+    """The part of `module` beyond what was `seen`, which it is added to."""
     trees = [module, *_adapted(module)]
     parameters = _unseen((value for tree in trees for value in tree.parameters()), seen)
     buffers = _unseen((value for tree in trees for value in tree.buffers()), seen)

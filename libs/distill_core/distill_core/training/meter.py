@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
 from distill_core.recipe import Recipe
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Meter:
@@ -16,7 +20,7 @@ class Meter:
 
     def __init__(self, run: Run, recipe: Recipe, start: int, *, main: bool = True) -> None:
         self.batch_size = recipe.batch_size
-        self.run, self.steps, self.start, self.began, self.told = (
+        self.run, self.steps, self.start, self.began, self.reported = (
             run,
             recipe.steps,
             start,
@@ -27,9 +31,9 @@ class Meter:
 
     def tick(self, step: int) -> None:
         now = time.monotonic()
-        if now - self.told < 0.25 and step < self.steps:
+        if now - self.reported < 0.25 and step < self.steps:
             return
-        self.told = now
+        self.reported = now
         rate = (step - self.start) / max(now - self.began, 1e-9)
         self.run.tell(
             "progress",
@@ -50,7 +54,7 @@ class Meter:
             self.board.flush()
 
 
-def _tensorboard(run: Run) -> object | None:
+def _tensorboard(run: Run) -> SummaryWriter | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # metrics.jsonl has everything; TensorBoard is a convenience

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from distill_core.errors import out_of_memory
 from distill_core.recipe import Recipe
 from distill_core.reductions import alone
-from distill_core.training.layout import Parts
+from distill_core.training.strategy import Parts
 
 log = logging.getLogger(__name__)
 
 
 class Steps(Protocol):
-    """Of a trainer: steps that can be tried and taken back."""
+    """Interface of a trainer whose steps can be tried and taken back."""
 
     recipe: Recipe
     accelerator: Accelerator

@@ -26,7 +26,7 @@ def build_optimizer(
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
         )
-    cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
+    cls: type[torch.optim.Adam] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
     return cls(  # fused: one kernel for all tensors, a third of a small network's step on a CPU
         groups,
         lr=config.lr,
@@ -41,18 +41,18 @@ def _groups(
     module: nn.Module, parameters: Sequence[nn.Parameter], config: OptimConfig
 ) -> list[dict[str, Any]]:
     """The parameters by the first pattern that fits their name; the rest come last."""
-    wanted = {id(parameter) for parameter in parameters}
-    rest = [(name, value) for name, value in module.named_parameters() if id(value) in wanted]
-    found = []
+    trained = {id(parameter) for parameter in parameters}
+    rest = [(name, value) for name, value in module.named_parameters() if id(value) in trained]
+    groups = []
     for group in config.groups:
         own = [(name, value) for name, value in rest if fnmatchcase(name, group.match)]
         rest = [pair for pair in rest if not fnmatchcase(pair[0], group.match)]
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
         if own:
-            found.append(
+            groups.append(
                 {"params": [value for _, value in own], "lr_scale": group.lr_scale, "weight_decay": decay}
             )
-    return [*found, {"params": [value for _, value in rest], "lr_scale": 1.0}] if rest else found
+    return [*groups, {"params": [value for _, value in rest], "lr_scale": 1.0}] if rest else groups
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -68,4 +68,5 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
         return config.lr * (
             config.final_lr_ratio + (1 - config.final_lr_ratio) * (1 + math.cos(math.pi * done)) / 2
         )
-    return config.lr * max(config.final_lr_ratio, 1e-8) ** done
+    ratio: float = max(config.final_lr_ratio, 1e-8) ** done
+    return config.lr * ratio

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from distill_core.errors import ConfigError
 from distill_core.method import Method
-from distill_core.training.layout import Parts, Replicated, trained
+from distill_core.training.strategy import Parts, Replicated, trained
 
 _SMALLEST_UNIT = 1 / 256  # of a network's trained weights; a smaller block is gathered with what holds it
 _ADVICE = "leave sharding out, or use a method that shards"
@@ -40,7 +40,7 @@ class Sharded(Replicated):
 
     def __init__(self, method: Method, accelerator: Accelerator) -> None:
         self._networks = {role: getattr(method, role) for role in method.roles}
-        self._skins: dict[nn.Module, _Skin] = {}
+        self._unsharded: dict[nn.Module, _Unsharded] = {}
         # Of a network that returns a view, in case somebody changes that in place: the backward pass would say so.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -51,7 +51,7 @@ class Sharded(Replicated):
 
     def _shard(self, role: str, network: nn.Module, mesh: DeviceMesh) -> None:
         _check(role, network)
-        before = {module: _Skin.of(module) for module in network.modules()}
+        before = {module: _Unsharded.of(module) for module in network.modules()}
         originals = {name: weakref.ref(p) for name, p in network.named_parameters() if p.requires_grad}
         frozen = {p for p in network.parameters() if not p.requires_grad}
         for unit in [*_units(network), network]:
@@ -69,7 +69,7 @@ class Sharded(Replicated):
                 f"adapters and shared weights are; {_ADVICE}",
                 field="sharding",
             )
-        self._skins |= {module: skin.worn_under(module) for module, skin in before.items()}
+        self._unsharded |= {module: state.after_sharding(module) for module, state in before.items()}
 
     def _gathered_leaves(self, role: str) -> list[nn.Parameter]:
         """The whole weights that passes see, the same ones every time; their gradients become those of the shares."""
@@ -106,12 +106,12 @@ class Sharded(Replicated):
         try:
             yield
         except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
-            said = (str(error).splitlines() or [""])[0].rstrip(".")
+            reason = (str(error).splitlines() or [""])[0].rstrip(".")
             if not any(word in str(error) for word in ("DTensor", "FSDP", "storage")):
                 raise
             raise ConfigError(
                 f"sharding = 'fsdp' cannot follow this method: it uses a network's weights outside of a call of the "
-                f"network ({said}); {_ADVICE}",
+                f"network ({reason}); {_ADVICE}",
                 field="sharding",
             ) from error
 
@@ -122,10 +122,10 @@ class Sharded(Replicated):
             for role in self._networks:
                 for unit in self._units(role):
                     unit.reshard()
-            for module, skin in self._skins.items():
+            for module, state in self._unsharded.items():
                 parameters = {name: self._whole(p, gathered) for name, p in module._parameters.items()}
                 if self.keeps:
-                    stack.enter_context(skin.on(module, parameters))
+                    stack.enter_context(state.restored(module, parameters))
             yield
 
     def _whole(
@@ -139,39 +139,41 @@ class Sharded(Replicated):
         return gathered[parameter]
 
     def gathered(self, tensors: Parts) -> Parts:
-        found = {
+        whole = {
             part: {name: self._full(value) for name, value in values.items()}
             for part, values in tensors.items()
         }
-        return found if self.keeps else {}
+        return whole if self.keeps else {}
 
     def _full(self, value: Tensor) -> Tensor:
         if not isinstance(value, DTensor):
             return value
-        full = value.detach().full_tensor()
+        share = value.detach()
+        assert isinstance(share, DTensor)
+        full: Tensor = share.full_tensor()
         return full.cpu() if self.keeps else full.new_empty(0)  # one at a time: they need not fit together
 
 
-class _Skin(NamedTuple):
-    """What `fully_shard` changes of a module beside its parameters: its class, its hooks, and entries that it adds."""
+class _Unsharded(NamedTuple):
+    """State of a module that `fully_shard` changes beside parameters: its class, hooks, and entries that it adds."""
 
     cls: type
     hooks: dict[str, Any]
-    names: frozenset[str]  # of all entries; of those that it added, once worn
+    names: frozenset[str]  # of all entries; once sharded, of those that it added
 
     @classmethod
-    def of(cls, module: nn.Module) -> _Skin:
+    def of(cls, module: nn.Module) -> _Unsharded:
         hooks = {name: copy.copy(value) for name, value in vars(module).items() if "_hooks" in name}
         return cls(type(module), hooks, frozenset(vars(module)))
 
-    def worn_under(self, module: nn.Module) -> _Skin:
+    def after_sharding(self, module: nn.Module) -> _Unsharded:
         return self._replace(names=frozenset(vars(module)) - self.names)
 
     @contextlib.contextmanager
-    def on(self, module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> Iterator[None]:
+    def restored(self, module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> Iterator[None]:
         """The module as it was, with these parameters, for the duration."""
         changed = {name: vars(module)[name] for name in (*self.hooks, *self.names, "_parameters")}
-        worn = type(module)
+        sharded = type(module)
         for name in self.names:
             del vars(module)[name]
         vars(module).update(self.hooks, _parameters=parameters)
@@ -179,7 +181,7 @@ class _Skin(NamedTuple):
         try:
             yield
         finally:
-            module.__class__ = worn
+            module.__class__ = sharded
             vars(module).update(changed)
 
 
@@ -197,17 +199,17 @@ def _check(role: str, network: nn.Module) -> None:
 
 
 def _units(network: nn.Module) -> list[nn.Module]:
-    """What is gathered and freed by itself, inner modules first: blocks of some size, and what is called apart."""
+    """Modules that are gathered and freed on their own, inner ones first: large blocks, and those called apart."""
     smallest = _SMALLEST_UNIT * _size(network)
-    wanted: set[nn.Module] = set()
-    found: list[nn.Module] = []
+    chosen: set[nn.Module] = set()
+    units: list[nn.Module] = []
     for module in _always_run(network):
         if isinstance(module, nn.ModuleList):
-            wanted |= {block for block in module if block is not None and _size(block) > smallest}
-        wanted |= set(getattr(module, "called_apart", ()))
-        if module in wanted and not isinstance(module, nn.ModuleList):
-            found.append(module)
-    return found[::-1]  # a module came before what it holds
+            chosen |= {block for block in module if block is not None and _size(block) > smallest}
+        chosen |= set(getattr(module, "called_apart", ()))
+        if module in chosen and not isinstance(module, nn.ModuleList):
+            units.append(module)
+    return units[::-1]  # a module came before what it holds
 
 
 def _size(network: nn.Module) -> int:

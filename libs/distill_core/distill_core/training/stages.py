@@ -61,7 +61,7 @@ def check_tables(placed: Sequence[Placed], tables: Mapping[str, object]) -> None
 
 
 def stage_optim(tables: Mapping[str, StageConfig], placed: Placed) -> dict[str, OptimConfig]:
-    """What `[stages.NAME.optim]` says, by role; {} without such a table."""
+    """The optimisers of `[stages.NAME.optim]`, by role; {} without such a table."""
     table = tables.get(placed.stage.name)
     return {} if table is None else table.optim
 

@@ -23,7 +23,7 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from distill_core.artifacts import ArtifactStore
-from distill_core.artifacts.garbage import Found, find_garbage, remove_upload, remove_version
+from distill_core.artifacts.garbage import StoreGarbage, find_garbage, remove_upload, remove_version
 from distill_core.errors import ConfigError
 from distill_service.jobs.database import Database
 from distill_service.jobs.states import now
@@ -93,7 +93,12 @@ def collect(db: Database, runs: Path, store: ArtifactStore, rules: Rules, *, dry
 
 
 def _models(
-    db: Database, store: ArtifactStore, rules: Rules, found: Found, seen: tuple[set[str], int], dry_run: bool
+    db: Database,
+    store: ArtifactStore,
+    rules: Rules,
+    found: StoreGarbage,
+    seen: tuple[set[str], int],
+    dry_run: bool,
 ) -> Iterator[Garbage]:
     """`seen`: the open jobs when the search began, and the last event then; later ones are asked for anew."""
     open_jobs, mark = seen

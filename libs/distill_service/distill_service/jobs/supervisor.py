@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from distill_core.errors import EXIT_OUT_OF_MEMORY, EXIT_STOPPED, MEANINGS, DistilleryError, Unavailable
+from distill_core.errors import ERROR_CODES, EXIT_OUT_OF_MEMORY, EXIT_STOPPED, DistilleryError, Unavailable
 from distill_service.jobs import queue
 from distill_service.jobs.child import Child, FolderBusy, log_tail, prepare_run
 from distill_service.jobs.database import Database
@@ -33,7 +33,7 @@ _POLL_S = 0.25  # how often a cancel is looked for
 _STOP_TOGETHER_S = 1.0
 _REPORT_S = 1.0  # progress is stored at most this often
 Observer = Callable[[Claim, Mapping[str, Any]], None]  # told of each message of a job
-_EXIT_RETRY = MEANINGS[Unavailable].exit_code
+_EXIT_RETRY = ERROR_CODES[Unavailable].exit_code
 _log = structlog.get_logger("distillery.jobs")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill_core import errors
-from distill_core.errors import EXIT_OUT_OF_MEMORY, EXIT_STOPPED, ConfigError, meaning
+from distill_core.errors import EXIT_OUT_OF_MEMORY, EXIT_STOPPED, ConfigError, codes_of
 from distillery_cli.jobs.values import job_values, kind_name, response_values, state_name
 from distillery_cli.terminal.output import (
     AsJson,
@@ -323,6 +323,6 @@ def exit_code(job: Job) -> int:
         return EXIT_OUT_OF_MEMORY
     cls = getattr(errors, job.error.type, errors.DistilleryError)
     known = isinstance(cls, type) and issubclass(cls, errors.DistilleryError)
-    return meaning(
+    return codes_of(
         cls("") if known and cls is not errors.Overloaded else errors.DistilleryError("")
     ).exit_code

@@ -102,7 +102,7 @@ def _form(wanted: str, total: LoraDenoiser) -> Literal["merged", "adapter"]:
 
 def _publish(total: LoraDenoiser, name: str, terms: list[Term], context: Context) -> Manifest:
     from distill_core.artifacts import Manifest
-    from distill_core.kinds.base import parity_of
+    from distill_core.kinds.base import image_probe_of
 
     parents = [context.store.manifest(ref) for ref, _ in terms if not Path(ref).is_dir()]
     licences = dict.fromkeys(parent.licence for parent in parents)
@@ -113,7 +113,7 @@ def _publish(total: LoraDenoiser, name: str, terms: list[Term], context: Context
         ),
         parents=tuple(parent.ref for parent in parents),
         **({"licence": " AND ".join(licences)} if licences else {}),
-        parity=parity_of(total),
+        parity=image_probe_of(total),
         **described(total),
     )
     with tempfile.TemporaryDirectory(prefix="distillery-merge-") as scratch:

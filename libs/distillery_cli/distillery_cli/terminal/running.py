@@ -11,7 +11,7 @@ from distill_core.errors import (
     EXIT_OUT_OF_MEMORY,
     ConfigError,
     DistilleryError,
-    meaning,
+    codes_of,
     out_of_memory,
 )
 from distill_core.library_bars import hide_library_bars
@@ -50,7 +50,7 @@ def _report(error: Exception) -> int:
         return _usage(error)
     translated = _known(error)
     if translated is not None:
-        return _failed(str(translated), meaning(translated).exit_code)
+        return _failed(str(translated), codes_of(translated).exit_code)
     memory_error = out_of_memory(error)
     if memory_error is not None:
         return _failed(memory_error, EXIT_OUT_OF_MEMORY)

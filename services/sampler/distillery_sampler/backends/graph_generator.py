@@ -10,7 +10,7 @@ import numpy as np
 
 from distill_core.artifacts import Manifest
 from distill_core.diffusion.guidance import guide
-from distill_core.diffusion.image_to_image import Beginning
+from distill_core.diffusion.image_to_image import InitImage
 from distill_core.diffusion.routing import ROUTER
 from distill_core.diffusion.sampling import sample
 from distill_core.errors import ConfigError
@@ -102,7 +102,7 @@ class GraphGenerator(Generator):
     def held(self) -> dict[Hashable, int]:
         return {id(self): self._files}
 
-    def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> Beginning | None:
+    def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> InitImage | None:
         if key.init_image is None:
             return None
         y = init_pictures(items)

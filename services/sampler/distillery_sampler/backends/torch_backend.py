@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from distill_core.artifacts import Manifest
-from distill_core.diffusion.image_to_image import Beginning
+from distill_core.diffusion.image_to_image import InitImage
 from distill_core.diffusion.sampling import sample
 from distill_core.errors import ArtifactError
 from distill_core.kinds.cards import generator_card, scene_spec, served_by
@@ -162,7 +162,7 @@ class TorchGenerator(Generator):
         pictures = self._to_host(self._denoiser.decode(x0).clamp(-1, 1))
         return pictures if key.init_image is None else with_known_pixels(pictures, items)
 
-    def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> Beginning | None:
+    def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> InitImage | None:
         if key.init_image is None:
             return None
         y = self._denoiser.encode(torch.from_numpy(init_pictures(items)).to(self._device))

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from distill_core.artifacts import Manifest
-from distill_core.diffusion.image_to_image import Beginning
+from distill_core.diffusion.image_to_image import InitImage
 from distill_core.errors import ConfigError, DataError
 from distill_core.kinds.cards import generator_card
 from distill_core.pictures import on_white, read_image, upright_size
@@ -63,14 +63,14 @@ def decode_init_image(wish: ImageInput, manifest: Manifest) -> tuple[DecodedImag
     )
 
 
-def beginning(key: InitImageKey, y: np.ndarray, items: Sequence[ImageItem]) -> Beginning:
+def beginning(key: InitImageKey, y: np.ndarray, items: Sequence[ImageItem]) -> InitImage:
     """What sampling begins from: `y` are the items' pictures in the network's own space (B, C, H, W)."""
     known = known_pixels(items)
     if known is not None and known.shape[-2:] != y.shape[-2:]:  # a latent is known if all its pixels are
         rows, columns = known.shape[-2] // y.shape[-2], known.shape[-1] // y.shape[-1]
         cells = (len(items), 1, y.shape[-2], rows, y.shape[-1], columns)
         known = known.reshape(cells).min((3, 5))
-    return Beginning(y, key.strength, known, key.block)
+    return InitImage(y, key.strength, known, key.block)
 
 
 def init_pictures(items: Sequence[ImageItem]) -> np.ndarray:

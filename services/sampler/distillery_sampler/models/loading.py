@@ -16,7 +16,7 @@ import structlog
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.errors import ArtifactError, DistilleryError, Unavailable, out_of_memory
 from distill_core.kinds.cards import generator_card
-from distill_core.parity import SEED, VIEW_DEGREES, VIEW_SIDE
+from distill_core.probe import SEED, VIEW_DEGREES, VIEW_SIDE
 from distillery_sampler.backends.base import Backend, Functions, Generator, SceneRenderer
 from distillery_sampler.backends.fixed import Padded, PaddedFunctions
 from distillery_sampler.backends.opening import Choice, choices, open_backend

@@ -10,7 +10,7 @@ import numpy as np
 
 from distill_core.artifacts import Manifest
 from distill_core.errors import ArtifactError, ConfigError, DistilleryError, out_of_memory
-from distill_core.parity import Probe, read_probe
+from distill_core.probe import Probe, read_probe
 from distillery_sampler.backends.base import Functions
 from distillery_sampler.backends.fixed import PaddedFunctions
 from distillery_sampler.engine.predict import cost_by

@@ -25,7 +25,7 @@ from distill_core.networks.adapters import ADAPTER, LoraDenoiser, has_adapter, p
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.generation import generate, preview
-from distill_core.parity import SEED, ParitySample
+from distill_core.probe import SEED, ImageProbe
 from distill_core.recipe.tables import EvaluateConfig
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class DenoiserKind(Kind):
     ) -> Tensor | None:
         return preview(model, seed)
 
-    def parity(self, model: Denoiser) -> ParitySample | None:
+    def image_probe(self, model: Denoiser) -> ImageProbe | None:
         device = next(model.parameters()).device
         num_steps = min(model.sampler.step_counts, default=1)
         label = prompt = None
@@ -89,7 +89,7 @@ class DenoiserKind(Kind):
             except ConfigError:  # without a text encoder
                 return None
         (picture,) = generate(model, cond, 1, seed=SEED, num_steps=num_steps, guidance=1.0)
-        return ParitySample.of(
+        return ImageProbe.of(
             picture.numpy(), seed=SEED, num_steps=num_steps, class_label=label, prompt=prompt
         )
 

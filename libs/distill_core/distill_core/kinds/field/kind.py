@@ -20,7 +20,7 @@ from distill_core.kinds.field.card import Evaluate
 from distill_core.kinds.loading import config_kind
 from distill_core.metrics.lpips import LPIPS
 from distill_core.networks.fake_tensors import real_tensors
-from distill_core.parity import SEED, ParitySample
+from distill_core.probe import SEED, ImageProbe
 from distill_core.radiance.cameras.camera import Camera, orbit_camera
 from distill_core.radiance.scenes.scene import Scene, load_scene, parity_view, render
 from distill_core.recipe.tables import EvaluateConfig
@@ -76,12 +76,12 @@ class FieldKind(SceneKind):
     def as_saved(self, model: Scene, folder: Path) -> Scene:
         return self.load(folder)
 
-    def parity(self, model: Scene) -> ParitySample | None:
+    def image_probe(self, model: Scene) -> ImageProbe | None:
         try:
             seen = render(model, parity_view(model.spec))
         except ConfigError:  # latents, no colours
             return None
-        return ParitySample.of(seen.rgb.permute(2, 0, 1).float().cpu().numpy(), seed=SEED)
+        return ImageProbe.of(seen.rgb.permute(2, 0, 1).float().cpu().numpy(), seed=SEED)
 
 
 KIND = FieldKind()

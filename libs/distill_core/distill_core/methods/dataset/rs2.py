@@ -52,7 +52,9 @@ class RS2(Method):
         return {"x0": "the classifier", "class_label": "the cross-entropy"}
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
-        yield Update("classifier", F.cross_entropy(self.classifier(batch.x0), batch.columns["class_label"]))
+        yield Update(
+            "classifier", F.cross_entropy(self.classifier(batch.columns["x0"]), batch.columns["class_label"])
+        )
 
     def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """Items of one round, and of the whole set, which has to be there while it trains."""

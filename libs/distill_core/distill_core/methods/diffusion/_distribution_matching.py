@@ -20,6 +20,7 @@ from distill_core.method import Batch, Cond, Method, MethodConfig, Update
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_score import FakeScore
 from distill_core.networks.levels import Levels, descending, few_step_sampler, student_levels
+from distill_core.networks.routed import RoutedFakeScore
 
 
 class MatchingConfig(MethodConfig):
@@ -43,7 +44,8 @@ class MatchingConfig(MethodConfig):
 class DistributionMatching(Method):
     """A variant overrides one of `target`, `weigh`, `student_rests`, `critic_updates`, `generate`, `student_loss`."""
 
-    roles = ("fake_score", "student")
+    roles: tuple[str, ...] = ("fake_score", "student")
+    fake_score: FakeScore | RoutedFakeScore
 
     def __init__(
         self, config: MatchingConfig, *, teacher: Denoiser, student: Denoiser, pairs: Pairs | None = None
@@ -83,12 +85,13 @@ class DistributionMatching(Method):
             direction = self.weigh(dm_direction(fake_x0, teacher_x0, x0), logits, sigma)
         loss = surrogate_loss(x0, direction)
         if self.config.gan_weight:  # through the trunk into x0; the loop steps the student alone
+            assert logits is not None
             loss = loss + self.config.gan_weight * generator_loss(logits)
         return loss, {"score_gap": direction.abs().mean(), "x0_std": x0.detach().std()}
 
     @property
     def num_levels(self) -> int:
-        """How many levels the student has where `config.levels` does not say them."""
+        """Number of the student's levels where `config.levels` does not name them."""
         return 1
 
     @property
@@ -101,7 +104,7 @@ class DistributionMatching(Method):
         return False
 
     def target(self, step: int) -> Denoiser:
-        """Whose score the student's samples must have at this step."""
+        """The denoiser whose score the student's samples are matched to at this step."""
         return self.teacher
 
     def fake_with_logits(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
@@ -117,7 +120,7 @@ class DistributionMatching(Method):
         return direction
 
     def critic_updates(self, x0: Tensor, batch: Batch) -> Iterator[Update]:
-        """What learns from the student's samples `x0`, which carry no gradient."""
+        """Updates of what learns from the student's samples `x0`, which carry no gradient."""
         yield Update("fake_score", self.fake_score_loss(x0, batch))
 
     def fake_score_loss(self, x0: Tensor, batch: Batch) -> Tensor:
@@ -137,7 +140,7 @@ class DistributionMatching(Method):
 
     def with_real(self, x0: Tensor, sigma: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Cond]:
         """Samples, then real pictures, noised to the same levels: x_sigma (2B, C, H, W), sigma and condition."""
-        both = add_noise(torch.cat([x0, self.teacher.encode(batch.x0)]), sigma.repeat(2))
+        both = add_noise(torch.cat([x0, self.teacher.encode(batch.columns["x0"])]), sigma.repeat(2))
         cond = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in batch.cond.items()}
         return both, sigma.repeat(2), cond
 
@@ -161,16 +164,18 @@ class DistributionMatching(Method):
         if (
             self.config.rollout == "noised_data"
         ):  # the mismatch of training and sampling that simulation removes
-            return add_noise(self.teacher.encode(batch.x0), x.new_full((batch.size,), levels[-1]))
+            return add_noise(self.teacher.encode(batch.columns["x0"]), x.new_full((batch.size,), levels[-1]))
         for level, following in itertools.pairwise(levels):
             x = add_noise(self.call_student(x, level, batch.cond), x.new_full((batch.size,), following))
         return x
 
     def call_student(self, x: Tensor, level: float, cond: Cond) -> Tensor:
-        return self.student(x, x.new_full((len(x),), level), cond)
+        x0: Tensor = self.student(x, x.new_full((len(x),), level), cond)
+        return x0
 
     def regression_loss(self, count: int) -> Tensor:
         """Mean square distance of the student's first call from what the teacher's ODE makes of the same noise."""
+        assert self.pairs is not None
         pairs = self.pairs.draw(count)
         cond = {name: value.to(self.device) for name, value in pairs.cond.items()}
         x = pairs.z.to(self.device) * self.student.sampler.noise_scale

@@ -14,10 +14,10 @@ from distill_core.errors import ConfigError
 from distill_core.losses.denoising import add_noise, denoising_loss
 from distill_core.losses.matching import dm_direction, eps_direction, surrogate_loss
 from distill_core.method import Batch, Cond, Method, MethodConfig, Update
-from distill_core.networks.adapters import LoraConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_score import FakeScore
 from distill_core.networks.levels import Level, few_step_sampler, student_levels
+from distill_core.recipe.tables import LoraConfig
 
 
 class ScoreConfig(MethodConfig):
@@ -52,11 +52,13 @@ class ScoreDistillation(Method):
         self.law = self.guidance_law(config)
         self._check_null_condition()
         self.fake_score = FakeScore(teacher, lora=config.lora if config.fake_score == "lora" else None)
-        given = () if config.level is None else (config.level,)
-        student.sampler = few_step_sampler(student, student_levels(teacher, given, field="config.level"))
+        levels = student_levels(
+            teacher, () if config.level is None else (config.level,), field="config.level"
+        )
+        student.sampler = few_step_sampler(student, levels)
 
     def guidance_law(self, config: Any) -> GuidanceLaw:
-        """Where a step's scale comes from."""
+        """Distribution of a step's guidance scale."""
         raise NotImplementedError
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
@@ -74,7 +76,7 @@ class ScoreDistillation(Method):
         )
 
     def direction(self, x0: Tensor, batch: Batch) -> Tensor:
-        """Where the samples must not go (B, C, H, W): one draw of level, noise and scale for both scores."""
+        """Difference of the two scores (B, C, H, W), to be descended: at one draw of level, noise and scale."""
         sigma = self.sample_sigma(x0, self.config.min_level, self.config.max_level)
         x_sigma, guidance = add_noise(x0, sigma), self.law.draw(x0)
         teacher_x0 = self.teacher.guided(x_sigma, sigma, self.teacher_cond(batch), guidance)
@@ -99,18 +101,19 @@ class ScoreDistillation(Method):
         )
 
     def teacher_cond(self, batch: Batch) -> Cond:
-        """What the teacher is told of the batch; the student is told all of it."""
+        """Condition of the teacher; the student has all of the batch's."""
         return batch.cond
 
     def fake_cond(self, batch: Batch) -> Cond:
-        """What the fake score is told of the batch."""
+        """Condition of the fake score."""
         return batch.cond
 
     def generate(self, batch: Batch) -> Tensor:
         """x0 of the student's one step, from fresh noise."""
         image, spec = self.student.image, self.student.sampler
         z = torch.randn(batch.size, image.channels, image.height, image.width, device=self.device)
-        return self.student(z * spec.noise_scale, z.new_full((batch.size,), spec.sigmas[0]), batch.cond)
+        x0: Tensor = self.student(z * spec.noise_scale, z.new_full((batch.size,), spec.sigmas[0]), batch.cond)
+        return x0
 
     def sample_sigma(self, like: Tensor, low: float, high: float) -> Tensor:
         """(B,) levels, uniform on a part of the teacher's own noise grid."""

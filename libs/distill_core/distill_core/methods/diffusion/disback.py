@@ -22,6 +22,7 @@ from distill_core.losses.matching import dm_direction
 from distill_core.method import Batch, Update
 from distill_core.methods.diffusion._distribution_matching import DistributionMatching, MatchingConfig
 from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.fake_score import FakeScore
 from distill_core.reductions import over_processes
 
 
@@ -37,6 +38,8 @@ class DisBack(DistributionMatching):
         "Zhang et al. 2024, Distribution Backtracking Builds A Faster Convergence Trajectory for One-step "
         "Diffusion Distillation, arXiv 2408.15991"
     )
+    config: Config
+    fake_score: FakeScore
 
     def __init__(
         self, config: Config, *, teacher: Denoiser, student: Denoiser, pairs: Pairs | None = None

@@ -67,6 +67,7 @@ class FDistill(DistributionMatching):
     paper = (
         "Xu et al. 2025, One-step Diffusion Models with f-Divergence Distribution Matching, arXiv 2502.15681"
     )
+    config: Config
 
     def __init__(
         self, config: Config, *, teacher: Denoiser, student: Denoiser, pairs: Pairs | None = None
@@ -82,6 +83,7 @@ class FDistill(DistributionMatching):
         """The direction times h(r), which has mean 1."""
         if self.config.divergence == "reverse_kl":
             return direction
+        assert logits is not None
         ratio = density_ratio(logits, self.config.ratio_min, self.config.ratio_max)
         weight = divergence_weight(self.config.divergence, self.normalizer(ratio, sigma))
         return direction * expand(batch_normalised(weight), direction)
@@ -95,7 +97,8 @@ class FDistill(DistributionMatching):
     def teacher_logits(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """Logits (B,) of the discriminator's head on the frozen teacher's features."""
         _, features = self.teacher.with_features(x_sigma, sigma, cond)
-        return self.discriminator(features[-1])
+        logits: Tensor = self.discriminator(features[-1])
+        return logits
 
     def critic_updates(self, x0: Tensor, batch: Batch) -> Iterator[Update]:
         yield from super().critic_updates(x0, batch)
@@ -129,7 +132,8 @@ class FDistill(DistributionMatching):
         return super().discriminates or self.config.divergence != "reverse_kl"
 
     @classmethod
-    def columns(cls, config: Config) -> Mapping[str, str]:
+    def columns(cls, config: MatchingConfig) -> Mapping[str, str]:
+        assert isinstance(config, Config)
         if config.features == "teacher":
             return {"x0": "the discriminator (config.features = 'teacher')"}
         if config.divergence != "reverse_kl":

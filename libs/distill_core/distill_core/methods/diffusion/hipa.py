@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -45,6 +46,7 @@ class HiPA(Method):
         "Adaptation, arXiv 2311.18158"
     )
     roles = ("student",)
+    pairs: Pairs
 
     def __init__(
         self,
@@ -56,13 +58,14 @@ class HiPA(Method):
         extractor: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.teacher, self.student, self.pairs = config, teacher, student, pairs
+        self.config, self.teacher, self.student = config, teacher, student
         if pairs is None or len(pairs) <= config.held_out:
             raise ConfigError(
                 f"hipa learns from the teacher's own pictures, more than the {config.held_out} that are held out: "
                 "add a [pairs] table, e.g. pairs.count = 2048",
                 field="pairs",
             )
+        self.pairs = pairs
         self.features = (
             FeatureDistance(extractor, student.image.picture) if config.spatial == "features" else None
         )
@@ -122,6 +125,7 @@ class HiPA(Method):
         }
 
 
-def _unit(picture: Tensor) -> object:
+def _unit(picture: Tensor) -> np.ndarray:
     """(C, H, W) in [-1, 1] as an array (H, W, C) in [0, 1]."""
-    return ((picture + 1) / 2).permute(1, 2, 0).numpy()
+    pixels: np.ndarray = ((picture + 1) / 2).permute(1, 2, 0).numpy()
+    return pixels

@@ -9,7 +9,7 @@ was noised and recovered in one call; q is a classifier (the paper's: an instanc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -44,14 +44,16 @@ class HyperSDFeedback(Method):
         "arXiv 2404.13686"
     )
     roles = ("student",)
+    student: LoraDenoiser
 
     def __init__(self, config: Config, *, student: Denoiser, extractor: nn.Module | None = None) -> None:
         super().__init__()
         asked = config.reward.name == "class_probability" or config.perception_weight > 0
         extractor = naming_classes(extractor, student.cond, asked=asked)
-        self.config, self.student, self.extractor = config, student, extractor
+        self.config, self.extractor = config, extractor
         self.reward = build_reward(config.reward, extractor, num_classes=student.cond.num_classes)
-        self._check_inputs()
+        self.student = _distilled(student)
+        self._check_extractor()
 
     @classmethod
     def columns(cls, config: Config) -> Mapping[str, str]:
@@ -78,15 +80,16 @@ class HyperSDFeedback(Method):
             x = add_noise(x0, x.new_full((batch.size,), levels[chosen]))
         return self.bound(batch.cond)(x, levels[chosen])
 
-    def bound(self, cond: Cond):
+    def bound(self, cond: Cond) -> Callable[[Tensor, float], Tensor]:
         """The student as samplers call it."""
         return lambda x, level: self.student(x, x.new_full((len(x),), level), cond)
 
     def perception_loss(self, batch: Batch) -> Tensor:
         """Cross-entropy (scalar) of the classifier on real pictures, noised to one of the levels and recovered."""
-        sigmas = self.student.sampler.sigmas
+        assert self.extractor is not None
+        sigmas, x0 = self.student.sampler.sigmas, batch.columns["x0"]
         level = sigmas[int(torch.randint(len(sigmas), ()))]
-        x_sigma = add_noise(self.student.encode(batch.x0), batch.x0.new_full((batch.size,), level))
+        x_sigma = add_noise(self.student.encode(x0), x0.new_full((batch.size,), level))
         picture = self.student.decode(self.bound(batch.cond)(x_sigma, level))
         return F.cross_entropy(self.extractor(picture), batch.cond["class_label"])
 
@@ -110,13 +113,7 @@ class HyperSDFeedback(Method):
             self.student.strength = trained
         return figures
 
-    def _check_inputs(self) -> None:
-        if not isinstance(self.student, LoraDenoiser) or self.student.sampler.kind != "few_step":
-            raise ConfigError(
-                "hyper_sd_feedback trains low-rank factors over a distilled student: set student.lora, and one of "
-                "student.artifact, .path and .recipe",
-                field="student",
-            )
+    def _check_extractor(self) -> None:
         classes = self.student.cond.num_classes
         fits = isinstance(self.extractor, Classifier) and self.extractor.config.num_classes == classes
         if self.config.perception_weight and not fits:
@@ -125,3 +122,13 @@ class HyperSDFeedback(Method):
                 "set [extractor]",
                 field="extractor",
             )
+
+
+def _distilled(student: Denoiser) -> LoraDenoiser:
+    if not isinstance(student, LoraDenoiser) or student.sampler.kind != "few_step":
+        raise ConfigError(
+            "hyper_sd_feedback trains low-rank factors over a distilled student: set student.lora, and one of "
+            "student.artifact, .path and .recipe",
+            field="student",
+        )
+    return student

@@ -52,6 +52,7 @@ class HyperSDScore(DistributionMatching):
         "Ren et al. 2024, Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis, "
         "arXiv 2404.13686"
     )
+    config: Config
 
     def __init__(
         self,

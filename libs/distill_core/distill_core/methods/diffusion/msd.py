@@ -39,6 +39,8 @@ class Config(MatchingConfig):
 
 class MSD(DistributionMatching):
     paper = "Song et al. 2024, Multi-student Diffusion Distillation for Better One-step Generators, arXiv 2410.23274"
+    config: Config
+    student: RoutedDenoiser
 
     def __init__(
         self,
@@ -61,10 +63,12 @@ class MSD(DistributionMatching):
             )
         super().__init__(config, teacher=teacher, student=student, pairs=pairs)
         others = [FakeScore(teacher, discriminate=self.discriminates) for _ in range(1, config.parts)]
+        assert isinstance(self.fake_score, FakeScore)
         self.fake_score = RoutedFakeScore([self.fake_score, *others], student.partition)
 
     def regression_loss(self, count: int) -> Tensor:
         """DMD2's, of every expert on pairs of all conditions: its own part's alone would narrow what it makes."""
+        assert self.pairs is not None
         pairs = self.pairs.draw(count)
         cond = {name: value.to(self.device) for name, value in pairs.cond.items()}
         x = pairs.z.to(self.device) * self.student.sampler.noise_scale

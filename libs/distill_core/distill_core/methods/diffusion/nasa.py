@@ -35,6 +35,8 @@ class Config(DrawnGuidanceConfig):
 
 
 class NASA(DrawnGuidance):
+    config: Config
+
     def __init__(self, config: Config, *, teacher: Denoiser, student: Denoiser, data: Source) -> None:
         super().__init__(config, teacher=teacher, student=student)
         self.data = data
@@ -67,7 +69,7 @@ class NASA(DrawnGuidance):
         return {n: v for n, v in self.teacher_cond(batch).items() if not n.startswith(NEGATIVE)}
 
     def figures(self, config: EvaluateConfig) -> dict[str, float]:
-        """How often pictures show what they must not, and what they must; `plain_`: without the negative prompt.
+        """Shares of images that show the prompt, and the negative prompt; `plain_`: without the negative prompt.
 
         For data that recognises what a picture shows, on its prompts without a word of the negative ones.
         """
@@ -79,10 +81,10 @@ class NASA(DrawnGuidance):
         steered = with_negative(
             self.student, cond, [negative for _, negative in asked], scale=self.config.scale
         )
-        figures = {}
-        for prefix, given in (("", steered), ("plain_", cond)):
+        figures: dict[str, float] = {}
+        for prefix, condition in (("", steered), ("plain_", cond)):
             pictures = generate(
-                self.student, given, len(asked), seed=config.seed, batch_size=config.batch_size
+                self.student, condition, len(asked), seed=config.seed, batch_size=config.batch_size
             )
             seen = [self.data.class_names[label].split() for label in recognise(pictures).tolist()]
             shown = [

@@ -74,6 +74,7 @@ class PSO(Method):
         "arXiv 2410.03190"
     )
     roles = ("student",)
+    student: LoraDenoiser
 
     def __init__(
         self, config: Config, *, student: Denoiser, data: Source, extractor: nn.Module | None = None
@@ -81,8 +82,9 @@ class PSO(Method):
         super().__init__()
         asked = config.reward.name == "class_probability"
         extractor = naming_classes(extractor, student.cond, asked=asked)
-        self.config, self.student, self.data, self.extractor = config, student, data, extractor
+        self.config, self.data, self.extractor = config, data, extractor
         self.reward = build_reward(config.reward, extractor, num_classes=data.num_classes)
+        self.student = _with_adapter(student)
         self.levels = self.checked_levels()
         self.preferred = None if config.mode == "online" else self.rank()
 
@@ -108,20 +110,21 @@ class PSO(Method):
 
     def draw_pair(self, count: int) -> tuple[Tensor, Tensor, Tensor, Cond]:
         """x0, x_sigma, sigma and condition of `count` preferred samples, then of the reference's; noise is shared."""
+        assert self.preferred is not None  # online learns from no data
         chosen = self.preferred[torch.randint(len(self.preferred), (count,))]
-        wanted = self.data.items(chosen).to(self.device)
+        preferred = self.data.items(chosen).to(self.device)
         with torch.no_grad(), self.student.off():
-            own, _ = self.trajectory(count, wanted.cond)
-            x0 = torch.cat([self.student.encode(wanted.x0), own])
+            own, _ = self.trajectory(count, preferred.cond)
+            x0 = torch.cat([self.student.encode(preferred.columns["x0"]), own])
         index = torch.randint(len(self.levels), (count,), device=x0.device)
         sigma = x0.new_tensor(self.levels)[index].repeat(2)
         eps = torch.randn_like(own).repeat(2, *[1] * (own.ndim - 1))
-        return x0, x0 + expand(sigma, x0) * eps, sigma, _twice(wanted.cond)
+        return x0, x0 + expand(sigma, x0) * eps, sigma, _twice(preferred.cond)
 
     def errors(self, x0: Tensor, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Pair:
         """The noise errors of both halves of a pair, (B,) each."""
-        wanted, own = noise_error(self.student(x_sigma, sigma, cond), x0, sigma).chunk(2)
-        return wanted, own
+        preferred, own = noise_error(self.student(x_sigma, sigma, cond), x0, sigma).chunk(2)
+        return preferred, own
 
     def online_updates(self, batch: Batch) -> Iterator[Update]:
         """An update per drawn transition of two samples of each condition, of which the reward prefers one."""
@@ -152,7 +155,8 @@ class PSO(Method):
         return self.call(states[-1], len(states) - 1, cond), states
 
     def call(self, x: Tensor, k: int, cond: Cond) -> Tensor:
-        return self.student(x, x.new_full((len(x),), self.levels[k]), cond)
+        x0: Tensor = self.student(x, x.new_full((len(x),), self.levels[k]), cond)
+        return x0
 
     @torch.no_grad()
     def rank(self) -> Tensor:
@@ -162,7 +166,7 @@ class PSO(Method):
         if self.config.preferred_share == 1:
             return indices
         items = (self.data.items(part) for part in indices.split(RANKING_BATCH))
-        scores = torch.cat([self.reward.score(item.x0, item.cond) for item in items])
+        scores = torch.cat([self.reward.score(item.columns["x0"], item.cond) for item in items])
         return indices[scores.topk(max(1, round(self.config.preferred_share * count))).indices]
 
     @torch.no_grad()
@@ -174,8 +178,9 @@ class PSO(Method):
             start = self.describe(self.sampled(cond, config), cond)
         figures |= {f"start_{name}": value for name, value in start.items()}
         if self.preferred is not None:
-            wanted = self.data.items(self.preferred)
-            figures |= {f"preferred_{k}": v for k, v in self.describe(wanted.x0, wanted.cond).items()}
+            items = self.data.items(self.preferred)
+            described = self.describe(items.columns["x0"], items.cond)
+            figures |= {f"preferred_{name}": value for name, value in described.items()}
         return figures
 
     def sampled(self, cond: Cond, config: EvaluateConfig) -> Tensor:
@@ -193,11 +198,6 @@ class PSO(Method):
     def checked_levels(self) -> list[float]:
         """The levels at which the student is called, descending."""
         spec = self.student.sampler
-        if not isinstance(self.student, LoraDenoiser):
-            raise ConfigError(
-                "pso trains low-rank factors, and its reference is the student without them: set student.lora",
-                field="student.lora",
-            )
         if spec.kind != "few_step":
             raise ConfigError(
                 "pso tunes a student that has been distilled to few steps: set student.artifact, .path or .recipe",
@@ -211,6 +211,15 @@ class PSO(Method):
                 field="config.mode",
             )
         return levels
+
+
+def _with_adapter(student: Denoiser) -> LoraDenoiser:
+    if not isinstance(student, LoraDenoiser):
+        raise ConfigError(
+            "pso trains low-rank factors, and its reference is the student without them: set student.lora",
+            field="student.lora",
+        )
+    return student
 
 
 def _twice(cond: Cond) -> Cond:

@@ -61,6 +61,7 @@ class StableMaterialsGAN(Method):
         super().__init__()
         self.config, self.student = config, student
         self.pictures = _pictures(config, student, data)
+        assert self.pictures.shape is not None
         channels, size, _ = self.pictures.shape
         self.discriminator = NoisyDiscriminator(
             channels, size, num_classes=self.pictures.num_classes, width=config.width
@@ -85,8 +86,9 @@ class StableMaterialsGAN(Method):
             yield Update("student", diffusion)
             return
         real = self.draw_pictures(batch.size)
-        fake = self.generate(real.cond, real.size)[:, : real.x0.shape[1]]
-        fake_logits, real_logits = self.logits(torch.cat([fake.detach(), real.x0]), real.cond).chunk(2)
+        x0 = real.columns["x0"]
+        fake = self.generate(real.cond, real.size)[:, : x0.shape[1]]
+        fake_logits, real_logits = self.logits(torch.cat([fake.detach(), x0]), real.cond).chunk(2)
         yield Update("discriminator", discriminator_loss(real_logits, fake_logits))
 
         adversarial = generator_loss(self.logits(fake, real.cond))
@@ -105,7 +107,8 @@ class StableMaterialsGAN(Method):
         normal = torch.randn(len(x0), device=x0.device)
         sigma = (self.config.log_sigma_mean + self.config.log_sigma_std * normal).exp()
         cond = {name: value.repeat(len(x0) // len(value)) for name, value in cond.items()}
-        return self.discriminator(add_noise(x0, sigma), sigma, cond)
+        logits: Tensor = self.discriminator(add_noise(x0, sigma), sigma, cond)
+        return logits
 
     def generate(self, cond: Cond, count: int) -> Tensor:
         """x0_hat (B, C, H, W) at a random level, its input simulated by the student; only the last call is trained."""
@@ -117,7 +120,8 @@ class StableMaterialsGAN(Method):
             for level, following in zip(levels[:chosen], levels[1 : chosen + 1]):
                 x0 = self.student(x, x.new_full((count,), level), cond)
                 x = add_noise(x0, x.new_full((count,), following))
-        return self.student(x, x.new_full((count,), levels[chosen]), cond)
+        x0_hat: Tensor = self.student(x, x.new_full((count,), levels[chosen]), cond)
+        return x0_hat
 
     def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """Seams, and the distance to the un-annotated pictures, of the channels that these have.
@@ -125,15 +129,16 @@ class StableMaterialsGAN(Method):
         Of a tileable student also as `plain_*`, with zeros around, and as `rolled_*`, the plain one by `rolling`.
         """
         real, ways = self.pictures.all(config.num_samples), {"": self.student}
+        x0 = real.columns["x0"]
         if self.config.tileable:
             rolled = TiledDenoiser(self.bordered, self.config.rolling)
             ways |= {"plain_": self.bordered, "rolled_": rolled}
         figures = {}
         for prefix, denoiser in ways.items():
             made = generate(denoiser, real.cond, real.size, seed=config.seed, batch_size=config.batch_size)
-            made = made[:, : real.x0.shape[1]]
+            made = made[:, : x0.shape[1]]
             figures[prefix + "seam_ratio"] = seam_ratio(made)
-            figures[prefix + "texture_distance"] = texture_distance(made, real.x0)
+            figures[prefix + "texture_distance"] = texture_distance(made, x0)
         return figures
 
 
@@ -149,26 +154,28 @@ def _pictures(config: Config, student: Denoiser, data: Source) -> Source:
             "nothing says what un-annotated pictures are: set config.unannotated to what differs from [data]",
             field="config.unannotated",
         )
-    if tuple(data.shape or ()) != (student.image.channels, student.image.height, student.image.width):
+    image = student.image
+    if data.shape is None or tuple(data.shape) != (image.channels, image.height, image.width):
         raise ConfigError(
             "the student makes latents; un-annotated pictures need one that makes the maps themselves"
         )
     if student.cond.kind == "prompt":
         raise ConfigError("un-annotated pictures come with class labels or none; this student takes prompts")
     same = {} if "name" in config.unannotated else data.config.model_dump(exclude_none=True)
-    found = build_source({**same, **config.unannotated})
-    if found.shape is None or found.shape[1:] != data.shape[1:] or found.shape[0] > data.shape[0]:
+    pictures = build_source({**same, **config.unannotated})
+    shape = pictures.shape
+    if shape is None or shape[1:] != data.shape[1:] or shape[0] > data.shape[0]:
         raise DataError(
-            f"un-annotated pictures are {found.shape}, the maps {data.shape}: they may have fewer channels, "
+            f"un-annotated pictures are {shape}, the maps {data.shape}: they may have fewer channels, "
             "but must be of the same size",
             field="config.unannotated",
         )
-    if found.class_names != data.class_names and student.cond.class_names:
-        use_classes_of(found, student.cond)
-    if found.class_names != data.class_names:
+    if pictures.class_names != data.class_names and student.cond.class_names:
+        use_classes_of(pictures, student.cond)
+    if pictures.class_names != data.class_names:
         raise DataError(
-            f"un-annotated pictures are of the classes {list(found.class_names)}, the maps of "
+            f"un-annotated pictures are of the classes {list(pictures.class_names)}, the maps of "
             f"{list(data.class_names)}; both need the same, though either may have no item of some",
             field="config.unannotated",
         )
-    return found
+    return pictures

@@ -34,6 +34,7 @@ class Config(MethodConfig):
 class TSM(Method):
     paper = "Song et al. 2024, Multi-student Diffusion Distillation for Better One-step Generators, arXiv 2410.23274"
     roles = ("student",)
+    levels: Tensor
 
     def __init__(self, config: Config, *, teacher: Denoiser, student: Denoiser, data: Source) -> None:
         super().__init__()
@@ -51,9 +52,9 @@ class TSM(Method):
         yield Update("student", denoising_loss(student_x0, teacher_x0, sigma, self.teacher.schedule))
 
     def both(self, batch: Batch, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """What student and teacher take for x0 in the same noised pictures, (B, C, H, W) each."""
+        """x0 of student and teacher in the same noised images, (B, C, H, W) each."""
         with torch.no_grad():
-            x_sigma = add_noise(self.teacher.encode(batch.x0), sigma)
+            x_sigma = add_noise(self.teacher.encode(batch.columns["x0"]), sigma)
             teacher_x0 = self.teacher.guided(x_sigma, sigma, batch.cond, self.config.guidance)
         return self.student(x_sigma, sigma, batch.cond), teacher_x0
 

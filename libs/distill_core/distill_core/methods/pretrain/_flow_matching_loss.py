@@ -22,9 +22,10 @@ class FlowConfig(MethodConfig):
 
 def flow_matching_loss(denoiser: Denoiser, batch: Batch, config: FlowConfig) -> Tensor:
     """|v(x_t, t, c) - (eps - x0)|^2 at fresh times and noise (scalar), some conditions dropped as `config` says."""
-    normal = torch.randn(batch.size, device=batch.x0.device)
+    x0 = batch.columns["x0"]
+    normal = torch.randn(batch.size, device=x0.device)
     t = torch.sigmoid(config.logit_mean + config.logit_std * normal).clamp(1e-3, 0.999)
     sigma = t / (1 - t)
     cond = drop_condition(batch.cond, denoiser, config.label_dropout)
-    predicted = denoiser(add_noise(batch.x0, sigma), sigma, cond)
-    return denoising_loss(predicted, batch.x0, sigma, denoiser.schedule)
+    predicted = denoiser(add_noise(x0, sigma), sigma, cond)
+    return denoising_loss(predicted, x0, sigma, denoiser.schedule)

@@ -64,8 +64,7 @@ class ClassifierTraining(Method):
         self.held_out = _held_out(data, config.held_out)
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
-        assert batch.x0 is not None  # the constructor refused data without pictures
-        x, labels = self.augmented(batch.x0), batch.cond["class_label"]
+        x, labels = self.augmented(batch.columns["x0"]), batch.cond["class_label"]
         logits = self.classifier(x)
         loss = classification_loss(logits, labels, self.config.label_smoothing)
         yield Update("classifier", loss, {"train_accuracy": (logits.argmax(1) == labels).float().mean()})
@@ -88,10 +87,9 @@ class ClassifierTraining(Method):
 
     def _answers(self, source: Source, config: EvaluateConfig) -> tuple[Tensor, Tensor]:
         real = source.all(config.num_samples)
-        assert real.x0 is not None
         training = self.classifier.training
         self.classifier.eval()
-        logits = answers(self.classifier, real.x0, batch_size=config.batch_size)[1]
+        logits = answers(self.classifier, real.columns["x0"], batch_size=config.batch_size)[1]
         self.classifier.train(training)
         return logits, real.cond["class_label"]
 

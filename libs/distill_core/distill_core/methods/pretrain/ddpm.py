@@ -50,8 +50,9 @@ class DDPM(Method):
         )
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
-        timestep = torch.randint(self.config.num_timesteps, (batch.size,), device=batch.x0.device)
+        x0 = batch.columns["x0"]
+        timestep = torch.randint(self.config.num_timesteps, (batch.size,), device=x0.device)
         sigma = self.teacher.schedule.sigma_at(timestep / (self.config.num_timesteps - 1))
         cond = drop_condition(batch.cond, self.teacher, self.config.label_dropout)
-        predicted = self.teacher(add_noise(batch.x0, sigma), sigma, cond)
-        yield Update("teacher", denoising_loss(predicted, batch.x0, sigma, self.teacher.schedule))
+        predicted = self.teacher(add_noise(x0, sigma), sigma, cond)
+        yield Update("teacher", denoising_loss(predicted, x0, sigma, self.teacher.schedule))

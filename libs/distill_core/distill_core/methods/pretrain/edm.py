@@ -56,8 +56,9 @@ class EDM(Method):
         )
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
+        x0 = batch.columns["x0"]
         sigma = (self.config.log_sigma_mean + self.config.log_sigma_std * torch.randn(batch.size)).exp()
-        sigma = sigma.to(batch.x0.device)
+        sigma = sigma.to(x0.device)
         cond = drop_condition(batch.cond, self.teacher, self.config.label_dropout)
-        predicted = self.teacher(add_noise(batch.x0, sigma), sigma, cond)
-        yield Update("teacher", denoising_loss(predicted, batch.x0, sigma, self.teacher.schedule))
+        predicted = self.teacher(add_noise(x0, sigma), sigma, cond)
+        yield Update("teacher", denoising_loss(predicted, x0, sigma, self.teacher.schedule))

@@ -72,18 +72,19 @@ class LatentDiffusion(Method):
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         if self.stage_of(step).name == "codec":
-            loss, error = codec_loss(self.codec, batch.x0, self.config.kl_weight)
+            loss, error = codec_loss(self.codec, batch.columns["x0"], self.config.kl_weight)
             yield Update("codec", loss, {"codec_error": error})
             return
         with torch.no_grad():
-            latents = self.teacher.encode(batch.x0)
+            latents = self.teacher.encode(batch.columns["x0"])
         yield Update("teacher", flow_matching_loss(self.teacher, batch.with_x0(latents), self.config))
 
     @torch.no_grad()
     def measured_scale(self) -> Tensor:
         """1 / standard deviation of the latents' means, over pictures that are always the same ones."""
-        pictures = self.data.all(MEASURED).x0
-        parts = [self.codec.encode(part.to(self.device)).latent_dist.mode() for part in pictures.split(32)]
+        codec: Any = self.codec
+        pictures = self.data.all(MEASURED).columns["x0"]
+        parts = [codec.encode(part.to(self.device)).latent_dist.mode() for part in pictures.split(32)]
         return 1 / torch.cat(parts).std().clamp_min(1e-6).cpu()
 
     def state(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_core.data import Source
-from distill_core.data.scenes import SceneSource
+from distill_core.data.posed import SceneSource
 from distill_core.errors import ConfigError
 from distill_core.losses.field_distillation import (
     DEFAULT_WEIGHTS,
@@ -66,6 +66,7 @@ class VolumeDistillation(Method):
     roles = ("student",)
     kind = "field"
     plan = "step"
+    occupied: Tensor
 
     def __init__(self, config: VolumeConfig, *, teacher: Scene, network: NetworkConfig, data: Source) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class VolumeDistillation(Method):
         return Chosen(self.rays_of(self.new_poses(self.config.poses_per_step), count))
 
     def kept_samples(self, learnt: FieldView, taught: FieldView, samples: Samples) -> Tensor | None:
-        """Which samples (M,) the terms before compositing are of; None: all."""
+        """Samples (M,) bool that the terms before compositing are of; None: all."""
         return None
 
     def learn_from(self, chosen: Chosen, learnt: FieldView, taught: FieldView) -> None:
@@ -127,7 +128,7 @@ class VolumeDistillation(Method):
     def look(
         self, field: RadianceField, rays: Rays, samples: Samples, background: Tensor, step: int
     ) -> FieldView:
-        """What `field` says at the samples, as far as the stage of `step` asks."""
+        """Outputs of `field` at the samples, as far as the stage of `step` needs them."""
         log_density, geo = field.block1(samples.positions)
         low, high = self.config.min_log_density, self.config.max_log_density
         compared = clip_straight_through(log_density, low, high)  # a cell below `low` can still come up

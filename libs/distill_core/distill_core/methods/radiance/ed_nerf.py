@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distill_core.config import Words
 from distill_core.data.coloured_objects import ColouredObjectScene
-from distill_core.data.scenes import SceneSource
+from distill_core.data.posed import SceneSource
 from distill_core.errors import ConfigError, nearest
 from distill_core.losses.matching import surrogate_loss
 from distill_core.losses.score_distillation import Predict, Source, score_direction
@@ -76,6 +76,10 @@ class EDNeRF(Method):
     result = "field"
     kind = "latent_field"
     plan = "step"
+    background: Tensor
+    latents: Tensor
+    origins: Tensor
+    directions: Tensor
 
     def __init__(
         self, config: Config, *, teacher: Denoiser, network: NetworkConfig, data: SceneSource
@@ -235,8 +239,8 @@ class EDNeRF(Method):
             "change": float((after - before).square().mean().sqrt()),
         }
         if isinstance(self.data, ColouredObjectScene) and self.config.target in COLOURS:
-            wanted, shown = self.data.test_in(self.config.target), self.data.shown
-            figures["colour_moved"] = colour_moved(before, after, wanted, shown)
+            target, shown = self.data.test_in(self.config.target), self.data.shown
+            figures["colour_moved"] = colour_moved(before, after, target, shown)
             figures["background_psnr"] = background_psnr(before, after, shown)
         return figures
 
@@ -245,7 +249,7 @@ class EDNeRF(Method):
 
 
 def condition(teacher: Denoiser, words: str, key: str) -> Cond:
-    """What `words` are to the teacher, for one item: an encoded prompt, or the label of the class of that name."""
+    """The teacher's condition for `words`, of one item: an encoded prompt, or the label of the class of that name."""
     if teacher.cond.kind == "prompt":
         return teacher.encode_prompts([words])
     names = teacher.cond.class_names

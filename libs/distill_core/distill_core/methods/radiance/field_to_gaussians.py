@@ -51,8 +51,8 @@ def splat_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss and its pixel term; `taught` over black, both then over `background` (3,)."""
     pixel = over(splats.rgb, splats.opacity[..., None], background)
-    wanted = over(taught.rgb, taught.opacity[..., None], background)
-    colour = (pixel - wanted).square().mean()
+    target = over(taught.rgb, taught.opacity[..., None], background)
+    colour = (pixel - target).square().mean()
     opacity = (splats.opacity - taught.opacity).square().mean()
     depth = ((splats.depth - taught.depth) / radius).square().mean()
     return colour + config.opacity_weight * opacity + config.depth_weight * depth, colour
@@ -73,6 +73,8 @@ class FieldToGaussians(Method):
     result = "appearance"
     kind = "gaussians"
     plan = "step"
+    occupied: Tensor
+    extra: Tensor
 
     def __init__(self, config: Config, *, teacher: Scene) -> None:
         super().__init__()

@@ -24,10 +24,11 @@ from typing import Literal, Self
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_core.data.analytic_scenes import InverseScene
-from distill_core.data.scenes import GOLDEN_ANGLE, PosedImages, SceneSource
+from distill_core.data.posed import PosedImages, SceneSource
+from distill_core.data.scenes import GOLDEN_ANGLE
 from distill_core.errors import ConfigError
 from distill_core.losses.ssim import WINDOW, photometric_loss
 from distill_core.method import Batch, Method, MethodConfig, Update
@@ -48,7 +49,7 @@ SURE = 0.9  # a pixel counts as inside or outside a region, or as surface, when 
 
 
 class Stage(MethodConfig):
-    """What holds until step `until`."""
+    """Settings until step `until`."""
 
     until: int = Field(ge=0)
     alpha: Literal["zero", "free"] = "free"  # zero: the raw field alone
@@ -98,6 +99,7 @@ class PRD(Method):
     result = "materials"
     kind = "relightable"
     plan = "step"
+    occupied: Tensor
 
     def __init__(self, config: Config, *, teacher: Scene, data: SceneSource) -> None:
         super().__init__()
@@ -106,7 +108,9 @@ class PRD(Method):
         self.spec, self.num_steps = teacher.spec, teacher.num_steps
         self.teacher = teacher.field.requires_grad_(False)
         self.register_buffer("occupied", teacher.occupied.clone(), persistent=False)
-        self.field = copy.deepcopy(teacher.field).requires_grad_(True)
+        field = copy.deepcopy(teacher.field).requires_grad_(True)
+        assert isinstance(field, RadianceField)
+        self.field = field
         self.materials = MaterialField(config.materials, teacher.spec.bound)
         self.light = EnvironmentLight(config.environment_height)
         self.foreground = data.train.foreground()
@@ -199,8 +203,9 @@ class PRD(Method):
         return Rays(*(part.to(self.device) for part in rays)), rgba.to(self.device)
 
     def side(self) -> int:
-        """Of a patch, in pixels."""
-        return min(self.config.patch, *self.data.train.images.shape[1:3])
+        """Side of a patch, in pixels."""
+        height, width = self.data.train.images.shape[1:3]
+        return min(self.config.patch, height, width)
 
     def as_patches(self, colours: Tensor) -> Tensor:
         """(P side^2, 3) as pictures (P, 3, side, side)."""
@@ -244,7 +249,7 @@ class PRD(Method):
         return {"raw": Scene(self.teacher, self.occupied, self.spec, self.num_steps)}
 
 
-def density_normals(field: nn.Module, positions: Tensor, step: float, delta: float) -> Tensor:
+def density_normals(field: RadianceField, positions: Tensor, step: float, delta: float) -> Tensor:
     """Unit normals (N, 3) at `positions` (N, 3), away from where the opacity over `delta` is; without gradient.
 
     n ~ -sum_k o(x + step u_k) u_k over directions u_k around. Opacity, since the log-density inside a solid, which no
@@ -266,11 +271,12 @@ def even_directions(count: int) -> Tensor:
     return F.normalize(spiral - spiral.mean(0), dim=-1)
 
 
-def exposure(found: Tensor, true: Tensor) -> Tensor:
-    """Factor (3,) per colour that brings the light `true` nearest to the light `found`, maps of any two sizes."""
-    true = F.adaptive_avg_pool2d(true.permute(2, 0, 1), found.shape[:2]).permute(1, 2, 0).reshape(-1, 3)
-    solid, found = texels(len(found))[1].to(found)[:, None], found.reshape(-1, 3)
-    return (solid * found * true).sum(0) / (solid * true.square()).sum(0)
+def exposure(recovered: Tensor, true: Tensor) -> Tensor:
+    """Factor (3,) per colour that brings the light `true` nearest to the `recovered` one, maps of any two sizes."""
+    height, width = recovered.shape[:2]
+    true = F.adaptive_avg_pool2d(true.permute(2, 0, 1), (height, width)).permute(1, 2, 0).reshape(-1, 3)
+    solid, recovered = texels(height)[1].to(recovered)[:, None], recovered.reshape(-1, 3)
+    return (solid * recovered * true).sum(0) / (solid * true.square()).sum(0)
 
 
 def mean_psnr(pictures: list[Tensor], views: PosedImages, background: tuple[float, float, float]) -> float:

@@ -44,7 +44,7 @@ class Config(VolumeConfig):
 
 
 def critical_points(weights: Tensor, samples: Samples, share: float, min_opacity: float) -> Tensor:
-    """Which samples (M,) bool are among the `share` of largest weight on a ray whose weights sum to `min_opacity`."""
+    """Samples (M,) bool among the `share` of largest weight on a ray whose weights sum to `min_opacity`."""
     counts = torch.bincount(samples.ray, minlength=samples.num_rays)
     opacity = torch.zeros(samples.num_rays, device=weights.device).index_add(0, samples.ray, weights)
     order = weights.argsort(descending=True, stable=True)
@@ -62,6 +62,9 @@ class PVDAL(VolumeDistillation):
         "Conversion, arXiv 2304.04012"
     )
     config: Config
+    epoch: Tensor
+    epoch_poses: Tensor
+    pose_errors: Tensor
 
     def __init__(self, config: Config, *, teacher: Scene, network: NetworkConfig, data: Source) -> None:
         super().__init__(config, teacher=teacher, network=network, data=data)

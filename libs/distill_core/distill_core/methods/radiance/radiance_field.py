@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.data.scenes import SceneSource
+from distill_core.data.posed import SceneSource
 from distill_core.errors import ConfigError
 from distill_core.files.paths import user_path
 from distill_core.kinds.field.card import Evaluate
@@ -31,7 +31,7 @@ from distill_core.radiance.rendering.march import fit_budget, march, step_length
 from distill_core.radiance.rendering.occupancy import OccupancyGrid
 from distill_core.radiance.rendering.quadrature import over
 from distill_core.radiance.scenes.scene import Rendering, Scene, render, render_samples
-from distill_core.recipe.tables import NetworkConfig
+from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class RadianceFieldFromImages(Method):
         samples = fit_budget(marched, self.config.max_samples)
         used = samples.num_rays
         loss = pixel_loss(render_samples(self.field, rays, samples), rgba[:used], self.draw_background(used))
-        figures = {
+        figures: dict[str, float | Tensor] = {
             "psnr": -10 * loss.detach().log10(),
             "rays": used,
             "occupancy": self.grid.occupied.float().mean(),
@@ -136,11 +136,12 @@ class RadianceFieldFromImages(Method):
         """The held-out view `index` as the field sees it."""
         return render(self.scene(), self.data.test.camera(index))
 
-    def figures(self, config: Evaluate) -> dict[str, float]:
+    def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """Means over the held-out views, on the scene's background: PSNR, SSIM (Gaussian window), maybe more.
 
         `depth_error` (scene units) where the data knows the truth, LPIPS where `config.lpips` names its weights.
         """
+        assert isinstance(config, Evaluate)  # that of the kind
         test = self.data.test
         renderings = [self.render_test(index) for index in range(len(test))]
         judged = test.judged([one.rgb for one in renderings], self.spec.background)

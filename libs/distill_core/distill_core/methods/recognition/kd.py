@@ -57,12 +57,12 @@ class KD(Method):
         return {"x0": "the views that teacher and student see", "class_label": "the cross-entropy"}
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
-        labels, weight = batch.columns["class_label"], self.config.weight
-        logits = self.student(batch.x0)
+        x, labels, weight = batch.columns["x0"], batch.columns["class_label"], self.config.weight
+        logits = self.student(x)
         loss = (1 - weight) * F.cross_entropy(logits, labels)
         if weight:
             with torch.no_grad():
-                taught = self.teacher.call("predict", {"image": batch.x0})["logits"]  # type: ignore[operator]
+                taught = self.teacher.call("predict", {"image": x})["logits"]  # type: ignore[operator]
             loss = loss + weight * soft_cross_entropy(logits, taught, self.config.temperature)
         yield Update("student", loss, {"train_accuracy": (logits.argmax(1) == labels).float().mean()})
 

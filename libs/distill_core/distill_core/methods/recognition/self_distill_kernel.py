@@ -23,6 +23,7 @@ from distill_core.errors import ConfigError
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.networks.predictor import image_classifier
 from distill_core.networks.predictors import build_network
+from distill_core.networks.predictors.kernel import KernelMachine
 from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 
 
@@ -61,6 +62,7 @@ class SelfDistillKernel(Method):
     roles = ("machine",)
     result = "machine"
     plan = "step"
+    y: Tensor
 
     def __init__(
         self, config: Config, *, network: NetworkConfig, data: Source, validation: Source, seed: int
@@ -75,14 +77,13 @@ class SelfDistillKernel(Method):
             "num_items": data.size,
         }
         built = build_network(network, facts)
-        if not hasattr(built, "kernel"):
+        if not isinstance(built, KernelMachine):
             raise ConfigError(
                 f"self_distill_kernel fits kernel machines; set network.name = 'kernel_machine', not {network.name!r}",
                 field="network.name",
             )
         everything = data.all()
-        assert everything.x0 is not None
-        built.items.copy_(everything.x0.flatten(1))
+        built.items.copy_(everything.columns["x0"].flatten(1))
         self.machine = image_classifier(built, network, shape=data.shape, class_names=data.class_names)
         labels = noisy_labels(
             everything.columns["class_label"], len(data.class_names), config.label_noise, seed
@@ -103,24 +104,30 @@ class SelfDistillKernel(Method):
         fit = torch.linalg.cholesky(kernel + ridge)
         alpha = self.next_alpha(fit)
         coefficients = torch.cholesky_solve(mixed_targets(self.y, self.last.to(self.y), alpha), fit)
-        self.machine.network.coefficients.copy_(coefficients)
+        self.network.coefficients.copy_(coefficients)
         self.last, self.alpha = kernel @ coefficients, self.alpha.new_tensor(alpha)
         self.rounds = self.rounds + 1
         x, y = self.validation_items()
-        error = (self.machine.network.kernel(x) @ coefficients - y).square().mean()
+        error = (self.network.kernel(x) @ coefficients - y).square().mean()
         yield Update("machine", None, {"alpha": alpha, "validation_error": error})
+
+    @property
+    def network(self) -> KernelMachine:
+        """The network of the predictor."""
+        network = self.machine.network
+        assert isinstance(network, KernelMachine)
+        return network
 
     def kernel(self) -> Tensor:
         """K (N, N) of the training items."""
-        network = self.machine.network
-        return network.kernel(network.items)
+        return self.network.kernel(self.network.items)
 
     def next_alpha(self, fit: Tensor) -> float:
         """The weight of the true targets in this round; `fit` is the Cholesky factor of K + lam I."""
         if self.config.alpha != "best":
             return float(self.config.alpha)
         x, y = self.validation_items()
-        cross = self.machine.network.kernel(x)
+        cross = self.network.kernel(x)
         guided = cross @ torch.cholesky_solve(self.y, fit)
         unguided = cross @ torch.cholesky_solve(self.last.to(self.y), fit)
         return best_alpha(y, guided, unguided)
@@ -128,8 +135,7 @@ class SelfDistillKernel(Method):
     def validation_items(self) -> tuple[Tensor, Tensor]:
         """Items (V, …) and one-hot targets (V, K), without noise."""
         batch = self.validation.all().to(self.device)
-        assert batch.x0 is not None
-        return batch.x0, one_hot(batch.columns["class_label"], len(self.validation.class_names))
+        return batch.columns["x0"], one_hot(batch.columns["class_label"], len(self.validation.class_names))
 
     def state(self) -> dict[str, Tensor]:
         return {"last": self.last, "alpha": self.alpha, "rounds": self.rounds}
@@ -140,11 +146,11 @@ class SelfDistillKernel(Method):
     def figures(self, config: EvaluateConfig) -> dict[str, float]:
         """Mean squared error on the validation items, of this fit, of the first round's, and of the limit's."""
         x, y = self.validation_items()
-        cross, kernel = self.machine.network.kernel(x), self.kernel()
+        cross, kernel = self.network.kernel(x), self.kernel()
         eye = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
         first = torch.linalg.solve(kernel + self.config.ridge * eye, self.y)
         endless = limit(kernel, self.y, self.config.ridge, float(self.alpha))
-        fits = {"": self.machine.network.coefficients.detach(), "first_": first, "limit_": endless}
+        fits = {"": self.network.coefficients.detach(), "first_": first, "limit_": endless}
         return {
             f"{name}validation_error": float((cross @ c - y).square().mean()) for name, c in fits.items()
         } | {

@@ -17,7 +17,7 @@ from distill_core.config import Config
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds.field.card import Card
 from distill_core.networks.fields import RadianceField, build_field
-from distill_core.parity import VIEW_DEGREES, VIEW_SIDE
+from distill_core.probe import VIEW_DEGREES, VIEW_SIDE
 from distill_core.radiance.cameras.camera import Camera, Rays, orbit_camera
 from distill_core.radiance.rendering.march import step_length
 from distill_core.radiance.rendering.occupancy import MIN_OPACITY
@@ -150,7 +150,7 @@ def refined(scene: Scene) -> Scene:
 
 
 def parity_view(spec: SceneSpec) -> Camera:
-    """The small view of a scene that its manifest's parity sample is of."""
+    """The small view of a scene that its manifest's image probe is of."""
     return orbit_camera(
         VIEW_DEGREES,
         VIEW_DEGREES,

@@ -1,4 +1,4 @@
-"""How the trained networks lie on the processes of a job: whole in each, or a share in each as `sharding` has it.
+"""Strategy by which the processes of a job hold the trained networks: each whole, or a share each, see `sharding`.
 
 FSDP is imported only where networks are sharded: it takes half a second, which every job would wait for.
 """
@@ -30,7 +30,8 @@ class Replicated:
     @property
     def keeps(self) -> bool:
         """Whether this process is the one that writes checkpoints, previews and the result."""
-        return self._accelerator.is_main_process
+        main: bool = self._accelerator.is_main_process
+        return main
 
     def average(self, role: str) -> None:
         """Mean gradient over processes. No wrapper: a method calls its networks any way it likes."""
@@ -70,7 +71,7 @@ def place(value: Tensor, like: Any) -> Tensor:
 
 
 def local(values: Iterable[Any]) -> list[Tensor]:
-    """What this process holds of `values`, to be changed in place."""
+    """This process's shares of `values`, to be changed in place."""
     return [value.to_local() if is_share(value) else value for value in values]
 
 

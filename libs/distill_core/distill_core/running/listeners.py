@@ -1,4 +1,4 @@
-"""Who hears of a run, and who may stop it, also while models that it needs are trained first."""
+"""Listeners of a run, and requests to stop it, also while models that it needs are trained first."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from distill_core.recipe import Recipe
-from distill_core.training.run import Listener
+from distill_core.training.run_folder import Listener
 
-should_stop_now: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
-listener_now: ContextVar[Listener | None] = ContextVar(
+current_should_stop: ContextVar[Callable[[], bool]] = ContextVar("should_stop", default=lambda: False)
+current_listener: ContextVar[Listener | None] = ContextVar(
     "listener of models that are trained first", default=None
 )
 
@@ -23,19 +23,19 @@ class StoppedWhilePreparing(Exception):
 
 
 @contextlib.contextmanager
-def heard(listener: Listener | None, should_stop: Callable[[], bool]) -> Iterator[None]:
+def listening(listener: Listener | None, should_stop: Callable[[], bool]) -> Iterator[None]:
     """Tell `listener`, and ask `should_stop`, of everything that is trained inside."""
-    outer, told = should_stop_now.set(should_stop), listener_now.set(listener)
+    stop_token, listener_token = current_should_stop.set(should_stop), current_listener.set(listener)
     try:
         yield
     finally:
-        should_stop_now.reset(outer)
-        listener_now.reset(told)
+        current_should_stop.reset(stop_token)
+        current_listener.reset(listener_token)
 
 
 def preparing(recipe: Recipe) -> Listener | None:
     """A listener that hands the progress of `recipe` on as that of a model which has to be there first."""
-    outer = listener_now.get()
+    outer = current_listener.get()
     if outer is None:
         return None
 

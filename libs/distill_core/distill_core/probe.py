@@ -1,4 +1,4 @@
-"""A model's answer to fixed questions, small enough to be published with it: a server of it compares. NumPy only."""
+"""Probes: outputs of a model for fixed inputs, published with it so that a server of it can compare. NumPy only."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ VIEW_SIDE = 16  # pixels of a scene's view
 VIEW_DEGREES = 30.0  # azimuth and elevation of its camera, at the scene's usual distance
 
 
-class ParitySample(Config):
-    """Mean and spread of the cells that a picture is cut into: a few numbers that no change of backend moves far.
+class ImageProbe(Config):
+    """Mean and spread of the cells that an image is cut into: a few numbers that no change of backend moves far.
 
-    A denoiser's picture is of noise (seed, image 0), its fewest steps and no guidance; a field's a small view.
+    A denoiser's image is of noise (seed, image 0), its fewest steps and no guidance; a field's a small view.
     """
 
     seed: int = Field(SEED, ge=0)
@@ -37,16 +37,16 @@ class ParitySample(Config):
     spreads: tuple[float, ...] = Field(max_length=64 * CELLS**2)  # standard deviation inside each cell
 
     @model_validator(mode="after")
-    def _lengths(self) -> ParitySample:
+    def _lengths(self) -> ImageProbe:
         if not len(self.means) == len(self.spreads) == int(np.prod(self.shape)):
-            raise ValueError(f"a parity sample of shape {self.shape} needs as many means and spreads")
+            raise ValueError(f"an image probe of shape {self.shape} needs as many means and spreads")
         return self
 
     @classmethod
-    def of(cls, picture: np.ndarray, **question: Any) -> ParitySample:
-        """The sample of a picture (C, H, W); `question` is what it was made with."""
+    def of(cls, picture: np.ndarray, **inputs: Any) -> ImageProbe:
+        """The probe of an image (C, H, W); `inputs` are those that it was made with."""
         shape, means, spreads = _cells(picture)
-        return cls(shape=shape, means=means, spreads=spreads, **question)
+        return cls(shape=shape, means=means, spreads=spreads, **inputs)
 
     def difference(self, picture: np.ndarray) -> float:
         """The largest difference of a cell's mean or spread, in units of the picture; infinite for other cells."""
@@ -69,7 +69,7 @@ def _cells(picture: np.ndarray) -> tuple[tuple[int, int, int], tuple[float, ...]
 
 
 class Probe(NamedTuple):
-    """Inputs of one function, and what it answered when the model was published; the batch first."""
+    """Inputs of one function, and its outputs when the model was published; the batch first."""
 
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
@@ -115,7 +115,7 @@ def read_probe(folder: Path) -> dict[str, Probe]:
         arrays = load_file(path)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"{PROBE} is damaged or not safetensors: {error}; publish it again") from None
-    found: dict[str, Probe] = {}
+    probes: dict[str, Probe] = {}
     for key, values in arrays.items():
         function, _, rest = key.partition("/")
         side, _, name = rest.partition(".")
@@ -123,18 +123,18 @@ def read_probe(folder: Path) -> dict[str, Probe]:
             raise ArtifactError(
                 f"{PROBE} holds {key!r}, expected FUNCTION/inputs.NAME and FUNCTION/outputs.NAME"
             )
-        getattr(found.setdefault(function, Probe({}, {})), side)[name] = values
-    return found
+        getattr(probes.setdefault(function, Probe({}, {})), side)[name] = values
+    return probes
 
 
-def _difference(wanted: np.ndarray, found: np.ndarray | None) -> float:
-    if found is None or found.shape != wanted.shape:
+def _difference(reference: np.ndarray, output: np.ndarray | None) -> float:
+    if output is None or output.shape != reference.shape:
         return float("inf")
-    if not wanted.size:
+    if not reference.size:
         return 0.0
-    if wanted.dtype.kind in "iub":
-        return float(np.mean(wanted != found))
-    reference, other = wanted.astype(np.float64), found.astype(np.float64)
-    largest = float(np.abs(reference).max())
-    difference = float(np.abs(other - reference).max()) / (largest or 1.0)
+    if reference.dtype.kind in "iub":
+        return float(np.mean(reference != output))
+    exact = reference.astype(np.float64)
+    largest = float(np.abs(exact).max())
+    difference = float(np.abs(output.astype(np.float64) - exact).max()) / (largest or 1.0)
     return difference if np.isfinite(difference) else float("inf")

@@ -43,7 +43,7 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """What tells this run from every other; made with the folder, and kept in it."""
+        """A random name of this run; made with the folder, and kept in it."""
         path = self.folder / IDENTITY
         with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
             file.write(secrets.token_hex(8))
@@ -77,6 +77,7 @@ class Run:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        step: float = json.loads(line)["step"]
     except (ValueError, KeyError):
         return float("inf")  # a line cut off by a kill
+    return step
