@@ -115,7 +115,8 @@ def _refuse_unused(recipe: Recipe, wanted: list[str], sources: Mapping[str, Sour
 
 def _models(recipe: Recipe, context: Context, cls: type[Method], source: Source) -> dict[str, Any]:
     """Teacher, student and pairs, as far as the constructor names them."""
-    wanted, found = needs(cls), {}
+    wanted = needs(cls)
+    found: dict[str, Any] = {}
     begins = recipe.student.source if "student" in wanted else None
     if "teacher" in wanted or "pairs" in wanted or begins is None:
         found["teacher"] = _teacher(recipe, context, _annotated(cls, "teacher", "student"))

@@ -40,7 +40,7 @@ def scene_spec(manifest: Manifest) -> SceneSpec | None:
     """
     if "scene" not in manifest.card:
         return None
-    scene: SceneSpec | None = manifest.card_as(find_card(manifest.kind).Card).scene  # type: ignore[attr-defined]
+    scene: SceneSpec | None = manifest.card_as(find_card(manifest.kind).Card).scene
     return scene
 
 

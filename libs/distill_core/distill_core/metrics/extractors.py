@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from distill_core.errors import ArtifactError
 from distill_core.files.json_tables import read_table
 from distill_core.networks.clip_io import Clip, load_clip
 from distill_core.pictures import to_uint8
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROCESSOR = "preprocessor_config.json"
 
@@ -31,7 +34,9 @@ class VisionExtractor:
     the folder has no weights to pool with (ViT classifiers), the class token.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, described: str, *, pooled: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, described: str, *, pooled: bool = True
+    ) -> None:
         self.model, self.processor = model.eval().requires_grad_(False), processor
         self.described, self.pooled = described, pooled
 
@@ -46,9 +51,10 @@ class VisionExtractor:
         if hasattr(self.model, "get_image_features"):
             return _embedding(self.model.get_image_features(pixel_values=pixels)).float().cpu()
         output = self.model(pixel_values=pixels)
+        features: Tensor = output.last_hidden_state[:, 0]
         if self.pooled and output.get("pooler_output") is not None:
-            return output.pooler_output.flatten(1).float().cpu()
-        return output.last_hidden_state[:, 0].float().cpu()
+            features = output.pooler_output.flatten(1)
+        return features.float().cpu()
 
 
 class ClipScorer:
@@ -73,9 +79,9 @@ class ClipScorer:
 def _pixels(processor: Any, pictures: Tensor) -> Tensor:
     arrays = to_uint8(pictures)
     colours = arrays.repeat(3, axis=3) if arrays.shape[3] == 1 else arrays
-    return processor(images=list(colours), return_tensors="pt", input_data_format="channels_last")[
-        "pixel_values"
-    ]
+    inputs = processor(images=list(colours), return_tensors="pt", input_data_format="channels_last")
+    pixels: Tensor = inputs["pixel_values"]
+    return pixels
 
 
 def _embedding(answer: Any) -> Tensor:

@@ -63,7 +63,8 @@ class FeatureSet:
         """The symmetric root of the covariance (D, D); its square's trace is the total variance."""
         centred = self.values - self.mean
         values, vectors = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
-        return vectors * values.clamp_min(0).sqrt() @ vectors.T
+        root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
+        return root
 
     @cached_property
     def radii(self) -> Tensor:

@@ -158,7 +158,7 @@ class LoraDenoiser(Denoiser):
     def save(self, folder: Path) -> None:
         """Write `adapter/`, and as `form` says a whole diffusers folder with the factors merged in."""
         if self.form == "merged":
-            self.merged().save(folder)  # type: ignore[operator]
+            self.merged().save(folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             self._described().save_description(folder)  # type: ignore[operator]
@@ -182,8 +182,10 @@ class LoraDenoiser(Denoiser):
         return self.adapted
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.adapted._apply(fn, recurse)  # to a device: shared weights move once, whoever comes first
-        return super()._apply(fn, recurse)
+        # to a device: shared weights move once, whoever comes first
+        self.adapted._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoraDenoiser:
         """Factors of its own over the same base weights, or over their copy where that was made before."""

@@ -96,7 +96,8 @@ class Classifier(nn.Module):
         return F.silu(self.penultimate(pooled.flatten(1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.features(x))
+        logits: Tensor = self.last(self.features(x))
+        return logits
 
     def reordered(self, order: Sequence[int]) -> Classifier:
         """A copy whose answer k is this one's answer `order[k]`; `order` holds each class once."""

@@ -48,12 +48,13 @@ def check_fit(path: Path, network: Any, scheduler: Any, codec: Any, text: TextEn
 
 
 def _check_prompted(path: Path, network: Any, text: TextEncoder) -> None:
+    config: Any = network.config
     if not isinstance(network, diffusers.UNet2DConditionModel):
         raise ArtifactError(
             f"{path} is of a {type(network).__name__}, which takes no text; its folder has text_encoder/"
         )
-    check_text(network.config, text)
-    widths = network.config.cross_attention_dim
+    check_text(config, text)
+    widths = config.cross_attention_dim
     for width in widths if isinstance(widths, list | tuple) else [widths]:
         if width != text.embed_dim:
             raise ArtifactError(

@@ -107,4 +107,4 @@ def _flows(scheduler: Any) -> bool:
 
 def _continuous(scheduler: Any) -> bool:
     config = scheduler.config
-    return config.get("timestep_type") == "continuous" and config.prediction_type == "v_prediction"
+    return bool(config.get("timestep_type") == "continuous" and config.prediction_type == "v_prediction")

@@ -7,6 +7,7 @@ import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -49,7 +50,8 @@ def with_lora(
             )
     chosen = targets or [n for n, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     try:
-        return _adapted(denoiser, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(chosen)))
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(chosen))  # type: ignore[arg-type]
+        return _adapted(denoiser, config)
     except ValueError as error:
         raise ConfigError(f"lora.targets are refused: {error}", field="lora.targets") from None
 
@@ -67,10 +69,7 @@ def with_factors(denoiser: Denoiser, factors: Factors) -> tuple[Denoiser, dict[s
 def factors_of(denoiser: Denoiser) -> Factors:
     """The factors of every adapted layer, at their present strength: the scale is inside `up`."""
     return {
-        name: (
-            layer.lora_A[ONLY].weight.detach(),
-            layer.lora_B[ONLY].weight.detach() * layer.scaling[ONLY],
-        )
+        name: (_weight(layer.lora_A), _weight(layer.lora_B) * layer.scaling[ONLY])
         for name, layer in _adapted_layers(_network(denoiser))
     }
 
@@ -166,9 +165,10 @@ def _fitting(saved: dict[str, Tensor], places: dict[str, LoraLayer], folder: Pat
 def _over_whole_base(pair: tuple[Tensor, Tensor], layer: LoraLayer, init: str) -> tuple[Tensor, Tensor]:
     """The factors over the base itself, of factors over what `init` left of it: their product less the initial one."""
     base, scale = copy.deepcopy(layer.get_base_layer()), layer.scaling[ONLY]  # peft changes the base in place
-    config = peft.LoraConfig(r=layer.r[ONLY], lora_alpha=scale * layer.r[ONLY], init_lora_weights=init)
+    initial: Any = {"init_lora_weights": init, "lora_alpha": scale * layer.r[ONLY]}
+    config = peft.LoraConfig(r=layer.r[ONLY], **initial)
     begun = Linear(base, ONLY, config, r=config.r, lora_alpha=config.lora_alpha)
-    down, up = (part[ONLY].weight.detach().to(pair[0]) for part in (begun.lora_A, begun.lora_B))
+    down, up = (_weight(part).to(pair[0]) for part in (begun.lora_A, begun.lora_B))
     return torch.cat([pair[0], down]), torch.cat([pair[1], -scale * up], dim=1)
 
 
@@ -223,6 +223,11 @@ def _adapted_layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
                 f"{name} is a {type(base).__name__}; only linear layers and convolutions without groups can be adapted"
             )
     return found
+
+
+def _weight(parts: nn.ModuleDict) -> Tensor:
+    """One factor's values, of a layer's `lora_A` or `lora_B`."""
+    return parts[ONLY].get_parameter("weight").detach()
 
 
 def _twin(denoiser: Denoiser) -> Denoiser:

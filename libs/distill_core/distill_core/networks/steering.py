@@ -42,7 +42,8 @@ class PlainAttention:
         negative_prompt_embeds: Tensor | None = None,
         nasa_scale: Tensor | None = None,
     ) -> Tensor:
-        return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        out: Tensor = self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return out
 
 
 class NegativeAwayAttention(PlainAttention):
@@ -59,15 +60,16 @@ class NegativeAwayAttention(PlainAttention):
         nasa_scale: Tensor | None = None,
     ) -> Tensor:
         if negative_prompt_embeds is None or nasa_scale is None:
-            return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         assert encoder_hidden_states is not None
         assert attention_mask is None, "prompts are padded, not masked"
         query = _heads(attn, attn.to_q(hidden_states))
         away = attend(attn, query, negative_prompt_embeds.to(encoder_hidden_states.dtype))
         alpha = nasa_scale.to(away.dtype)[:, None, None]
         z = attend(attn, query, encoder_hidden_states) - alpha * away
-        out = attn.to_out[1](attn.to_out[0](z))
-        return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
+        out: Tensor = attn.to_out[1](attn.to_out[0](z))
+        scale: float = attn.rescale_output_factor
+        return (out + hidden_states if attn.residual_connection else out) / scale
 
 
 def attend(attn: Any, query: Tensor, context: Tensor) -> Tensor:
@@ -77,7 +79,8 @@ def attend(attn: Any, query: Tensor, context: Tensor) -> Tensor:
 
 
 def _heads(attn: Any, projected: Tensor) -> Tensor:
-    return projected.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+    heads: Tensor = projected.unflatten(2, (attn.heads, -1))
+    return heads.transpose(1, 2)
 
 
 def make_steerable(network: nn.Module) -> None:

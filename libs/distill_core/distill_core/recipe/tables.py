@@ -59,7 +59,7 @@ class LoraConfig(Config):
     @property
     def layers(self) -> tuple[str, ...] | None:
         """The layers' names; None is every linear layer."""
-        return None if self.targets == "all-linear" else self.targets  # type: ignore[return-value]
+        return None if self.targets == "all-linear" else self.targets
 
 
 class StudentConfig(Config):

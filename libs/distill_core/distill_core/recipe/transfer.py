@@ -129,7 +129,7 @@ def _check_data(recipe: Recipe, folder: Path) -> None:
         now = _named(tomllib.loads(kept.read_text(encoding="utf-8")).get("data"))
     except (DistilleryError, StopIteration, OSError, ValueError):  # nothing is known of one of them
         return
-    if ours == before != now and now is not None:
+    if ours is not None and now is not None and ours == before != now:
         raise ConfigError(
             f"data.name = {ours[0]!r} is what the recipe's former teacher was trained on, and this one "
             f"was on {now[1] or now[0]}; give data for it, e.g. data.name = {now[0]!r}",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distill_core.artifacts import MANIFEST
 from distill_core.data import Source
 from distill_core.data.classes import use_classes_of
-from distill_core.data.scenes import SceneSource
+from distill_core.data.posed import SceneSource
 from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
 from distill_core.files.json_tables import read_table
 from distill_core.kinds.base import Kind, Models

@@ -49,4 +49,5 @@ class AnalyticField(RadianceField):
         raise AssertionError("an analytic scene is shaded by direction, not by its harmonics")
 
     def block2(self, geo: Tensor, directions: Tensor) -> Tensor:
-        return self.scene.shade(geo, directions)
+        radiance: Tensor = self.scene.shade(geo, directions)
+        return radiance

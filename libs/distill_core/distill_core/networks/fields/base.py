@@ -123,7 +123,8 @@ class ColorNetField(RadianceField):
         return self.config.geo_dim
 
     def radiance(self, geo: Tensor, basis: Tensor) -> Tensor:
-        return self.color_net(torch.cat([basis, geo], -1))
+        radiance: Tensor = self.color_net(torch.cat([basis, geo], -1))
+        return radiance
 
 
 class NetworkField(ColorNetField):

@@ -74,7 +74,7 @@ def corner_indices(corner: Tensor, level: Level) -> Tensor:
 def corner_weights(fraction: Tensor) -> Tensor:
     """Trilinear weights (..., 8, M) in the order of `corner_indices`, from the position in the cell (3, ..., M)."""
     x, y, z = torch.stack([1 - fraction, fraction], -2)  # (..., 2, M) each
-    products = z[..., :, None, None, :] * y[..., None, :, None, :] * x[..., None, None, :, :]
+    products: Tensor = z[..., :, None, None, :] * y[..., None, :, None, :] * x[..., None, None, :, :]
     return products.flatten(-4, -2)
 
 

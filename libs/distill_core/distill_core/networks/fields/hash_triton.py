@@ -11,26 +11,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from distill_core.networks.fields.hash import Level
+
 log = logging.getLogger(__name__)
 BLOCK = 128  # points per program
 CHECK_POINTS = 64  # of the self-test
-
-
-class Level(Protocol):
-    """Geometry of a level, as `networks/fields/hash.py` has it."""
-
-    scale: float
-    resolution: int
-    dense: bool
-    offset: int
-    length: int
 
 
 def encode(unit: Tensor, table: Tensor, levels: Sequence[Level]) -> Tensor:
@@ -38,7 +30,8 @@ def encode(unit: Tensor, table: Tensor, levels: Sequence[Level]) -> Tensor:
     scales = torch.tensor([level.scale for level in levels], device=table.device)
     layout = [[level.resolution + 1, level.dense, level.offset, level.length - 1] for level in levels]
     places = torch.tensor(layout, dtype=torch.int32, device=table.device)
-    return hash_encode(unit.float().contiguous(), table.contiguous(), scales, places)
+    encoding: Tensor = hash_encode(unit.float().contiguous(), table.contiguous(), scales, places)
+    return encoding
 
 
 def works(device: torch.device) -> bool:
@@ -132,7 +125,7 @@ def _entry(i, j, k, places, level):  # type: ignore[no-untyped-def]
     return tl.where(dense != 0, straight, hashed) + offset
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
     unit, table, scales, places, out, count,
     LEVELS: tl.constexpr, F: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr,
@@ -154,7 +147,7 @@ def _forward(  # type: ignore[no-untyped-def]
     tl.store(out + place, total, mask=there[:, None] & (feature < F)[None, :])
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _backward(  # type: ignore[no-untyped-def]
     gradient, unit, table, scales, places, to_unit, to_table, count,
     LEVELS: tl.constexpr, F: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr,

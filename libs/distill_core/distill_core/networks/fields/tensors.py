@@ -46,7 +46,8 @@ class VoxelField(RadianceField):
 
     def radiance(self, geo: Tensor, basis: Tensor) -> Tensor:
         coefficients = geo.unflatten(-1, (self.config.channels, -1))
-        return (coefficients * basis[:, None]).sum(-1)
+        radiance: Tensor = (coefficients * basis[:, None]).sum(-1)
+        return radiance
 
 
 class TensorsField(VoxelField):

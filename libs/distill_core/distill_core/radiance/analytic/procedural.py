@@ -32,7 +32,8 @@ def box_distance(
 ) -> Tensor:
     """Signed distance (M,) to a box with half sides `half`."""
     beyond = (positions - positions.new_tensor(centre)).abs() - positions.new_tensor(half)
-    return beyond.clamp_min(0).norm(dim=-1) + beyond.amax(-1).clamp_max(0)
+    outside: Tensor = beyond.clamp_min(0).norm(dim=-1)
+    return outside + beyond.amax(-1).clamp_max(0)
 
 
 def signed_distances(positions: Tensor) -> Tensor:

@@ -73,9 +73,9 @@ class GaussianModel:
         """All of them by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def to(self, *target: torch.device | torch.dtype | str) -> GaussianModel:
+    def to(self, target: torch.device | torch.dtype | str) -> GaussianModel:
         """A copy on another device or of another type."""
-        return GaussianModel(**{name: value.to(*target) for name, value in self.tensors().items()})
+        return GaussianModel(**{name: value.to(target) for name, value in self.tensors().items()})
 
     def half_axes(self) -> Tensor:
         """R S: the principal axes times their scales, as columns (N, 3, 3); Sigma is this times its transpose."""
@@ -121,7 +121,8 @@ def rotation_matrices(quats: Tensor) -> Tensor:
 def world_to_camera(camera: Camera, like: Tensor) -> Tensor:
     """(4, 4) into OpenCV's axes (y down, z forward), of the type and on the device of `like`."""
     flip = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
-    return torch.linalg.inv(camera.c2w.double() @ flip).to(like)
+    inverse: Tensor = torch.linalg.inv(camera.c2w.double() @ flip)
+    return inverse.to(like)
 
 
 def rasterize(gaussians: GaussianModel, camera: Camera) -> Splats:

@@ -68,8 +68,9 @@ class RelightableScene(nn.Module):
     @torch.no_grad()
     def march(self, rays: Rays, offset: Tensor | float = 0.5) -> Samples:
         """Where the rays are looked at: where they are still lit and something is (Instant-NGP's early stop)."""
-        settings = {"bound": self.spec.bound, "num_steps": self.num_steps, "occupied": self.occupied}
-        samples = march(rays, offset=offset, **settings)
+        samples = march(
+            rays, bound=self.spec.bound, num_steps=self.num_steps, occupied=self.occupied, offset=offset
+        )
         weights = packed_weights(self.raw.log_density(samples.positions).exp(), samples)
         return visible(samples, weights > MIN_WEIGHT)
 

@@ -61,7 +61,7 @@ class Scene:
     """
 
     kind: ClassVar[str] = "field"
-    field: nn.Module
+    field: RadianceField
     occupied: Tensor
     spec: SceneSpec
     num_steps: int

@@ -16,7 +16,8 @@ from distill_core.errors import ArtifactError, ConfigError
 from distill_core.files.json_tables import read_table
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-Described, Made = TypeVar("Described", bound=Config), TypeVar("Made")
+Described = TypeVar("Described", bound=Config)
+Made = TypeVar("Made")
 
 
 def write_scene(folder: Path, described: Config, tensors: Mapping[str, Tensor]) -> None:
