@@ -105,22 +105,22 @@ def picture_at(folder: Path, name: str, source: Path) -> Path:
     Raises:
         DataError: `name` leaves the folder.
     """
-    found = _inside(folder, name, source)
-    if not found.is_file() and "\\" in name:
-        found = _inside(folder, name.replace("\\", "/"), source)
-    if found.is_file():
-        return found
-    named = found.suffix.lower() in PICTURES
-    stem = found.stem if named else found.name
-    others = [found.with_name(stem + kind) for kind in (*PICTURES, *map(str.upper, PICTURES))]
-    return next((other for other in others if other.is_file()), found if named else others[0])
+    path = _inside(folder, name, source)
+    if not path.is_file() and "\\" in name:
+        path = _inside(folder, name.replace("\\", "/"), source)
+    if path.is_file():
+        return path
+    named = path.suffix.lower() in PICTURES
+    stem = path.stem if named else path.name
+    others = [path.with_name(stem + kind) for kind in (*PICTURES, *map(str.upper, PICTURES))]
+    return next((other for other in others if other.is_file()), path if named else others[0])
 
 
 def _inside(folder: Path, name: str, source: Path) -> Path:
     try:
-        found = (folder / name).resolve()
+        path = (folder / name).resolve()
     except (OSError, ValueError) as error:
         raise DataError(f"{source}: {name!r} is no name of a file: {error}") from None
-    if not found.is_relative_to(folder.resolve()):
+    if not path.is_relative_to(folder.resolve()):
         raise DataError(f"{source}: file_path {name!r} leaves the scene's folder")
-    return found
+    return path

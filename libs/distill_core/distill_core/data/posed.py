@@ -91,14 +91,14 @@ class PosedImages:
 
     def judged(self, pictures: Sequence[Tensor], background: Sequence[float]) -> list[Judged]:
         """Pictures (H, W, 3) of the views beside the truth, which is as the picture where a pixel is ignored."""
-        found = []
+        judged = []
         for index, (picture, truth) in enumerate(zip(pictures, self.truth(background), strict=True)):
             known = None if self.known is None else self.known[index]
             seen = picture.cpu()
             if known is not None:
                 truth = torch.where(known[..., None], truth, seen)
-            found.append(Judged(seen.numpy(), truth.numpy(), None if known is None else known.numpy()))
-        return found
+            judged.append(Judged(seen.numpy(), truth.numpy(), None if known is None else known.numpy()))
+        return judged
 
     def take(self, pixels: Tensor) -> tuple[Rays, Tensor]:
         """Rays and RGBA (R, 4) of the pixels with flat indices (R,) over all views."""

@@ -95,8 +95,8 @@ class Kind(abc.ABC):
 
     def signature(self, card: Config) -> Signature:
         """Functions that a server calls by name."""
-        found: Signature = find_card(self.name).signature(card)
-        return found
+        signature: Signature = find_card(self.name).signature(card)
+        return signature
 
     def recognise(self, folder: Path) -> bool:
         """Whether `folder` holds a model of this kind, also one that no store has."""

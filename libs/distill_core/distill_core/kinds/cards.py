@@ -50,8 +50,8 @@ def facts(manifest: Manifest) -> dict[str, Any]:
         module = find_card(manifest.kind)
     except NotFound:
         return {}
-    said: dict[str, Any] = module.facts(manifest.card_as(module.Card))
-    return {name: value for name, value in said.items() if value not in (None, "")}
+    values: dict[str, Any] = module.facts(manifest.card_as(module.Card))
+    return {name: value for name, value in values.items() if value not in (None, "")}
 
 
 def described(model: Any) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def _share(flags: Tensor) -> float:
 def _comparable(
     a: FeatureSet | Tensor, b: FeatureSet | Tensor, *, at_least: int
 ) -> tuple[FeatureSet, FeatureSet]:
-    a, b = (given if isinstance(given, FeatureSet) else FeatureSet(given) for given in (a, b))
+    a, b = (features if isinstance(features, FeatureSet) else FeatureSet(features) for features in (a, b))
     if a.values.shape[1] != b.values.shape[1]:
         raise DataError(
             f"features of shapes {tuple(a.values.shape)} and {tuple(b.values.shape)} cannot be compared; "

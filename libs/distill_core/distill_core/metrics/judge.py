@@ -43,10 +43,10 @@ class Judge:
                 field="data.name",
             )
         features, logits = self.answers(images, "generated pictures")
-        found = set_figures(self.features(real.x0, "the data's pictures"), features)
+        figures = set_figures(self.features(real.x0, "the data's pictures"), features)
         if labels is not None:
-            found["accuracy"] = self.accuracy(logits, labels)
-        return found
+            figures["accuracy"] = self.accuracy(logits, labels)
+        return figures
 
     def features(self, images: Tensor, what: str = "the pictures") -> Tensor:
         """(N, D) on the CPU."""

@@ -64,9 +64,9 @@ def load_clip(folder: Path, *, device: str = "cpu") -> Clip:
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        given = read_table(folder / PREPROCESSING) if (folder / PREPROCESSING).is_file() else {}
+        preprocessing = read_table(folder / PREPROCESSING) if (folder / PREPROCESSING).is_file() else {}
     except Exception as error:  # transformers raises many kinds on damaged files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArtifactError(f"CLIP folder {folder} is damaged or incomplete: {reason}") from error
-    clip = Clip(model, tokenizer, given.get("image_mean", MEAN), given.get("image_std", STD))
+    clip = Clip(model, tokenizer, preprocessing.get("image_mean", MEAN), preprocessing.get("image_std", STD))
     return clip.to(device)

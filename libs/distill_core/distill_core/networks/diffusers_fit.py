@@ -99,13 +99,13 @@ def derived_sidecar(
     )
 
 
-def _size(path: Path, said: Any) -> tuple[int, int]:
+def _size(path: Path, sample_size: Any) -> tuple[int, int]:
     """(height, width) of what the network draws."""
-    sides = list(said) if isinstance(said, list | tuple) else [said, said]
+    sides = list(sample_size) if isinstance(sample_size, list | tuple) else [sample_size, sample_size]
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ArtifactError(
-            f"{path} says sample_size = {shown(said)}; give the side of what the network draws, or [height, width]: "
-            "pixels, or latents where there is a codec"
+            f"{path} says sample_size = {shown(sample_size)}; give the side of what the network draws, or "
+            "[height, width]: pixels, or latents where there is a codec"
         )
     return sides[0], sides[1]
 

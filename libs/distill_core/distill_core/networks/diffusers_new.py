@@ -156,9 +156,9 @@ def _constructed(name: str, args: dict[str, Any]) -> ModelMixin:
     known = {
         key: value for key, value in args.items() if key in defaults
     }  # others are for the class to refuse
-    said = not_understood(known, NETWORKS[name], defaults)
-    if said is not None:
-        raise ConfigError(f"network.args says {said}", field="network.args")
+    problem = not_understood(known, NETWORKS[name], defaults)
+    if problem is not None:
+        raise ConfigError(f"network.args says {problem}", field="network.args")
     try:
         network: ModelMixin = cls(**args)
     except (TypeError, ValueError, ZeroDivisionError) as error:

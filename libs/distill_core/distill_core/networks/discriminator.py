@@ -40,8 +40,8 @@ class NoisyDiscriminator(nn.Module):
     def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         level = expand(sigma, x_sigma)
         scaled = x_sigma * (1 + level**2).rsqrt()
-        told = level.log().expand(-1, 1, *x_sigma.shape[2:]) / 4
-        features: Tensor = self.mixed(self.blocks(self.first(torch.cat([scaled, told], 1)))).mean((2, 3))
+        level_map = level.log().expand(-1, 1, *x_sigma.shape[2:]) / 4
+        features: Tensor = self.mixed(self.blocks(self.first(torch.cat([scaled, level_map], 1)))).mean((2, 3))
         logits: Tensor = self.last(features).squeeze(1)
         if self.classes is None:
             return logits

@@ -137,26 +137,26 @@ def _places(denoiser: Denoiser, config: AdapterConfig) -> dict[str, LoraLayer]:
 
 def _fitting(saved: dict[str, Tensor], places: dict[str, LoraLayer], folder: Path) -> Factors:
     """A file's factors by layer, scaled, if they are those of `places`, all of them and no others."""
-    given = {name.removeprefix(PREFIX): value for name, value in saved.items()}
-    needed = {
+    tensors = {name.removeprefix(PREFIX): value for name, value in saved.items()}
+    expected = {
         f"{name}.{part}.weight": getattr(layer, part)[ONLY].weight
         for name, layer in places.items()
         for part in ("lora_A", "lora_B")
     }
-    for name in sorted(given.keys() ^ needed.keys()):
+    for name in sorted(tensors.keys() ^ expected.keys()):
         raise ArtifactError(f"{folder} does not fit its own configuration: {name} is only in one of them")
-    for name, value in given.items():
-        if not value.is_floating_point() or len(given) < len(saved):
+    for name, value in tensors.items():
+        if not value.is_floating_point() or len(tensors) < len(saved):
             raise ArtifactError(f"{folder} is damaged: {name} is there twice, or is no floating-point tensor")
-        if value.shape != needed[name].shape:
+        if value.shape != expected[name].shape:
             raise ArtifactError(
                 f"{folder} does not fit this base: {name} has the shape {tuple(value.shape)}, and "
-                f"{tuple(needed[name].shape)} is needed"
+                f"{tuple(expected[name].shape)} is needed"
             )
     return {
         name: (
-            given[f"{name}.lora_A.weight"].float(),
-            given[f"{name}.lora_B.weight"].float() * layer.scaling[ONLY],
+            tensors[f"{name}.lora_A.weight"].float(),
+            tensors[f"{name}.lora_B.weight"].float() * layer.scaling[ONLY],
         )
         for name, layer in places.items()
     }
@@ -215,14 +215,14 @@ def _adapted_layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
     Raises:
         ValueError: one whose factors are no pair of matrices: an embedding, an attention, grouped convolutions.
     """
-    found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
-    for name, layer in found:
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+    for name, layer in layers:
         base = layer.get_base_layer()
         if not isinstance(base, PAIRED) or getattr(base, "groups", 1) > 1:
             raise ValueError(
                 f"{name} is a {type(base).__name__}; only linear layers and convolutions without groups can be adapted"
             )
-    return found
+    return layers
 
 
 def _weight(parts: nn.ModuleDict) -> Tensor:

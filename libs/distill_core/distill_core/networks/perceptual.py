@@ -34,12 +34,12 @@ class FeatureDistance(nn.Module):
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
         """The pictures themselves, then what each stage of the classifier makes of them."""
-        found = [pictures]
+        maps = [pictures]
         hidden = self.classifier.stem(pictures)
         for block in self.classifier.blocks:
             hidden = block(hidden)
-            found.append(hidden)
-        return found
+            maps.append(hidden)
+        return maps
 
     def forward(self, pictures: Tensor, targets: Tensor) -> Tensor:
         """Distance (scalar) of pictures (B, C, H, W) in [-1, 1]; differentiable."""

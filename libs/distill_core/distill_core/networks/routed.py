@@ -82,8 +82,8 @@ class ConditionPartition(nn.Module):
             ConfigError: a class that is in no part, in two, or does not exist.
         """
         part_of = {label: part for part, labels in enumerate(classes) for label in labels}
-        given = sorted(label for labels in classes for label in labels)
-        if given != list(range(num_classes)):
+        listed = sorted(label for labels in classes for label in labels)
+        if listed != list(range(num_classes)):
             raise ConfigError(
                 f"the lists of classes must hold each of 0 to {num_classes - 1} exactly once",
                 field="config.classes",

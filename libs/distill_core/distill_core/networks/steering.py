@@ -99,12 +99,12 @@ def with_negative(
     With a `scale` (alpha) they steer the cross-attention. Without, classifier-free guidance leads away from them
     instead of from the null condition, as usual for models that are guided.
     """
-    given = torch.tensor([prompt is not None for prompt in negative])
+    has_negative = torch.tensor([prompt is not None for prompt in negative])
     encoded = denoiser.encode_prompts([prompt or "" for prompt in negative])
     null = denoiser.null_cond(len(negative))
-    found = {}
+    negatives = {}
     for name, value in encoded.items():
-        chosen = given.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
-        found[NEGATIVE + name] = torch.where(chosen, value, null[name].to(value.device))
-    steer = {} if scale is None else {"nasa_scale": scale * given.float()}
-    return {**cond, **found, **steer}
+        chosen = has_negative.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+        negatives[NEGATIVE + name] = torch.where(chosen, value, null[name].to(value.device))
+    steer = {} if scale is None else {"nasa_scale": scale * has_negative.float()}
+    return {**cond, **negatives, **steer}

@@ -206,12 +206,12 @@ class _Patched(nn.Module):
         super().__init__()
         self.layer, self.number, self.tiling = layer, number, tiling
 
-    def forward(self, x: Tensor, *args: Any, **given: Any) -> Any:
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
         n, batch = self.tiling.scale, len(x)
         down, right = _shift(self.tiling, self.number, 1)
         patches = x.roll((down, right), (2, 3)).unflatten(3, (n, -1)).unflatten(2, (n, -1))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # (B n n, C, H/n, W/n)
-        repeated = {name: _per_patch(value, batch, n * n) for name, value in given.items()}
+        repeated = {name: _per_patch(value, batch, n * n) for name, value in options.items()}
         out = self.layer(patches, *(_per_patch(value, batch, n * n) for value in args), **repeated)
         y = out[0] if isinstance(out, tuple) else out
         y = y.unflatten(0, (batch, n, n)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

@@ -131,8 +131,8 @@ class _Walk:
         if get_origin(annotation) in (Union, UnionType):
             if any(get_origin(one) is Literal and value in get_args(one) for one in args):
                 return
-            found = (named for one in args for named in self.value(one, (), value, key, beside))
-            yield from dict.fromkeys(found)
+            paths = (named for one in args for named in self.value(one, (), value, key, beside))
+            yield from dict.fromkeys(paths)
         elif isinstance(value, Mapping) and args:
             for name, entry in value.items():
                 yield from self.value(args[-1], (), entry, f"{key}.{name}", beside)
@@ -164,10 +164,10 @@ class _Walk:
         """A `[data]` table and those in it; one without a name is what is otherwise than in the recipe's."""
         if not table:
             return
-        given = (
+        tables = (
             table if "name" in table or table is self.data else {**named_tables(self.data)["data"], **table}
         )
-        for name, values in named_tables(given).items():
+        for name, values in named_tables(tables).items():
             where = key if name == "data" else f"{key}.{name}"
             if values or name == "data":
                 yield from self.model(parse_source(values, where=where)[1], where)

@@ -40,12 +40,12 @@ def works(device: torch.device) -> bool:
     table = torch.ones(8, 2, device=device)
     places = torch.tensor([[2, 0, 0, 7]], dtype=torch.int32, device=device)
     try:
-        found = hash_encode(unit, table, torch.tensor([3.0], device=device), places)
+        encoding = hash_encode(unit, table, torch.tensor([3.0], device=device), places)
     except Exception:
         log.warning("the hash encoding's Triton kernels do not run here; PyTorch does instead", exc_info=True)
         return False
     inside = ((unit >= 0) & (unit <= 1)).all(-1, keepdim=True)
-    return torch.allclose(found, inside.to(found).expand(-1, 2), atol=1e-5)
+    return torch.allclose(encoding, inside.to(encoding).expand(-1, 2), atol=1e-5)
 
 
 @torch.library.custom_op("distillery::hash_encode", mutates_args=())
@@ -136,12 +136,12 @@ def _forward(  # type: ignore[no-untyped-def]
     feature = tl.arange(0, WIDE)
     i, j, k, x, y, z, inside = _cell(unit, scales, places, point, there, level)
     total = tl.zeros((SIZE, WIDE), dtype=tl.float32)
-    wanted = (there & inside)[:, None] & (feature < F)[None, :]
+    active = (there & inside)[:, None] & (feature < F)[None, :]
     for corner in tl.static_range(8):
         dx, dy, dz = corner & 1, (corner >> 1) & 1, corner >> 2
         weight = (x * dx + (1 - x) * (1 - dx)) * (y * dy + (1 - y) * (1 - dy)) * (z * dz + (1 - z) * (1 - dz))
         entry = _entry(i + dx, j + dy, k + dz, places, level).to(tl.int64)
-        values = tl.load(table + entry[:, None] * F + feature[None, :], mask=wanted, other=0.0)
+        values = tl.load(table + entry[:, None] * F + feature[None, :], mask=active, other=0.0)
         total += weight[:, None] * values
     place = point.to(tl.int64)[:, None] * (LEVELS * F) + level * F + feature[None, :]
     tl.store(out + place, total, mask=there[:, None] & (feature < F)[None, :])
@@ -157,9 +157,9 @@ def _backward(  # type: ignore[no-untyped-def]
     there = point < count
     feature = tl.arange(0, WIDE)
     i, j, k, x, y, z, inside = _cell(unit, scales, places, point, there, level)
-    wanted = (there & inside)[:, None] & (feature < F)[None, :]
+    active = (there & inside)[:, None] & (feature < F)[None, :]
     place = point.to(tl.int64)[:, None] * (LEVELS * F) + level * F + feature[None, :]
-    pulled = tl.load(gradient + place, mask=wanted, other=0.0)
+    pulled = tl.load(gradient + place, mask=active, other=0.0)
     along_x = tl.zeros((SIZE,), dtype=tl.float32)
     along_y = tl.zeros((SIZE,), dtype=tl.float32)
     along_z = tl.zeros((SIZE,), dtype=tl.float32)
@@ -168,8 +168,8 @@ def _backward(  # type: ignore[no-untyped-def]
         wx, wy, wz = x * dx + (1 - x) * (1 - dx), y * dy + (1 - y) * (1 - dy), z * dz + (1 - z) * (1 - dz)
         entry = _entry(i + dx, j + dy, k + dz, places, level).to(tl.int64)
         cells = entry[:, None] * F + feature[None, :]
-        tl.atomic_add(to_table + cells, pulled * (wx * wy * wz)[:, None], mask=wanted)
-        along = tl.sum(pulled * tl.load(table + cells, mask=wanted, other=0.0), axis=1)
+        tl.atomic_add(to_table + cells, pulled * (wx * wy * wz)[:, None], mask=active)
+        along = tl.sum(pulled * tl.load(table + cells, mask=active, other=0.0), axis=1)
         along_x += along * (2 * dx - 1) * wy * wz
         along_y += along * (2 * dy - 1) * wx * wz
         along_z += along * (2 * dz - 1) * wx * wy

@@ -39,9 +39,9 @@ def check_keys(path: Path, config: Mapping[str, Any], keys: Keys, defaults: Mapp
     Raises:
         ArtifactError: it does; the sentence names file and key.
     """
-    said = not_understood(config, keys, defaults)
-    if said is not None:
-        raise ArtifactError(f"{path} says {said}")
+    problem = not_understood(config, keys, defaults)
+    if problem is not None:
+        raise ArtifactError(f"{path} says {problem}")
 
 
 def not_understood(config: Mapping[str, Any], keys: Keys, defaults: Mapping[str, Any]) -> str | None:

@@ -90,9 +90,9 @@ def first_hits(rays: Rays) -> tuple[Tensor, Tensor]:
 
 def trace(rays: Rays) -> Tensor:
     """First hit of each ray: colour and opacity (R, 4), all 0 where nothing is hit."""
-    distance, found = first_hits(rays)
+    distance, hits = first_hits(rays)
     out = torch.zeros(len(distance), 4, device=distance.device)
-    hit = found.nonzero().squeeze(-1)
+    hit = hits.nonzero().squeeze(-1)
     out[hit, 3] = 1
     out[hit, :3] = shade(rays.origins[hit] + distance[hit, None] * rays.directions[hit], rays.directions[hit])
     return out

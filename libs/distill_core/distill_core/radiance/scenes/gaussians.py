@@ -301,7 +301,7 @@ def load_gaussians(folder: Path, *, device: str | torch.device = "cpu") -> Gauss
 
     described, like = read_description(folder, GaussiansFile, empty, what="Gaussians")
     tensors = read_tensors(folder)
-    wanted = {name: value.shape for name, value in like.tensors().items()}
-    if {name: value.shape for name, value in tensors.items()} != wanted:
+    shapes = {name: value.shape for name, value in like.tensors().items()}
+    if {name: value.shape for name, value in tensors.items()} != shapes:
         raise ArtifactError(f"{folder / WEIGHTS} does not hold the Gaussians that {CONFIG} describes")
     return GaussianScene(GaussianModel(**tensors).to(device), described.scene)
