@@ -22,7 +22,7 @@ LOWEST, HIGHEST = 8.0, 65.0  # degrees of elevation
 
 
 class AnalyticConfig(SourceConfig):
-    """How many views, and from where."""
+    """Number and cameras of the views."""
 
     num_views: int = Field(24, ge=1, le=1000)
     num_test_views: int = Field(6, ge=1, le=200)
@@ -39,7 +39,7 @@ class AnalyticConfig(SourceConfig):
         return train, test
 
     def spec(self) -> SceneSpec:
-        """What a field of the scene says of itself."""
+        """Description of a field of the scene."""
         return SceneSpec(
             field="",
             bound=BOUND,

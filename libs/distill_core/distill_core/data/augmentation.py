@@ -16,7 +16,7 @@ _STREAM = 0x76696577  # sets a view's random numbers apart from those of the ord
 
 
 class ViewConfig(Config):
-    """How pictures are augmented, the same for all methods; all off by default."""
+    """Augmentation of the pictures, the same for all methods; all off by default."""
 
     shift: int = Field(0, ge=0, le=64)  # pixels, random translation to each side; the border is repeated
     crop_scale: float = Field(1.0, gt=0, le=1)  # least share of the area that a random crop keeps

@@ -33,7 +33,7 @@ class CapturedScene(SceneSource):
     """A folder of photographs with poses, in any known format."""
 
     class Config(SourceConfig):
-        """Which folder, and how it is read."""
+        """The folder, and options of reading it."""
 
         name: Literal["capture"] = "capture"
         path: DataPath
@@ -88,7 +88,7 @@ def read_capture(folder: Path, name: str = "auto", *, images: str | None = None)
         if not formats:
             blender = (folder / "transforms_train.json").is_file()
             raise DataError(
-                f"{folder} is no capture that is known: it has neither transforms.json (nerfstudio, instant-ngp), "
+                f"{folder} is not a known capture: it has neither transforms.json (nerfstudio, instant-ngp), "
                 "sparse/ (COLMAP), poses_bounds.npy (LLFF) nor pose/ with intrinsics.txt (NSVF)"
                 + ("; transforms_train.json is read by data.name = 'blender'" if blender else ""),
                 field="data.path",

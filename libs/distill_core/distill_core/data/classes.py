@@ -65,7 +65,7 @@ class Renaming(SourceConfig):
 
 
 def class_names(of: CondSpec | ClassifierConfig) -> tuple[str, ...]:
-    """What a model calls its classes: their numbers where it does not name every one."""
+    """Names of a model's classes: their numbers where it does not name every one."""
     count = of.num_classes or 0
     return of.class_names if len(of.class_names) == count else _counted(count)
 

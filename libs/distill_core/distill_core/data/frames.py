@@ -1,4 +1,4 @@
-"""What a reader of captures gives: frames, each a picture with its camera, in the file's own world."""
+"""Result of reading a capture: frames, each a picture with its camera, in the file's own world."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPENCV = torch.diag(
 
 
 class Box(NamedTuple):
-    """Where the scene is, in the file's units."""
+    """Bounding box of the scene, in the file's units."""
 
     centre: Tensor  # (3,) float64
     half: float
@@ -63,7 +63,7 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """What a folder says."""
+    """Content of a capture's folder."""
 
     frames: list[Frame]
     box: Box | None = None
@@ -71,7 +71,7 @@ class Capture:
 
     @property
     def fisheye(self) -> bool:
-        """Are its lenses fisheyes?"""
+        """Whether its lenses are fisheyes."""
         return any(frame.camera.fisheye for frame in self.frames)
 
 
@@ -120,7 +120,7 @@ def _inside(folder: Path, name: str, source: Path) -> Path:
     try:
         path = (folder / name).resolve()
     except (OSError, ValueError) as error:
-        raise DataError(f"{source}: {name!r} is no name of a file: {error}") from None
+        raise DataError(f"{source}: {name!r} is not the name of a file: {error}") from None
     if not path.is_relative_to(folder.resolve()):
         raise DataError(f"{source}: file_path {name!r} leaves the scene's folder")
     return path

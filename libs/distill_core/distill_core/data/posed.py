@@ -53,7 +53,7 @@ class PosedImages:
 
     @property
     def transparent(self) -> bool:
-        """Does any pixel that counts let the background through?"""
+        """Whether any pixel that counts lets the background through."""
         clear = self.images[..., 3] < 1
         return bool((clear if self.known is None else clear & self.known).any())
 
@@ -80,7 +80,7 @@ class PosedImages:
         return self._drawable[torch.randint(len(self._drawable), (count,))]
 
     def counts(self, pixels: Tensor) -> Tensor:
-        """Which of the pixels with flat indices (R,) are not ignored: (R,) bool."""
+        """Mask (R,) bool of the pixels with flat indices (R,) that are not ignored."""
         if self.known is None:
             return torch.ones_like(pixels, dtype=torch.bool)
         return self.known.reshape(-1)[pixels]

@@ -1,4 +1,4 @@
-"""What reads pictures for figures: vision networks in local transformers folders, with the folder's own preprocessing.
+"""Feature extractors of metrics: vision networks in local transformers folders, with the folder's own preprocessing.
 
 Pictures are rounded to 8 bits first, as files have them. Inception v3 is in no transformers folder, and the libraries
 that have it need torchvision; CLIP and DINOv2 features rank generators closer to people (Stein et al. 2023,
@@ -58,7 +58,7 @@ class VisionExtractor:
 
 
 class ClipScorer:
-    """How well pictures fit their prompts, by a CLIP model; `described` names it."""
+    """Agreement of pictures with their prompts, by a CLIP model; `described` names it."""
 
     def __init__(self, clip: Clip, processor: Any, described: str) -> None:
         self.clip, self.processor, self.described = clip, processor, described
@@ -160,7 +160,7 @@ def fingerprint(folder: Path) -> str:
 def _loading(folder: Path) -> Iterator[None]:
     """Whatever transformers raises on damaged files, in one sentence."""
     if not (folder / "config.json").is_file():
-        raise ArtifactError(f"{folder} is no transformers folder: it has no config.json")
+        raise ArtifactError(f"{folder} is not a transformers folder: it has no config.json")
     held = sorted(
         file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".ckpt")
     )

@@ -26,7 +26,7 @@ _ENTRIES = 2**24  # of a matrix of all pairs held at once: 128 MiB
 
 
 class Neighbours(NamedTuple):
-    """What the balls around the samples of two sets say of the second."""
+    """Figures of the second of two sets by balls around the samples of both."""
 
     precision: float
     recall: float

@@ -69,7 +69,7 @@ class LPIPS:
 
     @property
     def name(self) -> str:
-        """What the figure is called: lpips_alex or lpips_vgg."""
+        """Name of the figure: lpips_alex or lpips_vgg."""
         return f"lpips_{self.net}"
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ ADAPTER, BASE = "adapter", "base.json"  # in a model's folder; beside peft's fil
 
 
 class AdapterBase(Config):
-    """What an adapter is over, exactly."""
+    """Base of an adapter, exactly."""
 
     ref: str = ""  # name@version in the store, if it came from there
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # of the network's weights
@@ -107,7 +107,7 @@ class LoraDenoiser(Denoiser):
 
     @property
     def strength(self) -> float:
-        """What the factors' part is multiplied by; 0 is the base, bit for bit."""
+        """Factor of the adapter's part; 0 is the base, bit for bit."""
         return self._strength
 
     @strength.setter
@@ -235,7 +235,7 @@ def has_adapter(folder: Path) -> bool:
 
 
 def read_base(adapter: Path) -> AdapterBase | None:
-    """What the adapter in peft's format at `adapter` is over; None if it does not say."""
+    """Base of the adapter in peft's format at `adapter`; None if it does not name one."""
     try:
         return AdapterBase.parse(read_table(adapter / BASE))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What every diffusion network looks like to a method: `denoiser(x_sigma, sigma, cond) -> x0`."""
+"""Contract of the diffusion networks that methods see: `denoiser(x_sigma, sigma, cond) -> x0`."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ SIDECAR = "distillery.json"
 
 
 class Sidecar(Config):
-    """What a diffusers folder cannot say of itself; missing in foreign folders, then derived."""
+    """Facts that a diffusers folder cannot hold; missing in foreign folders, then derived."""
 
     image: ImageSpec
     cond: CondSpec
@@ -94,7 +94,7 @@ class DiffusersDenoiser(Denoiser):
 
     @property
     def called_apart(self) -> list[nn.Module]:
-        """What the network calls, in passing over the block that holds it: a DiT the first block's embedding."""
+        """Modules called from outside the block that holds them: of a DiT the first block's embedding."""
         blocks = getattr(self.network, "transformer_blocks", None)
         embedding = getattr(getattr(blocks[0], "norm1", None), "emb", None) if blocks else None
         return [] if embedding is None else [embedding]
@@ -257,7 +257,7 @@ class DiffusersDenoiser(Denoiser):
         return _predicted(self.network(x, time, class_labels=labels).sample, x)
 
     def _text_extras(self, x: Tensor, cond: Cond) -> dict[str, Any]:
-        """What a text-conditional network is told beside the prompt: SDXL's size and pooled prompt, and steering."""
+        """Inputs of a text-conditional network beside the prompt: SDXL's size and pooled prompt, and steering."""
         extras: dict[str, Any] = {}
         if self.cond.pooled_dim is not None:
             _, height, width = self.image.picture

@@ -1,4 +1,4 @@
-"""Whether the parts of a foreign folder fit together, and what they say that the folder itself does not."""
+"""Checks that the parts of a foreign folder fit together, and facts that are derived from them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _check_prompted(path: Path, network: Any, text: TextEncoder) -> None:
 def derived_sidecar(
     path: Path, network: Any, scheduler: Any, index: Index | None, codec: Any, text: TextEncoder | None
 ) -> Sidecar:
-    """What a foreign folder's parts say of pictures, conditions and sampling.
+    """Picture shape, conditions and sampling as a foreign folder's parts state them.
 
     Raises:
         ArtifactError: they do not say it, or something that is not understood.

@@ -1,4 +1,4 @@
-"""How plain diffusers samples a saved denoiser: the scheduler that its folder keeps, and the call that uses it.
+"""Sampling of a saved denoiser in plain diffusers: the scheduler that its folder keeps, and the call that uses it.
 
     few steps, vp      LCMScheduler: x0, noise again to the next level, x0 …; what `diffusion.sampling.few_step` does
     Euler, vp          EulerDiscreteScheduler on Karras' levels
@@ -49,7 +49,7 @@ def plain_use(
     parameterisation: Parameterisation,
     pipeline: str | None,
 ) -> PlainUse:
-    """What takes the steps of `spec` in plain diffusers, by the class `pipeline` or, where that is None, by hand."""
+    """Scheduler that takes the steps of `spec` in plain diffusers, by the class `pipeline`, by hand if None."""
     if schedule.kind == "vp" and scheduler.config.get("rescale_betas_zero_snr"):
         scheduler = _finite(scheduler, schedule)
     if schedule.kind == "vp" and spec.kind == "few_step":

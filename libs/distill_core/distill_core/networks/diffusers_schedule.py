@@ -57,7 +57,7 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
 
 
 def parameterisation_of(scheduler: Any) -> Parameterisation:
-    """What a network that was trained under `scheduler` answers.
+    """Quantity that a network trained under `scheduler` predicts.
 
     Raises:
         ArtifactError: something that is not understood.

@@ -147,7 +147,9 @@ def _fitting(saved: dict[str, Tensor], places: dict[str, LoraLayer], folder: Pat
         raise ArtifactError(f"{folder} does not fit its own configuration: {name} is only in one of them")
     for name, value in tensors.items():
         if not value.is_floating_point() or len(tensors) < len(saved):
-            raise ArtifactError(f"{folder} is damaged: {name} is there twice, or is no floating-point tensor")
+            raise ArtifactError(
+                f"{folder} is damaged: {name} is there twice, or is not a floating-point tensor"
+            )
         if value.shape != expected[name].shape:
             raise ArtifactError(
                 f"{folder} does not fit this base: {name} has the shape {tuple(value.shape)}, and "

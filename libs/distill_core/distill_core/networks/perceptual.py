@@ -10,7 +10,7 @@ from distill_core.networks.classifier import Classifier
 
 
 class FeatureDistance(nn.Module):
-    """How unlike two batches of pictures look to a classifier, whose weights stay as they are.
+    """Perceptual distance of two batches of pictures by a classifier, whose weights stay as they are.
 
     Raises:
         ConfigError: no classifier, or one of pictures of another shape.

@@ -125,7 +125,7 @@ class ConditionPartition(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> ConditionPartition:
-        """What `save` wrote.
+        """The partition that `save` wrote.
 
         Raises:
             ArtifactError: a file is missing or damaged.

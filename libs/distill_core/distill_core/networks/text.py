@@ -51,7 +51,7 @@ class TextEncoder:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What a pipeline's index says of the encoder beside its parts."""
+        """Entries of a pipeline's index for the encoder, beside its parts."""
         return {}
 
     def encode(self, prompts: list[str]) -> Cond:

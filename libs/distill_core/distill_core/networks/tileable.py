@@ -35,7 +35,7 @@ ATTENTION = ("Attention", "Transformer2DModel")  # diffusers' layers that read a
 
 
 class Tiling(Config):
-    """How a denoiser is made to repeat. `wrap` off and `amplitude` 0 is the plain denoiser, bit for bit."""
+    """Options of seamless sampling. `wrap` off and `amplitude` 0 is the plain denoiser, bit for bit."""
 
     wrap: bool = True  # convolutions pad with the opposite edge
     amplitude: int = Field(
@@ -99,7 +99,7 @@ class TiledDenoiser(Denoiser):
 
     @contextlib.contextmanager
     def _at(self, sigma: Tensor) -> Iterator[Denoiser]:
-        """What answers at this level, while its layers know the sampler's step."""
+        """The denoiser for this level, while its layers know the sampler's step."""
         step = self._step(sigma)
         token = _step.set(step)
         try:

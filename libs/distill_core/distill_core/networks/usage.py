@@ -1,4 +1,4 @@
-"""How a saved denoiser is used in plain diffusers, in words and a few lines of code: a part of its model card.
+"""Use of a saved denoiser in plain diffusers, in words and a few lines of code: a part of its model card.
 
 Code holds numbers and class names alone; nothing that a user wrote.
 """
@@ -18,7 +18,7 @@ RANDOM = "generator=torch.Generator().manual_seed(0)"
 
 @dataclass(frozen=True)
 class Place:
-    """Where the network's weights are: in a sub-folder, of one of several experts, or an adapter alone."""
+    """Place of the network's weights: in a sub-folder, of one of several experts, or an adapter alone."""
 
     inside: str = ""
     adapter: bool = False

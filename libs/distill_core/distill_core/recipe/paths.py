@@ -38,7 +38,7 @@ class Named:
 
 
 def recipe_paths(recipe: Recipe) -> Iterator[Named]:
-    """What a run of `recipe` may read.
+    """Paths that a run of `recipe` may read.
 
     Raises:
         ConfigError: a table that its schema refuses. NotFound: no such method.
@@ -47,7 +47,7 @@ def recipe_paths(recipe: Recipe) -> Iterator[Named]:
 
 
 def evaluation_paths(kind: str, table: Mapping[str, Any], data: Mapping[str, Any] | None) -> Iterator[Named]:
-    """What an evaluation of a model of that kind may read.
+    """Paths that an evaluation of a model of that kind may read.
 
     Raises:
         ConfigError: a table that its schema refuses. NotFound: no such kind.

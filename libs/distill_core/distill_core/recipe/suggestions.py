@@ -1,4 +1,4 @@
-"""What was meant: recipes and keys that do not exist under the name given, answered with the one that does."""
+"""Suggestions for recipes and keys that do not exist under the name given."""
 
 from __future__ import annotations
 

@@ -29,14 +29,14 @@ Former = Callable[[Recipe], nn.Module]  # what a recipe trains, untrained
 
 
 class Models(Protocol):
-    """Where models come from."""
+    """Source of models."""
 
     def folder(self, source: ModelSource) -> Path: ...
 
     def load(self, source: ModelSource) -> nn.Module: ...
 
 
-def suited(recipe: Recipe, where: Models, former: Former) -> Recipe:
+def suited(recipe: Recipe, models: Models, former: Former) -> Recipe:
     """`recipe` for the teacher that it names; itself if it was written for that one.
 
     Raises:
@@ -44,12 +44,12 @@ def suited(recipe: Recipe, where: Models, former: Former) -> Recipe:
     """
     if recipe.replaced is None or recipe.teacher is None or recipe.teacher.scene is not None:
         return recipe
-    given, folder = recipe.replaced.given, where.folder(recipe.teacher)
+    given, folder = recipe.replaced.given, models.folder(recipe.teacher)
     whole = any((folder / slot).is_dir() for slot in ("unet", "transformer"))
     with (
         _shapes_alone() if whole else contextlib.nullcontext()
     ):  # only diffusers' folders load without weights
-        teacher = where.load(recipe.teacher)
+        teacher = models.load(recipe.teacher)
     if not isinstance(teacher, Denoiser):
         return recipe
     if not any(key == "data" or key.startswith("data.") for key in given):
@@ -69,7 +69,7 @@ def suited(recipe: Recipe, where: Models, former: Former) -> Recipe:
 
 
 def _shapes_alone() -> contextlib.AbstractContextManager[None]:
-    """Where models have no weights: only their schedules are looked at."""
+    """Context in which models have no weights: only their schedules are looked at."""
     return contextlib.nullcontext() if is_faked() else fake_tensors()
 
 

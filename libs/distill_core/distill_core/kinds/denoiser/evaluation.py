@@ -120,7 +120,7 @@ class Evaluator:
         return FeatureSet(torch.cat([self.features.features(x0) for x0 in pictures if x0 is not None]))
 
     def measured_with(self, figures: Mapping[str, float]) -> dict[str, str]:
-        """What these figures rest on, in words: by figure, or `distances` for those that compare features."""
+        """Basis of these figures, in words: by figure, or `distances` for those that compare features."""
         drawn = f"{self.config.num_samples} samples, seed {self.config.seed}"
         sources = {}
         if self._compares and self.features is not None:
@@ -156,10 +156,10 @@ class Evaluator:
         return [self.source.prompts[self._picked[i % len(self._picked)]] for i in indices]  # type: ignore[index]
 
     def _read(self, pictures: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What each model sees in a batch of pictures."""
+        """Features, logits and scores of a batch of pictures, by each model that measures."""
         seen: dict[str, Tensor] = {}
         if self.judge is not None:
-            seen["features"], seen["logits"] = self.judge.answers(pictures, "generated pictures")
+            seen["features"], seen["logits"] = self.judge.predict(pictures, "generated pictures")
         if self._compares and self.features is not None and self.features is not self.judge:
             seen["features"] = self.features.features(pictures)
         return seen | {name: scorer.cosines(pictures, prompts) for name, scorer in self.scorers.items()}

@@ -142,7 +142,9 @@ def _load_adapter(folder: Path, models: Models | None, device: str) -> LoraDenoi
     except NotFound as error:
         raise ArtifactError(f"{folder} is an adapter over {base.ref}, which is missing: {error}") from None
     if not isinstance(model, Denoiser):
-        raise ArtifactError(f"{folder} is an adapter over {base.ref}, which is no denoiser; publish it again")
+        raise ArtifactError(
+            f"{folder} is an adapter over {base.ref}, which is not a denoiser; publish it again"
+        )
     return LoraDenoiser.load(model, folder)
 
 

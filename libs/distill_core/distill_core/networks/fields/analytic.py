@@ -18,7 +18,7 @@ SOLID_DENSITY = 400.0  # 1/unit inside the objects; outside, what `min_log_densi
 
 
 class AnalyticConfig(FieldConfig):
-    """Which scene."""
+    """Choice of the scene."""
 
     scene: Literal["procedural", "alcove"] = "procedural"
     min_log_density: float = Field(-30.0, ge=-30, le=0)  # nothing, to fp32

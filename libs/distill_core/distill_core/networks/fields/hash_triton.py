@@ -35,7 +35,7 @@ def encode(unit: Tensor, table: Tensor, levels: Sequence[Level]) -> Tensor:
 
 
 def works(device: torch.device) -> bool:
-    """Do the kernels run on `device`? A constant table must come back from inside, and zeros from outside."""
+    """Self-test of the kernels on `device`: a constant table must come back from inside, and zeros from outside."""
     unit = torch.linspace(-0.2, 1.2, CHECK_POINTS, device=device)[:, None].expand(-1, 3).contiguous()
     table = torch.ones(8, 2, device=device)
     places = torch.tensor([[2, 0, 0, 7]], dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""What a training loss adds for a field's own sake, and which fields can be trained at all."""
+"""Regularisers of a field's training loss, and the check that a field can be trained."""
 
 from __future__ import annotations
 

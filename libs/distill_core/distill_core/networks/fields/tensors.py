@@ -40,7 +40,7 @@ class SparseConfig(TensorsConfig):
 
 
 class VoxelField(RadianceField):
-    """What the dense and the packed grid share. Block 1's feature is the coefficients, so features do not compare."""
+    """Base of the dense and the packed grid. Block 1's feature is the coefficients, so features do not compare."""
 
     config: TensorsConfig
 

@@ -1,4 +1,4 @@
-"""Which weights of a foreign part are loaded: safetensors, of the one variant that there is."""
+"""Choice of a foreign part's weight files: safetensors, of the one variant that there is."""
 
 from __future__ import annotations
 

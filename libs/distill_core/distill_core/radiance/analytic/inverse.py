@@ -66,7 +66,7 @@ def true_buffer(surface: Surface, opacity: Tensor) -> GBuffer:
 
 
 def glows(surface: Surface) -> Tensor:
-    """Does each of R surfaces glow? (R,) bool."""
+    """Mask (R,) bool of the surfaces that glow."""
     aside: Tensor = (surface.positions[:, :2] - torch.tensor(GLOW_CENTRE)).norm(dim=-1)
     return (surface.part == SLAB) & (surface.normals[:, 2] > 0.5) & (aside < GLOW_RADIUS)
 

@@ -117,5 +117,5 @@ def render_procedural(camera: Camera, supersample: int = 2) -> Tensor:
 
 
 def procedural_distance(camera: Camera) -> Tensor:
-    """How far away is what the centre of each pixel shows: (H, W), scene units, 0 where it shows nothing."""
+    """Distance of what the centre of each pixel shows: (H, W), scene units, 0 where it shows nothing."""
     return first_hits(camera.rays())[0].reshape(camera.height, camera.width)

@@ -26,7 +26,7 @@ def look_through(plane: Tensor, coefficients: Tensor, *, fisheye: bool) -> Tenso
 
 
 def distort(points: Tensor, coefficients: Tensor, *, fisheye: bool) -> Tensor:
-    """Where directions (x, y, 1) land on the plane: `points` (R, 2) to (R, 2), the inverse of `look_through`."""
+    """Points on the plane of directions (x, y, 1): `points` (R, 2) to (R, 2), the inverse of `look_through`."""
     x, y = points.unbind(-1)
     k1, k2, k3, k4, p1, p2 = coefficients.unbind(-1)
     r2 = x * x + y * y

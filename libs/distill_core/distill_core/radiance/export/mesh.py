@@ -84,7 +84,7 @@ def save_mesh(mesh: trimesh.Trimesh, path: Path) -> None:
         ConfigError: another suffix.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{path} is no mesh file; end it in {', '.join(SUFFIXES)}", field="to")
+        raise ConfigError(f"{path} is not a mesh file; end it in {', '.join(SUFFIXES)}", field="to")
     path.parent.mkdir(parents=True, exist_ok=True)
     mesh.export(path)
 

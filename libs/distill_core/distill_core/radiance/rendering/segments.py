@@ -122,7 +122,7 @@ def _composited(density: Tensor, radiance: Tensor, samples: Samples, normals: Te
 
 
 def _channels(field: nn.Module, device: torch.device) -> int:
-    """How many channels the field composites: what it says of a block of points."""
+    """Number of channels that the field composites, by its output for a block of points."""
     somewhere = torch.zeros(BLOCK, 3, device=device)
     _, radiance = field(somewhere, somewhere)
     return int(radiance.shape[-1])

@@ -236,7 +236,7 @@ def _gsplat(gaussians: GaussianModel, camera: Camera, channels: Tensor) -> Tenso
 
 
 class GaussiansFile(Config):
-    """What config.json of a folder of Gaussians says."""
+    """Content of the config.json of Gaussians."""
 
     kind: Literal["gaussians"] = "gaussians"
     version: Literal[1] = 1
@@ -286,7 +286,7 @@ def save_gaussians(scene: GaussianScene, folder: Path) -> None:
 
 
 def load_gaussians(folder: Path, *, device: str | torch.device = "cpu") -> GaussianScene:
-    """What `save_gaussians` wrote.
+    """The Gaussians that `save_gaussians` wrote.
 
     Raises:
         ArtifactError: a file is missing or damaged, or does not hold what config.json says.

@@ -33,7 +33,7 @@ Box = tuple[float, float, float, float, float, float]  # least x, y, z, then gre
 
 
 class LatentFile(Config):
-    """What config.json of a latent scene's folder says."""
+    """Content of a latent scene's config.json."""
 
     kind: Literal["latent_field"] = "latent_field"
     version: Literal[1] = 1
@@ -75,7 +75,7 @@ class LatentScene(nn.Module):
         return self
 
     def march(self, rays: Rays, offset: Tensor | float = 0.5) -> Samples:
-        """Where the rays are looked at."""
+        """Samples along the rays."""
         return march(
             rays, bound=self.spec.bound, num_steps=self.num_steps, occupied=self.occupied, offset=offset
         )

@@ -30,7 +30,7 @@ def write_scene(folder: Path, described: Config, tensors: Mapping[str, Tensor]) 
 def read_description(
     folder: Path, cls: type[Described], make: Callable[[Described], Made], *, what: str
 ) -> tuple[Described, Made]:
-    """What config.json says, and what `make` makes of it.
+    """Content of config.json, and the object that `make` builds from it.
 
     Raises:
         ArtifactError: the file is missing or damaged, or `make` refuses it; `what` is what it should describe.
