@@ -160,5 +160,5 @@ def test_a_damaged_or_pickled_folder_is_one_sentence(tmp_path):
     (tmp_path / "unet" / "config.json").write_text("{")
     with pytest.raises(ArtifactError, match="cannot be read as a diffusers config"):
         load_denoiser(tmp_path)
-    with pytest.raises(ArtifactError, match="no diffusers folder"):
+    with pytest.raises(ArtifactError, match="not a diffusers folder"):
         load_denoiser(tmp_path / "scheduler")

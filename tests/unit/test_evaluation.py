@@ -182,7 +182,12 @@ def test_prompts_go_round_where_more_pictures_are_wanted(clip, pipeline, tmp_pat
     [
         ({"extractor": {"path": "/nonexistent"}}, NotFound, "evaluate.extractor", "does not exist"),
         ({"clip": {"path": "{clip}"}}, ConfigError, "evaluate", "here are none"),
-        ({"extractor": {"path": "{empty}"}}, ArtifactError, "evaluate.extractor", "no transformers folder"),
+        (
+            {"extractor": {"path": "{empty}"}},
+            ArtifactError,
+            "evaluate.extractor",
+            "not a transformers folder",
+        ),
         ({"judge": {"path": "{empty}"}}, ArtifactError, "evaluate.judge", "not a classifier"),
     ],
 )

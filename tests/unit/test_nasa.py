@@ -186,7 +186,7 @@ def test_negative_prompts_without_guidance_are_refused(teacher, source, config):
 def test_a_judge_is_asked_for_the_class_of_the_item_whose_prompt_was_given(teacher, source):
     from distill_core.kinds.denoiser.evaluation import Evaluator
     from distill_core.metrics.judge import Judge
-    from distill_core.networks.classifier import Classifier, ClassifierConfig, answers
+    from distill_core.networks.classifier import Classifier, ClassifierConfig, predict
     from distill_core.networks.generation import generate
 
     torch.manual_seed(0)
@@ -198,7 +198,7 @@ def test_a_judge_is_asked_for_the_class_of_the_item_whose_prompt_was_given(teach
     figures = Evaluator(source, config, judge=judge).figures(teacher, num_steps=1)
     items = torch.arange(80) % 64
     prompts = teacher.encode_prompts([source.prompts[item] for item in items.tolist()])
-    seen = answers(judge.classifier, generate(teacher, prompts, 80, num_steps=1))[1].argmax(1)
+    seen = predict(judge.classifier, generate(teacher, prompts, 80, num_steps=1))[1].argmax(1)
     assert figures["accuracy"] == pytest.approx((seen == source.labels[items]).float().mean().item())
     other = Judge(Classifier(ClassifierConfig(shape=(3, 16, 16), num_classes=8, width=8)))
     assert "accuracy" not in Evaluator(source, config, judge=other).figures(teacher, num_steps=1)

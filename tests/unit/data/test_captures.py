@@ -592,7 +592,7 @@ def broken(kind, folder):  # noqa: C901 - a list of ways to be broken
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("empty", "is no capture that is known"),
+        ("empty", "is not a known capture"),
         ("frames", "lists no frames"),
         ("pose", "transform_matrix of frame 2 is not usable"),
         ("leaves", "leaves the scene's folder"),

@@ -134,7 +134,7 @@ def test_pickled_weights_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [
-        ("config.json", None, "no transformers folder"),
+        ("config.json", None, "not a transformers folder"),
         ("config.json", "{", "damaged or incomplete"),
         ("preprocessor_config.json", None, "how pictures are prepared"),
         ("model.safetensors", "cut off", "damaged or incomplete"),

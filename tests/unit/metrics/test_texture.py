@@ -90,8 +90,8 @@ def test_the_distance_tells_families_apart_and_other_drawings_of_one_family_not(
     ("measure", "sentence"),
     [
         (lambda: seam_ratio(torch.zeros(2, 3, 8, 8)), "of one colour each"),
-        (lambda: seam_ratio(torch.zeros(2, 3, 8, 2)), r"\(2, 3, 8, 2\) are no textures"),
-        (lambda: texture_features(torch.zeros(2, 8, 8)), r"\(2, 8, 8\) are no textures"),
+        (lambda: seam_ratio(torch.zeros(2, 3, 8, 2)), r"\(2, 3, 8, 2\) are not textures"),
+        (lambda: texture_features(torch.zeros(2, 8, 8)), r"\(2, 8, 8\) are not textures"),
         (lambda: seam_ratio(torch.full((1, 1, 4, 4), float("nan"))), "NaN or infinity"),
         (lambda: high_frequency_ratio(wave(12), wave(4) * 0), "hold nothing above 0.25"),
     ],

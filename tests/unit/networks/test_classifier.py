@@ -6,7 +6,7 @@ import torch
 from distill_core.artifacts import Manifest
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds.cards import described
-from distill_core.networks.classifier import Classifier, ClassifierConfig, answers, load_classifier
+from distill_core.networks.classifier import Classifier, ClassifierConfig, load_classifier, predict
 
 
 def build(shape=(1, 8, 8), **options):
@@ -37,7 +37,7 @@ def test_features_tell_where_a_stroke_is():
 
 def test_answers_come_in_batches_without_gradient():
     classifier, x = build(), torch.randn(11, 1, 8, 8)
-    features, logits = answers(classifier, x, batch_size=4)
+    features, logits = predict(classifier, x, batch_size=4)
     assert torch.allclose(features, classifier.features(x), atol=1e-5)
     assert torch.allclose(logits, classifier(x), atol=1e-5)
     assert not logits.requires_grad

@@ -21,10 +21,10 @@ MADE = "artifact"  # the source of a table that names a recipe alone
 def source_types() -> dict[str, type[Source]]:
     """Every source there is: the name that a recipe's `[data]` table gives, and its class."""
     modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    found: dict[str, type[Source]] = {}
+    types: dict[str, type[Source]] = {}
     for module in modules:
-        found.update(getattr(importlib.import_module(f"{__name__}.{module}"), "SOURCES", {}))
-    return found
+        types.update(getattr(importlib.import_module(f"{__name__}.{module}"), "SOURCES", {}))
+    return types
 
 
 def named_tables(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

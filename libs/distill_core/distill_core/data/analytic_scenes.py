@@ -11,7 +11,8 @@ from torch import Tensor
 
 from distill_core.artifacts import SceneSpec
 from distill_core.config import Config as SourceConfig
-from distill_core.data.scenes import GOLDEN_ANGLE, PosedImages, SceneSource, check_total
+from distill_core.data.posed import PosedImages, SceneSource, check_total
+from distill_core.data.scenes import GOLDEN_ANGLE
 from distill_core.radiance.analytic.inverse import environment, render_inverse_scene
 from distill_core.radiance.analytic.spheres import BOUND
 from distill_core.radiance.cameras.camera import Camera, orbit_camera
@@ -21,7 +22,7 @@ LOWEST, HIGHEST = 8.0, 65.0  # degrees of elevation
 
 
 class AnalyticConfig(SourceConfig):
-    """How many views, and from where."""
+    """Number and cameras of the views."""
 
     num_views: int = Field(24, ge=1, le=1000)
     num_test_views: int = Field(6, ge=1, le=200)
@@ -38,7 +39,7 @@ class AnalyticConfig(SourceConfig):
         return train, test
 
     def spec(self) -> SceneSpec:
-        """What a field of the scene says of itself."""
+        """Description of a field of the scene."""
         return SceneSpec(
             field="",
             bound=BOUND,
@@ -50,8 +51,10 @@ class AnalyticConfig(SourceConfig):
     def _camera(self, height: float, turn: float) -> Camera:
         low, high = (math.sin(math.radians(angle)) for angle in (LOWEST, HIGHEST))
         elevation = math.degrees(math.asin(low + (high - low) * height))
-        place = {"fov_degrees": self.fov_degrees, "width": self.size, "height": self.size}
-        return orbit_camera(GOLDEN_ANGLE * turn, elevation, self.radius, **place)
+        azimuth, size = GOLDEN_ANGLE * turn, self.size
+        return orbit_camera(
+            azimuth, elevation, self.radius, fov_degrees=self.fov_degrees, width=size, height=size
+        )
 
 
 def posed(images: list[Tensor], cameras: list[Camera]) -> PosedImages:

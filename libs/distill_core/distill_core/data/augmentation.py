@@ -23,7 +23,7 @@ _STORED = {  # types and shape of one item's view, by name
 
 
 class ViewConfig(Config):
-    """How pictures are augmented, the same for all methods; all off by default."""
+    """Augmentation of the pictures, the same for all methods; all off by default."""
 
     shift: int = Field(
         0, ge=0, le=MAX_SHIFT
@@ -44,16 +44,16 @@ def draw_views(config: ViewConfig, seed: int, start: int, stop: int) -> dict[str
     """
     rows = [np.random.Generator(np.random.Philox([seed, _STREAM, at])).random(6) for at in range(start, stop)]
     draws = torch.from_numpy(np.stack(rows))
-    found: dict[str, Tensor] = {}
+    view: dict[str, Tensor] = {}
     if config.crop_scale < 1:
         side = (config.crop_scale + (1 - config.crop_scale) * draws[:, 0]).sqrt()
         corner = draws[:, 1:3] * (1 - side[:, None])
-        found["crop"] = torch.cat([corner, side[:, None], side[:, None]], 1).float()
+        view["crop"] = torch.cat([corner, side[:, None], side[:, None]], 1).float()
     if config.shift:
-        found["shift"] = (draws[:, 3:5] * (2 * config.shift + 1)).floor().long() - config.shift
+        view["shift"] = (draws[:, 3:5] * (2 * config.shift + 1)).floor().long() - config.shift
     if config.flip:
-        found["flip"] = draws[:, 5] < 0.5
-    return found
+        view["flip"] = draws[:, 5] < 0.5
+    return view
 
 
 def check_view(view: Mapping[str, Tensor]) -> None:

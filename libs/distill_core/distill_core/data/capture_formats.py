@@ -74,9 +74,9 @@ def read_llff(folder: Path, images: str | None = None) -> Capture:
 
 def _pictures(folder: Path, images: str | None) -> list[Path]:
     for name in [images] if images else ["images", "images_2", "images_4", "images_8"]:
-        found = sorted(p for p in (folder / str(name)).glob("*") if p.suffix.lower() in PICTURES)
-        if found:
-            return found
+        files = sorted(p for p in (folder / str(name)).glob("*") if p.suffix.lower() in PICTURES)
+        if files:
+            return files
     raise DataError(f"{folder} has no pictures in {images or 'images/, images_2/, images_4/ or images_8/'}")
 
 
@@ -116,8 +116,8 @@ def read_nsvf(folder: Path, images: str | None = None) -> Capture:
         values = _floats(path)
         if len(values) != 16:
             raise DataError(f"{path} holds {len(values)} numbers; a pose has 16")
-        found = [folder / "rgb" / f"{path.stem}{suffix}" for suffix in PICTURES]
-        picture = next((p for p in found if p.is_file()), found[0])
+        candidates = [folder / "rgb" / f"{path.stem}{suffix}" for suffix in PICTURES]
+        picture = next((p for p in candidates if p.is_file()), candidates[0])
         matrix = torch.tensor(values, dtype=torch.float64).reshape(4, 4) @ OPENCV
         # the principal point says what size the camera was measured on: the pictures may be smaller
         size = (round(2 * cx), round(2 * cy))

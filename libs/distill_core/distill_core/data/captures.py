@@ -33,7 +33,7 @@ class CapturedScene(SceneSource):
     """A folder of photographs with poses, in any known format."""
 
     class Config(SourceConfig):
-        """Which folder, and how it is read."""
+        """The folder, and options of reading it."""
 
         name: Literal["capture"] = "capture"
         path: DataPath
@@ -84,16 +84,16 @@ def read_capture(folder: Path, name: str = "auto", *, images: str | None = None)
         DataError: no known format, a damaged file, an unusable pose or lens; the message names the file.
     """
     if name == "auto":
-        found = [known for known, reader in FORMATS.items() if reader.fits(folder)]
-        if not found:
+        formats = [known for known, reader in FORMATS.items() if reader.fits(folder)]
+        if not formats:
             blender = (folder / "transforms_train.json").is_file()
             raise DataError(
-                f"{folder} is no capture that is known: it has neither transforms.json (nerfstudio, instant-ngp), "
+                f"{folder} is not a known capture: it has neither transforms.json (nerfstudio, instant-ngp), "
                 "sparse/ (COLMAP), poses_bounds.npy (LLFF) nor pose/ with intrinsics.txt (NSVF)"
                 + ("; transforms_train.json is read by data.name = 'blender'" if blender else ""),
                 field="data.path",
             )
-        name = found[0]
+        name = formats[0]
     capture = FORMATS[name].read(folder, images)
     if not capture.frames:
         raise DataError(f"{folder} lists no pictures with poses", field="data.path")
@@ -133,8 +133,8 @@ def _around_focus(poses: Tensor) -> Box:
     off_axis = torch.eye(3, dtype=torch.float64) - axes[:, :, None] * axes[:, None, :]
     # the point nearest to all optical axes; where these are parallel, nearest to the cameras' middle
     system, middle = off_axis.mean(0) + 1e-6 * torch.eye(3), centres.mean(0)
-    wanted = (off_axis @ centres[:, :, None]).mean(0).squeeze(-1) + 1e-6 * middle
-    focus = torch.linalg.solve(system, wanted)
+    target = (off_axis @ centres[:, :, None]).mean(0).squeeze(-1) + 1e-6 * middle
+    focus = torch.linalg.solve(system, target)
     away = float((centres - focus).norm(dim=-1).median())
     return Box(focus, max(away / 2, 1e-6))
 

@@ -48,24 +48,24 @@ class Renaming(SourceConfig):
         Raises:
             ConfigError: it renames a class that the data does not have, or to the name of another one.
         """
-        given = tuple(names)
+        own = tuple(names)
         for name in self.rename_classes:
-            if name not in given:
+            if name not in own:
                 raise ConfigError(
-                    f"data.rename_classes renames {name!r}, and the data has no such class{nearest(name, given)}",
+                    f"data.rename_classes renames {name!r}, and the data has no such class{nearest(name, own)}",
                     field="data.rename_classes",
                 )
-        found = tuple(self.rename_classes.get(name, name) for name in given)
-        if self.rename_classes and (twice := _repeated(found)):
+        renamed = tuple(self.rename_classes.get(name, name) for name in own)
+        if self.rename_classes and (twice := _repeated(renamed)):
             raise ConfigError(
                 f"with data.rename_classes two classes of the data are called {twice!r}; give each its own name",
                 field="data.rename_classes",
             )
-        return found
+        return renamed
 
 
 def class_names(of: CondSpec | ClassifierConfig) -> tuple[str, ...]:
-    """What a model calls its classes: their numbers where it does not name every one."""
+    """Names of a model's classes: their numbers where it does not name every one."""
     count = of.num_classes or 0
     return of.class_names if len(of.class_names) == count else _counted(count)
 
@@ -78,10 +78,10 @@ def class_numbers(given: Sequence[str], known: Sequence[str]) -> list[int]:
     places: dict[str, int] = {}
     for place, name in enumerate(map(_key, known)):
         places[name] = ABSENT if name in places else place
-    found = [places.get(_key(name), ABSENT) for name in given]
-    if ABSENT in found and tuple(given) == _counted(len(given)):
+    numbers = [places.get(_key(name), ABSENT) for name in given]
+    if ABSENT in numbers and tuple(given) == _counted(len(given)):
         return [number if number < len(known) else ABSENT for number in range(len(given))]
-    return found
+    return numbers
 
 
 def use_classes_of(source: Source, cond: CondSpec) -> None:
@@ -191,20 +191,20 @@ def _known_numbers(source: Source, known: Sequence[str], *, owner: str, field: s
 
 def _unknown(name: str, known: Sequence[str], *, owner: str, whose: str, field: str) -> ConfigError:
     if list(map(_key, known)).count(_key(name)) > 1:
-        said, then = (
+        problem, remedy = (
             f"more than one class of {owner} is called so",
             "use a model whose classes have names of their own",
         )
     elif tuple(known) == _counted(len(known)):
-        said = f"the classes of {owner} have no names, only the numbers 0 to {len(known) - 1}"
-        then = f"say which number it is, e.g. data.rename_classes.{name} = '0'"
+        problem = f"the classes of {owner} have no names, only the numbers 0 to {len(known) - 1}"
+        remedy = f"say which number it is, e.g. data.rename_classes.{name} = '0'"
     else:
         shown = ", ".join(known[:MOST_SHOWN]) + (" …" if len(known) > MOST_SHOWN else "")
-        said = f"{owner} has no such class, but {shown}"
-        then = "leave it out, or say with data.rename_classes what it is called there"
+        problem = f"{owner} has no such class, but {shown}"
+        remedy = "leave it out, or say with data.rename_classes what it is called there"
     if field in ("evaluate.judge", "extractor"):
-        then = f"set {field} to a classifier of these classes, e.g. one trained on the same data"
-    return ConfigError(f"{whose} has a class {name!r}, and {said}; {then}", field=field)
+        remedy = f"set {field} to a classifier of these classes, e.g. one trained on the same data"
+    return ConfigError(f"{whose} has a class {name!r}, and {problem}; {remedy}", field=field)
 
 
 def _counted(count: int) -> tuple[str, ...]:

@@ -47,9 +47,9 @@ def colmap_models(folder: Path) -> list[Path]:
         place = folder / name
         if not place.is_dir():
             continue
-        found = [path for path in (place, *sorted(place.iterdir())) if _is_model(path)]
-        if found:
-            return found
+        models = [path for path in (place, *sorted(place.iterdir())) if _is_model(path)]
+        if models:
+            return models
     return []
 
 
@@ -71,15 +71,15 @@ def read_colmap(folder: Path, images: str | None = None) -> Capture:
         raise DataError(
             f"{folder} holds no reconstruction; COLMAP writes sparse/0/cameras.bin and images.bin"
         )
-    found = [(place, *_views(place)) for place in places]
-    model, reconstruction, views = max(found, key=lambda entry: len(entry[2]))
-    if len(found) > 1:
-        said = ", ".join(f"{place.relative_to(folder)} with {len(seen)} views" for place, _, seen in found)
+    models = [(place, *_views(place)) for place in places]
+    model, reconstruction, views = max(models, key=lambda entry: len(entry[2]))
+    if len(models) > 1:
+        sizes = ", ".join(f"{place.relative_to(folder)} with {len(seen)} views" for place, _, seen in models)
         log.warning(
             "%s holds %d reconstructions, which have no common axes: %s; %s is read, the largest",
             folder,
-            len(found),
-            said,
+            len(models),
+            sizes,
             model.relative_to(folder),
         )
     _check_lenses(views, model)
@@ -96,10 +96,10 @@ def _views(model: Path) -> tuple[Any, list[Any]]:
     except ImportError:
         raise missing_package("pycolmap", "colmap") from None
     try:
-        found = pycolmap.Reconstruction(str(model))
+        reconstruction = pycolmap.Reconstruction(str(model))
     except Exception as error:  # pycolmap raises what its C++ side throws
         raise DataError(f"{model} cannot be read by COLMAP: {str(error).splitlines()[0]}") from None
-    return found, [image for image in found.images.values() if image.has_pose]
+    return reconstruction, [image for image in reconstruction.images.values() if image.has_pose]
 
 
 def _check_lenses(views: list[Any], model: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill_core.config import Config as SourceConfig
 from distill_core.data.analytic_scenes import HIGHEST, LOWEST, AnalyticConfig, posed
-from distill_core.data.scenes import SceneSource
+from distill_core.data.posed import SceneSource
 from distill_core.data.source import ArrayPixels, Source
 from distill_core.radiance.analytic.coloured import Colour, draw_scene, render_coloured
 from distill_core.radiance.cameras.camera import Camera, orbit_camera
@@ -85,10 +85,15 @@ def _picture(config: ColouredObjects.Config, colour: Colour, random: torch.Gener
     azimuth, height = torch.rand(2, generator=random).tolist()
     low, high = (math.sin(math.radians(angle)) for angle in (LOWEST, HIGHEST))
     elevation = math.degrees(math.asin(low + (high - low) * height))
-    size = {"fov_degrees": config.fov_degrees, "width": config.size, "height": config.size}
-    rgba, _ = render_coloured(
-        orbit_camera(360 * azimuth, elevation, config.radius, **size), draw_scene(random), colour
+    camera = orbit_camera(
+        360 * azimuth,
+        elevation,
+        config.radius,
+        fov_degrees=config.fov_degrees,
+        width=config.size,
+        height=config.size,
     )
+    rgba, _ = render_coloured(camera, draw_scene(random), colour)
     rgb = over(rgba[..., :3], rgba[..., 3:], torch.tensor(BACKGROUND))
     return (rgb.permute(2, 0, 1) * 255).round().to(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""What a reader of captures gives: frames, each a picture with its camera, in the file's own world."""
+"""Result of reading a capture: frames, each a picture with its camera, in the file's own world."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPENCV = torch.diag(
 
 
 class Box(NamedTuple):
-    """Where the scene is, in the file's units."""
+    """Bounding box of the scene, in the file's units."""
 
     centre: Tensor  # (3,) float64
     half: float
@@ -63,7 +63,7 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """What a folder says."""
+    """Content of a capture's folder."""
 
     frames: list[Frame]
     box: Box | None = None
@@ -71,7 +71,7 @@ class Capture:
 
     @property
     def fisheye(self) -> bool:
-        """Are its lenses fisheyes?"""
+        """Whether its lenses are fisheyes."""
         return any(frame.camera.fisheye for frame in self.frames)
 
 
@@ -105,22 +105,22 @@ def picture_at(folder: Path, name: str, source: Path) -> Path:
     Raises:
         DataError: `name` leaves the folder.
     """
-    found = _inside(folder, name, source)
-    if not found.is_file() and "\\" in name:
-        found = _inside(folder, name.replace("\\", "/"), source)
-    if found.is_file():
-        return found
-    named = found.suffix.lower() in PICTURES
-    stem = found.stem if named else found.name
-    others = [found.with_name(stem + kind) for kind in (*PICTURES, *map(str.upper, PICTURES))]
-    return next((other for other in others if other.is_file()), found if named else others[0])
+    path = _inside(folder, name, source)
+    if not path.is_file() and "\\" in name:
+        path = _inside(folder, name.replace("\\", "/"), source)
+    if path.is_file():
+        return path
+    named = path.suffix.lower() in PICTURES
+    stem = path.stem if named else path.name
+    others = [path.with_name(stem + kind) for kind in (*PICTURES, *map(str.upper, PICTURES))]
+    return next((other for other in others if other.is_file()), path if named else others[0])
 
 
 def _inside(folder: Path, name: str, source: Path) -> Path:
     try:
-        found = (folder / name).resolve()
+        path = (folder / name).resolve()
     except (OSError, ValueError) as error:
-        raise DataError(f"{source}: {name!r} is no name of a file: {error}") from None
-    if not found.is_relative_to(folder.resolve()):
+        raise DataError(f"{source}: {name!r} is not the name of a file: {error}") from None
+    if not path.is_relative_to(folder.resolve()):
         raise DataError(f"{source}: file_path {name!r} leaves the scene's folder")
-    return found
+    return path

@@ -93,13 +93,13 @@ def prompts_in(path: str, *, split: str, column: str | None) -> list[str]:
     rows = _open(existing(path), split)
     if not len(rows):
         raise _no_rows(path, split)
-    found = _prompt_column(rows, column, option="column")
-    if found is None:
+    prompt_column = _prompt_column(rows, column, option="column")
+    if prompt_column is None:
         raise DataError(
             f"no column of {', '.join(rows.features)} is known to hold prompts; set data.column",
             field="data.column",
         )
-    return _prompts(rows, found, path, field="data.column")
+    return _prompts(rows, prompt_column, path, field="data.column")
 
 
 def _prompt_column(rows: Any, given: str | None, *, option: str) -> str | None:

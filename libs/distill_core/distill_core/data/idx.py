@@ -49,16 +49,16 @@ class Idx(Source):
                 field="data.path",
             )
         array = array[:, None] if array.ndim == 3 else array.transpose(0, 3, 1, 2)
-        found, classes = None, 0
+        numbers, classes = None, 0
         if labels is not None:
             what = str(labels)
-            found, classes = checked_labels(
+            numbers, classes = checked_labels(
                 read_idx(labels), count=len(array), num_classes=config.num_classes, what=what
             )
-            found = found[: config.limit]
+            numbers = numbers[: config.limit]
         pixels = array_pixels(array[: config.limit], value_range=config.value_range, what=str(images))
         names = config.renamed(map(str, range(classes)))
-        super().__init__(config, size=len(pixels), pixels=pixels, labels=found, class_names=names)
+        super().__init__(config, size=len(pixels), pixels=pixels, labels=numbers, class_names=names)
 
 
 def _files(config: Idx.Config) -> tuple[Path, Path | None]:

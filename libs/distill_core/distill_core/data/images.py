@@ -146,12 +146,12 @@ def _visible_folders(root: Path) -> set[str]:
 
 def _nothing_found(root: Path) -> str:
     pickles = sorted(file.name for file in root.rglob("*") if file.suffix.lower() in PICKLE_SUFFIXES)
-    said = f"folder {root} holds no pictures ({', '.join(SUFFIXES)})"
+    message = f"folder {root} holds no pictures ({', '.join(SUFFIXES)})"
     if pickles:
-        return f"{said}; {pickles[0]} is refused because such files can execute code when read"
+        return f"{message}; {pickles[0]} is refused because such files can execute code when read"
     if left_out := _left_out(root):
-        return f"{said}, and {left_out} are not read; convert them to one of these"
-    return f"{said}; give a folder with pictures, or with one sub-folder per class"
+        return f"{message}, and {left_out} are not read; convert them to one of these"
+    return f"{message}; give a folder with pictures, or with one sub-folder per class"
 
 
 SOURCES = {"images": ImageFolder}

@@ -53,7 +53,7 @@ class PosedImages:
 
     @property
     def transparent(self) -> bool:
-        """Does any pixel that counts let the background through?"""
+        """Whether any pixel that counts lets the background through."""
         clear = self.images[..., 3] < 1
         return bool((clear if self.known is None else clear & self.known).any())
 
@@ -80,7 +80,7 @@ class PosedImages:
         return self._drawable[torch.randint(len(self._drawable), (count,))]
 
     def counts(self, pixels: Tensor) -> Tensor:
-        """Which of the pixels with flat indices (R,) are not ignored: (R,) bool."""
+        """Mask (R,) bool of the pixels with flat indices (R,) that are not ignored."""
         if self.known is None:
             return torch.ones_like(pixels, dtype=torch.bool)
         return self.known.reshape(-1)[pixels]
@@ -91,14 +91,14 @@ class PosedImages:
 
     def judged(self, pictures: Sequence[Tensor], background: Sequence[float]) -> list[Judged]:
         """Pictures (H, W, 3) of the views beside the truth, which is as the picture where a pixel is ignored."""
-        found = []
+        judged = []
         for index, (picture, truth) in enumerate(zip(pictures, self.truth(background), strict=True)):
             known = None if self.known is None else self.known[index]
             seen = picture.cpu()
             if known is not None:
                 truth = torch.where(known[..., None], truth, seen)
-            found.append(Judged(seen.numpy(), truth.numpy(), None if known is None else known.numpy()))
-        return found
+            judged.append(Judged(seen.numpy(), truth.numpy(), None if known is None else known.numpy()))
+        return judged
 
     def take(self, pixels: Tensor) -> tuple[Rays, Tensor]:
         """Rays and RGBA (R, 4) of the pixels with flat indices (R,) over all views."""

@@ -31,10 +31,10 @@ def checked_prompts(
     prompts = []
     for number, value in enumerate(values):
         if not isinstance(value, str) or not value.strip():
-            said = (
+            problem = (
                 "empty" if value is None or isinstance(value, str) else f"a {type(value).__name__}, no text"
             )
-            raise DataError(f"item {number} of {what} is {said}; {remedy}", field=field)
+            raise DataError(f"item {number} of {what} is {problem}; {remedy}", field=field)
         if len(value) > MAX_PROMPT:
             raise DataError(f"item {number} of {what} is longer than {MAX_PROMPT} characters", field=field)
         prompts.append(value.strip())
@@ -45,13 +45,13 @@ def checked_prompts(
 
 def read_lines(path: str) -> list[str]:
     """The prompts of a text file, one per line; empty lines are left out."""
-    found = [line.strip() for line in lines(_text(existing(path), MAX_PROMPT_FILE))]
-    for number, line in enumerate(found, start=1):
+    prompts = [line.strip() for line in lines(_text(existing(path), MAX_PROMPT_FILE))]
+    for number, line in enumerate(prompts, start=1):
         if len(line) > MAX_PROMPT:
             raise DataError(
                 f"line {number} of {path} is longer than {MAX_PROMPT} characters", field="data.path"
             )
-    return checked_prompts(filter(None, found), what=path, field="data.path")
+    return checked_prompts(filter(None, prompts), what=path, field="data.path")
 
 
 def captions(root: Path, pictures: Sequence[Path]) -> list[str] | None:
@@ -60,20 +60,20 @@ def captions(root: Path, pictures: Sequence[Path]) -> list[str] | None:
     Raises:
         DataError: some pictures have captions and one has not, or a caption cannot be used; the message names it.
     """
-    found = _from_metadata(root)
-    if not found:
+    texts = _from_metadata(root)
+    if not texts:
         beside = [picture.with_suffix(".txt") for picture in pictures]
-        found = {  # of any length in the file, of one line here
+        texts = {  # of any length in the file, of one line here
             picture.relative_to(root): " ".join(
                 filter(None, map(str.strip, lines(_text(file, 4 * MAX_PROMPT))))
             )
             for picture, file in zip(pictures, beside)
             if file.is_file()
         }
-    if not found:
+    if not texts:
         return None
     names = [picture.relative_to(root) for picture in pictures]
-    missing = next((name for name in names if name not in found), None)
+    missing = next((name for name in names if name not in texts), None)
     if missing is not None:
         raise DataError(
             f"picture {missing} of {root} has no caption where others have; write {missing.stem}.txt beside it or "
@@ -81,12 +81,12 @@ def captions(root: Path, pictures: Sequence[Path]) -> list[str] | None:
             field="data.captions",
         )
     what, remedy = f"the captions in {root}", "write it, or set data.captions = 'none'"
-    return checked_prompts((found[name] for name in names), what=what, field="data.captions", remedy=remedy)
+    return checked_prompts((texts[name] for name in names), what=what, field="data.captions", remedy=remedy)
 
 
 def _from_metadata(root: Path) -> dict[Path, str]:
     """Captions by the picture's path under `root`, from every metadata file that has a column of them."""
-    found: dict[Path, str] = {}
+    texts: dict[Path, str] = {}
     for file in sorted(file for name in METADATA for file in root.rglob(name)):
         for number, row in enumerate(_rows(file), start=1):
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
@@ -96,8 +96,8 @@ def _from_metadata(root: Path) -> dict[Path, str]:
                 )
             if CAPTION_COLUMN in row:
                 name = os.path.normpath(file.parent.relative_to(root) / row["file_name"])
-                found[Path(name)] = row[CAPTION_COLUMN]
-    return found
+                texts[Path(name)] = row[CAPTION_COLUMN]
+    return texts
 
 
 def _rows(file: Path) -> list[Any]:

@@ -29,7 +29,7 @@ class ProceduralScene(SceneSource):
     """Sphere, box and torus, rendered in closed form from cameras on a sphere that look at the centre."""
 
     class Config(SourceConfig):
-        """How many views, and from where."""
+        """Number and cameras of the views."""
 
         name: Literal["procedural_scene"] = "procedural_scene"
         num_views: int = Field(32, ge=1, le=1000)
@@ -86,7 +86,7 @@ class BlenderScene(SceneSource):
     """A folder with transforms_{train,val,test}.json and 8-bit pictures, as NeRF-synthetic has them."""
 
     class Config(SourceConfig):
-        """Which folder, and how it is read."""
+        """The folder, and options of reading it."""
 
         name: Literal["blender"] = "blender"
         path: DataPath

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -67,9 +67,7 @@ class Shapes(Source):
             pixels=_Drawing(self.words, labels, torch.from_numpy(drawn[:, :3]).float()),
             labels=labels,
             class_names=tuple(" ".join(words) for words in self.words),
-            prompts=[
-                _prompt(*self.words[label], u, config) for label, u in zip(labels.tolist(), drawn[:, 3])
-            ],
+            prompts=[_prompt(self.words[label], u, config) for label, u in zip(labels.tolist(), drawn[:, 3])],
         )
 
     def recognise(self, pictures: Tensor) -> Tensor:
@@ -136,7 +134,8 @@ def _templates(shapes: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     return torch.cat(masks), torch.arange(len(shapes)).repeat_interleave(len(grid))
 
 
-def _prompt(colour: str, shape: str, u: float, config: Any) -> str:
+def _prompt(words: tuple[str, str], u: float, config: Shapes.Config) -> str:
+    colour, shape = words
     if u < config.no_colour:
         return shape
     return colour if u < config.no_colour + config.no_shape else f"{colour} {shape}"

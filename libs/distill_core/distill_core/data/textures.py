@@ -53,7 +53,8 @@ def checks(rng: np.random.Generator, size: int) -> np.ndarray:
     u, v = _grid(size)
     x, y = ((w * n + rng.random()) % 1.0 for w in (u, v))
     along, across = ((np.abs(w - 0.5) - 0.25) / n for w in (x, y))  # signed distance to the band's edge
-    return 1 - np.abs(_inside(along, size) - _inside(across, size))
+    heights: np.ndarray = 1 - np.abs(_inside(along, size) - _inside(across, size))
+    return heights
 
 
 def bricks(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -90,7 +91,8 @@ def noise(rng: np.random.Generator, size: int) -> np.ndarray:
     columns = np.exp(2j * np.pi * np.outer(np.arange(top + 1), u))
     field = (rows @ wave @ columns).real
     scale = np.sqrt(np.square(amplitude).sum() / 2)
-    return 0.5 + 0.5 * np.tanh(field / scale)
+    heights: np.ndarray = 0.5 + 0.5 * np.tanh(field / scale)
+    return heights
 
 
 def strokes(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -245,7 +247,8 @@ def _to_segment(ends: np.ndarray, size: int) -> np.ndarray:
     middle, half = ends.mean(0), (ends[1] - ends[0]) / 2
     offset = (pixels - middle + 0.5) % 1.0 - 0.5  # the nearest copy of the middle, and so of a short segment
     along = np.clip(offset @ half / max(half @ half, 1e-12), -1, 1)
-    return np.hypot(*np.moveaxis(offset - along[..., None] * half, -1, 0))
+    distance: np.ndarray = np.hypot(*np.moveaxis(offset - along[..., None] * half, -1, 0))
+    return distance
 
 
 SOURCES = {"textures": Textures}

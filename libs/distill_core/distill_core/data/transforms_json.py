@@ -55,13 +55,13 @@ def read_transforms(path: Path) -> Capture:
         raise DataError(f"{path} lists no frames; it must name pictures with their transform_matrix")
     _check_count(described.get("n_frames"), len(frames), path)
     _tell_unread([described, *(frame for frame in frames if isinstance(frame, dict))], path)
-    found = [_frame(path, described, frame, index) for index, frame in enumerate(frames)]
-    if len({frame.camera.fisheye for frame in found}) > 1:
+    parsed = [_frame(path, described, frame, index) for index, frame in enumerate(frames)]
+    if len({frame.camera.fisheye for frame in parsed}) > 1:
         raise DataError(
             f"{path}: a camera_model OPENCV_FISHEYE or is_fisheye of some frames only is not supported; it is for all "
             "or none"
         )
-    return Capture(_split(found, described, path), _box(described, path), z_is_up=True)
+    return Capture(_split(parsed, described, path), _box(described, path), z_is_up=True)
 
 
 def _frame(path: Path, described: dict[str, Any], frame: Any, index: int) -> Frame:
@@ -82,13 +82,13 @@ def _frame(path: Path, described: dict[str, Any], frame: Any, index: int) -> Fra
 
 def _masks(picture: Path, name: Any, path: Path) -> tuple[Mask, ...]:
     """Nerfstudio's mask_path, 0 is ignored; instant-ngp's dynamic_mask_*.png beside the picture, 0 counts."""
-    found = []
+    masks = []
     if name is not None:
         if not isinstance(name, str):
             raise DataError(f"{path}: mask_path is {name!r}; it is the name of a picture")
-        found.append(Mask(picture_at(path.parent, name, path)))
+        masks.append(Mask(picture_at(path.parent, name, path)))
     dynamic = picture.with_name(f"dynamic_mask_{picture.stem}.png")
-    return (*found, Mask(dynamic, "marked")) if dynamic.is_file() else tuple(found)
+    return (*masks, Mask(dynamic, "marked")) if dynamic.is_file() else tuple(masks)
 
 
 def _refuse_companions(picture: Path, path: Path, described: dict[str, Any]) -> None:
@@ -101,11 +101,11 @@ def _refuse_companions(picture: Path, path: Path, described: dict[str, Any]) -> 
         raise DataError(f"{path}: {alpha.name} is not read; save the picture with this alpha channel")
 
 
-def _check_count(told: Any, count: int, path: Path) -> None:
-    wanted = number(told, path, "n_frames")
-    if wanted is not None and wanted < count:
+def _check_count(value: Any, count: int, path: Path) -> None:
+    stated = number(value, path, "n_frames")
+    if stated is not None and stated < count:
         raise DataError(
-            f"{path}: n_frames is {wanted:g} where {count} are listed, and leaving frames out is not supported; "
+            f"{path}: n_frames is {stated:g} where {count} are listed, and leaving frames out is not supported; "
             "remove the frames, or the key"
         )
 
@@ -126,10 +126,10 @@ def _split(frames: list[Frame], described: dict[str, Any], path: Path) -> list[F
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{path}: {key} is {str(names)[:60]!r}; it is a list of file_paths")
         for name in names:
-            found = picture_at(path.parent, name, path)
-            if found not in present:
+            picture = picture_at(path.parent, name, path)
+            if picture not in present:
                 raise DataError(f"{path}: {key} names {name!r}, which no frame has as its file_path")
-            splits[found] = split
+            splits[picture] = split
     marked = [
         Frame(frame.path, frame.c2w, frame.camera, frame.masks, splits.get(frame.path, ""))
         for frame in frames
@@ -166,10 +166,10 @@ def _placed(described: dict[str, Any], path: Path) -> tuple[float, torch.Tensor]
         low, high = torch.tensor(described["aabb"], dtype=torch.float64)
         scale = 1 / float((high - low).abs().max().clamp_min(1e-6))
         return scale, 0.5 - scale * (low + high) / 2
-    told = number(described.get("scale"), path, "scale")
+    stated = number(described.get("scale"), path, "scale")
     offset = described.get("offset")
     values = torch.tensor(NGP_OFFSET if offset is None else offset, dtype=torch.float64)
-    return NGP_SCALE if told is None else told, values.expand(3) if values.ndim == 0 else values
+    return NGP_SCALE if stated is None else stated, values.expand(3) if values.ndim == 0 else values
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _picture(frame: Frame, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def _read_mask(mask: Mask, frame: Frame, size: tuple[int, int]) -> Tensor:
-    """Which pixels count, (H, W) bool."""
+    """Mask (H, W) bool of the pixels that count."""
     marked = (read_image(mask.path)[..., :3] > 0).any(-1)
     if marked.shape != size[::-1]:
         raise DataError(

@@ -1,4 +1,4 @@
-"""What a method's result can be, found by its folder's name here, then among the `distillery.kinds` entry points.
+"""Kinds of models that methods produce, found by their folders' names, then among the `distillery.kinds` entry points.
 
 `kinds/NAME/card.py` holds `Card`, `Evaluate`, `signature`, `facts`, `why_not_exported` and `SERVED` (how a server
 answers: `generate`, `render`, `call`, or "" for not at all), and imports no torch; `kinds/NAME/kind.py` holds `KIND`,

@@ -23,7 +23,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 class Models(Protocol):
-    """Where a kind finds other models: those that measure, and the bases of adapters."""
+    """Source of further models for a kind: those that measure, and the bases of adapters."""
 
     def folder(self, source: ModelSource) -> Path:
         """The folder of the model that `source` names."""
@@ -43,7 +43,7 @@ class Measured:
 
 
 class Evaluator(Protocol):
-    """What measures models of one kind on one data source."""
+    """Evaluator of models of one kind on one data source."""
 
     def measure(
         self, model: Any, references: Mapping[str, Any], should_stop: Callable[[], bool] = ...
@@ -95,8 +95,8 @@ class Kind(abc.ABC):
 
     def signature(self, card: Config) -> Signature:
         """Functions that a server calls by name."""
-        found: Signature = find_card(self.name).signature(card)
-        return found
+        signature: Signature = find_card(self.name).signature(card)
+        return signature
 
     def recognise(self, folder: Path) -> bool:
         """Whether `folder` holds a model of this kind, also one that no store has."""
@@ -120,7 +120,7 @@ class Kind(abc.ABC):
     def evaluator(
         self, model: Any, source: Source, config: EvaluateConfig, models: Models
     ) -> Evaluator | None:
-        """What measures `model` on `source`; None if nothing can be measured.
+        """The evaluator of `model` on `source`; None if nothing can be measured.
 
         Raises:
             NotFound, ArtifactError: a model that measures is not there. ConfigError: it cannot measure this.
@@ -144,7 +144,7 @@ class Kind(abc.ABC):
         return None
 
     def graphs(self, model: Any, manifest: Manifest) -> list[Graph]:
-        """What a converter exports; [] for what is not exported."""
+        """Graphs that a converter exports; [] for a kind without exports."""
         return []
 
 

@@ -13,7 +13,7 @@ _NO_GENERATOR = GeneratorCard()
 
 
 def served_by(manifest: Manifest) -> str:
-    """How a server answers for a model: `generate`, `render`, `call` (by its signature), or "" where it does not."""
+    """Way of serving a model: `generate`, `render`, `call` (by its signature), or "" where it is not served."""
     try:
         return str(find_card(manifest.kind).SERVED)
     except NotFound:  # a kind that is not installed here
@@ -33,29 +33,29 @@ def generator_card(manifest: Manifest) -> GeneratorCard:
 
 
 def scene_spec(manifest: Manifest) -> SceneSpec | None:
-    """What a scene shows; None for what is no scene.
+    """Description of a scene; None for another kind of model.
 
     Raises:
         ConfigError: the manifest holds facts that a card of its kind does not have.
     """
     if "scene" not in manifest.card:
         return None
-    scene: SceneSpec | None = manifest.card_as(find_card(manifest.kind).Card).scene  # type: ignore[attr-defined]
+    scene: SceneSpec | None = manifest.card_as(find_card(manifest.kind).Card).scene
     return scene
 
 
 def facts(manifest: Manifest) -> dict[str, Any]:
-    """What people want to know of a model, in few words; {} for a kind that is not installed here."""
+    """Facts of a model for listings, in few words; {} for a kind that is not installed here."""
     try:
         module = find_card(manifest.kind)
     except NotFound:
         return {}
-    said: dict[str, Any] = module.facts(manifest.card_as(module.Card))
-    return {name: value for name, value in said.items() if value not in (None, "")}
+    values: dict[str, Any] = module.facts(manifest.card_as(module.Card))
+    return {name: value for name, value in values.items() if value not in (None, "")}
 
 
 def described(model: Any) -> dict[str, Any]:
-    """What a manifest says of a model: kind, card and signature."""
+    """Manifest entries of a model: kind, card and signature."""
     card = model.card()
     signature = find_card(model.kind).signature(card)
     return {"kind": model.kind, "card": card.model_dump(mode="json"), "signature": signature}

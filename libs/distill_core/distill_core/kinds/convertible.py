@@ -1,4 +1,4 @@
-"""What can be converted, by its manifest alone: asked before a job is queued, and before one loads anything."""
+"""Check by its manifest alone that a model can be converted: before a job is queued, and before one loads anything."""
 
 from __future__ import annotations
 

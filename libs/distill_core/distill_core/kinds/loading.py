@@ -64,7 +64,7 @@ def load_artifact(store: ArtifactStore, ref: str, cache: Path, *, device: str = 
 
 
 def config_kind(folder: Path) -> str:
-    """What a folder's config.json says that it holds: our `kind`, or transformers' `model_type`."""
+    """Kind of model by a folder's config.json: our `kind`, or transformers' `model_type`."""
     try:
         config = read_table(folder / "config.json")
         return str(config.get("kind") or config.get("model_type") or "")

@@ -1,4 +1,4 @@
-"""How much a set of pictures varies."""
+"""Diversity of a set of pictures."""
 
 from __future__ import annotations
 

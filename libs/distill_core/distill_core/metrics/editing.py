@@ -1,4 +1,4 @@
-"""How far an edit went where it should, and how little elsewhere."""
+"""Figures of edits: the change of what was to change, and of the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reads pictures for figures: vision networks in local transformers folders, with the folder's own preprocessing.
+"""Feature extractors of metrics: vision networks in local transformers folders, with the folder's own preprocessing.
 
 Pictures are rounded to 8 bits first, as files have them. Inception v3 is in no transformers folder, and the libraries
 that have it need torchvision; CLIP and DINOv2 features rank generators closer to people (Stein et al. 2023,
@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from distill_core.errors import ArtifactError
 from distill_core.files.json_tables import read_table
 from distill_core.networks.clip_io import Clip, load_clip
 from distill_core.pictures import to_uint8
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROCESSOR = "preprocessor_config.json"
 
@@ -31,7 +34,9 @@ class VisionExtractor:
     the folder has no weights to pool with (ViT classifiers), the class token.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, described: str, *, pooled: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, described: str, *, pooled: bool = True
+    ) -> None:
         self.model, self.processor = model.eval().requires_grad_(False), processor
         self.described, self.pooled = described, pooled
 
@@ -46,13 +51,14 @@ class VisionExtractor:
         if hasattr(self.model, "get_image_features"):
             return _embedding(self.model.get_image_features(pixel_values=pixels)).float().cpu()
         output = self.model(pixel_values=pixels)
+        features: Tensor = output.last_hidden_state[:, 0]
         if self.pooled and output.get("pooler_output") is not None:
-            return output.pooler_output.flatten(1).float().cpu()
-        return output.last_hidden_state[:, 0].float().cpu()
+            features = output.pooler_output.flatten(1)
+        return features.float().cpu()
 
 
 class ClipScorer:
-    """How well pictures fit their prompts, by a CLIP model; `described` names it."""
+    """Agreement of pictures with their prompts, by a CLIP model; `described` names it."""
 
     def __init__(self, clip: Clip, processor: Any, described: str) -> None:
         self.clip, self.processor, self.described = clip, processor, described
@@ -73,9 +79,9 @@ class ClipScorer:
 def _pixels(processor: Any, pictures: Tensor) -> Tensor:
     arrays = to_uint8(pictures)
     colours = arrays.repeat(3, axis=3) if arrays.shape[3] == 1 else arrays
-    return processor(images=list(colours), return_tensors="pt", input_data_format="channels_last")[
-        "pixel_values"
-    ]
+    inputs = processor(images=list(colours), return_tensors="pt", input_data_format="channels_last")
+    pixels: Tensor = inputs["pixel_values"]
+    return pixels
 
 
 def _embedding(answer: Any) -> Tensor:
@@ -154,7 +160,7 @@ def fingerprint(folder: Path) -> str:
 def _loading(folder: Path) -> Iterator[None]:
     """Whatever transformers raises on damaged files, in one sentence."""
     if not (folder / "config.json").is_file():
-        raise ArtifactError(f"{folder} is no transformers folder: it has no config.json")
+        raise ArtifactError(f"{folder} is not a transformers folder: it has no config.json")
     held = sorted(
         file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".ckpt")
     )

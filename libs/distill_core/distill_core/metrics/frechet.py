@@ -26,7 +26,7 @@ _ENTRIES = 2**24  # of a matrix of all pairs held at once: 128 MiB
 
 
 class Neighbours(NamedTuple):
-    """What the balls around the samples of two sets say of the second."""
+    """Figures of the second of two sets by balls around the samples of both."""
 
     precision: float
     recall: float
@@ -63,7 +63,8 @@ class FeatureSet:
         """The symmetric root of the covariance (D, D); its square's trace is the total variance."""
         centred = self.values - self.mean
         values, vectors = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
-        return vectors * values.clamp_min(0).sqrt() @ vectors.T
+        root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
+        return root
 
     @cached_property
     def radii(self) -> Tensor:
@@ -155,7 +156,7 @@ def _share(flags: Tensor) -> float:
 def _comparable(
     a: FeatureSet | Tensor, b: FeatureSet | Tensor, *, at_least: int
 ) -> tuple[FeatureSet, FeatureSet]:
-    a, b = (given if isinstance(given, FeatureSet) else FeatureSet(given) for given in (a, b))
+    a, b = (features if isinstance(features, FeatureSet) else FeatureSet(features) for features in (a, b))
     if a.values.shape[1] != b.values.shape[1]:
         raise DataError(
             f"features of shapes {tuple(a.values.shape)} and {tuple(b.values.shape)} cannot be compared; "

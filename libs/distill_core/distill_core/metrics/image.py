@@ -28,7 +28,7 @@ def psnr(prediction: np.ndarray, target: np.ndarray, known: np.ndarray | None = 
         prediction, target = prediction[known], target[known]
     if np.array_equal(prediction, target):
         return float("inf")
-    return float(peak_signal_noise_ratio(target, prediction, data_range=1.0))
+    return float(peak_signal_noise_ratio(target, prediction, data_range=1.0))  # type: ignore[no-untyped-call]
 
 
 def ssim(prediction: np.ndarray, target: np.ndarray, known: np.ndarray | None = None) -> float:
@@ -45,7 +45,7 @@ def ssim(prediction: np.ndarray, target: np.ndarray, known: np.ndarray | None = 
             f"SSIM needs pictures of at least {SSIM_WINDOW} pixels per side, not {target.shape[:2]}"
         )
     options = {"channel_axis": -1, "data_range": 1.0, "gaussian_weights": True, "sigma": 1.5}
-    mean, places = structural_similarity(
+    mean, places = structural_similarity(  # type: ignore[no-untyped-call]
         target, prediction, use_sample_covariance=False, full=True, **options
     )
     if known is None:

@@ -13,7 +13,7 @@ from distill_core.method import Batch
 from distill_core.metrics.classification import accuracy
 from distill_core.metrics.extractors import fingerprint
 from distill_core.metrics.frechet import set_figures
-from distill_core.networks.classifier import Classifier, answers, load_classifier
+from distill_core.networks.classifier import Classifier, load_classifier, predict
 
 
 class Judge:
@@ -30,7 +30,7 @@ class Judge:
         return self
 
     def figures(self, images: Tensor, labels: Tensor | None, real: Batch) -> dict[str, float]:
-        """What `set_figures` says of `images` (N, C, H, W) in [-1, 1] against `real`.
+        """`set_figures` of `images` (N, C, H, W) in [-1, 1] against `real`.
 
         With `labels` (N,), also `accuracy`: the share of images in which the judge sees the label asked for.
 
@@ -42,17 +42,17 @@ class Judge:
                 "the data has no pictures to compare generated ones with; choose data that has",
                 field="data.name",
             )
-        features, logits = self.answers(images, "generated pictures")
-        found = set_figures(self.features(real.x0, "the data's pictures"), features)
+        features, logits = self.predict(images, "generated pictures")
+        figures = set_figures(self.features(real.x0, "the data's pictures"), features)
         if labels is not None:
-            found["accuracy"] = self.accuracy(logits, labels)
-        return found
+            figures["accuracy"] = self.accuracy(logits, labels)
+        return figures
 
     def features(self, images: Tensor, what: str = "the pictures") -> Tensor:
         """(N, D) on the CPU."""
-        return self.answers(images, what)[0]
+        return self.predict(images, what)[0]
 
-    def answers(self, images: Tensor, what: str = "the pictures") -> tuple[Tensor, Tensor]:
+    def predict(self, images: Tensor, what: str = "the pictures") -> tuple[Tensor, Tensor]:
         """Features (N, D) and logits (N, K) on the CPU; `what` is what an error calls the images.
 
         Raises:
@@ -66,7 +66,7 @@ class Judge:
             )
         if not images.isfinite().all():
             raise DataError(f"{what} hold NaN or infinity and cannot be judged")
-        return answers(self.classifier, images.float(), batch_size=self.batch_size)
+        return predict(self.classifier, images.float(), batch_size=self.batch_size)
 
     def accuracy(self, logits: Tensor, labels: Tensor) -> float:
         """Share of answers (N, K) whose highest logit is the label (N,) asked for.

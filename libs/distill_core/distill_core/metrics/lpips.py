@@ -50,17 +50,17 @@ class LPIPS:
     """
 
     def __init__(self, folder: Path) -> None:
-        found = [net for net in NETS if all((folder / file).is_file() for file in _files(net))]
-        if not found:
-            wanted = " or ".join(" with ".join(_files(net)) for net in NETS)
-            raise NotFound(f"{folder} holds no LPIPS weights; it must hold {wanted}", field="evaluate.lpips")
-        self.net = found[0]
+        nets = [net for net in NETS if all((folder / file).is_file() for file in _files(net))]
+        if not nets:
+            files = " or ".join(" with ".join(_files(net)) for net in NETS)
+            raise NotFound(f"{folder} holds no LPIPS weights; it must hold {files}", field="evaluate.lpips")
+        self.net = nets[0]
         self.layers = NETS[self.net][1]
         self.backbone, self.heads = (_read(folder / file) for file in _files(self.net))
         convolutions = [index for _, layer in self.layers for index, _, _ in layer]
-        wanted_names = [f"features.{index}.{part}" for index in convolutions for part in ("weight", "bias")]
+        weight_names = [f"features.{index}.{part}" for index in convolutions for part in ("weight", "bias")]
         for tensors, names, file in (
-            (self.backbone, wanted_names, _files(self.net)[0]),
+            (self.backbone, weight_names, _files(self.net)[0]),
             (self.heads, [_head(index) for index in range(len(self.layers))], _files(self.net)[1]),
         ):
             missing = [name for name in names if name not in tensors]
@@ -69,7 +69,7 @@ class LPIPS:
 
     @property
     def name(self) -> str:
-        """What the figure is called: lpips_alex or lpips_vgg."""
+        """Name of the figure: lpips_alex or lpips_vgg."""
         return f"lpips_{self.net}"
 
     @torch.no_grad()

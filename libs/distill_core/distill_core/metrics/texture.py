@@ -79,7 +79,7 @@ def _lagged(x: Tensor, down: int, right: int) -> Tensor:
 def _check(pictures: Tensor, *, at_least: int) -> None:
     if pictures.ndim != 4 or min(pictures.shape[2:]) < at_least or not len(pictures):
         raise DataError(
-            f"pictures of shape {tuple(pictures.shape)} are no textures to measure: give (N, C, H, W), "
+            f"pictures of shape {tuple(pictures.shape)} are not textures to measure: give (N, C, H, W), "
             f"{at_least} pixels or more a side"
         )
     if not pictures.isfinite().all():

@@ -1,4 +1,4 @@
-"""What is understood of a foreign `adapter_config.json`; whatever else would change the result is refused by name."""
+"""Keys of a foreign `adapter_config.json` that are read; whatever else would change the result is refused by name."""
 
 from __future__ import annotations
 

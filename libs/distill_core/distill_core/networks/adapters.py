@@ -32,7 +32,7 @@ ADAPTER, BASE = "adapter", "base.json"  # in a model's folder; beside peft's fil
 
 
 class AdapterBase(Config):
-    """What an adapter is over, exactly."""
+    """Base of an adapter, exactly."""
 
     ref: str = ""  # name@version in the store, if it came from there
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # of the network's weights
@@ -107,7 +107,7 @@ class LoraDenoiser(Denoiser):
 
     @property
     def strength(self) -> float:
-        """What the factors' part is multiplied by; 0 is the base, bit for bit."""
+        """Factor of the adapter's part; 0 is the base, bit for bit."""
         return self._strength
 
     @strength.setter
@@ -158,7 +158,7 @@ class LoraDenoiser(Denoiser):
     def save(self, folder: Path) -> None:
         """Write `adapter/`, and as `form` says a whole diffusers folder with the factors merged in."""
         if self.form == "merged":
-            self.merged().save(folder)  # type: ignore[operator]
+            self.merged().save(folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             self._described().save_description(folder)  # type: ignore[operator]
@@ -182,8 +182,10 @@ class LoraDenoiser(Denoiser):
         return self.adapted
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.adapted._apply(fn, recurse)  # to a device: shared weights move once, whoever comes first
-        return super()._apply(fn, recurse)
+        # to a device: shared weights move once, whoever comes first
+        self.adapted._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoraDenoiser:
         """Factors of its own over the same base weights, or over their copy where that was made before."""
@@ -233,7 +235,7 @@ def has_adapter(folder: Path) -> bool:
 
 
 def read_base(adapter: Path) -> AdapterBase | None:
-    """What the adapter in peft's format at `adapter` is over; None if it does not say."""
+    """Base of the adapter in peft's format at `adapter`; None if it does not name one."""
     try:
         return AdapterBase.parse(read_table(adapter / BASE))
     except FileNotFoundError:

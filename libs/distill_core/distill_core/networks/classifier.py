@@ -25,7 +25,7 @@ GROUPS = 8
 
 
 class ClassifierConfig(Config):
-    """What decides the network's shape; kept beside its weights as config.json."""
+    """Shape of the network; kept beside its weights as config.json."""
 
     kind: Words = Field("classifier", pattern="^classifier$")
     shape: tuple[int, int, int]  # (C, H, W) of the pictures
@@ -81,7 +81,7 @@ class Classifier(nn.Module):
 
     @property
     def args(self) -> ClassifierConfig:
-        """What the network was made of."""
+        """Arguments that the network was made of."""
         return self.config
 
     @property
@@ -96,7 +96,8 @@ class Classifier(nn.Module):
         return F.silu(self.penultimate(pooled.flatten(1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.features(x))
+        logits: Tensor = self.last(self.features(x))
+        return logits
 
     def reordered(self, order: Sequence[int]) -> Classifier:
         """A copy whose answer k is this one's answer `order[k]`; `order` holds each class once."""
@@ -158,7 +159,7 @@ def load_classifier(folder: Path, *, device: str = "cpu") -> Classifier:
 
 
 @torch.no_grad()
-def answers(classifier: Classifier, x: Tensor, *, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+def predict(classifier: Classifier, x: Tensor, *, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """Features (N, D) and logits (N, K) of pictures, in batches, on the CPU."""
     device = next(classifier.parameters()).device
     features = [classifier.features(part.to(device)) for part in x.split(batch_size)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from distill_core.errors import ArtifactError
 from distill_core.files.json_tables import read_table
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 PREPROCESSING = "preprocessor_config.json"
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's own training pictures (Radford et al. 2021)
@@ -21,10 +24,14 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 class Clip(nn.Module):
     """Pictures and texts as vectors of unit length in one space; their product is the cosine."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: CLIPModel, tokenizer: Any, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.size = int(model.config.vision_config.image_size)
+        vision: Any = model.config.vision_config
+        self.size = int(vision.image_size)
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1))
 
@@ -57,9 +64,9 @@ def load_clip(folder: Path, *, device: str = "cpu") -> Clip:
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        given = read_table(folder / PREPROCESSING) if (folder / PREPROCESSING).is_file() else {}
+        preprocessing = read_table(folder / PREPROCESSING) if (folder / PREPROCESSING).is_file() else {}
     except Exception as error:  # transformers raises many kinds on damaged files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArtifactError(f"CLIP folder {folder} is damaged or incomplete: {reason}") from error
-    clip = Clip(model, tokenizer, given.get("image_mean", MEAN), given.get("image_std", STD))
+    clip = Clip(model, tokenizer, preprocessing.get("image_mean", MEAN), preprocessing.get("image_std", STD))
     return clip.to(device)

@@ -1,11 +1,11 @@
-"""What every diffusion network looks like to a method: `denoiser(x_sigma, sigma, cond) -> x0`."""
+"""Contract of the diffusion networks that methods see: `denoiser(x_sigma, sigma, cond) -> x0`."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,6 +37,7 @@ class Denoiser(nn.Module, abc.ABC):
     tensors with the batch first; a missing condition means the null condition.
     """
 
+    __call__: Callable[..., Tensor]  # `forward` with its hooks
     kind: ClassVar[str] = "denoiser"
     image: ImageSpec
     cond: CondSpec
@@ -91,14 +92,15 @@ class Denoiser(nn.Module, abc.ABC):
         The number 1 costs one evaluation. A negative prompt in `cond` takes the null condition's place, unless it
         steers the attention (`nasa_scale`): then it does so in the half with the condition alone.
         """
-        per_sample = isinstance(guidance, Tensor)
-        if not cond or (not per_sample and guidance == 1):
+        if not cond or (not isinstance(guidance, Tensor) and guidance == 1):
             return self(x_sigma, sigma, cond)
         both = self._both_halves(cond, len(x_sigma))
         with_cond, without = self(x_sigma.repeat(2, *[1] * (x_sigma.ndim - 1)), sigma.repeat(2), both).chunk(
             2
         )
-        return guide(with_cond, without, expand(guidance, x_sigma) if per_sample else guidance)
+        scale = expand(guidance, x_sigma) if isinstance(guidance, Tensor) else guidance
+        x0: Tensor = guide(with_cond, without, scale)
+        return x0
 
     def _both_halves(self, cond: Cond, batch: int) -> Cond:
         """`cond`, and below it the condition that guidance leads away from."""

@@ -4,40 +4,49 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_core.errors import ArtifactError
 
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
 
-def to_latent(codec: nn.Module, picture: Tensor) -> Tensor:
+
+def to_latent(codec: ModelMixin, picture: Tensor) -> Tensor:
     """A picture (B, C, H, W) in [-1, 1] as a latent model's x0."""
     with torch.autocast(
         picture.device.type, enabled=False
     ):  # latents in 8 bits of mantissa are other pictures
         answer = codec.encode(picture.to(codec.dtype))
-        latent = (answer.latents if hasattr(answer, "latents") else answer.latent_dist.mode()).float()
+        encoded = answer.latents if hasattr(answer, "latents") else answer.latent_dist.mode()
+        latent: Tensor = encoded.float()
     config = codec.config
+    scale: float = config["scaling_factor"]
     if config.get("latents_mean") is None:
-        return (latent - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+        shift: float = config.get("shift_factor") or 0.0
+        return (latent - shift) * scale
     mean, std = _moments(config, latent)
-    return (latent - mean) * config["scaling_factor"] / std
+    return (latent - mean) * scale / std
 
 
-def unscaled(codec: nn.Module, x0: Tensor) -> Tensor:
+def unscaled(codec: ModelMixin, x0: Tensor) -> Tensor:
     """The codec's own latent of a model's `x0`."""
     config = codec.config
+    scale: float = config["scaling_factor"]
     if config.get("latents_mean") is None:
-        return x0 / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
+        shift: float = config.get("shift_factor") or 0.0
+        return x0 / scale + shift
     mean, std = _moments(config, x0)
-    return x0 * std / config["scaling_factor"] + mean
+    return x0 * std / scale + mean
 
 
-def decode_latent(codec: nn.Module, x0: Tensor) -> Tensor:
+def decode_latent(codec: ModelMixin, x0: Tensor) -> Tensor:
     """The picture (B, C, H, W) in [-1, 1] of a latent model's `x0`."""
-    return codec.decode(unscaled(codec, x0)).sample
+    picture: Tensor = codec.decode(unscaled(codec, x0)).sample
+    return picture
 
 
 def latent_channels(config: Any) -> int:
@@ -84,6 +93,5 @@ def _check_numbers(path: Path, name: str, values: Any, count: int = 1) -> None:
 
 def _moments(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the codec's latents, (1, C, 1, 1) each."""
-    return tuple(
-        like.new_tensor(config[name]).reshape(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
-    )
+    mean, std = (like.new_tensor(config[name]) for name in ("latents_mean", "latents_std"))
+    return mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)

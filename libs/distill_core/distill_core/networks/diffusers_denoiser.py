@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
@@ -35,7 +36,7 @@ SIDECAR = "distillery.json"
 
 
 class Sidecar(Config):
-    """What a diffusers folder cannot say of itself; missing in foreign folders, then derived."""
+    """Facts that a diffusers folder cannot hold; missing in foreign folders, then derived."""
 
     image: ImageSpec
     cond: CondSpec
@@ -48,15 +49,15 @@ class DiffusersDenoiser(Denoiser):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: ModelMixin,
         scheduler: Any,
         sidecar: Sidecar,
         *,
-        codec: nn.Module | None = None,
+        codec: ModelMixin | None = None,
         text: TextEncoder | None = None,
     ) -> None:
         super().__init__()
-        self.network = (
+        self.network: ModelMixin = (
             network.eval()
         )  # never train(): dropout must be off in teacher, student and fake score alike
         self.scheduler = scheduler
@@ -64,7 +65,7 @@ class DiffusersDenoiser(Denoiser):
         self.image, self.cond, self.sampler = sidecar.image, sidecar.cond, sidecar.sampler
         self.parameterisation: Parameterisation = sidecar.parameterisation
         # Frozen companions live outside the module tree: they are not trained, copied per role, or averaged.
-        self._companions = {"codec": codec, "text": text}
+        self._companions: dict[str, Any] = {"codec": codec, "text": text}
         if isinstance(network, diffusers.UNet2DConditionModel):
             make_steerable(network)
         if self.image.tileable:  # diffusers' own config has no word for it
@@ -77,21 +78,23 @@ class DiffusersDenoiser(Denoiser):
         network = copy.deepcopy(self.network, memo)
         return self.with_network(network)
 
-    def with_network(self, network: nn.Module) -> DiffusersDenoiser:
+    def with_network(self, network: ModelMixin) -> DiffusersDenoiser:
         """`network` in the place of this one's, with its schedule, encoder and decoder."""
         return DiffusersDenoiser(network, self.scheduler, self._sidecar(), **self._companions)
 
     @property
-    def codec(self) -> nn.Module | None:
-        return self._companions["codec"]
+    def codec(self) -> ModelMixin | None:
+        codec: ModelMixin | None = self._companions["codec"]
+        return codec
 
     @property
     def text(self) -> TextEncoder | None:
-        return self._companions["text"]
+        text: TextEncoder | None = self._companions["text"]
+        return text
 
     @property
     def called_apart(self) -> list[nn.Module]:
-        """What the network calls, in passing over the block that holds it: a DiT the first block's embedding."""
+        """Modules called from outside the block that holds them: of a DiT the first block's embedding."""
         blocks = getattr(self.network, "transformer_blocks", None)
         embedding = getattr(getattr(blocks[0], "norm1", None), "emb", None) if blocks else None
         return [] if embedding is None else [embedding]
@@ -104,7 +107,7 @@ class DiffusersDenoiser(Denoiser):
 
     def to_device(self, device: torch.device | str) -> DiffusersDenoiser:
         """Move the network and its companions."""
-        for companion in (self.codec, self.text):
+        for companion in self._companions.values():
             if companion is not None:
                 companion.to(device)
         return self.to(device)
@@ -149,11 +152,12 @@ class DiffusersDenoiser(Denoiser):
         return to_latent(self.codec, picture)
 
     def decode(self, x0: Tensor) -> Tensor:
-        if self.codec is None:
+        codec = self.codec
+        if codec is None:
             return x0
         if self.image.tileable:
-            return decode_wrapped(lambda wrapped: self.codec.decode(wrapped).sample, unscaled(self.codec, x0))
-        return decode_latent(self.codec, x0)
+            return decode_wrapped(lambda wrapped: codec.decode(wrapped).sample, unscaled(codec, x0))
+        return decode_latent(codec, x0)
 
     def save(self, folder: Path) -> None:
         """Write a folder that plain diffusers opens, with our `distillery.json` and words on its use beside."""
@@ -253,7 +257,7 @@ class DiffusersDenoiser(Denoiser):
         return _predicted(self.network(x, time, class_labels=labels).sample, x)
 
     def _text_extras(self, x: Tensor, cond: Cond) -> dict[str, Any]:
-        """What a text-conditional network is told beside the prompt: SDXL's size and pooled prompt, and steering."""
+        """Inputs of a text-conditional network beside the prompt: SDXL's size and pooled prompt, and steering."""
         extras: dict[str, Any] = {}
         if self.cond.pooled_dim is not None:
             _, height, width = self.image.picture
@@ -269,16 +273,18 @@ class DiffusersDenoiser(Denoiser):
 
     def _trunk(self) -> nn.Module:
         if self._slot() == "unet":
-            return self.network.mid_block or self.network.down_blocks[-1]
-        blocks = self.network.transformer_blocks
+            trunk: nn.Module = self.network.mid_block or self.network.down_blocks[-1]
+            return trunk
+        blocks: nn.ModuleList = self.network.transformer_blocks
         return blocks[len(blocks) // 2]
 
     def _as_map(self, feature: Tensor) -> Tensor:
         if feature.ndim == 4:
             return feature
-        patch = self.network.config.patch_size
+        patch: int = self.network.config.patch_size
         size = self.image.height // patch, self.image.width // patch
-        return feature.transpose(1, 2).unflatten(2, size)  # (B, N, D) -> (B, D, h, w)
+        feature_map: Tensor = feature.transpose(1, 2).unflatten(2, size)  # (B, N, D) -> (B, D, h, w)
+        return feature_map
 
 
 def _predicted(output: Tensor, x: Tensor) -> Tensor:

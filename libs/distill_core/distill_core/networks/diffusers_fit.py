@@ -1,4 +1,4 @@
-"""Whether the parts of a foreign folder fit together, and what they say that the folder itself does not."""
+"""Checks that the parts of a foreign folder fit together, and facts that are derived from them."""
 
 from __future__ import annotations
 
@@ -48,12 +48,13 @@ def check_fit(path: Path, network: Any, scheduler: Any, codec: Any, text: TextEn
 
 
 def _check_prompted(path: Path, network: Any, text: TextEncoder) -> None:
+    config: Any = network.config
     if not isinstance(network, diffusers.UNet2DConditionModel):
         raise ArtifactError(
             f"{path} is of a {type(network).__name__}, which takes no text; its folder has text_encoder/"
         )
-    check_text(network.config, text)
-    widths = network.config.cross_attention_dim
+    check_text(config, text)
+    widths = config.cross_attention_dim
     for width in widths if isinstance(widths, list | tuple) else [widths]:
         if width != text.embed_dim:
             raise ArtifactError(
@@ -64,7 +65,7 @@ def _check_prompted(path: Path, network: Any, text: TextEncoder) -> None:
 def derived_sidecar(
     path: Path, network: Any, scheduler: Any, index: Index | None, codec: Any, text: TextEncoder | None
 ) -> Sidecar:
-    """What a foreign folder's parts say of pictures, conditions and sampling.
+    """Picture shape, conditions and sampling as a foreign folder's parts state them.
 
     Raises:
         ArtifactError: they do not say it, or something that is not understood.
@@ -98,13 +99,13 @@ def derived_sidecar(
     )
 
 
-def _size(path: Path, said: Any) -> tuple[int, int]:
+def _size(path: Path, sample_size: Any) -> tuple[int, int]:
     """(height, width) of what the network draws."""
-    sides = list(said) if isinstance(said, list | tuple) else [said, said]
+    sides = list(sample_size) if isinstance(sample_size, list | tuple) else [sample_size, sample_size]
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ArtifactError(
-            f"{path} says sample_size = {shown(said)}; give the side of what the network draws, or [height, width]: "
-            "pixels, or latents where there is a codec"
+            f"{path} says sample_size = {shown(sample_size)}; give the side of what the network draws, or "
+            "[height, width]: pixels, or latents where there is a codec"
         )
     return sides[0], sides[1]
 

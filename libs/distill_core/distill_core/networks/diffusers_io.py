@@ -61,7 +61,7 @@ def load_denoiser(
     slot = next((name for name in ("unet", "transformer") if (folder / name / "config.json").is_file()), None)
     if slot is None:
         raise ArtifactError(
-            f"{folder} is no diffusers folder: it has neither unet/config.json nor transformer/config.json"
+            f"{folder} is not a diffusers folder: it has neither unet/config.json nor transformer/config.json"
         )
     index = read_index(folder)
     network = _load(folder / slot, _class_named(folder / slot, NETWORKS))

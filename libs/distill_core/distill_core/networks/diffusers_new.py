@@ -6,7 +6,8 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import nn
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.diffusion.schedule import Parameterisation
@@ -19,6 +20,12 @@ from distill_core.networks.foreign.networks import NETWORKS
 from distill_core.networks.text import text_for
 from distill_core.recipe.tables import NetworkConfig
 
+INTERFACE = (  # arguments that decide what a network takes and gives
+    *("in_channels", "out_channels", "sample_size", "num_embeds_ada_norm", "norm_type", "num_class_embeds"),
+    *("cross_attention_dim", "encoder_hid_dim", "addition_embed_type", "addition_time_embed_dim"),
+    "projection_class_embeddings_input_dim",
+)
+
 
 def build_denoiser(
     network: NetworkConfig,
@@ -30,7 +37,7 @@ def build_denoiser(
     prompts: list[str] | None = None,
     scheduler: dict[str, Any] | None = None,
     num_steps: int = 32,
-    codec: nn.Module | None = None,
+    codec: ModelMixin | None = None,
 ) -> DiffusersDenoiser:
     """A new network for images of `shape` (C, H, W), or for their latents by `codec`; no `num_classes`: unconditional.
 
@@ -79,7 +86,7 @@ def build_denoiser(
     return _tried(DiffusersDenoiser(module, noise, sidecar, codec=codec, text=text))
 
 
-def build_codec(args: dict[str, Any], shape: tuple[int, int, int] | None) -> nn.Module:
+def build_codec(args: dict[str, Any], shape: tuple[int, int, int] | None) -> AutoencoderKL:
     """A new diffusers AutoencoderKL for pictures of `shape` (C, H, W); `args` are its own.
 
     Raises:
@@ -96,7 +103,7 @@ def build_codec(args: dict[str, Any], shape: tuple[int, int, int] | None) -> nn.
     }
     sizes = {"in_channels": shape[0], "out_channels": shape[0], "sample_size": shape[1]}
     try:
-        codec = diffusers.AutoencoderKL(**{**blocks, **sizes, **args})
+        codec: AutoencoderKL = AutoencoderKL(**{**blocks, **sizes, **args})
         latent_shape(codec, shape)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(
@@ -105,7 +112,7 @@ def build_codec(args: dict[str, Any], shape: tuple[int, int, int] | None) -> nn.
     return codec
 
 
-def latent_shape(codec: nn.Module, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+def latent_shape(codec: ModelMixin, shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """(C, H, W) of the latents of pictures of `shape`.
 
     Raises:
@@ -120,7 +127,7 @@ def latent_shape(codec: nn.Module, shape: tuple[int, int, int]) -> tuple[int, in
     return codec.config["latent_channels"], shape[1] // factor, shape[2] // factor
 
 
-def scale_latents(codec: nn.Module, scale: float) -> None:
+def scale_latents(codec: ModelMixin, scale: float) -> None:
     """Multiply what `codec` encodes to by `scale` from now on; it is kept in the codec's own config."""
     codec.register_to_config(scaling_factor=scale)
 
@@ -138,27 +145,25 @@ def build_like(teacher: DiffusersDenoiser, network: NetworkConfig) -> DiffusersD
             f"{type(teacher.network).__name__}; give that name, with args of your choice",
             field="student.network.name",
         )
-    fixed = ("in_channels", "out_channels", "sample_size", "num_embeds_ada_norm", "norm_type")
-    fixed = (*fixed, "num_class_embeds", "cross_attention_dim", "encoder_hid_dim", "addition_embed_type")
-    fixed = (*fixed, "addition_time_embed_dim", "projection_class_embeddings_input_dim")
-    args = {name: theirs[name] for name in fixed if theirs.get(name) is not None}
+    args = {name: theirs[name] for name in INTERFACE if theirs.get(name) is not None}
     module = _constructed(network.name, {**network.args, **args})
     return _tried(teacher.with_network(module))
 
 
-def _constructed(name: str, args: dict[str, Any]) -> nn.Module:
+def _constructed(name: str, args: dict[str, Any]) -> ModelMixin:
     cls = getattr(diffusers, name)
     defaults = defaults_of(cls)
     known = {
         key: value for key, value in args.items() if key in defaults
     }  # others are for the class to refuse
-    said = not_understood(known, NETWORKS[name], defaults)
-    if said is not None:
-        raise ConfigError(f"network.args says {said}", field="network.args")
+    problem = not_understood(known, NETWORKS[name], defaults)
+    if problem is not None:
+        raise ConfigError(f"network.args says {problem}", field="network.args")
     try:
-        return cls(**args)
+        network: ModelMixin = cls(**args)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"network.args are refused by {name}: {error}", field="network.args") from None
+    return network
 
 
 def _tried(denoiser: DiffusersDenoiser) -> DiffusersDenoiser:

@@ -1,4 +1,4 @@
-"""How plain diffusers samples a saved denoiser: the scheduler that its folder keeps, and the call that uses it.
+"""Sampling of a saved denoiser in plain diffusers: the scheduler that its folder keeps, and the call that uses it.
 
     few steps, vp      LCMScheduler: x0, noise again to the next level, x0 …; what `diffusion.sampling.few_step` does
     Euler, vp          EulerDiscreteScheduler on Karras' levels
@@ -49,7 +49,7 @@ def plain_use(
     parameterisation: Parameterisation,
     pipeline: str | None,
 ) -> PlainUse:
-    """What takes the steps of `spec` in plain diffusers, by the class `pipeline` or, where that is None, by hand."""
+    """Scheduler that takes the steps of `spec` in plain diffusers, by the class `pipeline`, by hand if None."""
     if schedule.kind == "vp" and scheduler.config.get("rescale_betas_zero_snr"):
         scheduler = _finite(scheduler, schedule)
     if schedule.kind == "vp" and spec.kind == "few_step":
@@ -98,13 +98,13 @@ def opens(use: PlainUse, spec: SamplerSpec, pipeline: str) -> bool:
 def _timesteps(schedule: NoiseSchedule, spec: SamplerSpec) -> dict[int, tuple[int, ...]] | None:
     """For each number of steps the integers at which the network is called; None if a level lies between two."""
     counts = spec.step_counts or tuple(range(1, len(spec.sigmas) + 1))
-    found = {}
+    timesteps = {}
     for count in counts:
         times = schedule.network_time(torch.tensor(spec.levels(count)))
         if float((times - times.round()).abs().max()) > ON_GRID or int(times.round().min()) < 1:
             return None
-        found[count] = tuple(int(time) for time in times.round())
-    return found
+        timesteps[count] = tuple(int(time) for time in times.round())
+    return timesteps
 
 
 def _consistency(
@@ -119,12 +119,12 @@ def _consistency(
             total // original * original != first and original != total
         ):  # the last: any, timesteps are named then
             continue
-        found = PlainUse(_lcm(scheduler, prediction, original), dict(timesteps))
-        for count, wanted in timesteps.items():
-            if count <= original and _spaced(total, original, count) == wanted:
-                found.steps[count] = ()
-        if best is None or _ease(found, spec) > _ease(best, spec):
-            best = found
+        candidate = PlainUse(_lcm(scheduler, prediction, original), dict(timesteps))
+        for count, expected in timesteps.items():
+            if count <= original and _spaced(total, original, count) == expected:
+                candidate.steps[count] = ()
+        if best is None or _ease(candidate, spec) > _ease(best, spec):
+            best = candidate
     assert best is not None
     return best
 
@@ -178,8 +178,8 @@ def _finite(scheduler: Any, schedule: NoiseSchedule) -> Any:
 
 def _edm(scheduler: Any) -> Any:
     names = ("sigma_min", "sigma_max", "sigma_data", "num_train_timesteps", "prediction_type")
-    given = {name: scheduler.config[name] for name in names if name in scheduler.config}
-    return diffusers.EDMEulerScheduler(**given)
+    args = {name: scheduler.config[name] for name in names if name in scheduler.config}
+    return diffusers.EDMEulerScheduler(**args)
 
 
 def _from_pure_noise(schedule: NoiseSchedule, spec: SamplerSpec) -> bool:

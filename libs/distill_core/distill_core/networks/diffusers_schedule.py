@@ -57,7 +57,7 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
 
 
 def parameterisation_of(scheduler: Any) -> Parameterisation:
-    """What a network that was trained under `scheduler` answers.
+    """Quantity that a network trained under `scheduler` predicts.
 
     Raises:
         ArtifactError: something that is not understood.
@@ -93,9 +93,9 @@ def clip_of(scheduler: Any) -> float | None:
     return float(scheduler.config.get("clip_sample_range", 1.0)) if clamps else None
 
 
-def _refused(name: str, said: str) -> ArtifactError:
+def _refused(name: str, setting: str) -> ArtifactError:
     return ArtifactError(
-        f"scheduler/scheduler_config.json of {name} says {said}, which is not understood; known are epsilon, "
+        f"scheduler/scheduler_config.json of {name} says {setting}, which is not understood; known are epsilon, "
         "v_prediction and sample, flow_prediction with use_flow_sigmas, and for EDM* epsilon, or v_prediction with "
         "sigma_data = 1"
     )
@@ -107,4 +107,4 @@ def _flows(scheduler: Any) -> bool:
 
 def _continuous(scheduler: Any) -> bool:
     config = scheduler.config
-    return config.get("timestep_type") == "continuous" and config.prediction_type == "v_prediction"
+    return bool(config.get("timestep_type") == "continuous" and config.prediction_type == "v_prediction")

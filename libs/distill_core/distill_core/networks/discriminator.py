@@ -40,9 +40,10 @@ class NoisyDiscriminator(nn.Module):
     def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         level = expand(sigma, x_sigma)
         scaled = x_sigma * (1 + level**2).rsqrt()
-        told = level.log().expand(-1, 1, *x_sigma.shape[2:]) / 4
-        features = self.mixed(self.blocks(self.first(torch.cat([scaled, told], 1)))).mean((2, 3))
-        logits = self.last(features).squeeze(1)
+        level_map = level.log().expand(-1, 1, *x_sigma.shape[2:]) / 4
+        features: Tensor = self.mixed(self.blocks(self.first(torch.cat([scaled, level_map], 1)))).mean((2, 3))
+        logits: Tensor = self.last(features).squeeze(1)
         if self.classes is None:
             return logits
-        return logits + (self.classes(cond["class_label"]) * features).sum(1)
+        projection: Tensor = (self.classes(cond["class_label"]) * features).sum(1)
+        return logits + projection

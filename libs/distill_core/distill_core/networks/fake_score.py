@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.method import Cond
-from distill_core.networks.adapters import LoraConfig, LoraDenoiser
+from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.denoiser import Denoiser
+from distill_core.recipe.tables import LoraConfig
 
 
 class LogitHead(nn.Module):
@@ -27,7 +28,8 @@ class LogitHead(nn.Module):
         self.last = nn.Linear(hidden, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.last(self.layers(features)).squeeze(1)
+        logits: Tensor = self.last(self.layers(features)).squeeze(1)
+        return logits
 
 
 class FakeScore(nn.Module):

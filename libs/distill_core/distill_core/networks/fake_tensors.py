@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _inside: ContextVar[bool] = ContextVar("inside fake_tensors", default=False)
 
 
-class _Answers(TorchDispatchMode):
-    """Says 0, or True, where a program asks for the value of a tensor that has none."""
+class _ZeroScalars(TorchDispatchMode):
+    """Reads 0, or True, as the value of a tensor that has none."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from torch._subclasses.fake_tensor import FakeTensor
@@ -67,7 +67,7 @@ def fake_tensors() -> Iterator[None]:
     try:
         with settings.patch(fake_tensor_allow_unsafe_data_ptr_access=False):  # an error, not a stray write
             fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with _unmoved(), fake, _Answers(), _Copies():
+        with _unmoved(), fake, _ZeroScalars(), _Copies():  # type: ignore[no-untyped-call]
             yield
     finally:
         _inside.reset(token)

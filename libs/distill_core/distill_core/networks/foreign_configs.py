@@ -1,4 +1,4 @@
-"""Whether the numbers in a foreign config can be true, before a library builds what they say."""
+"""Bounds of the numbers in a foreign config, checked before a library builds what they describe."""
 
 from __future__ import annotations
 

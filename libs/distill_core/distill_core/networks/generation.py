@@ -78,7 +78,8 @@ def generate_x0(
     def denoise(x: Tensor, sigma: float) -> Tensor:
         return denoiser.guided(x, x.new_full((len(x),), sigma), cond, guidance)
 
-    return sample(denoise, spec, draw, num_steps or spec.num_steps)
+    x0: Tensor = sample(denoise, spec, draw, num_steps or spec.num_steps)
+    return x0
 
 
 def preview(denoiser: Denoiser, seed: int, count: int = 40) -> Tensor:

@@ -71,4 +71,5 @@ class MaterialField(nn.Module):
         if self.config.progress == "one":
             alpha = torch.ones_like(alpha)
         normal = self.normal(frequency_encoding(positions / self.bound, self.config.normal_octaves))
-        return Materials(albedo, *single.unbind(-1), alpha, F.normalize(normal.float(), dim=-1))
+        roughness, metallic = single.unbind(-1)
+        return Materials(albedo, roughness, metallic, alpha, F.normalize(normal.float(), dim=-1))

@@ -7,6 +7,7 @@ import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -49,7 +50,8 @@ def with_lora(
             )
     chosen = targets or [n for n, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     try:
-        return _adapted(denoiser, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(chosen)))
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(chosen))  # type: ignore[arg-type]
+        return _adapted(denoiser, config)
     except ValueError as error:
         raise ConfigError(f"lora.targets are refused: {error}", field="lora.targets") from None
 
@@ -67,10 +69,7 @@ def with_factors(denoiser: Denoiser, factors: Factors) -> tuple[Denoiser, dict[s
 def factors_of(denoiser: Denoiser) -> Factors:
     """The factors of every adapted layer, at their present strength: the scale is inside `up`."""
     return {
-        name: (
-            layer.lora_A[ONLY].weight.detach(),
-            layer.lora_B[ONLY].weight.detach() * layer.scaling[ONLY],
-        )
+        name: (_weight(layer.lora_A), _weight(layer.lora_B) * layer.scaling[ONLY])
         for name, layer in _adapted_layers(_network(denoiser))
     }
 
@@ -138,26 +137,28 @@ def _places(denoiser: Denoiser, config: AdapterConfig) -> dict[str, LoraLayer]:
 
 def _fitting(saved: dict[str, Tensor], places: dict[str, LoraLayer], folder: Path) -> Factors:
     """A file's factors by layer, scaled, if they are those of `places`, all of them and no others."""
-    given = {name.removeprefix(PREFIX): value for name, value in saved.items()}
-    needed = {
+    tensors = {name.removeprefix(PREFIX): value for name, value in saved.items()}
+    expected = {
         f"{name}.{part}.weight": getattr(layer, part)[ONLY].weight
         for name, layer in places.items()
         for part in ("lora_A", "lora_B")
     }
-    for name in sorted(given.keys() ^ needed.keys()):
+    for name in sorted(tensors.keys() ^ expected.keys()):
         raise ArtifactError(f"{folder} does not fit its own configuration: {name} is only in one of them")
-    for name, value in given.items():
-        if not value.is_floating_point() or len(given) < len(saved):
-            raise ArtifactError(f"{folder} is damaged: {name} is there twice, or is no floating-point tensor")
-        if value.shape != needed[name].shape:
+    for name, value in tensors.items():
+        if not value.is_floating_point() or len(tensors) < len(saved):
+            raise ArtifactError(
+                f"{folder} is damaged: {name} is there twice, or is not a floating-point tensor"
+            )
+        if value.shape != expected[name].shape:
             raise ArtifactError(
                 f"{folder} does not fit this base: {name} has the shape {tuple(value.shape)}, and "
-                f"{tuple(needed[name].shape)} is needed"
+                f"{tuple(expected[name].shape)} is needed"
             )
     return {
         name: (
-            given[f"{name}.lora_A.weight"].float(),
-            given[f"{name}.lora_B.weight"].float() * layer.scaling[ONLY],
+            tensors[f"{name}.lora_A.weight"].float(),
+            tensors[f"{name}.lora_B.weight"].float() * layer.scaling[ONLY],
         )
         for name, layer in places.items()
     }
@@ -166,9 +167,10 @@ def _fitting(saved: dict[str, Tensor], places: dict[str, LoraLayer], folder: Pat
 def _over_whole_base(pair: tuple[Tensor, Tensor], layer: LoraLayer, init: str) -> tuple[Tensor, Tensor]:
     """The factors over the base itself, of factors over what `init` left of it: their product less the initial one."""
     base, scale = copy.deepcopy(layer.get_base_layer()), layer.scaling[ONLY]  # peft changes the base in place
-    config = peft.LoraConfig(r=layer.r[ONLY], lora_alpha=scale * layer.r[ONLY], init_lora_weights=init)
+    initial: Any = {"init_lora_weights": init, "lora_alpha": scale * layer.r[ONLY]}
+    config = peft.LoraConfig(r=layer.r[ONLY], **initial)
     begun = Linear(base, ONLY, config, r=config.r, lora_alpha=config.lora_alpha)
-    down, up = (part[ONLY].weight.detach().to(pair[0]) for part in (begun.lora_A, begun.lora_B))
+    down, up = (_weight(part).to(pair[0]) for part in (begun.lora_A, begun.lora_B))
     return torch.cat([pair[0], down]), torch.cat([pair[1], -scale * up], dim=1)
 
 
@@ -215,14 +217,19 @@ def _adapted_layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
     Raises:
         ValueError: one whose factors are no pair of matrices: an embedding, an attention, grouped convolutions.
     """
-    found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
-    for name, layer in found:
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+    for name, layer in layers:
         base = layer.get_base_layer()
         if not isinstance(base, PAIRED) or getattr(base, "groups", 1) > 1:
             raise ValueError(
                 f"{name} is a {type(base).__name__}; only linear layers and convolutions without groups can be adapted"
             )
-    return found
+    return layers
+
+
+def _weight(parts: nn.ModuleDict) -> Tensor:
+    """One factor's values, of a layer's `lora_A` or `lora_B`."""
+    return parts[ONLY].get_parameter("weight").detach()
 
 
 def _twin(denoiser: Denoiser) -> Denoiser:

@@ -10,7 +10,7 @@ from distill_core.networks.classifier import Classifier
 
 
 class FeatureDistance(nn.Module):
-    """How unlike two batches of pictures look to a classifier, whose weights stay as they are.
+    """Perceptual distance of two batches of pictures by a classifier, whose weights stay as they are.
 
     Raises:
         ConfigError: no classifier, or one of pictures of another shape.
@@ -34,12 +34,12 @@ class FeatureDistance(nn.Module):
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
         """The pictures themselves, then what each stage of the classifier makes of them."""
-        found = [pictures]
+        maps = [pictures]
         hidden = self.classifier.stem(pictures)
         for block in self.classifier.blocks:
             hidden = block(hidden)
-            found.append(hidden)
-        return found
+            maps.append(hidden)
+        return maps
 
     def forward(self, pictures: Tensor, targets: Tensor) -> Tensor:
         """Distance (scalar) of pictures (B, C, H, W) in [-1, 1]; differentiable."""

@@ -23,7 +23,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class PredictorFile(Config):
-    """What config.json of a predictor's folder says."""
+    """Content of a predictor's config.json."""
 
     kind: Literal["predictor"] = "predictor"
     version: Literal[1] = 1
@@ -51,7 +51,7 @@ class Predictor(nn.Module):
         self.network, self.described = network, described
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """What the network gives."""
+        """Output of the network."""
         out: Tensor = self.network(*inputs)
         return out
 

@@ -31,7 +31,8 @@ class ResidualBlock(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+        change: Tensor = self.layers(x)
+        return x + change
 
 
 class SelfAttention(nn.Module):
@@ -54,7 +55,8 @@ class SelfAttention(nn.Module):
         )  # (B, heads, N, D)
         near = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
         mixed = self.leave((near @ value).transpose(1, 2).flatten(2))
-        return x + mixed.transpose(1, 2).unflatten(2, x.shape[2:])
+        change: Tensor = mixed.transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + change
 
 
 class RefinementHead(nn.Module):
@@ -69,8 +71,9 @@ class RefinementHead(nn.Module):
         self.enter = nn.Conv2d(channels, config.width, 3, padding=1)
         self.blocks = nn.Sequential(*before, middle, *after)
         self.leave = nn.Conv2d(config.width, channels, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        for parameter in self.leave.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return latents + self.leave(self.blocks(self.enter(latents)))
+        change: Tensor = self.leave(self.blocks(self.enter(latents)))
+        return latents + change

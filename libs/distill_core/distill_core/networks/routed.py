@@ -44,6 +44,10 @@ class RoutedSidecar(Config):
 class ConditionPartition(nn.Module):
     """K disjoint parts of the conditions; what decides is buffers, saved and moved with the weights."""
 
+    table: Tensor
+    centroids: Tensor | None
+    offsets: Tensor | None
+
     def __init__(
         self, spec: PartitionSpec, *, centroids: Tensor | None = None, offsets: Tensor | None = None
     ) -> None:
@@ -78,8 +82,8 @@ class ConditionPartition(nn.Module):
             ConfigError: a class that is in no part, in two, or does not exist.
         """
         part_of = {label: part for part, labels in enumerate(classes) for label in labels}
-        given = sorted(label for labels in classes for label in labels)
-        if given != list(range(num_classes)):
+        listed = sorted(label for labels in classes for label in labels)
+        if listed != list(range(num_classes)):
             raise ConfigError(
                 f"the lists of classes must hold each of 0 to {num_classes - 1} exactly once",
                 field="config.classes",
@@ -105,13 +109,15 @@ class ConditionPartition(nn.Module):
         if not cond or self.parts == 1:
             return self.table[-1:].expand(batch)
         if self.spec.kind == "class_label":
-            return class_parts(cond["class_label"], self.table)
-        return prompt_parts(pooled(cond["prompt_embeds"].float()), self.centroids, self.offsets)
+            parts: Tensor = class_parts(cond["class_label"], self.table)
+        else:
+            parts = prompt_parts(pooled(cond["prompt_embeds"].float()), self.centroids, self.offsets)
+        return parts
 
     def save(self, folder: Path) -> None:
         """Write the sidecar, and the centroids if there are any."""
         folder.mkdir(parents=True, exist_ok=True)
-        if self.centroids is not None:
+        if self.centroids is not None and self.offsets is not None:
             tensors = {"centroids": self.centroids, "offsets": self.offsets}
             save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / ROUTER)
         sidecar = RoutedSidecar(partition=self.spec)
@@ -119,7 +125,7 @@ class ConditionPartition(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> ConditionPartition:
-        """What `save` wrote.
+        """The partition that `save` wrote.
 
         Raises:
             ArtifactError: a file is missing or damaged.
@@ -139,8 +145,8 @@ def _kmeans(embeds: Tensor, parts: int, seed: int) -> Tensor:
         from sklearn.cluster import KMeans
     except ImportError:
         raise missing_package("scikit-learn", "train") from None
-    found = KMeans(parts, random_state=seed % 2**32, n_init=4).fit(embeds.double().cpu().numpy())
-    return torch.from_numpy(found.cluster_centers_).float()
+    clusters = KMeans(parts, random_state=seed % 2**32, n_init=4).fit(embeds.double().cpu().numpy())
+    return torch.from_numpy(clusters.cluster_centers_).float()
 
 
 def balancing_offsets(embeds: Tensor, centroids: Tensor) -> Tensor:
@@ -210,17 +216,26 @@ class RoutedDenoiser(Routed, Denoiser):
         super().__init__(experts, partition)
         self._like(experts[0])
 
+    @property
+    def _members(self) -> list[Denoiser]:
+        """The experts in memory; of a stored model the default part's alone."""
+        return [Routed.expert(self, index) for index in range(len(self.experts))]
+
     def _like(self, first: Denoiser) -> None:
         self.image, self.cond, self.schedule = first.image, first.cond, first.schedule
         self.sampler = first.sampler
 
     def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
-        return self.split(lambda expert, *inputs: expert(*inputs), cond, x_sigma, sigma)
+        x0: Tensor = self.split(lambda expert, *inputs: expert(*inputs), cond, x_sigma, sigma)
+        return x0
 
     def with_features(
         self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        return self.split(lambda expert, *inputs: expert.with_features(*inputs), cond, x_sigma, sigma)
+        both: tuple[Tensor, list[Tensor]] = self.split(
+            lambda expert, *inputs: expert.with_features(*inputs), cond, x_sigma, sigma
+        )
+        return both
 
     def guided(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None, guidance: float | Tensor) -> Tensor:
         """x0 under guidance: both halves by the expert of the condition, whatever part the null condition has."""
@@ -230,28 +245,29 @@ class RoutedDenoiser(Routed, Denoiser):
             *scale, own = rest
             return expert.guided(x, level, own, scale[0] if scale else guidance)
 
-        return self.split(call, cond, x_sigma, sigma, *scales)
+        x0: Tensor = self.split(call, cond, x_sigma, sigma, *scales)
+        return x0
 
     def null_cond(self, batch: int) -> Cond:
-        return self.experts[0].null_cond(batch)
+        return self._members[0].null_cond(batch)
 
     def encode(self, picture: Tensor) -> Tensor:
-        return self.experts[0].encode(picture)
+        return self._members[0].encode(picture)
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
-        return self.experts[0].encode_prompts(prompts)
+        return self._members[0].encode_prompts(prompts)
 
     def decode(self, x0: Tensor) -> Tensor:
-        return self.experts[0].decode(x0)
+        return self._members[0].decode(x0)
 
     def enable_gradient_checkpointing(self) -> None:
-        for expert in self.experts:
+        for expert in self._members:
             expert.enable_gradient_checkpointing()
 
     def save(self, folder: Path) -> None:
         """Write the partition, an `experts/` folder each for plain diffusers, and once what they share."""
-        for part, expert in enumerate(self.experts):
-            whole = plain(expert)
+        for part, expert in enumerate(self._members):
+            whole: Any = plain(expert)  # a DiffusersDenoiser: nothing else has a folder
             bare = whole.bare()
             bare.sampler = self.sampler
             bare.save(folder / EXPERTS / str(part))
@@ -264,7 +280,7 @@ class RoutedDenoiser(Routed, Denoiser):
     def card(self) -> Card:
         """Facts that the manifest keeps."""
         own = {"sampler": self.sampler, "partition": self.partition.spec}
-        return self.experts[0].card().model_copy(update=own)
+        return self._members[0].card().model_copy(update=own)
 
 
 class StoredExperts(RoutedDenoiser):
@@ -288,7 +304,7 @@ class StoredExperts(RoutedDenoiser):
         self._opened: dict[int, Denoiser] = {}
         self._lock = threading.Lock()
         Routed.__init__(self, [self.expert(partition.spec.default)], partition.to(device))
-        self._like(self.experts[0])
+        self._like(self._members[0])
 
     def expert(self, part: int) -> Denoiser:
         with self._lock:
@@ -319,8 +335,12 @@ class RoutedFakeScore(Routed):
 
     def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """x0 (B, C, H, W)."""
-        return self.split(lambda expert, *inputs: expert(*inputs), cond, x_sigma, sigma)
+        x0: Tensor = self.split(lambda expert, *inputs: expert(*inputs), cond, x_sigma, sigma)
+        return x0
 
     def with_logits(self, x_sigma: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """x0 (B, C, H, W) and the real/fake logits (B,), from one pass."""
-        return self.split(lambda expert, *inputs: expert.with_logits(*inputs), cond, x_sigma, sigma)
+        both: tuple[Tensor, Tensor] = self.split(
+            lambda expert, *inputs: expert.with_logits(*inputs), cond, x_sigma, sigma
+        )
+        return both

@@ -42,7 +42,8 @@ class PlainAttention:
         negative_prompt_embeds: Tensor | None = None,
         nasa_scale: Tensor | None = None,
     ) -> Tensor:
-        return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        out: Tensor = self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return out
 
 
 class NegativeAwayAttention(PlainAttention):
@@ -59,15 +60,16 @@ class NegativeAwayAttention(PlainAttention):
         nasa_scale: Tensor | None = None,
     ) -> Tensor:
         if negative_prompt_embeds is None or nasa_scale is None:
-            return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         assert encoder_hidden_states is not None
         assert attention_mask is None, "prompts are padded, not masked"
         query = _heads(attn, attn.to_q(hidden_states))
         away = attend(attn, query, negative_prompt_embeds.to(encoder_hidden_states.dtype))
         alpha = nasa_scale.to(away.dtype)[:, None, None]
         z = attend(attn, query, encoder_hidden_states) - alpha * away
-        out = attn.to_out[1](attn.to_out[0](z))
-        return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
+        out: Tensor = attn.to_out[1](attn.to_out[0](z))
+        scale: float = attn.rescale_output_factor
+        return (out + hidden_states if attn.residual_connection else out) / scale
 
 
 def attend(attn: Any, query: Tensor, context: Tensor) -> Tensor:
@@ -77,7 +79,8 @@ def attend(attn: Any, query: Tensor, context: Tensor) -> Tensor:
 
 
 def _heads(attn: Any, projected: Tensor) -> Tensor:
-    return projected.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+    heads: Tensor = projected.unflatten(2, (attn.heads, -1))
+    return heads.transpose(1, 2)
 
 
 def make_steerable(network: nn.Module) -> None:
@@ -96,12 +99,12 @@ def with_negative(
     With a `scale` (alpha) they steer the cross-attention. Without, classifier-free guidance leads away from them
     instead of from the null condition, as usual for models that are guided.
     """
-    given = torch.tensor([prompt is not None for prompt in negative])
+    has_negative = torch.tensor([prompt is not None for prompt in negative])
     encoded = denoiser.encode_prompts([prompt or "" for prompt in negative])
     null = denoiser.null_cond(len(negative))
-    found = {}
+    negatives = {}
     for name, value in encoded.items():
-        chosen = given.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
-        found[NEGATIVE + name] = torch.where(chosen, value, null[name].to(value.device))
-    steer = {} if scale is None else {"nasa_scale": scale * given.float()}
-    return {**cond, **found, **steer}
+        chosen = has_negative.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+        negatives[NEGATIVE + name] = torch.where(chosen, value, null[name].to(value.device))
+    steer = {} if scale is None else {"nasa_scale": scale * has_negative.float()}
+    return {**cond, **negatives, **steer}

@@ -51,14 +51,14 @@ class TextEncoder:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What a pipeline's index says of the encoder beside its parts."""
+        """Entries of a pipeline's index for the encoder, beside its parts."""
         return {}
 
     def encode(self, prompts: list[str]) -> Cond:
         """The conditions of the prompts (B, ...), on the model's device; padded and cut to the model's tokens."""
         device = str(self.model.device)
-        found = [self._embedded(prompt, device) for prompt in prompts]
-        return {name: torch.cat([cond[name] for cond in found]) for name in found[0]}
+        conditions = [self._embedded(prompt, device) for prompt in prompts]
+        return {name: torch.cat([cond[name] for cond in conditions]) for name in conditions[0]}
 
     def cuts(self, prompt: str) -> bool:
         """Whether the prompt has more tokens than the model reads, so that `encode` leaves its end out."""
@@ -99,20 +99,20 @@ class TextEncoder:
         return bool(getattr(self.model.config, "use_attention_mask", False))
 
     def _answer(self, prompt: str) -> Cond:
-        found = self._tokenized(self.tokenizer, prompt)
-        mask = found.attention_mask if self.masked else None
-        return {"prompt_embeds": self.model(found.input_ids, attention_mask=mask)[0]}
+        tokens = self._tokenized(self.tokenizer, prompt)
+        mask = tokens.attention_mask if self.masked else None
+        return {"prompt_embeds": self.model(tokens.input_ids, attention_mask=mask)[0]}
 
     def _tokenized(self, tokenizer: Any, prompt: str) -> Any:
         with _TOKENIZING:
-            found = tokenizer(
+            tokens = tokenizer(
                 [prompt],
                 padding="max_length",
                 max_length=self.max_tokens,
                 truncation=True,
                 return_tensors="pt",
             )
-        return found.to(self.model.device)
+        return tokens.to(self.model.device)
 
 
 class DualTextEncoder(TextEncoder):
@@ -234,8 +234,8 @@ def check_text(config: Any, text: TextEncoder) -> None:
     embeds, pooled = config.get("addition_embed_type"), text.pooled_dim
     if embeds is None:
         return
-    told = config.get("projection_class_embeddings_input_dim")
-    if embeds != "text_time" or pooled is None or told != pooled + TIME_IDS * config.addition_time_embed_dim:
+    width = config.get("projection_class_embeddings_input_dim")
+    if embeds != "text_time" or pooled is None or width != pooled + TIME_IDS * config.addition_time_embed_dim:
         raise ArtifactError(
             f"this UNet2DConditionModel is told more than a prompt ({embeds}); known are Stable Diffusion 1.x, 2.x "
             "and SDXL's base model"

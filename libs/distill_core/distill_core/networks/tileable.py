@@ -35,7 +35,7 @@ ATTENTION = ("Attention", "Transformer2DModel")  # diffusers' layers that read a
 
 
 class Tiling(Config):
-    """How a denoiser is made to repeat. `wrap` off and `amplitude` 0 is the plain denoiser, bit for bit."""
+    """Options of seamless sampling. `wrap` off and `amplitude` 0 is the plain denoiser, bit for bit."""
 
     wrap: bool = True  # convolutions pad with the opposite edge
     amplitude: int = Field(
@@ -99,7 +99,7 @@ class TiledDenoiser(Denoiser):
 
     @contextlib.contextmanager
     def _at(self, sigma: Tensor) -> Iterator[Denoiser]:
-        """What answers at this level, while its layers know the sampler's step."""
+        """The denoiser for this level, while its layers know the sampler's step."""
         step = self._step(sigma)
         token = _step.set(step)
         try:
@@ -132,8 +132,8 @@ def untiled(denoiser: Denoiser) -> Denoiser:
     for layer in _network(twin).modules():
         if isinstance(layer, nn.Conv2d):
             layer.padding_mode = "zeros"
-        if _pads_a_corner(layer, "wrapped"):
-            layer.padding = 0
+    for layer in _corner_padded(_network(twin), "wrapped"):
+        layer.padding = 0
     _say_tileable(twin, False)
     return twin
 
@@ -153,9 +153,9 @@ def wrap_around(network: nn.Module) -> None:
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             layer.padding_mode = "circular"
-        if _pads_a_corner(layer, 0):
-            layer.padding = "wrapped"  # anything but 0: no zeros are added
-            layer.conv._reversed_padding_repeated_twice = [0, 1, 0, 1]
+    for layer in _corner_padded(network, 0):
+        layer.padding = "wrapped"  # anything but 0: no zeros are added
+        layer.conv._reversed_padding_repeated_twice = [0, 1, 0, 1]
 
 
 def _check(network: nn.Module) -> None:
@@ -170,9 +170,10 @@ def _check(network: nn.Module) -> None:
         )
 
 
-def _pads_a_corner(layer: nn.Module, how: Any) -> bool:
-    """Whether this is diffusers' layer that halves a map after padding it on the right and below, and so set."""
-    return type(layer).__name__ == "Downsample2D" and hasattr(layer, "conv") and layer.padding == how
+def _corner_padded(network: nn.Module, padding: Any) -> list[Any]:
+    """Diffusers' layers that halve a map after padding it on the right and below, those set to `padding`."""
+    halving = [layer for layer in network.modules() if type(layer).__name__ == "Downsample2D"]
+    return [layer for layer in halving if hasattr(layer, "conv") and layer.padding == padding]
 
 
 def decode_wrapped(decode: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class _Rolled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         down, right = _shift(self.tiling, self.number, self.unit)
-        y = self.layer(x.roll((down, right), (2, 3)))
+        y: Tensor = self.layer(x.roll((down, right), (2, 3)))
         return y.roll((-down * y.shape[2] // x.shape[2], -right * y.shape[3] // x.shape[3]), (2, 3))
 
 
@@ -205,12 +206,12 @@ class _Patched(nn.Module):
         super().__init__()
         self.layer, self.number, self.tiling = layer, number, tiling
 
-    def forward(self, x: Tensor, *args: Any, **given: Any) -> Any:
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
         n, batch = self.tiling.scale, len(x)
         down, right = _shift(self.tiling, self.number, 1)
         patches = x.roll((down, right), (2, 3)).unflatten(3, (n, -1)).unflatten(2, (n, -1))
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # (B n n, C, H/n, W/n)
-        repeated = {name: _per_patch(value, batch, n * n) for name, value in given.items()}
+        repeated = {name: _per_patch(value, batch, n * n) for name, value in options.items()}
         out = self.layer(patches, *(_per_patch(value, batch, n * n) for value in args), **repeated)
         y = out[0] if isinstance(out, tuple) else out
         y = y.unflatten(0, (batch, n, n)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

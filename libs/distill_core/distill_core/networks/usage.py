@@ -1,4 +1,4 @@
-"""How a saved denoiser is used in plain diffusers, in words and a few lines of code: a part of its model card.
+"""Use of a saved denoiser in plain diffusers, in words and a few lines of code: a part of its model card.
 
 Code holds numbers and class names alone; nothing that a user wrote.
 """
@@ -18,7 +18,7 @@ RANDOM = "generator=torch.Generator().manual_seed(0)"
 
 @dataclass(frozen=True)
 class Place:
-    """Where the network's weights are: in a sub-folder, of one of several experts, or an adapter alone."""
+    """Place of the network's weights: in a sub-folder, of one of several experts, or an adapter alone."""
 
     inside: str = ""
     adapter: bool = False
@@ -30,28 +30,28 @@ def usage(denoiser: Denoiser, parts: dict[str, str], steps: Steps, pipeline: str
     `parts` are class names by sub-folder, and `pipeline` the class that makes the sampler's pictures, if one does.
     """
     if pipeline is not None and not (place.adapter and pipeline in UNCONDITIONAL):
-        code, said = _by_pipeline(denoiser, steps, pipeline, _opened(parts, place))
+        code, notes = _by_pipeline(denoiser, steps, pipeline, _opened(parts, place))
     elif place.adapter:  # diffusers loads adapters into its text-to-image networks alone
-        code, said = [], ["The folder `adapter/` is in peft's format; put it over the network of its base."]
+        code, notes = [], ["The folder `adapter/` is in peft's format; put it over the network of its base."]
     else:
-        code, said = _by_hand(denoiser, parts, steps, place.inside)
+        code, notes = _by_hand(denoiser, parts, steps, place.inside)
     if place.inside:
-        said.append(
+        notes.append(
             "This is the expert of part 0; `partition` in manifest.json says which conditions are whose."
         )
     if denoiser.sampler.step_counts:
         counts = ", ".join(map(str, denoiser.sampler.step_counts))
-        said.append(f"It was trained for these numbers of steps: {counts}.")
+        notes.append(f"It was trained for these numbers of steps: {counts}.")
     if denoiser.cond.nasa_scale is not None:
-        said.append(
+        notes.append(
             "A negative prompt steers this student's attention in Distillery's sampler; diffusers ignores it here."
         )
     if denoiser.image.tileable:
-        said.append(
+        notes.append(
             "Its pictures repeat without a seam in Distillery's sampler; diffusers pads them with zeros."
         )
     fenced = ["```python", *code, "```", ""] if code else []
-    return "\n".join([USAGE, "", *fenced, *said])
+    return "\n".join([USAGE, "", *fenced, *notes])
 
 
 def _opened(parts: dict[str, str], place: Place) -> list[str]:
@@ -100,12 +100,12 @@ def _by_pipeline(
     if not steps:
         return code, ["These are diffusers' own steps; Distillery's sampler takes others, to other pictures."]
     if spec.kind == "few_step":
-        others = [f"{n}: `timesteps={list(wanted)}`" for n, wanted in steps.items() if wanted]
-        spaced = [str(n) for n, wanted in steps.items() if not wanted]
-        said = [f"The pictures of Distillery's sampler, for `num_inference_steps` of {', '.join(spaced)}."]
+        others = [f"{n}: `timesteps={list(timesteps)}`" for n, timesteps in steps.items() if timesteps]
+        spaced = [str(n) for n, timesteps in steps.items() if not timesteps]
+        notes = [f"The pictures of Distillery's sampler, for `num_inference_steps` of {', '.join(spaced)}."]
         if others and pipeline not in UNCONDITIONAL:
-            said.append(f"Other numbers of steps are told by their timesteps. {'; '.join(others)}.")
-        return code, said if spaced else said[1:]
+            notes.append(f"Other numbers of steps are told by their timesteps. {'; '.join(others)}.")
+        return code, notes if spaced else notes[1:]
     return code, ["The pictures of Distillery's sampler, for any number of steps."]
 
 
@@ -141,8 +141,8 @@ def _by_hand(
             "with torch.no_grad():",
             "    pictures = codec.decode(x0 / scale + shift).sample",
         ]
-    said = ["No pipeline of diffusers takes the steps of this model's sampler, so it opens part by part."]
-    return code, said
+    notes = ["No pipeline of diffusers takes the steps of this model's sampler, so it opens part by part."]
+    return code, notes
 
 
 def _moments(denoiser: Denoiser) -> list[str]:
@@ -160,11 +160,11 @@ def _moments(denoiser: Denoiser) -> list[str]:
 def _denoise(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
     """A function of the card, from a sample with noise of deviation sigma to x0 (docs/conventions.md)."""
     kind, out = denoiser.schedule.kind, ".sample"
-    told = ["x_scaled", "timestep=time"]
+    arguments = ["x_scaled", "timestep=time"]
     if denoiser.cond.kind == "class_label" or slot == "transformer":
-        told.append("class_labels=labels")
+        arguments.append("class_labels=labels")
     if text:
-        told.append("encoder_hidden_states=encoder(tokens.input_ids)[0]")
+        arguments.append("encoder_hidden_states=encoder(tokens.input_ids)[0]")
     if slot == "transformer":
         out += "[:, : x.shape[1]]"
     form = {
@@ -178,7 +178,7 @@ def _denoise(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
     }[kind]
     labels = denoiser.cond.num_classes or 1
     code = []
-    if "class_labels=labels" in told:
+    if "class_labels=labels" in arguments:
         code.append(f"labels = torch.arange(4) % {labels}")
     if kind == "vp":
         code += [
@@ -197,7 +197,7 @@ def _denoise(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
         "def denoise(x, sigma):  # x0 from x = x0 + sigma * noise",
         "    sigma = torch.tensor(sigma)",
         f"    x_scaled, time = {form[0]}, {form[1]}.expand(len(x))",
-        f"    output = network({', '.join(told)}){out}",
+        f"    output = network({', '.join(arguments)}){out}",
         f"    return {form[2]}",
         "",
     ]

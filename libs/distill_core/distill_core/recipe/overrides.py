@@ -32,10 +32,10 @@ def without_none(value: _T) -> _T:
 
 
 def dotted(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key, value in table.items():
-        found |= dotted(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
-    return found
+        entries |= dotted(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return entries
 
 
 def changed(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,11 +43,11 @@ def changed(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     before = deepcopy(values)
     for key, value in changes.items():
         _set_dotted(values, key, value)
-    said = {key for key in changes if key in ("title", "publish", "publish.licence")}
+    described = {key for key in changes if key in ("title", "publish", "publish.licence")}
     made_otherwise = any(before.get(table) != values.get(table) for table in MADE_OF)
-    if "title" not in said and (made_otherwise or _counts(before) != _counts(values)):
+    if "title" not in described and (made_otherwise or _counts(before) != _counts(values)):
         values.pop("title", None)
-    if said <= {"title"} and made_otherwise and isinstance(values.get("publish"), dict):
+    if described <= {"title"} and made_otherwise and isinstance(values.get("publish"), dict):
         values["publish"].pop("licence", None)
     _note_teacher(before, values, changes)
     return values

@@ -117,7 +117,7 @@ class Recipe(Config):
         return tomli_w.dumps(without_none(self.model_dump(mode="json")))
 
     def differences(self, before: Recipe) -> dict[str, tuple[Any, Any]]:
-        """What is otherwise in `before`: its value and ours, by dotted key; None is unset."""
+        """Differences from `before`: its value and ours, by dotted key; None is unset."""
         old, new = (dotted(recipe.model_dump(mode="json")) for recipe in (before, self))
         keys = [*old, *(key for key in new if key not in old)]
         pairs = {key: (old.get(key), new.get(key)) for key in keys}

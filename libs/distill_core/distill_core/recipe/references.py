@@ -95,10 +95,16 @@ class _Walk:
     method: Any
     data: Mapping[str, Any]
 
-    def model(self, model: BaseModel | Mapping[str, Any], where: str, schema: Any = None) -> Iterator[Named]:
+    def model(
+        self, model: BaseModel | Mapping[str, Any], where: str, schema: type[BaseModel] | None = None
+    ) -> Iterator[Named]:
         """Each value of a table, whether its schema has read it or not yet."""
-        fields = (schema or type(model)).model_fields
-        values = model if isinstance(model, Mapping) else {name: getattr(model, name) for name in fields}
+        if isinstance(model, BaseModel):
+            fields = (schema or type(model)).model_fields
+            values: Mapping[str, Any] = {name: getattr(model, name) for name in fields}
+        else:
+            assert schema is not None, "a table that nothing has read comes with its schema"
+            fields, values = schema.model_fields, model
         for name, value in values.items():
             key = f"{where}.{name}" if where else name
             if name in fields:
@@ -174,12 +180,12 @@ class _Walk:
         """A `[data]` table and those in it; one without a name is what is otherwise than in the recipe's."""
         if not table:
             return
-        given = (
+        tables = (
             table
             if names_source(table) or table is self.data
             else {**named_tables(self.data)["data"], **table}
         )
-        for name, values in named_tables(given).items():
+        for name, values in named_tables(tables).items():
             where = key if name == "data" else f"{key}.{name}"
             if values or name == "data":
                 source, config = parse_source(values, where=where)

@@ -1,4 +1,4 @@
-"""What was meant: recipes and keys that do not exist under the name given, answered with the one that does."""
+"""Suggestions for recipes and keys that do not exist under the name given."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SHOWN = 3  # keys that could be meant
 def no_such_recipe(source: str, names: Collection[str]) -> DistilleryError:
     """The error for what is neither a recipe's name nor the path of a .toml file."""
     path = Path(source)
-    wanted = "a recipe is a .toml file, or a name that `distillery methods` lists"
+    hint = "a recipe is a .toml file, or a name that `distillery methods` lists"
     if path.is_dir():
-        said = f"{source} is a folder, and {wanted}; a run in it goes on by --out {source}"
-        return ConfigError(said, field="recipe")
+        message = f"{source} is a folder, and {hint}; a run in it goes on by --out {source}"
+        return ConfigError(message, field="recipe")
     if path.exists():
-        return ConfigError(f"{source} is a file, but no recipe: {wanted}", field="recipe")
+        return ConfigError(f"{source} is a file, but no recipe: {hint}", field="recipe")
     if path.stem in names and path.suffix == ".toml":
         return NotFound(
             f"recipe file {source} does not exist; did you mean the recipe {path.stem!r}?", field="recipe"
         )
     if path.suffix or "/" in source:
-        return NotFound(f"recipe file {source} does not exist; {wanted}", field="recipe")
+        return NotFound(f"recipe file {source} does not exist; {hint}", field="recipe")
     return NotFound(f"no recipe is called {source!r}{nearest(source, names)}", field="recipe")
 
 
@@ -45,22 +45,22 @@ def meant(
 ) -> ConfigError:
     """`error`, or a better one if an override names a key that lies elsewhere, as `lr` does in optim.teacher.lr."""
     field = error.field or ""
-    given = next((key for key in overrides if key == field or key.startswith(f"{field}.")), None)
-    if given is None or given in set(_known(recipe, values)):
+    override = next((key for key in overrides if key == field or key.startswith(f"{field}.")), None)
+    if override is None or override in set(_known(recipe, values)):
         return error
-    last = given.rpartition(".")[2]
-    found: list[str] = []
+    last = override.rpartition(".")[2]
+    candidates: list[str] = []
     for keys in (
         _dotted(values),
         _known(recipe, values),
     ):  # what the recipe sets comes before what it could set
-        named = (key for key in keys if key.rpartition(".")[2] == last and key != given)
-        found = found or [key for key in named if not key.startswith("check.")]
-    if not found:
+        named = (key for key in keys if key.rpartition(".")[2] == last and key != override)
+        candidates = candidates or [key for key in named if not key.startswith("check.")]
+    if not candidates:
         return error
-    more = " …" if len(found) > SHOWN else ""
-    shown = " or ".join(map(repr, found[:SHOWN]))
-    return ConfigError(f"unknown key {given}; did you mean {shown}{more}?", field=given)
+    more = " …" if len(candidates) > SHOWN else ""
+    shown = " or ".join(map(repr, candidates[:SHOWN]))
+    return ConfigError(f"unknown key {override}; did you mean {shown}{more}?", field=override)
 
 
 def _dotted(table: Mapping[str, Any], before: str = "") -> Iterator[str]:

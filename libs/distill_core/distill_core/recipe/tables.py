@@ -26,7 +26,7 @@ from distill_core.config import (
 
 
 class ModelSource(Config):
-    """Where a frozen model comes from: one of a store artifact, a folder, a recipe that trains it, a formula."""
+    """Source of a frozen model: one of a store artifact, a folder, a recipe that trains it, a formula."""
 
     artifact: ArtifactRef | None = None  # name@version or name@alias in the artifact store
     path: DataPath | None = None  # a diffusers folder or an artifact folder on disk
@@ -60,11 +60,11 @@ class LoraConfig(Config):
     @property
     def layers(self) -> tuple[str, ...] | None:
         """The layers' names; None is every linear layer."""
-        return None if self.targets == "all-linear" else self.targets  # type: ignore[return-value]
+        return None if self.targets == "all-linear" else self.targets
 
 
 class StudentConfig(Config):
-    """What the student begins as; with nothing set, a trainable copy of the teacher."""
+    """Initial student; with nothing set, a trainable copy of the teacher."""
 
     artifact: ArtifactRef | None = None  # begin as this student instead of the teacher: a store artifact,
     path: DataPath | None = None  # a folder,
@@ -146,7 +146,7 @@ class StageConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """How a run's result is measured; the kind of the result adds what it is measured with."""
+    """Evaluation of a run's result; the kind of the result adds the models that measure."""
 
     data: DataTable | None = None  # what to compare with; unset: the data of the training
     num_samples: int = Field(1797, ge=2, le=100_000)

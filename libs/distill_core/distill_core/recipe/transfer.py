@@ -29,14 +29,14 @@ Former = Callable[[Recipe], nn.Module]  # what a recipe trains, untrained
 
 
 class Models(Protocol):
-    """Where models come from."""
+    """Source of models."""
 
     def folder(self, source: ModelSource) -> Path: ...
 
     def load(self, source: ModelSource) -> nn.Module: ...
 
 
-def suited(recipe: Recipe, where: Models, former: Former) -> Recipe:
+def suited(recipe: Recipe, models: Models, former: Former) -> Recipe:
     """`recipe` for the teacher that it names; itself if it was written for that one.
 
     Raises:
@@ -44,12 +44,12 @@ def suited(recipe: Recipe, where: Models, former: Former) -> Recipe:
     """
     if recipe.replaced is None or recipe.teacher is None or recipe.teacher.scene is not None:
         return recipe
-    given, folder = recipe.replaced.given, where.folder(recipe.teacher)
+    given, folder = recipe.replaced.given, models.folder(recipe.teacher)
     whole = any((folder / slot).is_dir() for slot in ("unet", "transformer"))
     with (
         _shapes_alone() if whole else contextlib.nullcontext()
     ):  # only diffusers' folders load without weights
-        teacher = where.load(recipe.teacher)
+        teacher = models.load(recipe.teacher)
     if not isinstance(teacher, Denoiser):
         return recipe
     if not any(key == "data" or key.startswith("data.") for key in given):
@@ -57,19 +57,19 @@ def suited(recipe: Recipe, where: Models, former: Former) -> Recipe:
     values = recipe.model_dump(mode="json", exclude_none=True)
     del values["replaced"]
     if not _same_schedule(teacher, recipe.replaced.recipe, former):
-        said = [*_own_levels(values, teacher, recipe, given), *_default_rates(values, recipe, given)]
-        if said:
+        changes = [*_own_levels(values, teacher, recipe, given), *_default_rates(values, recipe, given)]
+        if changes:
             log.warning(
                 "the recipe was written for the teacher of %s, whose schedule is another than this one's (%s): %s",
                 recipe.replaced.recipe,
                 teacher.schedule,
-                ", ".join(said),
+                ", ".join(changes),
             )
     return Recipe.parse(values)
 
 
 def _shapes_alone() -> contextlib.AbstractContextManager[None]:
-    """Where models have no weights: only their schedules are looked at."""
+    """Context in which models have no weights: only their schedules are looked at."""
     return contextlib.nullcontext() if is_faked() else fake_tensors()
 
 
@@ -90,7 +90,7 @@ def _own_levels(
     values: dict[str, Any], teacher: Denoiser, recipe: Recipe, given: tuple[str, ...]
 ) -> list[str]:
     """Replace levels that nobody gave by the teacher's own; what was done, in words."""
-    said = []
+    changes = []
     for key in keys_of_schedule(find_method(recipe.method).Config):
         before = recipe.config.get(key)
         if not before or any(_covers(one, f"config.{key}") for one in given):
@@ -98,23 +98,23 @@ def _own_levels(
         count = len(before) if isinstance(before, (list, tuple)) else 1
         levels = [float(level) for level in student_levels(teacher, count=count)]
         values["config"][key] = levels if isinstance(before, (list, tuple)) else levels[0]
-        said.append(f"config.{key} = {before} becomes {values['config'][key]}")
-    return said
+        changes.append(f"config.{key} = {before} becomes {values['config'][key]}")
+    return changes
 
 
 def _default_rates(values: dict[str, Any], recipe: Recipe, given: tuple[str, ...]) -> list[str]:
-    said = []
+    changes = []
     default = OptimConfig().lr
     for role, before in recipe.optim.items():
         if before.lr != default and not any(_covers(one, f"optim.{role}.lr") for one in given):
             values["optim"][role]["lr"] = default
-            said.append(f"optim.{role}.lr = {before.lr:g} becomes {default:g}")
-    return said
+            changes.append(f"optim.{role}.lr = {before.lr:g} becomes {default:g}")
+    return changes
 
 
-def _covers(key: str, wanted: str) -> bool:
+def _covers(key: str, target: str) -> bool:
     """Whether setting `key` sets `wanted`: it is that key, or a table around it."""
-    return wanted == key or wanted.startswith(f"{key}.")
+    return target == key or target.startswith(f"{key}.")
 
 
 def _check_data(recipe: Recipe, folder: Path) -> None:
@@ -129,7 +129,7 @@ def _check_data(recipe: Recipe, folder: Path) -> None:
         now = _named(tomllib.loads(kept.read_text(encoding="utf-8")).get("data"))
     except (DistilleryError, StopIteration, OSError, ValueError):  # nothing is known of one of them
         return
-    if ours == before != now and now is not None:
+    if ours is not None and now is not None and ours == before != now:
         raise ConfigError(
             f"data.name = {ours[0]!r} is what the recipe's former teacher was trained on, and this one "
             f"was on {now[1] or now[0]}; give data for it, e.g. data.name = {now[0]!r}",

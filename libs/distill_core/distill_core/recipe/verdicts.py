@@ -1,4 +1,4 @@
-"""Whether the figures of a recipe's runs bear out its claims. Pure functions of dictionaries."""
+"""Verdicts on a recipe's claims by the figures of its runs. Pure functions of dictionaries."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def prepare(denoiser: DiffusersDenoiser, device: str, precision: str) -> Diffuse
         denoiser.network.register_forward_pre_hook(_in_bf16, with_kwargs=True)
     if device.startswith("cuda"):
         for network in networks:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         levels = denoiser.schedule.log_sigmas
         if levels is not None:  # a copy from the host could not be recorded
             denoiser.schedule.log_sigmas = levels.to(device)

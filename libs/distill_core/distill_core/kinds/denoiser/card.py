@@ -26,7 +26,7 @@ class Card(Config):
 
 
 class Evaluate(EvaluateConfig):
-    """What generated pictures are measured with; without a judge, extractor or clip hardly at all."""
+    """Models that measure generated pictures; without a judge, extractor or clip there are hardly any figures."""
 
     judge: ModelSource | None = None  # a classifier: accuracy, and features where there is no extractor
     extractor: ModelSource | None = None  # a transformers vision folder, whose features the distances use
@@ -46,7 +46,7 @@ def signature(card: Card) -> Signature:
 
 
 def facts(card: Card) -> dict[str, Any]:
-    """What people want to know of a generator, in few words."""
+    """Facts of a generator for listings, in few words."""
     made = "x".join(map(str, card.image.picture)) if card.image else ""
     steps = card.sampler.num_steps if card.sampler else None
     return {"makes": made, "conditions": card.cond.kind if card.cond else "", "steps": steps}

@@ -78,15 +78,15 @@ class Evaluator:
         seconds = 0.0
         for indices in self._batches():
             prompts = self._prompts(denoiser, indices)
-            given = denoiser.encode_prompts(prompts) if prompts else _part(cond, indices)
+            batch_cond = denoiser.encode_prompts(prompts) if prompts else _part(cond, indices)
             began = time.perf_counter()
-            pictures = _pictures(denoiser, given, indices, self.config.seed, sampler, num_steps)
+            pictures = _pictures(denoiser, batch_cond, indices, self.config.seed, sampler, num_steps)
             seconds += time.perf_counter() - began
             for name, value in self._read(pictures, prompts).items():
                 collected.setdefault(name, []).append(value)
         seen = {name: torch.cat(values) for name, values in collected.items()}
-        found = self._figures(seen, self._labels(denoiser, cond))
-        return {**found, "ms_per_image": 1000 * seconds / self.config.num_samples}
+        figures = self._figures(seen, self._labels(denoiser, cond))
+        return {**figures, "ms_per_image": 1000 * seconds / self.config.num_samples}
 
     def measure(
         self,
@@ -120,15 +120,15 @@ class Evaluator:
         return FeatureSet(torch.cat([self.features.features(x0) for x0 in pictures if x0 is not None]))
 
     def measured_with(self, figures: Mapping[str, float]) -> dict[str, str]:
-        """What these figures rest on, in words: by figure, or `distances` for those that compare features."""
+        """Basis of these figures, in words: by figure, or `distances` for those that compare features."""
         drawn = f"{self.config.num_samples} samples, seed {self.config.seed}"
-        said = {}
+        sources = {}
         if self._compares and self.features is not None:
             real = min(self.config.num_samples, self.source.size)
-            said["distances"] = f"features of {self.features.described}; {drawn}, {real} real pictures"
+            sources["distances"] = f"features of {self.features.described}; {drawn}, {real} real pictures"
         if self.judge is not None and "accuracy" in figures:
-            said["accuracy"] = f"{self.judge.described}; {drawn}"
-        return said | {name: f"{scorer.described}; {drawn}" for name, scorer in self.scorers.items()}
+            sources["accuracy"] = f"{self.judge.described}; {drawn}"
+        return sources | {name: f"{scorer.described}; {drawn}" for name, scorer in self.scorers.items()}
 
     @property
     def measures(self) -> bool:
@@ -156,10 +156,10 @@ class Evaluator:
         return [self.source.prompts[self._picked[i % len(self._picked)]] for i in indices]  # type: ignore[index]
 
     def _read(self, pictures: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What each model sees in a batch of pictures."""
+        """Features, logits and scores of a batch of pictures, by each model that measures."""
         seen: dict[str, Tensor] = {}
         if self.judge is not None:
-            seen["features"], seen["logits"] = self.judge.answers(pictures, "generated pictures")
+            seen["features"], seen["logits"] = self.judge.predict(pictures, "generated pictures")
         if self._compares and self.features is not None and self.features is not self.judge:
             seen["features"] = self.features.features(pictures)
         return seen | {name: scorer.cosines(pictures, prompts) for name, scorer in self.scorers.items()}
@@ -174,11 +174,11 @@ class Evaluator:
         return picked[torch.arange(self.config.num_samples) % len(picked)]
 
     def _figures(self, seen: Mapping[str, Tensor], labels: Tensor | None) -> dict[str, float]:
-        found = set_figures(self.real, FeatureSet(seen["features"])) if self._compares else {}
+        figures = set_figures(self.real, FeatureSet(seen["features"])) if self._compares else {}
         if self.judge is not None and labels is not None:
-            found["accuracy"] = self.judge.accuracy(seen["logits"], labels)
-            found["worst_class_accuracy"] = worst_class_accuracy(seen["logits"], labels.cpu())
-        return found | {name: 100 * float(seen[name].double().mean()) for name in self.scorers}
+            figures["accuracy"] = self.judge.accuracy(seen["logits"], labels)
+            figures["worst_class_accuracy"] = worst_class_accuracy(seen["logits"], labels.cpu())
+        return figures | {name: 100 * float(seen[name].double().mean()) for name in self.scorers}
 
     def _move_to(self, device: torch.device) -> None:
         for model in (self.judge, self.features, *self.scorers.values()):
@@ -214,15 +214,15 @@ def load_evaluator(config: Evaluate, denoiser: Denoiser, source: Source, models:
     if denoiser.cond.kind == "class_label":
         check_classes(source, denoiser.cond, field="data" if config.data is None else "evaluate.data")
     judge, extractor, scorers = None, None, {}
-    for key, given in config.sources.items():
+    for key, model_source in config.sources.items():
         with _about(key):
-            folder = models.folder(given)
+            folder = models.folder(model_source)
             if key == "judge":
-                judge = _fitting(_named(load_judge(folder), given), denoiser, source)
+                judge = _fitting(_named(load_judge(folder), model_source), denoiser, source)
             elif key == "extractor":
-                extractor = _named(load_extractor(folder), given)
+                extractor = _named(load_extractor(folder), model_source)
             else:
-                scorers[SCORES[key]] = _named(load_scorer(folder), given)
+                scorers[SCORES[key]] = _named(load_scorer(folder), model_source)
                 _check_prompts(SCORES[key], denoiser, source)
     evaluator = Evaluator(source, config, judge=judge, extractor=extractor, scorers=scorers)
     if extractor is not None and source.shape is None:

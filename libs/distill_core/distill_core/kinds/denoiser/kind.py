@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distill_core.artifacts import MANIFEST
 from distill_core.data import Source
 from distill_core.data.classes import use_classes_of
-from distill_core.data.scenes import SceneSource
+from distill_core.data.posed import SceneSource
 from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
 from distill_core.files.json_tables import read_table
 from distill_core.kinds.base import Kind, Models
@@ -118,7 +118,7 @@ def _encode_prompts(model: Denoiser, source: Source) -> None:
 
 
 def _warn_of_cut_prompts(model: Denoiser, prompts: list[str]) -> None:
-    text = getattr(model, "text", None)
+    text: Any = getattr(model, "text", None)
     cut = [] if text is None else [prompt for prompt in dict.fromkeys(prompts) if text.cuts(prompt)]
     if cut:
         log.warning(
@@ -131,19 +131,19 @@ def _warn_of_cut_prompts(model: Denoiser, prompts: list[str]) -> None:
 
 
 def _load_adapter(folder: Path, models: Models | None, device: str) -> LoraDenoiser:
-    meant = read_base(folder / ADAPTER)
-    if meant is None or not meant.ref or models is None:
-        said = f"over {meant.ref}" if meant and meant.ref else "and does not say over which model"
+    base = read_base(folder / ADAPTER)
+    if base is None or not base.ref or models is None:
+        which = f"over {base.ref}" if base and base.ref else "and does not say over which model"
         raise ArtifactError(
-            f"{folder} holds only an adapter, {said}; load it from the store that has its base"
+            f"{folder} holds only an adapter, {which}; load it from the store that has its base"
         )
     try:
-        model: nn.Module = plain(models.artifact(meant.ref, device=device))
+        model: nn.Module = plain(models.artifact(base.ref, device=device))
     except NotFound as error:
-        raise ArtifactError(f"{folder} is an adapter over {meant.ref}, which is missing: {error}") from None
+        raise ArtifactError(f"{folder} is an adapter over {base.ref}, which is missing: {error}") from None
     if not isinstance(model, Denoiser):
         raise ArtifactError(
-            f"{folder} is an adapter over {meant.ref}, which is no denoiser; publish it again"
+            f"{folder} is an adapter over {base.ref}, which is not a denoiser; publish it again"
         )
     return LoraDenoiser.load(model, folder)
 

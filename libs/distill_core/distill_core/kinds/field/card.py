@@ -19,7 +19,7 @@ class Card(Config):
 
 
 class Evaluate(EvaluateConfig):
-    """What renderings are measured with, beside PSNR and SSIM."""
+    """Metrics of renderings beside PSNR and SSIM."""
 
     lpips: DataPath | None = None  # a folder with LPIPS weights (metrics/lpips.py); unset: not measured
 
@@ -30,7 +30,7 @@ def signature(card: Card) -> Signature:
 
 
 def facts(card: Card) -> dict[str, Any]:
-    """What people want to know of a scene, in few words."""
+    """Facts of a scene for listings, in few words."""
     return {"field": card.scene.field, "bound": card.scene.bound} if card.scene else {}
 
 

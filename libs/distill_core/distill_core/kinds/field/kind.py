@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill_core.artifacts import SceneSpec
 from distill_core.data import Source
-from distill_core.data.scenes import SceneSource
+from distill_core.data.posed import SceneSource
 from distill_core.errors import ConfigError
 from distill_core.files.paths import user_path
 from distill_core.kinds.base import Kind, Models
@@ -57,8 +57,10 @@ def preview_cameras(spec: SceneSpec, source: Source) -> list[Camera]:
     if isinstance(source, SceneSource):
         return [source.test.camera(index) for index in range(min(VIEWS, len(source.test)))]
     turns = [360.0 * index / VIEWS for index in range(VIEWS)]
-    shape = {"fov_degrees": spec.fov_degrees, "width": SIDE, "height": SIDE}
-    return [orbit_camera(turn, ELEVATION, spec.radius, **shape) for turn in turns]
+    fov = spec.fov_degrees
+    return [
+        orbit_camera(turn, ELEVATION, spec.radius, fov_degrees=fov, width=SIDE, height=SIDE) for turn in turns
+    ]
 
 
 class FieldKind(SceneKind):

@@ -18,9 +18,9 @@ from distill_core.kinds.base import PRECISIONS, Graph, Kind, Measured, Models
 from distill_core.kinds.loading import config_kind
 from distill_core.kinds.predictor.card import Card
 from distill_core.metrics.classification import accuracy, calibration_error, negative_log_likelihood
-from distill_core.networks.classifier import load_classifier
+from distill_core.networks.classifier import Classifier, load_classifier
 from distill_core.networks.clip_io import load_clip
-from distill_core.networks.predictor import load_predictor
+from distill_core.networks.predictor import Predictor, load_predictor
 from distill_core.recipe.tables import EvaluateConfig
 from distill_core.signature import Function, TensorSpec
 
@@ -77,7 +77,7 @@ class PredictorKind(Kind):
 class _FunctionModule(nn.Module):
     """One function as a module of positional inputs and outputs, in the order of its description."""
 
-    def __init__(self, model: nn.Module, name: str, function: Function) -> None:
+    def __init__(self, model: Predictor | Classifier, name: str, function: Function) -> None:
         super().__init__()
         self.model, self.name = model, name
         self.inputs, self.outputs = tuple(function.inputs), tuple(function.outputs)
@@ -87,7 +87,7 @@ class _FunctionModule(nn.Module):
         return tuple(found[name] for name in self.outputs)
 
 
-def _graph(model: nn.Module, name: str, function: Function, classes: str) -> Graph:
+def _graph(model: Predictor | Classifier, name: str, function: Function, classes: str) -> Graph:
     held = [*model.parameters(), *model.buffers()]
     specs = [*function.inputs.values(), *function.outputs.values()]
     double = any(value.dtype == torch.float64 for value in held) or any(

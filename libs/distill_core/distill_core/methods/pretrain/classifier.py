@@ -21,7 +21,7 @@ from distill_core.data import Source, build_source
 from distill_core.errors import ConfigError, DataError, nearest
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.metrics.classification import accuracy, calibration_error, negative_log_likelihood
-from distill_core.networks.classifier import Classifier, ClassifierConfig, answers
+from distill_core.networks.classifier import Classifier, ClassifierConfig, predict
 from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 
 
@@ -89,7 +89,7 @@ class ClassifierTraining(Method):
         real = source.all(config.num_samples)
         training = self.classifier.training
         self.classifier.eval()
-        logits = answers(self.classifier, real.columns["x0"], batch_size=config.batch_size)[1]
+        logits = predict(self.classifier, real.columns["x0"], batch_size=config.batch_size)[1]
         self.classifier.train(training)
         return logits, real.cond["class_label"]
 

@@ -18,7 +18,7 @@ SOLID_DENSITY = 400.0  # 1/unit inside the objects; outside, what `min_log_densi
 
 
 class AnalyticConfig(FieldConfig):
-    """Which scene."""
+    """Choice of the scene."""
 
     scene: Literal["procedural", "alcove"] = "procedural"
     min_log_density: float = Field(-30.0, ge=-30, le=0)  # nothing, to fp32
@@ -49,4 +49,5 @@ class AnalyticField(RadianceField):
         raise AssertionError("an analytic scene is shaded by direction, not by its harmonics")
 
     def block2(self, geo: Tensor, directions: Tensor) -> Tensor:
-        return self.scene.shade(geo, directions)
+        radiance: Tensor = self.scene.shade(geo, directions)
+        return radiance

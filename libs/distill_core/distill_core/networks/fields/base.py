@@ -1,4 +1,4 @@
-"""What every radiance field is: block 1 maps position to density and feature, block 2 these and direction to colour."""
+"""Radiance fields: block 1 maps position to density and feature, block 2 feature and direction to colour."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill_core.radiance.light.spherical_harmonics import spherical_harmonics
 
 
 class FieldConfig(Config):
-    """What fields of all kinds have in common."""
+    """Options that fields of all kinds share."""
 
     channels: int = Field(3, ge=1, le=64)  # of what is composited: 3 colours, or those of a latent
     output: Literal["sigmoid", "linear"] = "sigmoid"  # colours lie in [0, 1]; latents lie anywhere
@@ -123,7 +123,8 @@ class ColorNetField(RadianceField):
         return self.config.geo_dim
 
     def radiance(self, geo: Tensor, basis: Tensor) -> Tensor:
-        return self.color_net(torch.cat([basis, geo], -1))
+        radiance: Tensor = self.color_net(torch.cat([basis, geo], -1))
+        return radiance
 
 
 class NetworkField(ColorNetField):

@@ -49,7 +49,7 @@ def sample_lines(lines: Tensor, coordinates: Tensor) -> Tensor:
 
 
 class FactorField(ColorNetField):
-    """What VM and CP share: products of factors, summed for the density, mapped for the feature."""
+    """Base of VM and CP: products of factors, summed for the density, mapped for the feature."""
 
     Config: ClassVar[type[FactorConfig]] = FactorConfig
     config: FactorConfig

@@ -74,7 +74,7 @@ def corner_indices(corner: Tensor, level: Level) -> Tensor:
 def corner_weights(fraction: Tensor) -> Tensor:
     """Trilinear weights (..., 8, M) in the order of `corner_indices`, from the position in the cell (3, ..., M)."""
     x, y, z = torch.stack([1 - fraction, fraction], -2)  # (..., 2, M) each
-    products = z[..., :, None, None, :] * y[..., None, :, None, :] * x[..., None, None, :, :]
+    products: Tensor = z[..., :, None, None, :] * y[..., None, :, None, :] * x[..., None, None, :, :]
     return products.flatten(-4, -2)
 
 
@@ -125,5 +125,5 @@ class HashField(NetworkField):
         index = torch.stack([corner_indices(cell, level) for cell, level in cells]).flatten()
         # One 1-D gather per feature: on a CPU its gradient is eight times as fast as that of (E, F) rows.
         entries = [column.index_select(0, index) for column in self.table.unbind(1)]
-        found = [(entry.view_as(weight) * weight).sum(1) for entry in entries]
-        return torch.stack(found, 1).flatten(0, 1).T  # (M, L x F)
+        columns = [(entry.view_as(weight) * weight).sum(1) for entry in entries]
+        return torch.stack(columns, 1).flatten(0, 1).T  # (M, L x F)

@@ -11,26 +11,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from distill_core.networks.fields.hash import Level
+
 log = logging.getLogger(__name__)
 BLOCK = 128  # points per program
 CHECK_POINTS = 64  # of the self-test
-
-
-class Level(Protocol):
-    """Geometry of a level, as `networks/fields/hash.py` has it."""
-
-    scale: float
-    resolution: int
-    dense: bool
-    offset: int
-    length: int
 
 
 def encode(unit: Tensor, table: Tensor, levels: Sequence[Level]) -> Tensor:
@@ -38,21 +30,22 @@ def encode(unit: Tensor, table: Tensor, levels: Sequence[Level]) -> Tensor:
     scales = torch.tensor([level.scale for level in levels], device=table.device)
     layout = [[level.resolution + 1, level.dense, level.offset, level.length - 1] for level in levels]
     places = torch.tensor(layout, dtype=torch.int32, device=table.device)
-    return hash_encode(unit.float().contiguous(), table.contiguous(), scales, places)
+    encoding: Tensor = hash_encode(unit.float().contiguous(), table.contiguous(), scales, places)
+    return encoding
 
 
 def works(device: torch.device) -> bool:
-    """Do the kernels run on `device`? A constant table must come back from inside, and zeros from outside."""
+    """Self-test of the kernels on `device`: a constant table must come back from inside, and zeros from outside."""
     unit = torch.linspace(-0.2, 1.2, CHECK_POINTS, device=device)[:, None].expand(-1, 3).contiguous()
     table = torch.ones(8, 2, device=device)
     places = torch.tensor([[2, 0, 0, 7]], dtype=torch.int32, device=device)
     try:
-        found = hash_encode(unit, table, torch.tensor([3.0], device=device), places)
+        encoding = hash_encode(unit, table, torch.tensor([3.0], device=device), places)
     except Exception:
         log.warning("the hash encoding's Triton kernels do not run here; PyTorch does instead", exc_info=True)
         return False
     inside = ((unit >= 0) & (unit <= 1)).all(-1, keepdim=True)
-    return torch.allclose(found, inside.to(found).expand(-1, 2), atol=1e-5)
+    return torch.allclose(encoding, inside.to(encoding).expand(-1, 2), atol=1e-5)
 
 
 @torch.library.custom_op("distillery::hash_encode", mutates_args=())
@@ -132,7 +125,7 @@ def _entry(i, j, k, places, level):  # type: ignore[no-untyped-def]
     return tl.where(dense != 0, straight, hashed) + offset
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
     unit, table, scales, places, out, count,
     LEVELS: tl.constexpr, F: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr,
@@ -143,18 +136,18 @@ def _forward(  # type: ignore[no-untyped-def]
     feature = tl.arange(0, WIDE)
     i, j, k, x, y, z, inside = _cell(unit, scales, places, point, there, level)
     total = tl.zeros((SIZE, WIDE), dtype=tl.float32)
-    wanted = (there & inside)[:, None] & (feature < F)[None, :]
+    active = (there & inside)[:, None] & (feature < F)[None, :]
     for corner in tl.static_range(8):
         dx, dy, dz = corner & 1, (corner >> 1) & 1, corner >> 2
         weight = (x * dx + (1 - x) * (1 - dx)) * (y * dy + (1 - y) * (1 - dy)) * (z * dz + (1 - z) * (1 - dz))
         entry = _entry(i + dx, j + dy, k + dz, places, level).to(tl.int64)
-        values = tl.load(table + entry[:, None] * F + feature[None, :], mask=wanted, other=0.0)
+        values = tl.load(table + entry[:, None] * F + feature[None, :], mask=active, other=0.0)
         total += weight[:, None] * values
     place = point.to(tl.int64)[:, None] * (LEVELS * F) + level * F + feature[None, :]
     tl.store(out + place, total, mask=there[:, None] & (feature < F)[None, :])
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _backward(  # type: ignore[no-untyped-def]
     gradient, unit, table, scales, places, to_unit, to_table, count,
     LEVELS: tl.constexpr, F: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr,
@@ -164,9 +157,9 @@ def _backward(  # type: ignore[no-untyped-def]
     there = point < count
     feature = tl.arange(0, WIDE)
     i, j, k, x, y, z, inside = _cell(unit, scales, places, point, there, level)
-    wanted = (there & inside)[:, None] & (feature < F)[None, :]
+    active = (there & inside)[:, None] & (feature < F)[None, :]
     place = point.to(tl.int64)[:, None] * (LEVELS * F) + level * F + feature[None, :]
-    pulled = tl.load(gradient + place, mask=wanted, other=0.0)
+    pulled = tl.load(gradient + place, mask=active, other=0.0)
     along_x = tl.zeros((SIZE,), dtype=tl.float32)
     along_y = tl.zeros((SIZE,), dtype=tl.float32)
     along_z = tl.zeros((SIZE,), dtype=tl.float32)
@@ -175,8 +168,8 @@ def _backward(  # type: ignore[no-untyped-def]
         wx, wy, wz = x * dx + (1 - x) * (1 - dx), y * dy + (1 - y) * (1 - dy), z * dz + (1 - z) * (1 - dz)
         entry = _entry(i + dx, j + dy, k + dz, places, level).to(tl.int64)
         cells = entry[:, None] * F + feature[None, :]
-        tl.atomic_add(to_table + cells, pulled * (wx * wy * wz)[:, None], mask=wanted)
-        along = tl.sum(pulled * tl.load(table + cells, mask=wanted, other=0.0), axis=1)
+        tl.atomic_add(to_table + cells, pulled * (wx * wy * wz)[:, None], mask=active)
+        along = tl.sum(pulled * tl.load(table + cells, mask=active, other=0.0), axis=1)
         along_x += along * (2 * dx - 1) * wy * wz
         along_y += along * (2 * dy - 1) * wx * wz
         along_z += along * (2 * dz - 1) * wx * wy

@@ -50,4 +50,5 @@ class MLPField(NetworkField):
         for index, layer in enumerate(self.trunk):
             joined = torch.cat([hidden, encoded], -1) if index == self.skip else hidden
             hidden = layer(joined).relu()
-        return self.out(hidden)
+        features: Tensor = self.out(hidden)
+        return features

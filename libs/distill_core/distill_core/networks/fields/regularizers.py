@@ -1,4 +1,4 @@
-"""What a training loss adds for a field's own sake, and which fields can be trained at all."""
+"""Regularisers of a field's training loss, and the check that a field can be trained."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ class RegularizerWeights(Config):
 
 def regularization(field: RadianceField, weights: RegularizerWeights) -> Tensor | float:
     """Weighted sum of the regularisers that are on; 0.0 where none is."""
-    wanted = {name: weight for name, weight in weights.model_dump().items() if weight}
-    if not wanted:
+    active = {name: weight for name, weight in weights.model_dump().items() if weight}
+    if not active:
         return 0.0
     terms = field.regularizers()
-    return sum(weight * terms[name] for name, weight in wanted.items())
+    total: Tensor = sum(weight * terms[name] for name, weight in active.items())
+    return total
 
 
 def check_trainable(field: RadianceField, weights: RegularizerWeights) -> None:

@@ -40,13 +40,14 @@ class SparseConfig(TensorsConfig):
 
 
 class VoxelField(RadianceField):
-    """What the dense and the packed grid share. Block 1's feature is the coefficients, so features do not compare."""
+    """Base of the dense and the packed grid. Block 1's feature is the coefficients, so features do not compare."""
 
     config: TensorsConfig
 
     def radiance(self, geo: Tensor, basis: Tensor) -> Tensor:
         coefficients = geo.unflatten(-1, (self.config.channels, -1))
-        return (coefficients * basis[:, None]).sum(-1)
+        radiance: Tensor = (coefficients * basis[:, None]).sum(-1)
+        return radiance
 
 
 class TensorsField(VoxelField):
@@ -62,8 +63,8 @@ class TensorsField(VoxelField):
 
     def raw(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         place = (2 * unit.float() - 1)[None, :, None, None]
-        found = F.grid_sample(self.grid, place, align_corners=True).reshape(self.config.values, -1).T
-        return found[:, 0], found[:, 1:]
+        values = F.grid_sample(self.grid, place, align_corners=True).reshape(self.config.values, -1).T
+        return values[:, 0], values[:, 1:]
 
     def regularizers(self) -> dict[str, Tensor]:
         """`total_variation`: mean squared difference of neighbouring vertices, over all values and axes."""
@@ -131,9 +132,9 @@ class SparseField(VoxelField):
         )
         row = self.links.reshape(-1)[self._corners(low.long())].long()  # (M, 8)
         weight = weight * (row >= 0)
-        found = (self.rows[row.clamp_min(0)] * weight[..., None]).sum(1)
+        values = (self.rows[row.clamp_min(0)] * weight[..., None]).sum(1)
         empty = (1 - weight.sum(1)) * (self.config.min_log_density - self.config.log_density_shift)
-        return found[:, 0] + empty, found[:, 1:]
+        return values[:, 0] + empty, values[:, 1:]
 
     def _corners(self, low: Tensor) -> Tensor:
         """Flat vertex indices (M, 8) of the voxel at `low` (M, 3); z varies fastest."""

@@ -1,4 +1,4 @@
-"""What a student field can take over from its teacher before a step is made."""
+"""Weights that a student field takes over from its teacher before the first step."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What other people's model folders say, and which of it is understood: no model library is imported here."""
+"""Configurations of foreign model folders, and the keys that are understood: no model library is imported here."""

@@ -39,13 +39,13 @@ def check_keys(path: Path, config: Mapping[str, Any], keys: Keys, defaults: Mapp
     Raises:
         ArtifactError: it does; the sentence names file and key.
     """
-    said = not_understood(config, keys, defaults)
-    if said is not None:
-        raise ArtifactError(f"{path} says {said}")
+    problem = not_understood(config, keys, defaults)
+    if problem is not None:
+        raise ArtifactError(f"{path} says {problem}")
 
 
 def not_understood(config: Mapping[str, Any], keys: Keys, defaults: Mapping[str, Any]) -> str | None:
-    """What is wrong with the first key that is not understood; None if all are."""
+    """Description of the first key that is not understood; None if all are."""
     for key, value in config.items():
         if key.startswith("_") or key in keys.idle or _understood(key, value, keys, defaults):
             continue
@@ -76,7 +76,7 @@ def shown(value: Any) -> str:
 
 
 def defaults_of(cls: Any) -> dict[str, Any]:
-    """What a class takes for each argument that it is not given."""
+    """Default of each argument of a class."""
     parameters = inspect.signature(cls.__init__).parameters
     return {
         name: each.default for name, each in parameters.items() if each.default is not inspect.Parameter.empty

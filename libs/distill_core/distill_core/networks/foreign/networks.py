@@ -32,8 +32,8 @@ _WHY = {
 
 def _attend_plainly(types: object) -> bool:
     """Blocks whose attention a negative prompt can steer."""
-    found = types if isinstance(types, list | tuple) else [types]
-    return not any("SimpleCrossAttn" in str(name) or str(name).startswith("KC") for name in found)
+    blocks = types if isinstance(types, list | tuple) else [types]
+    return not any("SimpleCrossAttn" in str(name) or str(name).startswith("KC") for name in blocks)
 
 
 _PROMPTED = {"down_block_types", "mid_block_type", "up_block_types"}

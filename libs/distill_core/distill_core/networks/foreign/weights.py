@@ -1,4 +1,4 @@
-"""Which weights of a foreign part are loaded: safetensors, of the one variant that there is."""
+"""Choice of a foreign part's weight files: safetensors, of the one variant that there is."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def variant_of(folder: Path, stem: str) -> str | None:
     held = [file.name for pattern in ("*.safetensors", *_PICKLED) for file in sorted(folder.glob(pattern))]
     if held and held[0].endswith(".safetensors"):
         raise ArtifactError(f"{folder} holds {held[0]} and no {stem}.safetensors; rename it")
-    found = held[0] if held else "no weights"
+    weights = held[0] if held else "no weights"
     raise ArtifactError(
-        f"{folder} holds {found}: only safetensors are loaded, since pickles can execute code"
+        f"{folder} holds {weights}: only safetensors are loaded, since pickles can execute code"
     )

@@ -35,7 +35,8 @@ def arguments_of(name: str, *, field: str = "network") -> type[Config]:
     known = network_types()
     if name not in known:
         raise ConfigError(f"no network is called {name!r}{nearest(name, known)}", field=f"{field}.name")
-    args: type[Config] = known[name].Args  # type: ignore[assignment]
+    network: Any = known[name]
+    args: type[Config] = network.Args
     return args
 
 

@@ -66,14 +66,14 @@ def true_buffer(surface: Surface, opacity: Tensor) -> GBuffer:
 
 
 def glows(surface: Surface) -> Tensor:
-    """Does each of R surfaces glow? (R,) bool."""
-    aside = surface.positions[:, :2] - torch.tensor(GLOW_CENTRE)
-    return (surface.part == SLAB) & (surface.normals[:, 2] > 0.5) & (aside.norm(dim=-1) < GLOW_RADIUS)
+    """Mask (R,) bool of the surfaces that glow."""
+    aside: Tensor = (surface.positions[:, :2] - torch.tensor(GLOW_CENTRE)).norm(dim=-1)
+    return (surface.part == SLAB) & (surface.normals[:, 2] > 0.5) & (aside < GLOW_RADIUS)
 
 
 def glow(directions: Tensor) -> Tensor:
     """Radiance (R, 3) of what glows, along view `directions` (R, 3): of one colour from +x and of another from -x."""
-    turned = (
+    turned: Tensor = (
         0.5 - 0.5 * directions[:, :1] / directions[:, :2].norm(dim=-1, keepdim=True).clamp_min(1e-6)
     ).clamp(0, 1)
     return turned * torch.tensor(GLOWS[0]) + (1 - turned) * torch.tensor(GLOWS[1])

@@ -32,7 +32,8 @@ def box_distance(
 ) -> Tensor:
     """Signed distance (M,) to a box with half sides `half`."""
     beyond = (positions - positions.new_tensor(centre)).abs() - positions.new_tensor(half)
-    return beyond.clamp_min(0).norm(dim=-1) + beyond.amax(-1).clamp_max(0)
+    outside: Tensor = beyond.clamp_min(0).norm(dim=-1)
+    return outside + beyond.amax(-1).clamp_max(0)
 
 
 def signed_distances(positions: Tensor) -> Tensor:
@@ -89,9 +90,9 @@ def first_hits(rays: Rays) -> tuple[Tensor, Tensor]:
 
 def trace(rays: Rays) -> Tensor:
     """First hit of each ray: colour and opacity (R, 4), all 0 where nothing is hit."""
-    distance, found = first_hits(rays)
+    distance, hits = first_hits(rays)
     out = torch.zeros(len(distance), 4, device=distance.device)
-    hit = found.nonzero().squeeze(-1)
+    hit = hits.nonzero().squeeze(-1)
     out[hit, 3] = 1
     out[hit, :3] = shade(rays.origins[hit] + distance[hit, None] * rays.directions[hit], rays.directions[hit])
     return out
@@ -116,5 +117,5 @@ def render_procedural(camera: Camera, supersample: int = 2) -> Tensor:
 
 
 def procedural_distance(camera: Camera) -> Tensor:
-    """How far away is what the centre of each pixel shows: (H, W), scene units, 0 where it shows nothing."""
+    """Distance of what the centre of each pixel shows: (H, W), scene units, 0 where it shows nothing."""
     return first_hits(camera.rays())[0].reshape(camera.height, camera.width)

@@ -15,7 +15,7 @@ NOTHING, SLAB = -1, 0  # parts; sphere k is 1 + k
 
 
 class Surface(NamedTuple):
-    """Where each of R rays first meets the scene."""
+    """First hit of each of R rays."""
 
     positions: Tensor  # (R, 3); anywhere where nothing is met
     normals: Tensor  # (R, 3), outward, unit length

@@ -85,9 +85,9 @@ class Camera:
 
     def rays(self, rows: range | None = None) -> Rays:
         """One ray through each pixel's centre, row by row: R = height * width, or those of some `rows`."""
-        wanted = range(self.height) if rows is None else rows
+        chosen = range(self.height) if rows is None else rows
         y, x = torch.meshgrid(
-            torch.arange(wanted.start, wanted.stop), torch.arange(self.width), indexing="ij"
+            torch.arange(chosen.start, chosen.stop), torch.arange(self.width), indexing="ij"
         )
         pixels = torch.stack([x, y], -1).reshape(-1, 2)
         count = len(pixels)

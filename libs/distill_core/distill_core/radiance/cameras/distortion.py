@@ -21,12 +21,12 @@ def look_through(plane: Tensor, coefficients: Tensor, *, fisheye: bool) -> Tenso
 
     `coefficients` (R, 6) as in `COEFFICIENTS`. Directions have depth 1 (perspective) or length 1 (fisheye).
     """
-    found = (_fisheye if fisheye else _perspective)(plane.double(), coefficients.double())
-    return found.to(plane.dtype)
+    directions = (_fisheye if fisheye else _perspective)(plane.double(), coefficients.double())
+    return directions.to(plane.dtype)
 
 
 def distort(points: Tensor, coefficients: Tensor, *, fisheye: bool) -> Tensor:
-    """Where directions (x, y, 1) land on the plane: `points` (R, 2) to (R, 2), the inverse of `look_through`."""
+    """Points on the plane of directions (x, y, 1): `points` (R, 2) to (R, 2), the inverse of `look_through`."""
     x, y = points.unbind(-1)
     k1, k2, k3, k4, p1, p2 = coefficients.unbind(-1)
     r2 = x * x + y * y
@@ -65,13 +65,13 @@ def _perspective(plane: Tensor, coefficients: Tensor) -> Tensor:
 
 def _fisheye(plane: Tensor, coefficients: Tensor) -> Tensor:
     k1, k2, k3, k4 = coefficients[:, :4].unbind(-1)
-    wanted = plane.norm(dim=-1)
-    theta = wanted.clone()
+    radius = plane.norm(dim=-1)
+    theta = radius.clone()
     for _ in range(NEWTON_STEPS):
         t2 = theta * theta
         slope = 1 + t2 * (3 * k1 + t2 * (5 * k2 + t2 * (7 * k3 + t2 * 9 * k4)))
-        theta = theta - (_bent(theta, coefficients) - wanted) / slope
-    sideways = plane / wanted.clamp_min(1e-12)[:, None] * theta.sin()[:, None]
+        theta = theta - (_bent(theta, coefficients) - radius) / slope
+    sideways = plane / radius.clamp_min(1e-12)[:, None] * theta.sin()[:, None]
     return torch.cat([sideways, theta.cos()[:, None]], -1)
 
 

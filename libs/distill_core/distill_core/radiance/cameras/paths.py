@@ -46,8 +46,8 @@ def read_camera_file(path: Path, spec: SceneSpec) -> list[Camera]:
         into = from_input(spec)
         cameras = [_camera(frame, width, height, into) for frame in frames]
     except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
-        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{path} is no usable camera path: {said}", field="cameras") from None
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path} is not a usable camera path: {reason}", field="cameras") from None
     if not cameras:
         raise DataError(f"{path} holds no cameras", field="cameras")
     return cameras

@@ -19,7 +19,7 @@ Box = tuple[float, float, float, float, float, float]
 
 
 class PoseConfig(Config):
-    """Where virtual cameras stand. All look at the centre of the scene."""
+    """Placement of virtual cameras. All look at the centre of the scene."""
 
     kind: Literal["object", "tank", "forward_facing"] = "object"
     centre_box: Box | None = None  # forward_facing: x, y, z from, then to, scene units

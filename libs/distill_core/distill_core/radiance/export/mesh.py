@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -70,7 +71,8 @@ def mesh_of(
     mesh = _without_dust(_trimesh().Trimesh(vertices, faces, process=False), min_component)
     normals = torch.from_numpy(np.array(mesh.vertex_normals, dtype=np.float32))
     inside = torch.from_numpy(np.array(mesh.vertices, dtype=np.float32))
-    mesh.visual.vertex_colors = (colours(scene, inside, -normals) * 255).round().byte().numpy()
+    visual: Any = mesh.visual  # ColorVisuals, since no texture was given
+    visual.vertex_colors = (colours(scene, inside, -normals) * 255).round().byte().numpy()
     mesh.vertices = to_input(scene.spec).points(torch.from_numpy(np.array(mesh.vertices))).numpy()
     return mesh
 
@@ -82,7 +84,7 @@ def save_mesh(mesh: trimesh.Trimesh, path: Path) -> None:
         ConfigError: another suffix.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{path} is no mesh file; end it in {', '.join(SUFFIXES)}", field="to")
+        raise ConfigError(f"{path} is not a mesh file; end it in {', '.join(SUFFIXES)}", field="to")
     path.parent.mkdir(parents=True, exist_ok=True)
     mesh.export(path)
 
@@ -114,7 +116,9 @@ def _marched(volume: Tensor, level: float, bound: float) -> tuple[np.ndarray, np
             field="threshold",
         )
     padded = torch.nn.functional.pad(bounded, (1,) * 6, value=-SPAN).numpy()
-    vertices, faces, _, _ = marching_cubes(padded, 0.0, spacing=(cell,) * 3, gradient_direction="ascent")
+    vertices, faces, _, _ = marching_cubes(  # type: ignore[no-untyped-call]
+        padded, 0.0, spacing=(cell,) * 3, gradient_direction="ascent"
+    )
     return vertices - (bound + cell), faces
 
 
@@ -127,7 +131,7 @@ def _without_dust(mesh: trimesh.Trimesh, share: float) -> trimesh.Trimesh:
     return mesh
 
 
-def _trimesh() -> trimesh:
+def _trimesh() -> ModuleType:
     try:
         import trimesh
     except ImportError:

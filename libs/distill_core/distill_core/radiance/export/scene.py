@@ -1,4 +1,4 @@
-"""Which export a file name asks for: a mesh, splats, or a data set.
+"""Exports of a scene by the file's name: a mesh, splats, or a data set.
 
 | scene | file | becomes |
 | --- | --- | --- |

@@ -119,7 +119,8 @@ def turned_harmonics(rotation: Tensor, bands: int) -> Tensor:
     directions = torch.randn(64, 3, generator=generator, dtype=torch.float64)
     directions = torch.nn.functional.normalize(directions, dim=-1)
     before = spherical_harmonics(directions @ rotation, bands)  # each row is rotation^T d
-    return torch.linalg.lstsq(spherical_harmonics(directions, bands), before).solution
+    solution: Tensor = torch.linalg.lstsq(spherical_harmonics(directions, bands), before).solution
+    return solution
 
 
 def _names(rest: int) -> list[str]:

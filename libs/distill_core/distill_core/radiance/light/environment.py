@@ -119,8 +119,8 @@ def look_up(maps: Tensor, directions: Tensor, roughness: Tensor) -> Tensor:
     place = [column * 2 / (width + 1) - 1, row * 2 / (height - 1) - 1, roughness * 2 - 1]
     grid = torch.stack(place, -1).reshape(1, -1, 1, 1, 3)
     volume = around.permute(3, 0, 1, 2)[None]
-    found = F.grid_sample(volume, grid, align_corners=True, padding_mode="border")
-    return found.reshape(maps.shape[-1], -1).T
+    values = F.grid_sample(volume, grid, align_corners=True, padding_mode="border")
+    return values.reshape(maps.shape[-1], -1).T
 
 
 def _check(radiance: Tensor) -> None:

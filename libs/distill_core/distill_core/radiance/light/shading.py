@@ -28,7 +28,7 @@ TABLE, TABLE_SAMPLES = 32, 512  # entries per axis of the BRDF table, directions
 
 
 class GBuffer(NamedTuple):
-    """What each of R rays sees, composited along it and divided by its opacity."""
+    """Surface seen by each of R rays, composited along it and divided by its opacity."""
 
     raw: Tensor  # (R, 3), I_raw in [0, 1], sRGB
     albedo: Tensor  # (R, 3), in [0, 1], linear

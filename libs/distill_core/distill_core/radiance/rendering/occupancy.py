@@ -22,7 +22,7 @@ def cell_index(positions: Tensor, bound: float, resolution: int) -> Tensor:
 
 
 def is_occupied(occupied: Tensor, positions: Tensor, bound: float) -> Tensor:
-    """Is the cell of each position (M, 3) set in `occupied` (G, G, G)? (M,) bool."""
+    """Mask (M,) bool of the positions (M, 3) whose cell is set in `occupied` (G, G, G)."""
     return occupied.reshape(-1).index_select(0, cell_index(positions, bound, len(occupied)))
 
 

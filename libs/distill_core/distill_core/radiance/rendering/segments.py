@@ -10,6 +10,7 @@ a CPU the last digits of a matrix product's or a sigmoid's row depend on where i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from distill_core.radiance.cameras.camera import Rays
 from distill_core.radiance.rendering.march import Samples, march
 from distill_core.radiance.rendering.quadrature import composite, packed_weights
+
+if TYPE_CHECKING:
+    from distill_core.networks.fields import RadianceField
 
 STOP_TRANSMITTANCE = 1e-4  # a ray with less light left is finished
 SEGMENT = 4  # samples per ray between two looks at what is left
@@ -40,7 +44,7 @@ def density_normals(log_density: Callable[[Tensor], Tensor], positions: Tensor, 
 
 
 def render_tiles(
-    field: nn.Module,
+    field: RadianceField,
     tiles: Sequence[Rays],
     *,
     bound: float,
@@ -88,7 +92,7 @@ def render_tiles(
 
 
 def _render_blocks(
-    field: nn.Module, rays: Rays, samples: Samples, tile: Tensor, num_tiles: int, normals: bool
+    field: RadianceField, rays: Rays, samples: Samples, tile: Tensor, num_tiles: int, normals: bool
 ) -> Tensor:
     """`render_samples`, each tile's samples in whole blocks; `tile` (M,) ascends."""
     place, slots = _blocks(tile, num_tiles)
@@ -118,7 +122,7 @@ def _composited(density: Tensor, radiance: Tensor, samples: Samples, normals: Te
 
 
 def _channels(field: nn.Module, device: torch.device) -> int:
-    """How many channels the field composites: what it says of a block of points."""
+    """Number of channels that the field composites, by its output for a block of points."""
     somewhere = torch.zeros(BLOCK, 3, device=device)
     _, radiance = field(somewhere, somewhere)
-    return radiance.shape[-1]
+    return int(radiance.shape[-1])

@@ -1,4 +1,4 @@
-"""Where Gaussians begin: at the surface of a field, as far as its occupancy grid and its density say.
+"""Initial Gaussians: at the surface of a field, as far as its occupancy grid and its density say.
 
 A cell is solid if it stops at least half of the light that the densest cell stops, as it is at the densest of a few
 random points; it is of the surface if one of its six neighbours is not solid. One Gaussian stands in each surface cell,

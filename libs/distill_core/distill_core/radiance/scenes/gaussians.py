@@ -73,9 +73,9 @@ class GaussianModel:
         """All of them by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def to(self, *target: torch.device | torch.dtype | str) -> GaussianModel:
+    def to(self, target: torch.device | torch.dtype | str) -> GaussianModel:
         """A copy on another device or of another type."""
-        return GaussianModel(**{name: value.to(*target) for name, value in self.tensors().items()})
+        return GaussianModel(**{name: value.to(target) for name, value in self.tensors().items()})
 
     def half_axes(self) -> Tensor:
         """R S: the principal axes times their scales, as columns (N, 3, 3); Sigma is this times its transpose."""
@@ -121,7 +121,8 @@ def rotation_matrices(quats: Tensor) -> Tensor:
 def world_to_camera(camera: Camera, like: Tensor) -> Tensor:
     """(4, 4) into OpenCV's axes (y down, z forward), of the type and on the device of `like`."""
     flip = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
-    return torch.linalg.inv(camera.c2w.double() @ flip).to(like)
+    inverse: Tensor = torch.linalg.inv(camera.c2w.double() @ flip)
+    return inverse.to(like)
 
 
 def rasterize(gaussians: GaussianModel, camera: Camera) -> Splats:
@@ -235,7 +236,7 @@ def _gsplat(gaussians: GaussianModel, camera: Camera, channels: Tensor) -> Tenso
 
 
 class GaussiansFile(Config):
-    """What config.json of a folder of Gaussians says."""
+    """Content of the config.json of Gaussians."""
 
     kind: Literal["gaussians"] = "gaussians"
     version: Literal[1] = 1
@@ -285,7 +286,7 @@ def save_gaussians(scene: GaussianScene, folder: Path) -> None:
 
 
 def load_gaussians(folder: Path, *, device: str | torch.device = "cpu") -> GaussianScene:
-    """What `save_gaussians` wrote.
+    """The Gaussians that `save_gaussians` wrote.
 
     Raises:
         ArtifactError: a file is missing or damaged, or does not hold what config.json says.
@@ -300,7 +301,7 @@ def load_gaussians(folder: Path, *, device: str | torch.device = "cpu") -> Gauss
 
     described, like = read_description(folder, GaussiansFile, empty, what="Gaussians")
     tensors = read_tensors(folder)
-    wanted = {name: value.shape for name, value in like.tensors().items()}
-    if {name: value.shape for name, value in tensors.items()} != wanted:
+    shapes = {name: value.shape for name, value in like.tensors().items()}
+    if {name: value.shape for name, value in tensors.items()} != shapes:
         raise ArtifactError(f"{folder / WEIGHTS} does not hold the Gaussians that {CONFIG} describes")
     return GaussianScene(GaussianModel(**tensors).to(device), described.scene)

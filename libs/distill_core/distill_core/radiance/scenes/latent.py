@@ -33,7 +33,7 @@ Box = tuple[float, float, float, float, float, float]  # least x, y, z, then gre
 
 
 class LatentFile(Config):
-    """What config.json of a latent scene's folder says."""
+    """Content of a latent scene's config.json."""
 
     kind: Literal["latent_field"] = "latent_field"
     version: Literal[1] = 1
@@ -75,9 +75,10 @@ class LatentScene(nn.Module):
         return self
 
     def march(self, rays: Rays, offset: Tensor | float = 0.5) -> Samples:
-        """Where the rays are looked at."""
-        settings = {"bound": self.spec.bound, "num_steps": self.num_steps, "occupied": self.occupied}
-        return march(rays, offset=offset, **settings)
+        """Samples along the rays."""
+        return march(
+            rays, bound=self.spec.bound, num_steps=self.num_steps, occupied=self.occupied, offset=offset
+        )
 
     def render(self, rays: Rays, samples: Samples) -> Tensor:
         """Zhat (B, C, h, w) of B views' rays (B h w, ...), one view after the other; with gradients."""
@@ -94,14 +95,16 @@ class LatentScene(nn.Module):
         within = ((samples.positions >= low) & (samples.positions <= high)).all(-1).float()
         weights = packed_weights(self.field.log_density(samples.positions).exp(), samples)
         seen = composite(weights, within[:, None], samples)
-        return (seen.unflatten(0, (-1, *self.background.shape[1:])) > 0.5).permute(0, 3, 1, 2).float()
+        share: Tensor = seen.unflatten(0, (-1, *self.background.shape[1:]))
+        return (share > 0.5).permute(0, 3, 1, 2).float()
 
     @torch.no_grad()
     def latents(self, camera: Camera) -> Tensor:
         """Z (1, C, h, w) through a camera of the picture's own size."""
         rays = latent_rays([camera], self.background.shape)
         rays = Rays(*(part.to(self.background.device) for part in rays))
-        return self.head(self.render(rays, self.march(rays)))
+        latents: Tensor = self.head(self.render(rays, self.march(rays)))
+        return latents
 
     @torch.no_grad()
     def picture(self, camera: Camera, decode: Callable[[Tensor], Tensor] | None = None) -> Tensor:

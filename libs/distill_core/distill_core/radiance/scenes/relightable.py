@@ -32,7 +32,7 @@ CHUNK = 4096  # rays rendered at once
 
 
 class RelightableFile(Config):
-    """What config.json of a relightable scene's folder says."""
+    """Content of a relightable scene's config.json."""
 
     kind: Literal["relightable"] = "relightable"
     version: Literal[1] = 1
@@ -67,14 +67,15 @@ class RelightableScene(nn.Module):
 
     @torch.no_grad()
     def march(self, rays: Rays, offset: Tensor | float = 0.5) -> Samples:
-        """Where the rays are looked at: where they are still lit and something is (Instant-NGP's early stop)."""
-        settings = {"bound": self.spec.bound, "num_steps": self.num_steps, "occupied": self.occupied}
-        samples = march(rays, offset=offset, **settings)
+        """Samples along the rays where they are still lit and something is (Instant-NGP's early stop)."""
+        samples = march(
+            rays, bound=self.spec.bound, num_steps=self.num_steps, occupied=self.occupied, offset=offset
+        )
         weights = packed_weights(self.raw.log_density(samples.positions).exp(), samples)
         return visible(samples, weights > MIN_WEIGHT)
 
     def buffer(self, rays: Rays, samples: Samples, *, moving: Moving | None = None) -> GBuffer:
-        """What each ray sees; with gradients into the field and the materials, or into the one that is `moving`."""
+        """G-buffer of the rays; with gradients into the field and the materials, or into the one that is `moving`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and moving != "materials"):
             density, radiance = self.raw(samples.positions, rays.directions[samples.ray])
             weights = packed_weights(density, samples)

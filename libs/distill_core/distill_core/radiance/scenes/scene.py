@@ -36,14 +36,14 @@ class RenderStopped(Exception):
 
 
 class SceneLimits(Config):
-    """What one call may ask for, and how much of it is in memory at once."""
+    """Limits of one rendering: its pixels, and the rays in memory at once."""
 
     max_pixels: int = Field(2**21, ge=1)
     chunk_rays: int = Field(4096, ge=1)
 
 
 class SceneFile(Config):
-    """What config.json of a field's folder says."""
+    """Content of a field's config.json."""
 
     kind: Literal["field"] = "field"
     version: Literal[1] = 1
@@ -61,7 +61,7 @@ class Scene:
     """
 
     kind: ClassVar[str] = "field"
-    field: nn.Module
+    field: RadianceField
     occupied: Tensor
     spec: SceneSpec
     num_steps: int
@@ -214,10 +214,10 @@ def bands(width: int, height: int, chunk_rays: int) -> list[range]:
 def render_rays(scene: Scene, tiles: Sequence[Rays], *, normals: bool = False) -> list[Tensor]:
     """`render_tiles` of the scene's field, for fields of any number of channels."""
     device = scene.occupied.device
-    here = [Rays(tile.origins.to(device), tile.directions.to(device)) for tile in tiles]
+    moved = [Rays(tile.origins.to(device), tile.directions.to(device)) for tile in tiles]
     return render_tiles(
         scene.field,
-        here,
+        moved,
         bound=scene.spec.bound,
         num_steps=scene.num_steps,
         occupied=scene.occupied,

@@ -16,7 +16,8 @@ from distill_core.errors import ArtifactError, ConfigError
 from distill_core.files.json_tables import read_table
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-Described, Made = TypeVar("Described", bound=Config), TypeVar("Made")
+Described = TypeVar("Described", bound=Config)
+Made = TypeVar("Made")
 
 
 def write_scene(folder: Path, described: Config, tensors: Mapping[str, Tensor]) -> None:
@@ -29,7 +30,7 @@ def write_scene(folder: Path, described: Config, tensors: Mapping[str, Tensor]) 
 def read_description(
     folder: Path, cls: type[Described], make: Callable[[Described], Made], *, what: str
 ) -> tuple[Described, Made]:
-    """What config.json says, and what `make` makes of it.
+    """Content of config.json, and the object that `make` builds from it.
 
     Raises:
         ArtifactError: the file is missing or damaged, or `make` refuses it; `what` is what it should describe.
