@@ -22,6 +22,7 @@ from distill_core.errors import ConfigError, DataError, nearest
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.metrics.classification import accuracy, calibration_error, negative_log_likelihood
 from distill_core.networks.classifier import Classifier, ClassifierConfig, answers
+from distill_core.networks.modes import evaluating
 from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 
 
@@ -89,10 +90,8 @@ class ClassifierTraining(Method):
     def _answers(self, source: Source, config: EvaluateConfig) -> tuple[Tensor, Tensor]:
         real = source.all(config.num_samples)
         assert real.x0 is not None
-        training = self.classifier.training
-        self.classifier.eval()
-        logits = answers(self.classifier, real.x0, batch_size=config.batch_size)[1]
-        self.classifier.train(training)
+        with evaluating(self.classifier):
+            logits = answers(self.classifier, real.x0, batch_size=config.batch_size)[1]
         return logits, real.cond["class_label"]
 
 
