@@ -87,9 +87,8 @@ class Preprocessed(nn.Module):
             return levels
         rows, columns = levels.shape[-2:]
         level = _rounded(levels.double())
-        if height < rows and rows - height > 2 * (
-            columns - width
-        ):  # Pillow 13 begins with these; it is less work
+        columns_first = height < rows and rows - height > 2 * (columns - width)  # as Pillow 13 does
+        if columns_first:
             level = self._wide(self._high(level, height), width)
         else:
             level = self._high(self._wide(level, width), height)
