@@ -14,7 +14,7 @@ from distill_core.data import source_types
 from distill_core.kinds import find_card, kind_names
 from distill_core.methods import find_method, method_names
 from distill_core.networks.fields import FIELDS
-from distill_core.networks.predictors import network_types
+from distill_core.networks.predictors import network_families, network_types
 from distill_core.recipe import Recipe
 
 
@@ -26,6 +26,7 @@ def schemas() -> dict[str, type[BaseModel]]:
         **{f"data {name}": source.Config for name, source in source_types().items()},
         **{f"kind {name}": find_card(name).Evaluate for name in kind_names()},
         **{f"network {name}": network.Args for name, network in network_types().items()},
+        **{f"network {name}:": network.Args for name, network in network_families().items()},
         **{f"network {name}": field.Config for name, field in FIELDS.items()},
     }
 

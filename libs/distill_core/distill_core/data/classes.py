@@ -22,6 +22,7 @@ from distill_core.data.source import Source
 from distill_core.errors import ConfigError, nearest
 from distill_core.networks.classifier import Classifier, ClassifierConfig
 from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.fake_tensors import real_tensors
 
 MOST_SHOWN = 12  # names in a sentence
 ABSENT = -1
@@ -112,7 +113,8 @@ def use_class_names(
     if numbers and source.class_names == _counted(len(numbers)) != known[: len(numbers)]:
         log.info("the data's classes have no names: its label 0 is %s's class %r", owner, known[numbers[0]])
     if not _is_counting(numbers):
-        source.labels = torch.tensor(numbers)[labels]
+        with real_tensors():
+            source.labels = torch.tensor(numbers)[labels]
         source.class_names, source.num_classes = known, len(known)
 
 
@@ -183,7 +185,9 @@ def _known_numbers(source: Source, known: Sequence[str], *, owner: str, field: s
     """The numbers in `known` of the classes of `source`, of which those with items are there."""
     assert source.labels is not None
     numbers = class_numbers(source.class_names, known)
-    for label in torch.unique(source.labels).tolist():
+    with real_tensors():  # in a plan too
+        present = torch.unique(source.labels).tolist()
+    for label in present:
         if numbers[label] == ABSENT:
             raise _unknown(source.class_names[label], known, owner=owner, whose="the data", field=field)
     return numbers

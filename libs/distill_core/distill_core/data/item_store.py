@@ -49,7 +49,7 @@ class Origin(Config):
 class Stored(NamedTuple):
     """Rows of a store: ids (B,), values and views by name, batch first."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple has a method of that name
     values: dict[str, Tensor]
     view: dict[str, Tensor]
 

@@ -156,7 +156,8 @@ class Source:
         if isinstance(self.pixels, ArrayPixels):
             held["x0"] = self.pixels.values
         digests = {
-            name: hashlib.sha256(value.contiguous().numpy()).hexdigest() for name, value in held.items()
+            name: hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+            for name, value in held.items()
         }
         return [digests, self.prompts]
 

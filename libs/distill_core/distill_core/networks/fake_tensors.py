@@ -58,6 +58,17 @@ def _unmoved() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _unfilled() -> Iterator[None]:
+    """Weights of a truncated normal are left as they are: torch draws until all values fit, and fake ones never do."""
+    draw = nn.init._no_grad_trunc_normal_
+    nn.init._no_grad_trunc_normal_ = lambda tensor, *args, **options: tensor  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = draw
+
+
+@contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
     """Tensors made inside have a shape, a type and a device, and take no memory."""
     import torch._functorch.config as settings
@@ -67,7 +78,7 @@ def fake_tensors() -> Iterator[None]:
     try:
         with settings.patch(fake_tensor_allow_unsafe_data_ptr_access=False):  # an error, not a stray write
             fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with _unmoved(), fake, _ZeroScalars(), _Copies():  # type: ignore[no-untyped-call]
+        with _unmoved(), _unfilled(), fake, _Answers(), _Copies():  # type: ignore[no-untyped-call]
             yield
     finally:
         _inside.reset(token)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,8 @@ from distill_core.config import Config
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.files.json_tables import read_table
 from distill_core.kinds.predictor.card import Card
+from distill_core.networks.fake_tensors import is_faked
+from distill_core.networks.modes import evaluating
 from distill_core.networks.predictors import build_network
 from distill_core.recipe.tables import NetworkConfig
 from distill_core.signature import Function, FunctionName, TensorSpec
@@ -86,7 +89,11 @@ def image_classifier(
     """A predictor of pictures `shape` (C, H, W) in [-1, 1]: one logit for each class.
 
     `config` names the network; its arguments are those that the network was made of.
+
+    Raises:
+        ConfigError: the network cannot take such pictures, or gives something else.
     """
+    _try(network, config.name, shape, len(class_names))
     image = TensorSpec(dtype="float32", shape=shape, low=-1, high=1)
     logits = TensorSpec(dtype="float32", shape=(len(class_names),))
     predict = Function(inputs={"image": image}, outputs={"logits": logits})
@@ -99,6 +106,47 @@ def image_classifier(
     return Predictor(network, described)
 
 
+def check_classifier(model: Any, shape: tuple[int, ...], owner: str, *, field: str) -> None:
+    """Refuse a model that does not give logits of its classes for pictures `shape` (C, H, W).
+
+    Raises:
+        ConfigError: it is such; `owner` is what the sentence calls it.
+    """
+    function = model.card().functions["predict"]
+    image, logits = function.inputs.get("image"), function.outputs.get("logits")
+    if image is None or logits is None or logits.shape != (len(model.card().class_names),):
+        raise ConfigError(
+            f"{owner} answers {', '.join(function.outputs)} to {', '.join(function.inputs)}, and a classifier "
+            "answers logits of its classes to image; choose another model",
+            field=field,
+        )
+    if not image.fits(tuple(shape)):
+        raise ConfigError(
+            f"{owner} takes pictures {image.described}, and the data's are {tuple(shape)}; set data.size, or "
+            "choose a model or data of the other's shape",
+            field=field,
+        )
+
+
+@torch.no_grad()
+def _try(network: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> None:
+    with evaluating(network):
+        try:
+            out = network(torch.zeros(1, *shape))
+        except (RuntimeError, ValueError, ZeroDivisionError, IndexError) as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"{name} cannot take pictures of the shape {shape}: {said}; change network.args, or the data's size",
+                field="network.args",
+            ) from None
+    if not isinstance(out, Tensor) or tuple(out.shape) != (1, num_classes):
+        shown = f"the shape {tuple(out.shape[1:])}" if isinstance(out, Tensor) else "several tensors"
+        raise ConfigError(
+            f"{name} gives {shown} for a picture, and a classifier gives {num_classes} logits; choose another network",
+            field="network.name",
+        )
+
+
 def load_predictor(folder: Path, *, device: str = "cpu") -> Predictor:
     """The predictor saved in `folder`, frozen, in evaluation mode.
 
@@ -109,7 +157,8 @@ def load_predictor(folder: Path, *, device: str = "cpu") -> Predictor:
         described = PredictorFile.parse(read_table(folder / CONFIG))
         network = build_network(described.network)
         predictor = Predictor(network, described)
-        network.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+        if not is_faked():
+            network.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     except (OSError, ValueError, ConfigError, TypeError) as error:
         raise ArtifactError(f"{folder / CONFIG} does not describe a predictor: {error}") from None
     except SafetensorError as error:

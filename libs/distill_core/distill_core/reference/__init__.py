@@ -14,6 +14,7 @@ from distill_core.data import source_types
 from distill_core.kinds import find_card, kind_names
 from distill_core.methods import find_method, method_names
 from distill_core.networks.fields import FIELDS
+from distill_core.networks.predictors import network_families, network_types
 from distill_core.recipe import Recipe
 from distill_core.reference.tables import Key, Table, first_sentence, tables
 
@@ -45,6 +46,11 @@ def library_reference() -> dict[str, list[Table]]:
             for name, cls in FIELDS.items()
             for table in _about(cls.Config, f"network.{name}", cls, descriptions)
         ],
+        "Networks": [
+            table
+            for name, cls in (network_types() | _families()).items()
+            for table in _about(cls.Args, f"network.{name}", cls, descriptions)
+        ],
         "Figures": [figures()],
     }
 
@@ -71,6 +77,10 @@ def figures() -> Table:
         "What `evaluate` and `check` measure, and prefixes that say of what. Not every run has every figure."
     )
     return Table("figures", meaning, (*whole, *parts))
+
+
+def _families() -> dict[str, Any]:
+    return {f"{family}:NAME": cls for family, cls in network_families().items()}
 
 
 def _of_method(name: str, descriptions: dict[str, dict[str, str]]) -> list[Table]:

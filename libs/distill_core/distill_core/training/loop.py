@@ -17,6 +17,7 @@ from distill_core.data.source import Source
 from distill_core.errors import ArtifactError, ConfigError, DivergedError, nearest
 from distill_core.kinds import find_kind
 from distill_core.method import Method, Update
+from distill_core.networks.modes import evaluating
 from distill_core.recipe import Recipe
 from distill_core.recipe.tables import OptimConfig
 from distill_core.training.batches import Batches, Draw
@@ -306,7 +307,7 @@ class Trainer:
         All processes enter.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_evaluating(self.method))
+            stack.enter_context(evaluating(self.method))
             for role, ema in self.emas.items():
                 stack.enter_context(ema.applied(_module(self.method, role)))
             stack.enter_context(self.strategy.whole())
@@ -397,19 +398,6 @@ class Trainer:
 
 def _logged(update: Update) -> dict[str, Tensor]:
     return {name: torch.as_tensor(value).detach() for name, value in update.metrics.items()}
-
-
-@contextlib.contextmanager
-def _evaluating(method: Method) -> Iterator[None]:
-    """Every module in evaluation mode, then as it was: some are never put into training mode."""
-    training = [module for module in method.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _strategy(method: Method, accelerator: Accelerator, sharding: str | None) -> Replicated:

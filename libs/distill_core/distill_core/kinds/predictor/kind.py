@@ -20,7 +20,9 @@ from distill_core.kinds.predictor.card import Card
 from distill_core.metrics.classification import accuracy, calibration_error, negative_log_likelihood
 from distill_core.networks.classifier import Classifier, load_classifier
 from distill_core.networks.clip_io import load_clip
+from distill_core.networks.modes import evaluating
 from distill_core.networks.predictor import Predictor, load_predictor
+from distill_core.networks.vision_io import is_transformers_folder, load_vision
 from distill_core.recipe.tables import EvaluateConfig
 from distill_core.signature import Function, TensorSpec
 
@@ -40,10 +42,11 @@ class PredictorKind(Kind):
     needs_held_out = True
 
     def recognise(self, folder: Path) -> bool:
-        return config_kind(folder) in LOADERS
+        return config_kind(folder) in LOADERS or is_transformers_folder(folder)
 
     def load(self, folder: Path, *, device: str = "cpu", models: Models | None = None) -> Any:
-        return LOADERS[config_kind(folder)](folder, device=device)
+        load = LOADERS.get(config_kind(folder), load_vision)
+        return load(folder, device=device)
 
     def evaluator(
         self, model: Any, source: Source, config: EvaluateConfig, models: Models
@@ -125,16 +128,20 @@ class ClassifierEvaluator:
         """Figures of a classifier, and of those references that answer the same question, by their names."""
         figures = self._figures(model)
         for name, other in references.items():
-            if getattr(other, "kind", "") == "predictor" and _inputs(other.card()) == _inputs(self.card):
+            if getattr(other, "kind", "") == "predictor" and self._answered_by(other):
                 figures |= {f"{name}_{key}": value for key, value in self._figures(other).items()}
         count = len(self.source.picked(self.config.num_samples))
         return Measured(figures, {"accuracy": f"{count} labelled items"})
 
+    def _answered_by(self, other: Any) -> bool:
+        """Whether a reference takes the same pictures and tells the same classes apart."""
+        spec, shape = _inputs(other.card()).get("image"), self.source.shape
+        fits = spec is not None and shape is not None and spec.fits(shape)
+        return fits and other.card().class_names == self.card.class_names
+
     def _figures(self, model: Any) -> dict[str, float]:
-        training = model.training
-        model.eval()
-        parts = list(self._answers(model))
-        model.train(training)
+        with evaluating(model):
+            parts = list(self._answers(model))
         logits, labels = (torch.cat(values) for values in zip(*parts))
         return {
             "accuracy": accuracy(logits, labels),

@@ -22,6 +22,7 @@ from distill_core.errors import ConfigError, DataError, nearest
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.metrics.classification import accuracy, calibration_error, negative_log_likelihood
 from distill_core.networks.classifier import Classifier, ClassifierConfig, predict
+from distill_core.networks.modes import evaluating
 from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 
 
@@ -87,10 +88,8 @@ class ClassifierTraining(Method):
 
     def _answers(self, source: Source, config: EvaluateConfig) -> tuple[Tensor, Tensor]:
         real = source.all(config.num_samples)
-        training = self.classifier.training
-        self.classifier.eval()
-        logits = predict(self.classifier, real.columns["x0"], batch_size=config.batch_size)[1]
-        self.classifier.train(training)
+        with evaluating(self.classifier):
+            logits = predict(self.classifier, real.columns["x0"], batch_size=config.batch_size)[1]
         return logits, real.cond["class_label"]
 
 

@@ -18,7 +18,7 @@ from distill_core.data import Source
 from distill_core.data.classes import use_class_names
 from distill_core.errors import ConfigError
 from distill_core.method import Batch, Method, MethodConfig, Update
-from distill_core.networks.predictor import image_classifier
+from distill_core.networks.predictor import check_classifier, image_classifier
 from distill_core.networks.predictors import build_network
 from distill_core.recipe.tables import NetworkConfig
 
@@ -75,3 +75,4 @@ def _use_classes_of(teacher: nn.Module, data: Source) -> None:
             field="teacher",
         )
     use_class_names(data, names)
+    check_classifier(teacher, data.shape or (), "the teacher", field="teacher")
