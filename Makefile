@@ -7,8 +7,9 @@ NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON := $(or $(PYTHON),$(shell for p in python3.11 python3.12 python3.13 python3; do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done))
 BIN := .venv/bin
 STAMP := .venv/.setup-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
-TYPED := libs/distill_core/distill_core/method.py libs/distill_core/distill_core/config.py libs/distill_core/distill_core/api.py \
-         libs/distill_service/distill_service services
+# Every package of ours, and the programs of a checkout, strictly.
+TYPED := libs/distill_core/distill_core libs/distill_service/distill_service libs/distillery_cli/distillery_cli \
+         services/trainer services/sampler services/converter benchmarks tools
 OURS := libs services tests deploy benchmarks tools
 
 .PHONY: setup demo test test-fast lint docs proto claims bench bench-serving bench-queue fuzz-sampler fuzz-converter chaos audit
@@ -31,7 +32,7 @@ test-fast: setup
 
 lint: setup
 	$(BIN)/ruff check $(OURS) && $(BIN)/ruff format --check $(OURS)
-	$(BIN)/mypy $(TYPED)
+	$(BIN)/mypy --strict $(TYPED)
 
 # All pages and docstrings as a site in out/docs; the reference is written anew first. A broken link ends it.
 docs: setup

@@ -61,7 +61,7 @@ def _unmoved() -> Iterator[None]:
 def _unfilled() -> Iterator[None]:
     """Weights of a truncated normal are left as they are: torch draws until all values fit, and fake ones never do."""
     draw = nn.init._no_grad_trunc_normal_
-    nn.init._no_grad_trunc_normal_ = lambda tensor, *args, **options: tensor  # type: ignore[assignment]
+    nn.init._no_grad_trunc_normal_ = lambda tensor, *args, **options: tensor
     try:
         yield
     finally:
@@ -78,7 +78,7 @@ def fake_tensors() -> Iterator[None]:
     try:
         with settings.patch(fake_tensor_allow_unsafe_data_ptr_access=False):  # an error, not a stray write
             fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with _unmoved(), _unfilled(), fake, _Answers(), _Copies():  # type: ignore[no-untyped-call]
+        with _unmoved(), _unfilled(), fake, _ZeroScalars(), _Copies():
             yield
     finally:
         _inside.reset(token)

@@ -115,7 +115,7 @@ def _size(
         raise ArtifactError(
             f"{path} says no size of pictures; add a {PROCESSOR} with size, which resizes them"
         )
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _image(args: VisionArgs) -> TensorSpec:
@@ -172,7 +172,7 @@ def _silent() -> Iterator[None]:
     from transformers.utils import logging as told
 
     level, bars = told.get_verbosity(), told.is_progress_bar_enabled()
-    told.set_verbosity(told.CRITICAL)
+    told.set_verbosity(logging.CRITICAL)
     told.disable_progress_bar()
     try:
         yield

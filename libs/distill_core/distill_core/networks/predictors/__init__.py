@@ -51,7 +51,8 @@ def arguments_of(name: str, *, field: str = "network") -> type[Config]:
     Raises:
         ConfigError, Unavailable: no such network.
     """
-    args: type[Config] = network_type(name, field=field).Args
+    network: Any = network_type(name, field=field)
+    args: type[Config] = network.Args
     return args
 
 
