@@ -78,7 +78,7 @@ def fake_tensors() -> Iterator[None]:
     try:
         with settings.patch(fake_tensor_allow_unsafe_data_ptr_access=False):  # an error, not a stray write
             fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with _unmoved(), _unfilled(), fake, _ZeroScalars(), _Copies():
+        with _unmoved(), _unfilled(), fake, _ZeroScalars(), _Copies():  # type: ignore[no-untyped-call]
             yield
     finally:
         _inside.reset(token)
