@@ -124,7 +124,7 @@ def test_two_processes_keep_what_the_first_of_them_found(tmp_path):
                     yield Update("model", None)
 
             run = solving(Path({str(tmp_path)!r}) / "run", Differs(), steps=1)
-            batch = run._batch(8, run.accelerator.process_index)
+            (batch,) = run.batches.of(0, run.draw())
             run.train()
             with run.averaged():
                 average = float(run.method.model.layer.weight[0, 0])
