@@ -76,7 +76,7 @@ def test_help_loads_no_model_library():
 
 def test_the_commands_of_the_architecture_are_there():
     wanted = "demo up submit jobs watch cancel retry train check methods reference models convert alias generate render"
-    assert {(name,) for name in (*wanted.split(), "doctor", "bench")} <= set(COMMANDS)
+    assert {(name,) for name in (*wanted.split(), "doctor")} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("path", sorted(COMMANDS), ids=" ".join)

@@ -18,7 +18,7 @@ from distill_core.kinds.cards import generator_card
 from distillery_sampler.backends.base import Generator
 from distillery_sampler.backends.experts import Denoisers, Feed, Graph
 from distillery_sampler.backends.tokens import PromptTokens
-from distillery_sampler.engine.init_images import beginning, init_pictures, with_known_pixels
+from distillery_sampler.engine.init_images import init_image_of, init_pictures, with_known_pixels
 from distillery_sampler.engine.noise_prefetch import noise
 from distillery_sampler.engine.requests import ImageItem, ImageKey
 
@@ -91,7 +91,7 @@ class GraphGenerator(Generator):
             self.sampler,
             lambda draw: noise(items, draw, shape),
             key.num_steps,
-            self._beginning(key, items),
+            self._init_image(key, items),
         )
         pictures = np.clip(self._decoder({"x0": x0}) if self._decoder else x0, -1, 1)
         return pictures if key.init_image is None else with_known_pixels(pictures, items)
@@ -102,7 +102,7 @@ class GraphGenerator(Generator):
     def held(self) -> dict[Hashable, int]:
         return {id(self): self._files}
 
-    def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> InitImage | None:
+    def _init_image(self, key: ImageKey, items: Sequence[ImageItem]) -> InitImage | None:
         if key.init_image is None:
             return None
         y = init_pictures(items)
@@ -114,7 +114,7 @@ class GraphGenerator(Generator):
                     field="image",
                 )
             y = self._encoder({"picture": y})
-        return beginning(key.init_image, y, items)
+        return init_image_of(key.init_image, y, items)
 
     def _x0(self, x: np.ndarray, sigma: float, cond: Feed, parts: np.ndarray) -> np.ndarray:
         level = np.full(len(x), sigma, dtype=np.float32)

@@ -32,7 +32,7 @@ from distillery_sampler.backends.fixed import OneThread
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.backends.torch_device import HostBuffers, Replayed, prepare
 from distillery_sampler.backends.torch_shared import storages, use_threads
-from distillery_sampler.engine.init_images import beginning, init_pictures, with_known_pixels
+from distillery_sampler.engine.init_images import init_image_of, init_pictures, with_known_pixels
 from distillery_sampler.engine.noise_prefetch import noise
 from distillery_sampler.engine.requests import ImageItem, ImageKey, Rendered, Tile, View
 from distillery_sampler.models.memory import TORCH_LARGE, limit_malloc_arenas
@@ -154,7 +154,7 @@ class TorchGenerator(Generator):
             x0: torch.Tensor = self._guided(x, x.new_full((len(x),), sigma), cond, key.guidance)
             return x0
 
-        x0 = sample(denoise, self._denoiser.sampler, draw, key.num_steps, self._beginning(key, items))
+        x0 = sample(denoise, self._denoiser.sampler, draw, key.num_steps, self._init_image(key, items))
         plain = (
             self._half and isinstance(self._denoiser, DiffusersDenoiser) and self._denoiser.codec is not None
         )
@@ -162,11 +162,11 @@ class TorchGenerator(Generator):
         pictures = self._to_host(self._denoiser.decode(x0).clamp(-1, 1))
         return pictures if key.init_image is None else with_known_pixels(pictures, items)
 
-    def _beginning(self, key: ImageKey, items: Sequence[ImageItem]) -> InitImage | None:
+    def _init_image(self, key: ImageKey, items: Sequence[ImageItem]) -> InitImage | None:
         if key.init_image is None:
             return None
         y = self._denoiser.encode(torch.from_numpy(init_pictures(items)).to(self._device))
-        init_image = beginning(key.init_image, y.cpu().numpy(), items)
+        init_image = init_image_of(key.init_image, y.cpu().numpy(), items)
         known = None if init_image.known is None else torch.from_numpy(init_image.known).to(self._device)
         return replace(init_image, y=y, known=known)
 

@@ -63,8 +63,8 @@ def decode_init_image(wish: ImageInput, manifest: Manifest) -> tuple[DecodedImag
     )
 
 
-def beginning(key: InitImageKey, y: np.ndarray, items: Sequence[ImageItem]) -> InitImage:
-    """What sampling begins from: `y` are the items' pictures in the network's own space (B, C, H, W)."""
+def init_image_of(key: InitImageKey, y: np.ndarray, items: Sequence[ImageItem]) -> InitImage:
+    """Init image of a batch: `y` are the items' pictures in the network's own space (B, C, H, W)."""
     known = known_pixels(items)
     if known is not None and known.shape[-2:] != y.shape[-2:]:  # a latent is known if all its pixels are
         rows, columns = known.shape[-2] // y.shape[-2], known.shape[-1] // y.shape[-1]
