@@ -32,6 +32,8 @@ from distillery_converter.convert import convert
 from distillery_converter.graphs import denoiser_graph, fixed_tokens, tensors
 from distillery_converter.targets import TARGETS
 
+pytestmark = pytest.mark.timeout(900)
+
 TINY = NetworkConfig(
     name="DiTTransformer2DModel",
     args={"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "patch_size": 4},
@@ -261,8 +263,7 @@ def events(output: bytes) -> list[dict[str, object]]:
 def test_a_job_killed_between_export_and_publish_leaves_no_version_and_its_retry_publishes_one(tmp_path):
     store = publish(tmp_path, tiny_denoiser())
     process = start_job(tmp_path, store)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "run" / "work").rglob("denoiser.onnx")) and time.monotonic() < deadline:
+    while not list((tmp_path / "run" / "work").rglob("denoiser.onnx")):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -270,7 +271,7 @@ def test_a_job_killed_between_export_and_publish_leaves_no_version_and_its_retry
     assert store.versions("digits") == [1]
 
     retried = start_job(tmp_path, store)
-    output, _ = retried.communicate(timeout=120)
+    output, _ = retried.communicate()
     told = events(output)  # nothing but events is printed
     assert retried.returncode == 0
     assert told[-1]["event"] == "result"
@@ -284,7 +285,7 @@ def test_a_job_killed_between_export_and_publish_leaves_no_version_and_its_retry
 
 def test_a_job_that_cannot_be_done_says_so_as_an_event_and_by_its_exit_code(tmp_path):
     process = start_job(tmp_path, publish(tmp_path, tiny_denoiser()), target="tflite")
-    output, log = process.communicate(timeout=120)
+    output, log = process.communicate()
     told = events(output)
     assert process.returncode == 2
     assert (told[-1]["event"], told[-1]["type"], told[-1]["field"]) == ("error", "ConfigError", "target")
@@ -296,7 +297,7 @@ def test_a_stopped_job_ends_at_once_and_cleans_up(tmp_path):
     process = start_job(tmp_path, store)
     first = process.stdout.readline()  # it has begun to work
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate()
     assert json.loads(first)["event"] == "progress"
     assert process.returncode == 143
     assert store.versions("digits") == [1]
@@ -320,12 +321,12 @@ def test_the_worker_runs_a_conversion_from_the_job_table_to_a_new_version(tmp_pa
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
     worker = subprocess.Popen([sys.executable, "-m", "distillery_converter.worker"], env=environment)
     try:
-        deadline = time.monotonic() + 120
-        while requests.get(db, job.id).job.state not in ENDED and time.monotonic() < deadline:
+        while requests.get(db, job.id).job.state not in ENDED:
+            assert worker.poll() is None
             time.sleep(0.2)
     finally:
         worker.terminate()
-        assert worker.wait(timeout=30) == 0
+        assert worker.wait() == 0
     ended = requests.get(db, job.id).job
     db.close()
     assert (ended.state, ended.artifact) == ("SUCCEEDED", "digits@2"), ended.error
