@@ -160,6 +160,7 @@ def test_json_keeps_letters_and_escapes_what_steers_a_terminal(capsys):
     assert capsys.readouterr().out == '{"a": "é\\u009b\\u202e"}\n'
 
 
+@pytest.mark.slow
 def test_a_command_whose_output_is_closed_does_not_fail():
     script = f"exec {sys.executable} -m distillery_cli methods >&- 2>&-"
     assert subprocess.run(["sh", "-c", script], check=False).returncode == 0
@@ -198,6 +199,7 @@ list(tqdm([1, 2]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "begin"),
     [

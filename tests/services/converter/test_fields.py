@@ -22,6 +22,8 @@ from distillery_converter.fields import field_graphs
 from distillery_converter.precision import half_field
 from distillery_converter.targets import TARGETS
 
+pytestmark = pytest.mark.timeout(900)
+
 ARGS = {
     "hash": {"levels": 4, "log2_table_size": 10, "max_resolution": 64},
     "mlp": {"width": 16, "layers": 2},

@@ -178,7 +178,7 @@ class SamplerProcess:
         return f"127.0.0.1:{self.port}"
 
     def client(self, **options: object) -> SamplerClient:
-        return SamplerClient(self.address, **options)
+        return SamplerClient(self.address, **{"timeout_s": PATIENT_S, **options})
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)

@@ -90,6 +90,7 @@ class OneStep(AffineDenoiser):
         return expand(self.mean[cond["class_label"]], x_sigma) + 0.2 * x_sigma / expand(sigma, x_sigma)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gan_weight", "expected"), [(1.0, 0.6), (0.0, -0.5)])
 def test_a_class_that_only_pictures_show_is_learned_from_them(gan_weight, expected):
     data = {**ANNOTATED, "kind": "grey"}

@@ -105,6 +105,7 @@ def test_a_report_changes_nothing_and_stands_beside_other_roles(tmp_path):
     assert run.method.other.weight.item() == pytest.approx(0.75 - 0.05 * 2)
 
 
+@pytest.mark.slow
 def test_two_processes_keep_what_the_first_of_them_found(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(

@@ -309,6 +309,7 @@ def test_groups_of_parameters_momentum_and_milestones_are_what_the_recipe_says()
     assert found == pytest.approx([0.03, 0.03, 0.009, 0.009, 0.0027, 0.0027])
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_of_the_whole_batch(tmp_path):
     """Mean gradients over gloo processes equal one process on all items."""
     script = tmp_path / "rank.py"

@@ -17,6 +17,8 @@ from distill_core.training.memory import LiveBytes, MemoryPlan, plan_memory
 from distill_core.training.run_folder import Run
 from tests.helpers import tiny_text_to_image
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"batch_size": 64, "threads": 1, "steps": 10}
 DMD2 = {**SMALL, "config.critic_steps": 1}
 

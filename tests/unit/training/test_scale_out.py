@@ -23,6 +23,8 @@ from tests.helpers import REPOSITORY
 from tests.unit.training import scale_rank
 from tests.unit.training.test_loop import Mean, trainer, weights
 
+pytestmark = pytest.mark.slow
+
 ROOM = 300 * 2**20  # bytes that the process may ask for beyond what it has
 PER_ITEM = 64 * 2**20
 

@@ -22,6 +22,8 @@ from distill_core.training.checkpoint import load_latest
 from tests.unit.training import shard_rank
 from tests.unit.training.test_scale_out import launched
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 Checkpoint = dict[str, dict[str, torch.Tensor]]
 
 
