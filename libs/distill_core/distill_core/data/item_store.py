@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -46,10 +47,11 @@ class Origin(Config):
     batch_size: int = Field(1, ge=1)  # rows of one batch
 
 
-class Stored(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Stored:
     """Rows of a store: ids (B,), values and views by name, batch first."""
 
-    index: Tensor  # type: ignore[assignment]  # a tuple has a method of that name
+    index: Tensor
     values: dict[str, Tensor]
     view: dict[str, Tensor]
 

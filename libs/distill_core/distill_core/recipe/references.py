@@ -44,7 +44,7 @@ class Named:
 
 
 def references(recipe: Recipe, tables: Collection[str] = Recipe.model_fields.keys()) -> Iterator[Named]:
-    """What a run of `recipe` rests on, as far as these of its tables and keys say it.
+    """References of a run of `recipe`, as far as these of its tables and keys say it.
 
     Raises:
         ConfigError: a table that its schema refuses. NotFound: no such method.
@@ -57,7 +57,7 @@ def references(recipe: Recipe, tables: Collection[str] = Recipe.model_fields.key
 def evaluation_references(
     kind: str, table: Mapping[str, Any], data: Mapping[str, Any] | None
 ) -> Iterator[Named]:
-    """What an evaluation of a model of that kind rests on.
+    """References of an evaluation of a model of that kind.
 
     Raises:
         ConfigError: a table that its schema refuses. NotFound: no such kind.
