@@ -15,7 +15,7 @@ from distill_core.errors import ConfigError, DistilleryError
 from distill_core.kinds.loading import load_model
 from distill_core.networks.predictor import load_predictor
 from distill_core.training.loop import Trainer
-from distill_core.training.run import Run
+from distill_core.training.run_folder import Run
 from tests.helpers import tiny_recipe
 from tests.unit.networks.test_vision_folders import NAMES, good, processor, theirs
 
