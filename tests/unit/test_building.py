@@ -66,6 +66,7 @@ def weights(module):
     return [value.detach() for value in module.state_dict().values()]
 
 
+@pytest.mark.slow
 def test_a_student_begins_as_a_trainable_copy_of_the_teacher(built):
     method = built()
     assert all(
@@ -75,12 +76,14 @@ def test_a_student_begins_as_a_trainable_copy_of_the_teacher(built):
     assert not any(p.requires_grad for p in method.teacher.parameters())
 
 
+@pytest.mark.slow
 def test_a_student_can_begin_as_another_model(built):
     method = built(student={"recipe": "flow_matching_digits"})
     assert method.student.parameterisation == "flow"
     assert method.teacher.parameterisation == "edm"
 
 
+@pytest.mark.slow
 def test_a_student_can_be_an_adapter_over_the_teacher_s_own_weights(built):
     method = built(student={"lora": {"rank": 2, "targets": "all-linear"}})
     assert isinstance(method.student, LoraDenoiser)
@@ -91,6 +94,7 @@ def test_a_student_can_be_an_adapter_over_the_teacher_s_own_weights(built):
     assert len(list(method.student.parameters())) < len(shared)
 
 
+@pytest.mark.slow
 def test_a_student_of_another_size_takes_and_gives_what_the_teacher_does(built):
     network = {
         "name": "DiTTransformer2DModel",
@@ -108,6 +112,7 @@ def test_a_student_of_another_size_takes_and_gives_what_the_teacher_does(built):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tables", "said"),
     [
@@ -127,6 +132,7 @@ def test_students_that_cannot_be_are_refused_in_a_sentence(built, tables, said):
         built(**tables)
 
 
+@pytest.mark.slow
 def test_pairs_are_what_the_teacher_makes_of_their_noise_and_are_made_once(built, monkeypatch):
     table = {"count": 6, "num_steps": 2, "seed": 5, "batch_size": 4}
     method = built(pairs=table)
@@ -144,6 +150,7 @@ def test_pairs_are_what_the_teacher_makes_of_their_noise_and_are_made_once(built
         built(pairs={**table, "num_steps": 3})
 
 
+@pytest.mark.slow
 def test_a_kill_costs_one_shard_of_pairs(built, tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "SHARD", 4)
     whole = built(pairs={"count": 10, "num_steps": 1}).pairs
@@ -156,6 +163,7 @@ def test_a_kill_costs_one_shard_of_pairs(built, tmp_path, monkeypatch):
     assert asked == [range(4, 8)]
 
 
+@pytest.mark.slow
 def test_pairs_are_drawn_by_the_global_generator(built):
     made = built(pairs={"count": 20, "num_steps": 1}).pairs
     torch.manual_seed(1)

@@ -180,6 +180,7 @@ def test_the_commit_is_git_s_and_empty_elsewhere(tmp_path):
     assert claims.commit(tmp_path) == f"{clean}-dirty"
 
 
+@pytest.mark.slow
 def test_a_check_is_really_run_and_one_that_breaks_off_is_an_outcome(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DISTILLERY_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("DISTILLERY_CACHE_DIR", str(tmp_path / "cache"))

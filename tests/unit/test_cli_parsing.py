@@ -54,6 +54,7 @@ def test_a_sweep_that_could_be_a_mistake_is_refused(items, said):
         split_sweep(items)
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(max_size=40), max_size=4))
 def test_any_overrides_are_a_sweep_or_one_sentence(items):
     try:

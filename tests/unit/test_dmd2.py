@@ -32,6 +32,7 @@ def build(pairs: Pairs | None = None, **config: object) -> DMD2:
     )
 
 
+@pytest.mark.slow
 def test_the_student_recovers_the_teachers_mean_and_spread():
     torch.manual_seed(0)
     method = build()
@@ -40,6 +41,7 @@ def test_the_student_recovers_the_teachers_mean_and_spread():
     assert method.student.log_std.exp().item() == pytest.approx(STD, abs=0.06)
 
 
+@pytest.mark.slow
 def test_without_fake_score_updates_the_spread_is_lost():
     torch.manual_seed(0)
     method = build()

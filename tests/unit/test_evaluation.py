@@ -211,6 +211,7 @@ def test_a_judge_of_other_pictures_measures_nothing_and_says_so(digits, judge, t
     assert "the judge reads pictures of shape" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_published_model_is_evaluated_and_its_training_says_what_measured_it(context, tmp_path):
     recipe = load_recipe("edm_digits", {"steps": 1, "batch_size": 8, "evaluate.num_samples": 12})
     where = api.context(tmp_path / "store", tmp_path / "cache")

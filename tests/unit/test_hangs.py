@@ -98,6 +98,7 @@ def runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_hang_fails_with_all_stacks_and_none_of_its_children_is_left(tmp_path):
     said = outcome(tmp_path, HANGING, grace=40)
     assert "3 failed, 1 passed" in said
@@ -110,6 +111,7 @@ def test_a_hang_fails_with_all_stacks_and_none_of_its_children_is_left(tmp_path)
     assert "ERROR test_it.py::test_that_fails_and_then_hangs_in_its_teardown" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="PyDLL(None) has no sleep elsewhere")
 def test_a_hang_that_no_signal_reaches_ends_the_process_with_its_stacks(tmp_path):
     said = outcome(tmp_path, HOLDS_THE_INTERPRETER, grace=1)

@@ -70,6 +70,7 @@ def trace(method: HiPA, steps: int, loss_of=None) -> list[torch.Tensor]:
     return [*seen, *(parameter.detach() for parameter in method.student.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hf_weight", [0.0, 0.3])
 def test_the_student_becomes_the_teachers_ode(tmp_path, hf_weight):
     method = gaussian(tmp_path, hf_weight=hf_weight)

@@ -92,6 +92,7 @@ def test_one_number_of_steps_and_no_weights_are_bit_identical_to_dmd2():
     assert not same(trace(score(**UNIFIED)), trace(score(DMD2, levels=LEVELS)))
 
 
+@pytest.mark.slow
 def test_unused_terms_leave_the_loss_bit_identical(tmp_path):
     plain = trace(score(**UNIFIED))
     assert same(trace(score(folder=tmp_path, threshold=0.4, **UNIFIED)), plain)
@@ -177,6 +178,7 @@ def test_above_its_threshold_the_reward_has_no_gradient():
     assert same(trace(method), [torch.zeros(())] * 3 + [p.detach() for p in feedback().student.parameters()])
 
 
+@pytest.mark.slow
 def test_the_perception_term_teaches_to_recover_what_the_classifier_knows():
     torch.manual_seed(0)
     reader = Classifier(ClassifierConfig(shape=(1, 8, 8), num_classes=10, width=8)).requires_grad_(False)

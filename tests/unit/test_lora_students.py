@@ -129,6 +129,7 @@ def test_the_run_folder_itself_can_be_loaded(where):
     assert torch.equal(output(api.load(str(run), where)), output(api.load("small@1", where)))
 
 
+@pytest.mark.slow
 def test_an_interrupted_lora_training_ends_where_an_undisturbed_one_does(where, tmp_path):
     asked = iter([False, True])
     recipe = student_recipe("unused").model_copy(update={"publish": None})
@@ -139,6 +140,7 @@ def test_an_interrupted_lora_training_ends_where_an_undisturbed_one_does(where, 
     assert difference(load_denoiser(tmp_path / "run" / "model"), api.load("whole", where)) == 0
 
 
+@pytest.mark.slow
 def test_the_base_is_the_version_that_was_trained_over_whatever_latest_is_later(tmp_path):
     where = api.context(tmp_path / "store", tmp_path / "cache")
     for seed in (0, 1):

@@ -83,6 +83,7 @@ def told(module, method, source):
     return seen
 
 
+@pytest.mark.slow
 def test_without_negative_prompts_it_is_pg_sb_bit_for_bit(teacher, source):
     expected = trace(method(teacher), source)
     assert same(trace(method(teacher, source), source), expected)

@@ -97,6 +97,7 @@ def test_a_methods_own_hooks_and_the_trainer_are_as_before(trainer):
     assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_dmd2_is_seen_as_the_passes_it_is_made_of(context, tmp_path):
     trainer = tiny_trainer("dmd2", context, tmp_path)
     networks = [

@@ -34,6 +34,7 @@ def test_the_accuracy_of_a_judge_is_that_of_the_digits_it_never_saw(tmp_path, co
     assert found.figures["train_accuracy"] == pytest.approx(seen, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_predictor_s_figures_are_of_the_data_that_evaluate_names_and_none_without(tmp_path, context):
     changes = {"steps": 40, "batch_size": 16, "evaluate": {}}
     none = api.train(tiny_recipe("rs2", **changes), tmp_path / "none", context)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from distill_core import api
 from distill_core.recipe import load_recipe
 from distillery_cli.terminal.output import Bars
@@ -9,6 +11,7 @@ from distillery_cli.terminal.output import Bars
 LITTLE = {"steps": 2, "batch_size": 8, "threads": 1}
 
 
+@pytest.mark.slow
 def test_a_teacher_on_the_way_reports_as_preparing(tmp_path):
     teacher = tmp_path / "little_teacher.toml"
     teacher.write_text(load_recipe("edm_digits").override(LITTLE).to_toml(), encoding="utf-8")

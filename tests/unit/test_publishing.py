@@ -45,6 +45,7 @@ def test_a_finished_run_publishes_nothing_when_it_is_run_again(tmp_path):
     assert where.store.aliases("digits") == {"latest": 2, "prod": 2}, "moved on since: it stays there"
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_or_changes_its_recipe_is_published_anew(tmp_path):
     where = api.context(tmp_path / "store", tmp_path / "cache")
     api.train(small(), tmp_path / "run", where)
@@ -163,6 +164,7 @@ def test_what_the_user_gives_is_meant_for_the_new_teacher(where, text_folder):
     assert for_its_teacher(Recipe.parse(json.loads(later.model_dump_json())), where).config["levels"] == [6.0]
 
 
+@pytest.mark.slow
 def test_a_teacher_of_the_same_schedule_keeps_what_was_found_for_it(where):
     folder = where.folder(load_recipe("dmd2").teacher)
     kept = for_its_teacher(load_recipe("dmd2", {"teacher.path": str(folder)}), where)

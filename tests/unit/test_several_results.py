@@ -120,6 +120,7 @@ def test_both_models_are_published_under_their_names_with_what_is_true_of_each(i
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_between_its_publications_is_finished_by_the_next(installed, tmp_path):
     path = ":".join([str(installed), *filter(None, sys.path)])
     done = subprocess.run(

@@ -100,6 +100,7 @@ def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
     return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", ["eps_sigma2", "dmd"])
 def test_the_student_recovers_the_teachers_mean_and_spread(weight):
     method = gaussian(weight=weight)
@@ -116,6 +117,7 @@ def test_score_distillation_finds_the_mode_and_loses_the_spread(weight):
     assert method.student.log_std.exp().item() < 0.5 * STD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "config"),
     [
@@ -130,6 +132,7 @@ def test_under_a_scale_that_both_scores_share_the_optimum_is_the_teacher_without
     assert student.log_std.exp().item() == pytest.approx(0.6, abs=0.06)
 
 
+@pytest.mark.slow
 def test_guidance_of_the_teacher_alone_moves_the_classes_apart():
     assert two_classes(guidance=4.0, fake_guidance=1.0).student.mean.item() > MEAN + 0.15
 

@@ -92,6 +92,7 @@ def test_any_text_can_be_printed_in_any_encoding(text):
         assert "\x1b" not in raw.getvalue().decode(encoding)
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         st.text(max_size=20) | st.integers(), lambda inner: st.dictionaries(st.text(max_size=9), inner)

@@ -143,6 +143,7 @@ def test_declared_classes_without_items_need_not_be_known(tmp_path):
     assert taught(source) == {0: {"cat"}, 2: {"fox"}}
 
 
+@pytest.mark.slow
 def test_pairs_are_conditioned_on_the_teacher_s_own_classes_and_not_found_for_others(tmp_path):
     where = api.context(tmp_path / "store", tmp_path / "cache")
     model("cat", "dog", "fox").save(tmp_path / "teacher")

@@ -144,6 +144,7 @@ def maker(folder, pace: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_maker_leaves_whole_shards_that_the_next_one_goes_on_from(tmp_path, monkeypatch):
     process = maker(tmp_path, "asks")
     for _ in range(2):
@@ -161,6 +162,7 @@ def test_a_killed_maker_leaves_whole_shards_that_the_next_one_goes_on_from(tmp_p
     assert torch.equal(resumed.x0, make(tmp_path.parent / "straight", batch_size=10).x0)
 
 
+@pytest.mark.slow
 def test_two_makers_at_once_make_every_shard_once(tmp_path):
     makers = [maker(tmp_path, "pauses") for _ in range(2)]
     told = [process.communicate()[0] for process in makers]

@@ -75,6 +75,11 @@ def test_strength_is_the_share_of_steps_that_is_done(strength, count):
     assert InitImage(Y, strength).levels(list(FEW.sigmas)) == list(FEW.sigmas[-count:])
 
 
+def test_a_share_that_is_whole_steps_is_not_rounded_up():
+    assert 0.28 * 25 > 7
+    assert InitImage(Y, 0.28).levels(list(range(25, 0, -1))) == [7, 6, 5, 4, 3, 2, 1]
+
+
 def test_a_weaker_change_stays_nearer_to_the_picture():
     far = [np.abs(sample(denoise, FEW, draw, 4, InitImage(Y, s)) - Y).mean() for s in (0.25, 0.5, 1.0)]
     assert far == sorted(far)

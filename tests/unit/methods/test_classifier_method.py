@@ -33,6 +33,7 @@ def train(method, recipe, steps):
             optimizer.step()
 
 
+@pytest.mark.slow
 def test_the_digits_recipe_learns_unseen_digits_within_a_third_of_its_steps():
     recipe = load_recipe("judge_digits")
     method = build(build_source(recipe.data), recipe.network, **recipe.config)

@@ -73,6 +73,7 @@ def labelled(labels: Tensor) -> Batch:
     return Batch.of(len(labels), None, {"class_label": labels})
 
 
+@pytest.mark.slow
 def test_each_expert_recovers_the_distribution_of_its_own_part():
     torch.manual_seed(0)
     method = gaussians()

@@ -39,6 +39,7 @@ def test_features_of_a_wide_ramp_are_its_slopes():
         assert row.tolist() == pytest.approx([distance * slope for slope in slopes])
 
 
+@pytest.mark.slow
 def test_a_texture_that_repeats_has_the_ratio_one_and_a_window_of_it_does_not():
     def of(window):
         return seam_ratio(build_source({"name": "textures", "count": 600, "window": window}).all().x0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from distill_core.losses.adversarial import discriminator_loss
@@ -15,6 +16,7 @@ def log_ratio(x_sigma, sigma):
     return 2 * MEAN * x_sigma.sum((1, 2, 3)) / (STD**2 + sigma**2)
 
 
+@pytest.mark.slow
 def test_its_logits_become_the_log_ratio_of_the_densities_at_every_noise_level():
     torch.manual_seed(0)
     network = NoisyDiscriminator(1, 4, width=16)

@@ -147,6 +147,7 @@ def test_recomputed_activations_give_the_same_gradient(denoiser):
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed))
 
 
+@pytest.mark.slow
 def test_an_exported_graph_takes_the_negative_prompt_and_its_strength_as_inputs(folders):
     denoiser = load_denoiser(folders["sd"]).requires_grad_(False)
     names = ("prompt_embeds", "negative_prompt_embeds", "nasa_scale")

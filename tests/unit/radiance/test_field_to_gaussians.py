@@ -135,6 +135,7 @@ def test_a_linearized_loss_has_the_value_and_the_gradient():
     torch.testing.assert_close(torch.autograd.grad(again, [p])[0], 3 * p.detach() ** 2)
 
 
+@pytest.mark.slow
 def test_training_brings_the_gaussians_closer_to_the_field(scene, data, tmp_path):
     settings = load_recipe("field_to_gaussians", {"steps": 30})
     method = build(scene)
@@ -158,6 +159,7 @@ def test_previews_show_student_and_teacher(scene):
     assert float(pictures.abs().max()) <= 1
 
 
+@pytest.mark.slow
 def test_a_method_that_counts_cells_is_planned_by_a_step(tmp_path):
     where = api.context(tmp_path / "store", tmp_path / "cache")
     plan = api.plan(load_recipe("field_to_gaussians", {"teacher": {"scene": "procedural"}}), where)

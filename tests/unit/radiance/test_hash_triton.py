@@ -58,6 +58,7 @@ def compare(hash_triton, device, *, features):
     torch.testing.assert_close(gradients[1].cpu(), wanted_gradients[1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_equal_pytorch():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")

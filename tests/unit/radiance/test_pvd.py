@@ -246,6 +246,7 @@ def test_every_kind_becomes_every_other(teacher, student, tmp_path):
     assert torch.equal(render(loaded, camera).rgb, render(method.student_scene(), camera).rgb)
 
 
+@pytest.mark.slow
 def test_a_closed_form_teacher_is_learned_without_a_picture(tmp_path):
     network = {"levels": 5, "log2_table_size": 13, "max_resolution": 48}
     teacher = dataclasses.replace(closed_form_scene("procedural"), num_steps=64)

@@ -189,6 +189,7 @@ def test_the_rays_that_a_step_keeps_are_those_of_largest_error():
     assert len(samples.ray) > 0  # hard rays meet the scene
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", [1, 2])
 def test_an_interrupted_run_with_full_pools_ends_bit_for_bit_where_an_undisturbed_one_does(tmp_path, micro):
     recipe = load_recipe(

@@ -101,6 +101,7 @@ KINDS = {
 RATES = {"tensors": 0.3, "sparse": 0.3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_field_shows_held_out_views_better_than_before(scene, tmp_path, kind):
     optim = {"field": {"name": "adam", "lr": RATES.get(kind, 2e-2), "betas": [0.9, 0.99], "eps": 1e-15}}
@@ -137,6 +138,7 @@ def test_a_field_that_cannot_be_trained_so_says_why(scene, network, config, said
         build(scene, recipe(network=network, config=config))
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(scene, tmp_path):
     settings = recipe()
     whole = trained(scene, settings, tmp_path / "whole")
@@ -205,6 +207,7 @@ def test_pictures_too_small_or_of_other_sizes_are_not_compared():
         psnr(np.zeros((8, 8, 3)), np.zeros((9, 8, 3)))
 
 
+@pytest.mark.slow
 def test_a_real_blender_scene_trains(tmp_path):
     if not LEGO.is_dir():
         pytest.skip("the lego_200 scene is not here")

@@ -208,6 +208,7 @@ class Haze(Ball):
         return super().log_density(positions).clamp_min(math.log(0.09))
 
 
+@pytest.mark.slow
 def test_a_finer_grid_that_would_show_is_not_taken():
     hazy = Scene(Haze(radius=0.4), torch.ones(32, 32, 32, dtype=torch.bool), SPEC, 32)
     assert float(render(hazy, camera()).opacity[0, 12]) > 0.05  # of the air alone
@@ -216,6 +217,7 @@ def test_a_finer_grid_that_would_show_is_not_taken():
     assert len(refined(clear).occupied) == 128
 
 
+@pytest.mark.slow
 def test_thin_fog_is_not_taken_for_empty_and_large_grids_stay_as_they_are():
     fog = Scene(Ball(radius=-0.1, sharpness=1e-3), torch.ones(8, 8, 8, dtype=torch.bool), SPEC, 4096)
     assert float(fog.field.log_density(torch.zeros(1, 3)).exp()) * 2 * 3**0.5 / 4096 < 0.01  # of one step

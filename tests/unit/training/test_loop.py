@@ -151,6 +151,14 @@ def test_every_update_moves_its_own_role_by_its_own_gradient(tmp_path):
     assert run.method.second.values.tolist() == pytest.approx([1 - 0.02 * 2 * sum(sums)] * 3)
 
 
+def test_a_group_of_parameters_moves_at_its_own_share_of_the_rate(tmp_path):
+    optim = sgd(first=0.01, second=0.02)
+    optim["first"]["groups"] = [{"match": "val*", "lr_scale": 1.7}]
+    run = trainer(tmp_path, TwoRoles(), optim=optim)
+    run.train_step()
+    assert run.method.first.values.tolist() == pytest.approx([1 - 0.051, 1 - 0.068])
+
+
 @pytest.mark.parametrize(("clip", "length"), [(2.5, 2.5), (7.0, 5.0)])
 def test_a_gradient_longer_than_the_clip_is_shortened_to_it(clip, length, tmp_path):
     optim = sgd(first=0.01, second=0.02)
