@@ -127,7 +127,7 @@ def test_what_is_shed_is_refused_before_its_message_arrives(method):
             await models_pb2_grpc.ModelsServiceStub(plain).LoadModel(models_pb2.LoadModelRequest())
 
     asyncio.run(run())
-    assert 0 < left[0] < 35
+    assert 0 < left[0] <= 240
     assert left[1] is None
     assert [call[:2] for call in calls] == [
         (f"/{SERVICE}/{method}", "RESOURCE_EXHAUSTED"),
