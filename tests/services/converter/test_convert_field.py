@@ -11,7 +11,9 @@ from distill_core.recipe import load_recipe, parse_overrides
 from distill_service.settings import settings as service_settings
 from distillery_cli.app import main
 from distillery_cli.scenes.convert_field import LEARNING_RATES, STEPS, settings
+from distillery_cli.terminal.running import run
 from tests.unit.radiance.test_scenes import write_scene
+from tools.__main__ import app
 from tools.field_kinds import section
 
 TINY = [
@@ -108,7 +110,9 @@ def test_a_scene_as_every_kind_makes_a_table_and_pictures(home, capsys):
     write_scene(scene, size=(16, 16), frames=2, alpha=128)
     (checkout / "docs").mkdir(parents=True)
     little = ("-s", "steps=4", "-s", "batch_size=16", "-s", "config.max_samples=128", "--kinds", "hash,cp")
-    assert main(["conversions", str(scene), "--repository", str(checkout), "--json", *little]) == 0
+    assert (
+        run(app, "tools", ["field-kinds", str(scene), "--repository", str(checkout), "--json", *little]) == 0
+    )
     told = json.loads(capsys.readouterr().out)
     assert [(row["field"], row["made_from"]) for row in told["rows"]] == [
         ("hash", "images"),
@@ -123,5 +127,5 @@ def test_a_scene_as_every_kind_makes_a_table_and_pictures(home, capsys):
 
 
 def test_a_scene_as_an_unknown_kind_is_refused_before_any_training(home, capsys):
-    assert main(["conversions", str(home), "--kinds", "vm,wm"]) == 2
+    assert run(app, "tools", ["field-kinds", str(home), "--kinds", "vm,wm"]) == 2
     assert "no field is called wm; choose from hash" in capsys.readouterr().err
