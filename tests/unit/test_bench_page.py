@@ -65,3 +65,13 @@ def test_a_conversion_that_never_gets_there_says_so():
     rows = conversion_rows({"scene": "procedural", "curves": curves, **conclusions(curves)})
     assert any("not reached" in row[0] and row[3] == "below" for row in rows)
     assert any("as good as the converted one (10 x later)" in row[0] for row in rows)
+
+
+def test_a_mistake_in_a_benchmark_is_one_sentence(capsys):
+    from benchmarks.__main__ import app
+    from distillery_cli.terminal.running import run
+
+    assert run(app, "python -m benchmarks", ["queue", "--rounds", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "rounds" in said
+    assert said.startswith("error: ")

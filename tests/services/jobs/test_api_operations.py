@@ -287,7 +287,6 @@ def test_garbage_is_shown_and_removed(cli, client, running, table, tmp_path):
         (["submit", "dmd2", "--sweep", "title=a cat, on a mat"], 2, "in quotes"),
         (["submit", "dmd2", "--label", "team"], 2, "is not KEY=VALUE"),
         (["submit", "dmd2", "--label", "sweep=x"], 2, "given to sweeps only"),
-        (["bench-queue", "--rounds", "0"], 2, "rounds"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
