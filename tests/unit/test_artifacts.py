@@ -53,6 +53,16 @@ def test_reading_a_card_changes_no_manifest_and_a_copy_reads_its_own():
     assert read.card_as(Card).parameters == 3
 
 
+def test_a_number_whose_claim_is_lost_is_not_given_again(store, folder):
+    """As in a store that was copied without its hidden files."""
+    for _ in range(2):
+        store.publish(folder, draft())
+    for claim in Path(store.url).glob("digits/versions/*/.claim"):
+        claim.unlink()
+    assert store.publish(folder, draft()).version == 3
+    assert store.versions("digits") == [1, 2, 3]
+
+
 def test_the_same_job_publishes_once(store, folder):
     first = store.publish(folder, draft(job="job-1"), key="job-1")
     assert store.publish(folder, draft(job="job-1"), key="job-1") == first
