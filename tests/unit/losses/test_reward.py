@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.losses.reward import RewardConfig, build_reward, hinge_loss, mean_reward
 from distill_core.networks.classifier import Classifier, ClassifierConfig
 from distill_core.networks.clip_io import load_clip
+from distill_core.networks.foreign.vision import PROCESSOR
 from tests.helpers import tiny_clip
 
 
@@ -51,7 +55,7 @@ def test_a_mean_reward_counts_every_picture_once_with_its_own_condition():
 def test_a_text_similarity_is_the_cosine_that_transformers_gives(clip):
     texts = ("a cat", "dog")
     pictures = torch.rand(2, 3, 32, 32) * 2 - 1
-    pixels = ((pictures + 1) / 2 - clip.mean) / clip.std
+    pixels = clip.preprocessed(pictures)
     tokens = clip.tokenizer(list(texts), padding=True, return_tensors="pt")
     with torch.no_grad():
         said = clip.model(**tokens, pixel_values=pixels)
@@ -69,6 +73,37 @@ def test_a_text_similarity_reads_grey_pictures_of_any_size_and_has_a_gradient(cl
     reward.score(pictures, {}).sum().backward()
     assert pictures.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in clip.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"size": {"height": 32, "width": 32}, "do_center_crop": False, "resample": 2},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 128},
+    ],
+)
+def test_pictures_are_prepared_as_the_processor_of_the_folder_does(changes, tmp_path):
+    folder = tiny_clip(tmp_path / "model")
+    table = json.loads((folder / PROCESSOR).read_text())
+    (folder / PROCESSOR).write_text(json.dumps({**table, **changes}))
+    levels = torch.randint(0, 256, (2, 3, 41, 53), generator=torch.Generator().manual_seed(3))
+    theirs = CLIPImageProcessorPil.from_pretrained(folder)
+    expected = theirs([picture.permute(1, 2, 0).byte().numpy() for picture in levels], return_tensors="pt")
+    ours = load_clip(folder).preprocessed(levels / 127.5 - 1)
+    torch.testing.assert_close(ours, expected["pixel_values"], atol=1e-5, rtol=1e-5)
+
+
+def test_a_processor_that_is_not_understood_is_refused_by_its_key(tmp_path):
+    folder = tiny_clip(tmp_path / "model")
+    table = json.loads((folder / PROCESSOR).read_text())
+    (folder / PROCESSOR).write_text(json.dumps({**table, "do_pad": True}))
+    with pytest.raises(ArtifactError, match="do_pad"):
+        load_clip(folder)
+    (folder / PROCESSOR).write_text(json.dumps({**table, "crop_size": {"height": 24, "width": 24}}))
+    with pytest.raises(ArtifactError, match="makes pictures of 24 x 24, and the model takes 32 x 32"):
+        load_clip(folder)
 
 
 def test_a_damaged_clip_folder_is_an_error_that_names_it(tmp_path):

@@ -70,7 +70,7 @@ class ClipScorer:
     @torch.no_grad()
     def cosines(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) cosines between each picture (B, 1 or 3, H, W) in [-1, 1] and its prompt, on the CPU."""
-        pixels = _pixels(self.processor, pictures).to(self.clip.mean.device)
+        pixels = _pixels(self.processor, pictures).to(self.clip.device)
         images = _embedding(self.clip.model.get_image_features(pixel_values=pixels))
         texts = self.clip.text_features(prompts)  # of unit length already
         return (nn.functional.normalize(images.float(), dim=1) * texts.float()).sum(1).cpu()
