@@ -202,7 +202,8 @@ def test_a_warm_up_trains_the_critics_and_leaves_the_student():
 def test_a_warm_up_begins_when_the_regression_is_done():
     method = build(divergence="forward_kl", warmup_steps=2)
     method.config = method.config.model_copy(update={"regression_steps": 3})
-    assert [method.student_rests(step) for step in range(7)] == [True] * 5 + [False] * 2
+    names = [method.stage_of(step).name for step in range(7)]
+    assert names == ["regression"] * 3 + ["warm_up"] * 2 + ["matching"] * 2
 
 
 def test_the_levels_between_the_bins_are_those_where_scores_are_compared_in_equal_shares():

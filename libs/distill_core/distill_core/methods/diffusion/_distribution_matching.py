@@ -16,7 +16,7 @@ from distill_core.errors import ConfigError
 from distill_core.losses.adversarial import discriminator_loss, generator_loss
 from distill_core.losses.denoising import add_noise, denoising_loss
 from distill_core.losses.matching import dm_direction, surrogate_loss
-from distill_core.method import Batch, Cond, Method, MethodConfig, Update
+from distill_core.method import Batch, Cond, Method, MethodConfig, Stage, Update
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_score import FakeScore
 from distill_core.networks.levels import Levels, descending, few_step_sampler, student_levels
@@ -42,7 +42,7 @@ class MatchingConfig(MethodConfig):
 
 
 class DistributionMatching(Method):
-    """A variant overrides one of `target`, `weigh`, `student_rests`, `critic_updates`, `generate`, `student_loss`."""
+    """A variant overrides one of `target`, `weigh`, `preparation`, `critic_updates`, `generate`, `student_loss`."""
 
     roles: tuple[str, ...] = ("fake_score", "student")
     fake_score: FakeScore | RoutedFakeScore
@@ -63,15 +63,27 @@ class DistributionMatching(Method):
             return {"x0": "the discriminator (config.gan_weight)"}
         return {"x0": "config.rollout = 'noised_data'"} if config.rollout == "noised_data" else {}
 
+    @classmethod
+    def stages(cls, config: MatchingConfig, steps: int) -> tuple[Stage, ...]:
+        first = Stage("regression", config.regression_steps, ("student",))
+        before = tuple(stage for stage in (first, *cls.preparation(config)) if stage.steps)
+        return (*before, Stage("matching", max(steps, 1), cls.roles))
+
+    @classmethod
+    def preparation(cls, config: MatchingConfig) -> tuple[Stage, ...]:
+        """Stages between the regression and the matching, in which the student rests; of no steps if it has none."""
+        return ()
+
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
-        if step < self.config.regression_steps:
+        stage = self.stage_of(step)
+        if stage.name == "regression":
             yield Update("student", self.regression_loss(batch.size))
             return
         for _ in range(self.config.critic_steps):
             with torch.no_grad():  # the fake score follows the student, it must not pull it
                 x0 = self.generate(batch)
             yield from self.critic_updates(x0, batch)
-        if not self.student_rests(step):
+        if "student" in stage.roles:
             loss, metrics = self.student_loss(self.generate(batch), batch, step)
             yield Update("student", loss, metrics)
 
@@ -98,10 +110,6 @@ class DistributionMatching(Method):
     def discriminates(self) -> bool:
         """Whether the fake score's trunk carries a discriminator."""
         return self.config.gan_weight > 0
-
-    def student_rests(self, step: int) -> bool:
-        """Whether only what learns from the student is trained at this step."""
-        return False
 
     def target(self, step: int) -> Denoiser:
         """The denoiser whose score the student's samples are matched to at this step."""

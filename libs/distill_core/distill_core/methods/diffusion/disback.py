@@ -19,7 +19,7 @@ from torch import Tensor
 from distill_core.data.pairs import Pairs
 from distill_core.losses.denoising import add_noise
 from distill_core.losses.matching import dm_direction
-from distill_core.method import Batch, Update
+from distill_core.method import Batch, Stage, Update
 from distill_core.methods.diffusion._distribution_matching import DistributionMatching, MatchingConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_score import FakeScore
@@ -49,10 +49,15 @@ class DisBack(DistributionMatching):
         self.distance = config.node_distance
         self._standing: tuple[int, Denoiser] | None = None  # the node that is loaded, and its number
 
+    @classmethod
+    def preparation(cls, config: MatchingConfig) -> tuple[Stage, ...]:
+        assert isinstance(config, Config)
+        return (Stage("degradation", config.record_steps if config.num_nodes else 0, ("fake_score",)),)
+
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         yield from super().updates(batch, step)
-        if self.records(step):
-            self.record(batch, last=not self.records(step + 1))
+        if self.stage_of(step).name == "degradation":
+            self.record(batch, last=self.stage_of(step + 1).name != "degradation")
 
     def target(self, step: int) -> Denoiser:
         """The node whose turn it is, the teacher after all of them."""
@@ -90,14 +95,6 @@ class DisBack(DistributionMatching):
         self.nodes.append({name: value.to("cpu", copy=True) for name, value in weights.items()})
         if len(self.nodes) > self.config.num_nodes:
             self.nodes, self.distance, self._standing = self.nodes[1::2], 2 * self.distance, None
-
-    def records(self, step: int) -> bool:
-        """Whether the degradation is being recorded at this step."""
-        done = step - self.config.regression_steps
-        return self.config.num_nodes > 0 and 0 <= done < self.config.record_steps
-
-    def student_rests(self, step: int) -> bool:
-        return self.records(step)
 
     def state(self) -> dict[str, Tensor]:
         nodes = {

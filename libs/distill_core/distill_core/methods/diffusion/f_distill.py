@@ -26,7 +26,7 @@ from distill_core.losses.divergence import (
     density_ratio,
     divergence_weight,
 )
-from distill_core.method import Batch, Cond, Update
+from distill_core.method import Batch, Cond, Stage, Update
 from distill_core.methods.diffusion._distribution_matching import DistributionMatching, MatchingConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_score import LogitHead, trunk_width
@@ -122,8 +122,11 @@ class FDistill(DistributionMatching):
         fake, real, moved = logits.chunk(3)
         return discriminator_loss(real, fake) + self.config.r1_weight * approximate_r1(real, moved)
 
-    def student_rests(self, step: int) -> bool:
-        return step < self.config.regression_steps + self.config.warmup_steps
+    @classmethod
+    def preparation(cls, config: MatchingConfig) -> tuple[Stage, ...]:
+        assert isinstance(config, Config)
+        critics = ("fake_score", "discriminator") if config.features == "teacher" else ("fake_score",)
+        return (Stage("warm_up", config.warmup_steps, critics),)
 
     @property
     def discriminates(self) -> bool:
