@@ -218,6 +218,34 @@ def test_a_failed_stage_cancels_those_that_wait_and_a_retry_brings_them_back(tab
     assert take(table).id == student
 
 
+def test_a_stage_that_was_cancelled_by_hand_stays_so_when_its_parent_is_retried(table):
+    _, student, onnx = student_and_onnx(table)
+    claim = take(table)
+    requests.cancel(table, onnx, who="operator")
+    queue.finish(table, student, claim.attempt, Outcome("failed", error={"message": "diverged"}))
+    assert requests.get(table, onnx).job.error["message"] == "cancelled before it started"
+    requests.retry(table, student)
+    assert [state(table, job) for job in (student, onnx)] == [State.QUEUED, State.CANCELLED]
+
+
+def test_a_retried_job_has_no_end_until_it_ends_again(table):
+    job = submit(table, train()).job
+    queue.finish(table, job.id, take(table).attempt, Outcome("failed", error={"message": "diverged"}))
+    assert requests.get(table, job.id).job.finished is not None
+    requests.retry(table, job.id)
+    assert requests.get(table, job.id).job.finished is None
+
+
+def test_a_pipeline_starts_with_its_first_stage_and_shows_what_its_last_published(table):
+    whole, student, onnx = student_and_onnx(table)
+    queue.finish(table, student, take(table).attempt, Outcome("succeeded", artifact="digits@4"))
+    queue.finish(table, onnx, take(table).attempt, Outcome("succeeded", artifact="digits@5"))
+    begun = [requests.get(table, job).job.started for job in (student, onnx)]
+    assert begun[0] < begun[1]
+    assert requests.get(table, whole).job.started == begun[0]
+    assert requests.get(table, whole).job.artifact == "digits@5"
+
+
 def test_retrying_a_pipeline_keeps_what_has_succeeded(table):
     whole, student, onnx = student_and_onnx(table)
     claim = take(table)
