@@ -157,9 +157,13 @@ def few_step(denoise: Denoise, x: Array, levels: list[float], draw: Callable[[in
 
 
 def euler(denoise: Denoise, x: Array, levels: list[float]) -> Array:
-    """First-order solution of the probability-flow ODE down to 0; one evaluation per level."""
+    """First-order solution of the probability-flow ODE down to 0; one evaluation per level.
+
+    x' = D + (x - D) sigma' / sigma, which takes no large numbers from each other, however high the level.
+    """
     for sigma, sigma_next in zip(levels, [*levels[1:], 0.0], strict=True):
-        x = x + (x - denoise(x, sigma)) * ((sigma_next - sigma) / sigma)
+        x0 = denoise(x, sigma)
+        x = x0 + (x - x0) * (sigma_next / sigma)
     return x
 
 

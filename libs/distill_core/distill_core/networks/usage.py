@@ -235,5 +235,6 @@ def _solver(spec: SamplerSpec) -> list[str]:
         f"levels_down = [(start + i / {max(spec.num_steps - 1, 1)} * (end - start)) ** {spec.rho:g} "
         f"for i in range({spec.num_steps})]",
         "for sigma, following in zip(levels_down, [*levels_down[1:], 0.0]):  # Euler; the sampler's may be Heun",
-        "    x0 = x0 + (x0 - denoise(x0, sigma)) * (following - sigma) / sigma",
+        "    answer = denoise(x0, sigma)",
+        "    x0 = answer + (x0 - answer) * following / sigma",
     ]
