@@ -46,8 +46,13 @@ class Denoiser(nn.Module, abc.ABC):
     ref: str = ""  # name@version in the store, if these very weights came from there
 
     @abc.abstractmethod
-    def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
-        """x0 (B, C, H, W) from `x_sigma` (B, C, H, W), `sigma` (B,) in data units."""
+    def forward(
+        self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None, time: Tensor | None = None
+    ) -> Tensor:
+        """x0 (B, C, H, W) from `x_sigma` (B, C, H, W), `sigma` (B,) in data units.
+
+        `time` (B,) is what the network is told in the place of what its schedule says of `sigma`: an index, or 1000 t.
+        """
 
     @abc.abstractmethod
     def with_features(
@@ -86,18 +91,25 @@ class Denoiser(nn.Module, abc.ABC):
         """The picture (B, C, H, W) in [-1, 1] of x0; latent models override it."""
         return x0
 
-    def guided(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None, guidance: float | Tensor) -> Tensor:
+    def guided(
+        self,
+        x_sigma: Tensor,
+        sigma: Tensor,
+        cond: Cond | None,
+        guidance: float | Tensor,
+        time: Tensor | None = None,
+    ) -> Tensor:
         """x0 under classifier-free guidance, both halves in one pass; `guidance` is one scale or one per sample (B,).
 
         The number 1 costs one evaluation. A negative prompt in `cond` takes the null condition's place, unless it
         steers the attention (`nasa_scale`): then it does so in the half with the condition alone.
         """
+        told = () if time is None else (time,)
         if not cond or (not isinstance(guidance, Tensor) and guidance == 1):
-            return self(x_sigma, sigma, cond)
+            return self(x_sigma, sigma, cond, *told)
         both = self._both_halves(cond, len(x_sigma))
-        with_cond, without = self(x_sigma.repeat(2, *[1] * (x_sigma.ndim - 1)), sigma.repeat(2), both).chunk(
-            2
-        )
+        twice = x_sigma.repeat(2, *[1] * (x_sigma.ndim - 1))
+        with_cond, without = self(twice, sigma.repeat(2), both, *(one.repeat(2) for one in told)).chunk(2)
         scale = expand(guidance, x_sigma) if isinstance(guidance, Tensor) else guidance
         x0: Tensor = guide(with_cond, without, scale)
         return x0

@@ -112,10 +112,12 @@ class DiffusersDenoiser(Denoiser):
                 companion.to(device)
         return self.to(device)
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
+    def forward(
+        self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None, time: Tensor | None = None
+    ) -> Tensor:
         scaled = x_sigma * expand(self.schedule.scale(sigma), x_sigma)
         cond = self._with_null(cond, x_sigma.shape[0])  # len() would bake the batch into an exported graph
-        output = self._call(scaled, self.schedule.network_time(sigma), cond)
+        output = self._call(scaled, self.schedule.network_time(sigma) if time is None else time, cond)
         x0 = to_x0(
             output.float(), x_sigma, expand(sigma, x_sigma), self.parameterisation, self.schedule.sigma_data
         )

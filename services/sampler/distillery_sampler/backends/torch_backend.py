@@ -150,8 +150,9 @@ class TorchGenerator(Generator):
         def draw(k: int) -> torch.Tensor:
             return torch.from_numpy(noise(items, k, shape)).to(self._device)
 
-        def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
-            x0: torch.Tensor = self._guided(x, x.new_full((len(x),), sigma), cond, key.guidance)
+        def denoise(x: torch.Tensor, *level: float) -> torch.Tensor:
+            sigma, *told = (x.new_full((len(x),), value) for value in level)
+            x0: torch.Tensor = self._guided(x, sigma, cond, key.guidance, *told)
             return x0
 
         x0 = sample(denoise, self._denoiser.sampler, draw, key.num_steps, self._init_image(key, items))
