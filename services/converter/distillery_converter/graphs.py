@@ -195,12 +195,12 @@ def denoiser_graph(
     shape = (denoiser.image.channels, denoiser.image.height, denoiser.image.width)
 
     def inputs(batch: int) -> Arrays:
-        sigma = fixed_sigmas(sampler, batch)
+        sigma, times = fixed_levels(sampler, shape, batch)
         x_sigma = DATA_STD * noise(batch, shape, draw=0) + sigma.reshape(-1, 1, 1, 1) * noise(
             batch, shape, draw=1
         )
         cond = {name: fixed_condition(name, denoiser.cond, batch, classes) for name in conditions}
-        told = {TIME: fixed_times(denoiser, sigma)} if sampler.timed else {}
+        told = {TIME: times} if sampler.timed else {}
         return {"x_sigma": x_sigma, "sigma": sigma, **cond, **told}
 
     trajectory = CalibrationTrajectory(
@@ -288,19 +288,23 @@ def noise(batch: int, shape: tuple[int, ...], *, draw: int, seed: int = SEED) ->
     return unit_normals([(seed, index) for index in range(batch)], draw, shape)
 
 
-def fixed_sigmas(sampler: SamplerSpec, batch: int) -> np.ndarray:
-    """Noise levels (batch,) where the model is used: a student's own, else spread over the sampler's."""
-    if sampler.kind == "few_step":
-        levels = list(sampler.sigmas)
+def fixed_levels(
+    sampler: SamplerSpec, shape: tuple[int, int, int], batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Noise levels (batch,) where the model is used, and their times: a student's own, else spread over the sampler's.
+
+    Times are of a foreign scheduler's levels, 0 elsewhere.
+    """
+    if sampler.scheduler is not None:
+        steps = sampler.path(sampler.num_steps, shape[1:]).steps
+        found = [(step.sigma, step.time or 0.0) for step in steps]
+        found = [found[index * (len(found) - 1) // 3] for index in range(4)]
+    elif sampler.kind == "few_step":
+        found = [(sigma, 0.0) for sigma in sampler.sigmas]
     else:
-        levels = np.geomspace(sampler.sigma_max, sampler.sigma_min, 4).tolist()
-    return np.asarray([levels[index % len(levels)] for index in range(batch)], dtype=np.float32)
-
-
-def fixed_times(denoiser: DiffusersDenoiser, sigma: np.ndarray) -> np.ndarray:
-    """Network times (batch,) beside the levels `sigma`: whole numbers, as schedulers round them."""
-    times: np.ndarray = denoiser.schedule.network_time(torch.from_numpy(sigma)).cpu().numpy().round()
-    return times
+        found = [(sigma, 0.0) for sigma in np.geomspace(sampler.sigma_max, sampler.sigma_min, 4).tolist()]
+    sigmas, times = zip(*(found[index % len(found)] for index in range(batch)), strict=True)
+    return np.asarray(sigmas, np.float32), np.asarray(times, np.float32)
 
 
 def fixed_condition(name: str, cond: CondSpec, batch: int, classes: tuple[int, ...] = ()) -> np.ndarray:

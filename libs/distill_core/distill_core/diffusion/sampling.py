@@ -93,6 +93,13 @@ class SamplerSpec(Config):
         """Whether the network is told a time that its schedule does not tell of the level."""
         return self.scheduler is not None and self.scheduler.timed
 
+    @property
+    def fewest_steps(self) -> int:
+        """A small number of steps that is allowed, for a quick look."""
+        if self.kind == "scheduler" and not self.step_counts:
+            return min(2, self.num_steps)  # with one, some schedulers begin where hardly any noise is left
+        return min(self.step_counts, default=1)
+
     def check_steps(self, num_steps: int) -> None:
         """Refuse a number of steps that this model was not made for."""
         limit = len(self.sigmas) if self.kind == "few_step" else self.max_steps

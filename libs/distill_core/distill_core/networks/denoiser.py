@@ -16,6 +16,7 @@ from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.diffusion.guidance import guide
 from distill_core.diffusion.levels import expand
 from distill_core.diffusion.schedule import NoiseSchedule
+from distill_core.diffusion.steps import Denoise
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.kinds.denoiser.card import Card
 from distill_core.method import Cond
@@ -113,6 +114,15 @@ class Denoiser(nn.Module, abc.ABC):
         scale = expand(guidance, x_sigma) if isinstance(guidance, Tensor) else guidance
         x0: Tensor = guide(with_cond, without, scale)
         return x0
+
+    def bound(self, cond: Cond | None, guidance: float) -> Denoise:
+        """This network under a condition and guidance, as `diffusion.sampling.sample` calls it."""
+
+        def denoise(x_sigma: Tensor, *level: float) -> Tensor:
+            sigma, *time = (x_sigma.new_full((len(x_sigma),), value) for value in level)
+            return self.guided(x_sigma, sigma, cond, guidance, *time)
+
+        return denoise
 
     def _both_halves(self, cond: Cond, batch: int) -> Cond:
         """`cond`, and below it the condition that guidance leads away from."""

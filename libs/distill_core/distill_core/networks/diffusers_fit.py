@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 
-from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
+from distill_core.artifacts import CondSpec, ImageSpec
 from distill_core.errors import ArtifactError
 from distill_core.networks.diffusers_codec import latent_channels
 from distill_core.networks.diffusers_denoiser import Sidecar
@@ -19,6 +19,7 @@ from distill_core.networks.diffusers_schedule import (
 )
 from distill_core.networks.foreign.index import Index
 from distill_core.networks.foreign.keys import shown
+from distill_core.networks.foreign.samplers import folder_sampler, scheduler_spec
 from distill_core.networks.text import TextEncoder, check_text
 
 
@@ -74,9 +75,12 @@ def derived_sidecar(
     height, width = _size(path, config.sample_size)
     factor = 2 ** (len(codec.config.block_out_channels) - 1) if codec is not None else 1
     colours = codec.config.out_channels if codec is not None else config.in_channels
-    sigma_max = min(schedule.sigma_max, 80.0)
-    # Stable Diffusion's pipelines switch a scheduler's clamping off when they are made: latents are larger.
-    unclamped = index.unclamps if index is not None else text is not None and text.pooled_dim is None
+    # Stable Diffusion's pipelines change a scheduler when they are made: no clamping, as latents are larger, and
+    # timesteps from 1 on.
+    changed = index.changes_scheduler if index is not None else text is not None and text.pooled_dim is None
+    spec = scheduler_spec(scheduler)
+    if changed and spec is not None:
+        spec = spec.model_copy(update={"steps_offset": 1})
     return Sidecar(
         image=ImageSpec(
             channels=config.in_channels,
@@ -85,15 +89,14 @@ def derived_sidecar(
             picture=(colours, height * factor, width * factor),
         ),
         cond=_derived_cond(network, text),
-        sampler=SamplerSpec(
-            kind="euler",
-            sigma_min=max(schedule.sigma_min, 0.002),
-            sigma_max=sigma_max,
-            noise_scale=schedule.start_scale(sigma_max),
-            num_steps=30,
-            max_steps=1000,
+        sampler=folder_sampler(
+            scheduler,
+            schedule,
+            size=(height, width),
             guidance=7.5 if text is not None else 1.0,
-            clip=None if unclamped else clip_of(scheduler),
+            clip=None if changed else clip_of(scheduler),
+            network=config,
+            spec=spec,
         ),
         parameterisation=parameterisation_of(scheduler),
     )

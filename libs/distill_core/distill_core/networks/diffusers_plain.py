@@ -3,6 +3,7 @@
     few steps, vp      LCMScheduler: x0, noise again to the next level, x0 …; what `diffusion.sampling.few_step` does
     Euler, vp          EulerDiscreteScheduler on Karras' levels
     one step, edm      EDMEulerScheduler, from a level where sqrt(1 + sigma^2) = sigma to 0.1 %
+    scheduler          the one of the foreign folder, whose steps they are
 
 Nothing else of diffusers takes the same steps. A teacher's scheduler spaces its steps otherwise, and at one step most
 begin near no noise at all; a student's folder that kept it would open, and draw noise. A schedule that ends without
@@ -50,6 +51,8 @@ def plain_use(
     pipeline: str | None,
 ) -> PlainUse:
     """Scheduler that takes the steps of `spec` in plain diffusers, by the class `pipeline`, by hand if None."""
+    if spec.kind == "scheduler":  # the folder's own
+        return PlainUse(scheduler, {spec.num_steps: ()})
     if schedule.kind == "vp" and scheduler.config.get("rescale_betas_zero_snr"):
         scheduler = _finite(scheduler, schedule)
     if schedule.kind == "vp" and spec.kind == "few_step":

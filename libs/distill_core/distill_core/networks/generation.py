@@ -75,11 +75,7 @@ def generate_x0(
     def draw(k: int) -> Tensor:
         return torch.from_numpy(unit_normals([(seed, i) for i in indices], k, shape)).to(device)
 
-    def denoise(x: Tensor, *level: float) -> Tensor:
-        sigma, *told = (x.new_full((len(x),), value) for value in level)
-        return denoiser.guided(x, sigma, cond, guidance, *told)
-
-    x0: Tensor = sample(denoise, spec, draw, num_steps or spec.num_steps)
+    x0: Tensor = sample(denoiser.bound(cond, guidance), spec, draw, num_steps or spec.num_steps)
     return x0
 
 

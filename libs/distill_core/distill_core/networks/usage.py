@@ -88,6 +88,7 @@ def _by_pipeline(
     named = steps.get(spec.num_steps, ())
     count = f"timesteps={list(named)}" if named else f"num_inference_steps={spec.num_steps}"
     code = ["import torch", *opened]
+    eta = f", eta={spec.scheduler.eta:g}" if spec.scheduler is not None and spec.scheduler.eta else ""
     if pipeline in UNCONDITIONAL:
         code.append(f"picture = pipeline({count}, {RANDOM}).images[0]")
     else:
@@ -95,7 +96,7 @@ def _by_pipeline(
         code += [
             f"latents = torch.randn(1, {image.channels}, {image.height}, {image.width}, {RANDOM})",
             f'options = {{"height": {image.picture[1]}, "width": {image.picture[2]}, "latents": latents}}',
-            f'picture = pipeline("a photograph", {count}, {guidance}, **options).images[0]',
+            f'picture = pipeline("a photograph", {count}, {guidance}{eta}, **options).images[0]',
         ]
     if not steps:
         return code, ["These are diffusers' own steps; Distillery's sampler takes others, to other pictures."]
@@ -117,13 +118,15 @@ def _by_hand(
     where = f'".", subfolder="{inside}{{}}"'
     codec = next((name for name in ("vae", "vqvae") if name in parts), None)
     used = {parts[slot], parts[codec or slot]}
-    used |= set() if denoiser.schedule.kind == "flow" else {parts["scheduler"]}
+    stepped = denoiser.sampler.kind == "scheduler"
+    schedules = stepped or denoiser.schedule.kind != "flow"
+    used |= {parts["scheduler"]} if schedules else set()
     code = ["import torch", f"from diffusers import {', '.join(sorted(used))}"]
     text = "text_encoder" in parts and "text_encoder_2" not in parts
     if text:
         code.append("from transformers import CLIPTextModel, CLIPTokenizer")
     code += ["", f"network = {parts[slot]}.from_pretrained({where.format(slot)})"]
-    if denoiser.schedule.kind != "flow":
+    if schedules:
         code.append(f"scheduler = {parts['scheduler']}.from_pretrained({where.format('scheduler')})")
     if text:
         code += [
@@ -132,7 +135,10 @@ def _by_hand(
             'truncation=True, return_tensors="pt")',
             'encoder = CLIPTextModel.from_pretrained(".", subfolder="text_encoder")',
         ]
-    code += [*_denoise(denoiser, slot, text), "", *_sampled(denoiser, steps)]
+    if stepped:
+        code += _stepped(denoiser, _arguments(denoiser, slot, text), slot)
+    else:
+        code += [*_denoise(denoiser, slot, text), "", *_sampled(denoiser, steps)]
     if codec is not None:
         code += [
             f'codec = {parts[codec]}.from_pretrained(".", subfolder="{codec}")',
@@ -159,14 +165,8 @@ def _moments(denoiser: Denoiser) -> list[str]:
 
 def _denoise(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
     """A function of the card, from a sample with noise of deviation sigma to x0 (docs/conventions.md)."""
-    kind, out = denoiser.schedule.kind, ".sample"
-    arguments = ["x_scaled", "timestep=time"]
-    if denoiser.cond.kind == "class_label" or slot == "transformer":
-        arguments.append("class_labels=labels")
-    if text:
-        arguments.append("encoder_hidden_states=encoder(tokens.input_ids)[0]")
-    if slot == "transformer":
-        out += "[:, : x.shape[1]]"
+    kind, out = denoiser.schedule.kind, _answer(slot, "x")
+    arguments = _arguments(denoiser, slot, text)
     form = {
         "edm": (
             "scheduler.precondition_inputs(x, sigma)",
@@ -176,10 +176,7 @@ def _denoise(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
         "flow": ("x / (1 + sigma)", "1000 * sigma / (1 + sigma)", "(x - sigma * output) / (1 + sigma)"),
         "vp": ("x / (1 + sigma**2) ** 0.5", "timestep_of(sigma)", _vp_answer(denoiser)),
     }[kind]
-    labels = denoiser.cond.num_classes or 1
-    code = []
-    if "class_labels=labels" in arguments:
-        code.append(f"labels = torch.arange(4) % {labels}")
+    code = _labels(denoiser, arguments)
     if kind == "vp":
         code += [
             "levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5",
@@ -200,6 +197,43 @@ def _denoise(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
         f"    output = network({', '.join(arguments)}){out}",
         f"    return {form[2]}",
         "",
+    ]
+
+
+def _arguments(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
+    arguments = ["x_scaled", "timestep=time"]
+    if denoiser.cond.kind == "class_label" or slot == "transformer":
+        arguments.append("class_labels=labels")
+    if text:
+        arguments.append("encoder_hidden_states=encoder(tokens.input_ids)[0]")
+    return arguments
+
+
+def _answer(slot: str, x: str) -> str:
+    """The prediction in what the network answers: a transformer's may have a variance below it."""
+    return f".sample[:, : {x}.shape[1]]" if slot == "transformer" else ".sample"
+
+
+def _labels(denoiser: Denoiser, arguments: list[str]) -> list[str]:
+    classes = denoiser.cond.num_classes or 1
+    return [f"labels = torch.arange(4) % {classes}"] if "class_labels=labels" in arguments else []
+
+
+def _stepped(denoiser: Denoiser, arguments: list[str], slot: str) -> list[str]:
+    """The loop of a folder's own scheduler, without guidance."""
+    spec, image, flows = denoiser.sampler, denoiser.image, denoiser.schedule.kind == "flow"
+    noise = f"torch.randn(4, {image.channels}, {image.height}, {image.width}, {RANDOM})"
+    eta = f", eta={spec.scheduler.eta:g}" if spec.scheduler is not None and spec.scheduler.eta else ""
+    return [
+        *_labels(denoiser, arguments),
+        f"scheduler.set_timesteps({spec.num_steps})",
+        f"x0 = {noise}" if flows else f"x0 = scheduler.init_noise_sigma * {noise}",
+        "with torch.no_grad():",
+        "    for step in scheduler.timesteps:",
+        f"        x_scaled = {'x0' if flows else 'scheduler.scale_model_input(x0, step)'}",
+        "        time = step.expand(len(x0))",
+        f"        output = network({', '.join(arguments)}){_answer(slot, 'x0')}",
+        f"        x0 = scheduler.step(output, step, x0{eta}).prev_sample",
     ]
 
 

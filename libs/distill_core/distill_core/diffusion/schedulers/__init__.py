@@ -10,7 +10,8 @@ from distill_core.diffusion.schedulers.levels import Levels, Size, levels_of
 from distill_core.diffusion.schedulers.spec import DISCRETE, SchedulerSpec
 from distill_core.diffusion.steps import Path, Step
 
-__all__ = ["SchedulerSpec", "levels", "path"]
+__all__ = ["SchedulerSpec", "levels", "most_steps", "path"]
+MOST_STEPS = 1000
 
 
 def levels(spec: SchedulerSpec, num_steps: int, size: Size) -> Levels:
@@ -24,6 +25,13 @@ def levels(spec: SchedulerSpec, num_steps: int, size: Size) -> Levels:
         if spec.name in DISCRETE
         else levels_of(spec, num_steps, size)
     )
+
+
+def most_steps(spec: SchedulerSpec) -> int:
+    """The largest number of steps that there can be levels for."""
+    if spec.name in ("lcm", "tcd"):
+        return len(spec.timesteps) or spec.original_inference_steps
+    return min(spec.num_train_timesteps, MOST_STEPS)
 
 
 def path(spec: SchedulerSpec, num_steps: int, size: Size, first: int = 0) -> Path:

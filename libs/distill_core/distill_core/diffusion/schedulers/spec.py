@@ -73,12 +73,17 @@ class SchedulerSpec(Config):
             raise ValueError("timesteps must be descending")
         if self.trained_betas and len(self.trained_betas) != self.num_train_timesteps:
             raise ValueError(f"there must be {self.num_train_timesteps} trained_betas")
-        if self.original_inference_steps > self.num_train_timesteps:
+        if self.name in ("lcm", "tcd") and self.original_inference_steps > self.num_train_timesteps:
             raise ValueError(f"original_inference_steps must be at most {self.num_train_timesteps}")
         if self.final_sigmas_type == "sigma_min" and (self.flows or self.name == "unipc"):
             raise ValueError("final_sigmas_type must be zero here")
-        if self.spread and self.use_flow_sigmas:
-            raise ValueError("use_karras_sigmas and use_exponential_sigmas do not go with use_flow_sigmas")
+        cosine = (
+            self.name in MULTISTEP and self.beta_schedule == "squaredcos_cap_v2" and not self.trained_betas
+        )
+        if self.spread and (self.use_flow_sigmas or cosine):  # the library itself finds no steps there
+            raise ValueError(
+                f"{self.spread} levels do not go with use_flow_sigmas, nor with beta_schedule = squaredcos_cap_v2"
+            )
         return self
 
     @property

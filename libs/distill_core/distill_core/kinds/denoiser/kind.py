@@ -76,7 +76,7 @@ class DenoiserKind(Kind):
 
     def image_probe(self, model: Denoiser) -> ImageProbe | None:
         device = next(model.parameters()).device
-        num_steps = min(model.sampler.step_counts, default=1)
+        num_steps = model.sampler.fewest_steps
         label = prompt = None
         cond: Cond = {}
         if model.cond.kind == "class_label":

@@ -57,8 +57,8 @@ class Index:
     parts: Mapping[str, str]
 
     @property
-    def unclamps(self) -> bool:
-        """Whether the pipeline switches a scheduler's clamping of x0 off when it is made."""
+    def changes_scheduler(self) -> bool:
+        """Whether the pipeline, when it is made, switches a scheduler's clamping of x0 off and sets steps_offset = 1."""
         return self.pipeline.startswith("StableDiffusion") and "XL" not in self.pipeline
 
 
