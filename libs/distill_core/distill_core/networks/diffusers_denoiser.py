@@ -27,7 +27,7 @@ from distill_core.networks.diffusers_codec import decode_latent, to_latent, unsc
 from distill_core.networks.diffusers_plain import opens, pipeline_class, plain_use
 from distill_core.networks.diffusers_schedule import schedule_of
 from distill_core.networks.fake_tensors import real_tensors
-from distill_core.networks.steering import make_steerable
+from distill_core.networks.families import family_of
 from distill_core.networks.text import TextEncoder
 from distill_core.networks.tileable import decode_wrapped, wrap_around
 from distill_core.networks.usage import Place, usage
@@ -66,8 +66,8 @@ class DiffusersDenoiser(Denoiser):
         self.parameterisation: Parameterisation = sidecar.parameterisation
         # Frozen companions live outside the module tree: they are not trained, copied per role, or averaged.
         self._companions: dict[str, Any] = {"codec": codec, "text": text}
-        if isinstance(network, diffusers.UNet2DConditionModel):
-            make_steerable(network)
+        self.family = family_of(network)
+        self.family.prepare(network)
         if self.image.tileable:  # diffusers' own config has no word for it
             wrap_around(network)
 
@@ -94,10 +94,8 @@ class DiffusersDenoiser(Denoiser):
 
     @property
     def called_apart(self) -> list[nn.Module]:
-        """Modules called from outside the block that holds them: of a DiT the first block's embedding."""
-        blocks = getattr(self.network, "transformer_blocks", None)
-        embedding = getattr(getattr(blocks[0], "norm1", None), "emb", None) if blocks else None
-        return [] if embedding is None else [embedding]
+        """Modules called from outside the block that holds them."""
+        return self.family.called_apart(self.network)
 
     def enable_gradient_checkpointing(self) -> None:
         try:
@@ -117,7 +115,8 @@ class DiffusersDenoiser(Denoiser):
     ) -> Tensor:
         scaled = x_sigma * expand(self.schedule.scale(sigma), x_sigma)
         cond = self._with_null(cond, x_sigma.shape[0])  # len() would bake the batch into an exported graph
-        output = self._call(scaled, self.schedule.network_time(sigma) if time is None else time, cond)
+        told = self.schedule.network_time(sigma) if time is None else time
+        output = self.family.call(self.network, scaled, told, cond, self.image)
         x0 = to_x0(
             output.float(), x_sigma, expand(sigma, x_sigma), self.parameterisation, self.schedule.sigma_data
         )
@@ -126,9 +125,9 @@ class DiffusersDenoiser(Denoiser):
     def with_features(
         self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        with _captured(self._trunk()) as features:
+        with _captured(self.family.trunk(self.network)) as features:
             x0 = self(x_sigma, sigma, cond)
-        return x0, [self._as_map(feature) for feature in features]
+        return x0, [self.family.as_map(self.network, feature, x_sigma) for feature in features]
 
     def null_cond(self, batch: int) -> Cond:
         device = next(self.network.parameters()).device
@@ -235,71 +234,16 @@ class DiffusersDenoiser(Denoiser):
         return "vqvae" if unconditional or type(self.codec).__name__ == "VQModel" else "vae"
 
     def _slot(self) -> str:
-        return "transformer" if "Transformer" in type(self.network).__name__ else "unet"
+        return self.family.slot
 
     def _with_null(self, cond: Cond | None, batch: int) -> Cond:
         return cond or self.null_cond(batch)
 
-    def _call(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        if isinstance(self.network, diffusers.UNet2DConditionModel):
-            prompt = cond["prompt_embeds"].to(x.dtype)
-            output = self.network(x, time, encoder_hidden_states=prompt, **self._text_extras(x, cond)).sample
-            return _predicted(output, x)
-        if "nasa_scale" in cond:
-            raise ConfigError(
-                f"{type(self.network).__name__} has no cross-attention that a negative prompt could steer; "
-                "leave the negative prompt out",
-                field="negative_prompt",
-            )
-        labels = cond.get("class_label")
-        if self._slot() == "transformer":
-            if labels is None:  # a DiT always has a label table; unconditional ones use their only row
-                labels = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-            return _predicted(self.network(x, timestep=time, class_labels=labels).sample, x)
-        return _predicted(self.network(x, time, class_labels=labels).sample, x)
-
-    def _text_extras(self, x: Tensor, cond: Cond) -> dict[str, Any]:
-        """Inputs of a text-conditional network beside the prompt: SDXL's size and pooled prompt, and steering."""
-        extras: dict[str, Any] = {}
-        if self.cond.pooled_dim is not None:
-            _, height, width = self.image.picture
-            size = x.new_tensor(
-                [height, width, 0, 0, height, width]
-            )  # original size, corner of the crop, size
-            pooled = cond["pooled_embeds"].to(x.dtype)
-            extras["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": size.expand(x.shape[0], -1)}
-        if "nasa_scale" in cond:
-            steering = ("negative_prompt_embeds", "nasa_scale")
-            extras["cross_attention_kwargs"] = {name: cond[name] for name in steering}
-        return extras
-
-    def _trunk(self) -> nn.Module:
-        if self._slot() == "unet":
-            trunk: nn.Module = self.network.mid_block or self.network.down_blocks[-1]
-            return trunk
-        blocks: nn.ModuleList = self.network.transformer_blocks
-        return blocks[len(blocks) // 2]
-
-    def _as_map(self, feature: Tensor) -> Tensor:
-        if feature.ndim == 4:
-            return feature
-        patch: int = self.network.config.patch_size
-        size = self.image.height // patch, self.image.width // patch
-        feature_map: Tensor = feature.transpose(1, 2).unflatten(2, size)  # (B, N, D) -> (B, D, h, w)
-        return feature_map
-
-
-def _predicted(output: Tensor, x: Tensor) -> Tensor:
-    """A network's output without the variance that some learn below it."""
-    return output if output.shape[1] == x.shape[1] else output[:, : x.shape[1]]
-
 
 @contextlib.contextmanager
-def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
-    outputs: list[Tensor] = []
-    handle = module.register_forward_hook(
-        lambda _module, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
-    )
+def _captured(module: nn.Module) -> Iterator[list[Any]]:
+    outputs: list[Any] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     try:
         yield outputs
     finally:

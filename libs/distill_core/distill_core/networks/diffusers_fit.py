@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
-from distill_core.artifacts import CondSpec, ImageSpec
+from distill_core.artifacts import ImageSpec, SamplerSpec
 from distill_core.errors import ArtifactError
 from distill_core.networks.diffusers_codec import latent_channels
 from distill_core.networks.diffusers_denoiser import Sidecar
@@ -17,10 +15,9 @@ from distill_core.networks.diffusers_schedule import (
     parameterisation_of,
     schedule_of,
 )
+from distill_core.networks.families import family_of
 from distill_core.networks.foreign.index import Index
-from distill_core.networks.foreign.keys import shown
-from distill_core.networks.foreign.samplers import folder_sampler, scheduler_spec
-from distill_core.networks.text import TextEncoder, check_text
+from distill_core.networks.text import TextEncoder
 
 
 def check_fit(path: Path, network: Any, scheduler: Any, codec: Any, text: TextEncoder | None) -> None:
@@ -29,11 +26,9 @@ def check_fit(path: Path, network: Any, scheduler: Any, codec: Any, text: TextEn
     Raises:
         ArtifactError: they do not; the sentence names the key.
     """
-    config = network.config
-    taken, given = config.in_channels, config.get("out_channels") or config.in_channels
-    halves = (
-        learns_variance(scheduler) or "Transformer" in type(network).__name__
-    )  # a DiT's need no word for it
+    config, family = network.config, family_of(network)
+    taken, given = family.channels(config)
+    halves = learns_variance(scheduler) or family.variance_below
     if given != taken and not (halves and given == 2 * taken):
         raise ArtifactError(
             f"{path} says in_channels = {taken} and out_channels = {given}; a network that is shown more than the "
@@ -45,22 +40,7 @@ def check_fit(path: Path, network: Any, scheduler: Any, codec: Any, text: TextEn
             f"{path} says in_channels = {taken}, and the codec's latents have {latent_channels(codec.config)} channels"
         )
     if text is not None:
-        _check_prompted(path, network, text)
-
-
-def _check_prompted(path: Path, network: Any, text: TextEncoder) -> None:
-    config: Any = network.config
-    if not isinstance(network, diffusers.UNet2DConditionModel):
-        raise ArtifactError(
-            f"{path} is of a {type(network).__name__}, which takes no text; its folder has text_encoder/"
-        )
-    check_text(config, text)
-    widths = config.cross_attention_dim
-    for width in widths if isinstance(widths, list | tuple) else [widths]:
-        if width != text.embed_dim:
-            raise ArtifactError(
-                f"{path} says cross_attention_dim = {shown(widths)}, and prompts are encoded {text.embed_dim} wide"
-            )
+        family.check_text(path, config, text)
 
 
 def derived_sidecar(
@@ -71,28 +51,28 @@ def derived_sidecar(
     Raises:
         ArtifactError: they do not say it, or something that is not understood.
     """
-    config, schedule = network.config, schedule_of(scheduler)
-    height, width = _size(path, config.sample_size)
+    config, schedule, family = network.config, schedule_of(scheduler), family_of(network)
+    (channels, _), (height, width) = family.channels(config), family.size(path, config)
     factor = 2 ** (len(codec.config.block_out_channels) - 1) if codec is not None else 1
-    colours = codec.config.out_channels if codec is not None else config.in_channels
-    # Stable Diffusion's pipelines change a scheduler when they are made: no clamping, as latents are larger, and
-    # timesteps from 1 on.
-    changed = index.changes_scheduler if index is not None else text is not None and text.pooled_dim is None
-    spec = scheduler_spec(scheduler)
-    if changed and spec is not None:
-        spec = spec.model_copy(update={"steps_offset": 1})
+    colours = codec.config.out_channels if codec is not None else channels
+    sigma_max = min(schedule.sigma_max, 80.0)
+    # Stable Diffusion's pipelines switch a scheduler's clamping off when they are made: latents are larger.
+    unclamped = index.unclamps if index is not None else text is not None and text.pooled_dim is None
     return Sidecar(
         image=ImageSpec(
-            channels=config.in_channels,
+            channels=channels,
             height=height,
             width=width,
             picture=(colours, height * factor, width * factor),
         ),
-        cond=_derived_cond(network, text),
-        sampler=folder_sampler(
-            scheduler,
-            schedule,
-            size=(height, width),
+        cond=family.cond(config, text),
+        sampler=SamplerSpec(
+            kind="euler",
+            sigma_min=max(schedule.sigma_min, 0.002),
+            sigma_max=sigma_max,
+            noise_scale=schedule.start_scale(sigma_max),
+            num_steps=30,
+            max_steps=1000,
             guidance=7.5 if text is not None else 1.0,
             clip=None if changed else clip_of(scheduler),
             network=config,
@@ -100,29 +80,3 @@ def derived_sidecar(
         ),
         parameterisation=parameterisation_of(scheduler),
     )
-
-
-def _size(path: Path, sample_size: Any) -> tuple[int, int]:
-    """(height, width) of what the network draws."""
-    sides = list(sample_size) if isinstance(sample_size, list | tuple) else [sample_size, sample_size]
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ArtifactError(
-            f"{path} says sample_size = {shown(sample_size)}; give the side of what the network draws, or "
-            "[height, width]: pixels, or latents where there is a codec"
-        )
-    return sides[0], sides[1]
-
-
-def _derived_cond(network: Any, text: TextEncoder | None) -> CondSpec:
-    config = network.config
-    if text is not None:
-        return CondSpec(
-            kind="prompt", max_tokens=text.max_tokens, embed_dim=text.embed_dim, pooled_dim=text.pooled_dim
-        )
-    if isinstance(network, diffusers.UNet2DConditionModel):
-        raise ArtifactError("this network is conditioned on text, and its folder has no text_encoder/")
-    classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
-    if not classes:
-        return CondSpec(kind="none")
-    null = classes if config.get("num_embeds_ada_norm") else None
-    return CondSpec(kind="class_label", num_classes=classes, null_label=null)

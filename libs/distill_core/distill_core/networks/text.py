@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from distill_core.artifacts import CondSpec
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.files.json_tables import read_table
 from distill_core.method import Cond
@@ -73,6 +74,12 @@ class TextEncoder:
     def _length(self, tokenizer: Any, prompt: str) -> int:
         with _TOKENIZING:
             return len(tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids)
+
+    def cond(self) -> CondSpec:
+        """The conditions of a network that reads these prompts."""
+        return CondSpec(
+            kind="prompt", max_tokens=self.max_tokens, embed_dim=self.embed_dim, pooled_dim=self.pooled_dim
+        )
 
     def null(self) -> Cond:
         """The condition (1, ...) that means "none"."""

@@ -1,0 +1,17 @@
+"""The table of network classes: one file for each, and no other place that knows them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from distill_core.networks.families.base import Family
+from distill_core.networks.families.dit import DiT
+from distill_core.networks.families.unet import UNet2D, UNet2DCondition
+
+FAMILIES: Mapping[str, Family] = {each.network: each for each in (UNet2D(), UNet2DCondition(), DiT())}
+
+
+def family_of(network: Any) -> Family:
+    """The family of a network."""
+    return FAMILIES[type(network).__name__]
