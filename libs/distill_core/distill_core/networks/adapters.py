@@ -144,6 +144,9 @@ class LoraDenoiser(Denoiser):
     def encode_prompts(self, prompts: list[str]) -> Cond:
         return self.adapted.encode_prompts(prompts)
 
+    def encode_negative(self, prompts: list[str]) -> Cond:
+        return self.adapted.encode_negative(prompts)
+
     def decode(self, x0: Tensor) -> Tensor:
         return self.adapted.decode(x0)
 

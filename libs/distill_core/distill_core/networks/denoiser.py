@@ -81,6 +81,10 @@ class Denoiser(nn.Module, abc.ABC):
         """`prompt_embeds` (B, T, D); models without a text encoder refuse."""
         raise ConfigError("this model takes no prompts; give class labels instead", field="prompts")
 
+    def encode_negative(self, prompts: list[str]) -> Cond:
+        """The same of prompts that guidance leads away from, which some models read otherwise."""
+        return self.encode_prompts(prompts)
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass; networks that cannot refuse."""
         raise ConfigError(
@@ -127,8 +131,10 @@ class Denoiser(nn.Module, abc.ABC):
     def _both_halves(self, cond: Cond, batch: int) -> Cond:
         """`cond`, and below it the condition that guidance leads away from."""
         null = self.null_cond(batch)
+        others = {name: value for name, value in cond.items() if name not in null}
         if "nasa_scale" in cond:
-            null |= {name: torch.zeros_like(value) for name, value in cond.items() if name not in null}
+            null |= {name: torch.zeros_like(value) for name, value in others.items()}
         else:
             null = {name: cond.get(f"negative_{name}", value) for name, value in null.items()}
+            null |= {name: value for name, value in others.items() if not name.startswith("negative_")}
         return {name: torch.cat([cond[name], value.to(cond[name])]) for name, value in null.items()}

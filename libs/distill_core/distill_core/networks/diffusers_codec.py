@@ -1,4 +1,4 @@
-"""The codec of a latent model: an AutoencoderKL or VQModel of diffusers, frozen, with the scale of its latents."""
+"""The codec of a latent model: an autoencoder of diffusers, frozen, with the scale of its latents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def to_latent(codec: ModelMixin, picture: Tensor) -> Tensor:
         picture.device.type, enabled=False
     ):  # latents in 8 bits of mantissa are other pictures
         answer = codec.encode(picture.to(codec.dtype))
-        encoded = answer.latents if hasattr(answer, "latents") else answer.latent_dist.mode()
+        named = next((name for name in ("latents", "latent") if hasattr(answer, name)), None)
+        encoded = answer.latent_dist.mode() if named is None else getattr(answer, named)
         latent: Tensor = encoded.float()
     config = codec.config
     scale: float = config["scaling_factor"]
@@ -54,6 +55,17 @@ def latent_channels(config: Any) -> int:
     return int(config.get("vq_embed_dim") or config["latent_channels"])
 
 
+def factor_of(config: Any) -> int:
+    """Pixels on a side of the square that one latent of a codec of this config stands for."""
+    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return int(2 ** (len(widths) - 1))
+
+
+def colours_of(config: Any) -> int:
+    """C of the pictures."""
+    return int(config.get("out_channels") or config["in_channels"])
+
+
 def check_codec(path: Path, config: Any) -> None:
     """Refuse a codec whose scale is none, or is said in two ways.
 
@@ -76,7 +88,7 @@ def check_codec(path: Path, config: Any) -> None:
             _check_numbers(path, name, values, count=latent_channels(config))
     if std is not None and min(std) <= 0:
         raise ArtifactError(f"{path} says latents_std = {min(std)}; standard deviations are above 0")
-    if config["in_channels"] != config["out_channels"]:
+    if config["in_channels"] != colours_of(config):
         raise ArtifactError(
             f"{path} says in_channels = {config['in_channels']} and out_channels = {config['out_channels']}; "
             "a codec that gives back another kind of picture is not supported"

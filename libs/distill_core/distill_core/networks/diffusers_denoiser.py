@@ -28,7 +28,7 @@ from distill_core.networks.diffusers_plain import opens, pipeline_class, plain_u
 from distill_core.networks.diffusers_schedule import schedule_of
 from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.families import family_of
-from distill_core.networks.text import TextEncoder
+from distill_core.networks.prompts import PromptEncoder
 from distill_core.networks.tileable import decode_wrapped, wrap_around
 from distill_core.networks.usage import Place, usage
 
@@ -54,7 +54,7 @@ class DiffusersDenoiser(Denoiser):
         sidecar: Sidecar,
         *,
         codec: ModelMixin | None = None,
-        text: TextEncoder | None = None,
+        text: PromptEncoder | None = None,
     ) -> None:
         super().__init__()
         self.network: ModelMixin = (
@@ -88,8 +88,8 @@ class DiffusersDenoiser(Denoiser):
         return codec
 
     @property
-    def text(self) -> TextEncoder | None:
-        text: TextEncoder | None = self._companions["text"]
+    def text(self) -> PromptEncoder | None:
+        text: PromptEncoder | None = self._companions["text"]
         return text
 
     @property
@@ -147,6 +147,11 @@ class DiffusersDenoiser(Denoiser):
             return super().encode_prompts(prompts)
         return self.text.encode(prompts)
 
+    def encode_negative(self, prompts: list[str]) -> Cond:
+        if self.text is None:
+            return super().encode_negative(prompts)
+        return self.text.encode(prompts, negative=True)
+
     def encode(self, picture: Tensor) -> Tensor:
         if self.codec is None:
             return picture
@@ -177,7 +182,9 @@ class DiffusersDenoiser(Denoiser):
             self._slot(): self.network,
             **(self._companion_parts() if companions is None else companions),
         }
-        pipeline = pipeline_class(parts, self.cond, self.schedule, tileable=self.image.tileable)
+        named = self.family.pipeline_for(self.network.config, self.text)
+        tileable = self.image.tileable
+        pipeline = pipeline_class(parts, self.cond, self.schedule, tileable=tileable, named=named)
         with real_tensors():
             use = plain_use(self.scheduler, self.schedule, self.sampler, self.parameterisation, pipeline)
         use.scheduler.save_pretrained(folder / "scheduler")
@@ -186,7 +193,7 @@ class DiffusersDenoiser(Denoiser):
             pipeline = None
         if pipeline is not None and companions is not None:  # else the folder opens part by part
             options = {} if self.text is None else self.text.options
-            index = {**_model_index(pipeline, parts), **options}
+            index = {**_model_index(pipeline, parts, self.family.index_of(pipeline)), **options}
             (folder / "model_index.json").write_text(json.dumps(index, indent=1))
         self.save_sidecar(folder)
         place = Place(inside, adapter=companions is None)
@@ -196,9 +203,9 @@ class DiffusersDenoiser(Denoiser):
         (folder / CARD).write_text(words + "\n", encoding="utf-8")
 
     def _companion_parts(self) -> dict[str, Any]:
-        named = {self._codec_slot(): self.codec, "text_encoder": self.text and self.text.model}
-        second = getattr(self.text, "model_2", None)
-        return {name: part for name, part in {**named, "text_encoder_2": second}.items() if part is not None}
+        codec = {} if self.codec is None else {self._codec_slot(): self.codec}
+        parts = {} if self.text is None else self.text.parts
+        return codec | {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
     def bare(self) -> DiffusersDenoiser:
         """The same network without its companions."""
@@ -237,7 +244,12 @@ class DiffusersDenoiser(Denoiser):
         return self.family.slot
 
     def _with_null(self, cond: Cond | None, batch: int) -> Cond:
-        return cond or self.null_cond(batch)
+        cond, usual = cond or self.null_cond(batch), self.cond.embedded_guidance
+        if usual is not None and "embedded_guidance" not in cond:
+            like = next(iter(cond.values()))
+            told = torch.full((batch,), usual, device=like.device)
+            return {**cond, "embedded_guidance": told}
+        return cond
 
 
 @contextlib.contextmanager
@@ -250,16 +262,8 @@ def _captured(module: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def _model_index(pipeline: str, parts: dict[str, Any]) -> dict[str, Any]:
-    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
-    if pipeline == "StableDiffusionPipeline":
-        index |= {
-            "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-        }
-    if pipeline == "StableDiffusionXLPipeline":
-        index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
+def _model_index(pipeline: str, parts: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **others}
     for name, part in parts.items():
         index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
     return index

@@ -7,7 +7,7 @@ from typing import Any
 
 from distill_core.artifacts import ImageSpec, SamplerSpec
 from distill_core.errors import ArtifactError
-from distill_core.networks.diffusers_codec import latent_channels
+from distill_core.networks.diffusers_codec import colours_of, factor_of, latent_channels
 from distill_core.networks.diffusers_denoiser import Sidecar
 from distill_core.networks.diffusers_schedule import (
     clip_of,
@@ -17,10 +17,10 @@ from distill_core.networks.diffusers_schedule import (
 )
 from distill_core.networks.families import family_of
 from distill_core.networks.foreign.index import Index
-from distill_core.networks.text import TextEncoder
+from distill_core.networks.prompts import PromptEncoder
 
 
-def check_fit(path: Path, network: Any, scheduler: Any, codec: Any, text: TextEncoder | None) -> None:
+def check_fit(path: Path, network: Any, scheduler: Any, codec: Any, text: PromptEncoder | None) -> None:
     """Refuse parts that do not fit, by the network's config at `path`.
 
     Raises:
@@ -44,7 +44,7 @@ def check_fit(path: Path, network: Any, scheduler: Any, codec: Any, text: TextEn
 
 
 def derived_sidecar(
-    path: Path, network: Any, scheduler: Any, index: Index | None, codec: Any, text: TextEncoder | None
+    path: Path, network: Any, scheduler: Any, index: Index | None, codec: Any, text: PromptEncoder | None
 ) -> Sidecar:
     """Picture shape, conditions and sampling as a foreign folder's parts state them.
 
@@ -53,8 +53,8 @@ def derived_sidecar(
     """
     config, schedule, family = network.config, schedule_of(scheduler), family_of(network)
     (channels, _), (height, width) = family.channels(config), family.size(path, config)
-    factor = 2 ** (len(codec.config.block_out_channels) - 1) if codec is not None else 1
-    colours = codec.config.out_channels if codec is not None else channels
+    factor = factor_of(codec.config) if codec is not None else 1
+    colours = colours_of(codec.config) if codec is not None else channels
     sigma_max = min(schedule.sigma_max, 80.0)
     # Stable Diffusion's pipelines switch a scheduler's clamping off when they are made: latents are larger.
     unclamped = index.unclamps if index is not None else text is not None and text.pooled_dim is None
@@ -73,10 +73,8 @@ def derived_sidecar(
             noise_scale=schedule.start_scale(sigma_max),
             num_steps=30,
             max_steps=1000,
-            guidance=7.5 if text is not None else 1.0,
-            clip=None if changed else clip_of(scheduler),
-            network=config,
-            spec=spec,
+            guidance=family.guidance if text is not None else 1.0,
+            clip=None if unclamped else clip_of(scheduler),
         ),
         parameterisation=parameterisation_of(scheduler),
     )

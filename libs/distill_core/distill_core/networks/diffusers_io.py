@@ -24,7 +24,8 @@ from distill_core.networks.foreign.networks import CODECS, NETWORKS
 from distill_core.networks.foreign.schedulers import SCHEDULERS
 from distill_core.networks.foreign.weights import variant_of
 from distill_core.networks.foreign_configs import check_numbers
-from distill_core.networks.text import TextEncoder, load_text_encoder
+from distill_core.networks.prompts import PromptEncoder
+from distill_core.networks.text import load_text_encoder
 
 SLOTS = ("unet", "transformer")
 CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
@@ -49,12 +50,14 @@ def load_companions(folder: Path, *, device: torch.device | str = "cpu") -> dict
     return companions
 
 
-def _load_text(folder: Path) -> TextEncoder:
+def _load_text(folder: Path) -> PromptEncoder:
     """The encoder that the folder's network, or its experts, read; Stable Diffusion's where it has none."""
     inside = (folder, *sorted(folder.glob("experts/*")))
     slots = [place / slot for place in inside for slot in SLOTS if (place / slot / CONFIG).is_file()]
-    family = FAMILIES[_class_name(slots[0], NETWORKS)] if slots else None
-    return load_text_encoder(folder) if family is None else family.load_text(folder)
+    if not slots:
+        return load_text_encoder(folder)
+    config = _table(slots[0] / CONFIG, "cannot be read as a diffusers config")
+    return FAMILIES[_class_name(slots[0], NETWORKS)].load_text(folder, config)
 
 
 @loading()

@@ -24,7 +24,10 @@ from distill_core.diffusion.schedule import NoiseSchedule, Parameterisation
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 OF_BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 ON_GRID = 1e-2  # of a timestep: as near as float32 tells
-TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")  # they take timesteps
+TEXT_PIPELINES = (
+    *("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    *("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+)  # they take timesteps
 SCALING_PIPELINES = (
     *TEXT_PIPELINES,
     "LDMPipeline",
@@ -69,12 +72,15 @@ def plain_use(
 
 
 def pipeline_class(
-    parts: dict[str, Any], cond: CondSpec, schedule: NoiseSchedule, *, tileable: bool
+    parts: dict[str, Any], cond: CondSpec, schedule: NoiseSchedule, *, tileable: bool, named: str = ""
 ) -> str | None:
     """The diffusers pipeline of a folder with these parts; None where no class calls such a network as it must be.
 
-    A DDPMPipeline neither scales what the network sees nor knows classes; none pads a picture with its other side.
+    `named` is the one pipeline of a network's family, where there is only one. A DDPMPipeline neither scales what the
+    network sees nor knows classes; none pads a picture with its other side.
     """
+    if named:
+        return named if not tileable and {"vae", "text_encoder"} <= parts.keys() else None
     if tileable or schedule.kind == "flow":
         return None
     codec = parts.get("vae") or parts.get("vqvae")

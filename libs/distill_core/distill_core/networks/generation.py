@@ -93,5 +93,6 @@ def drop_condition(cond: Cond, denoiser: Denoiser, share: float) -> Cond:
     null, device = denoiser.null_cond(batch), next(iter(cond.values())).device
     dropped = torch.rand(batch, device=device) < share
     return {
-        name: torch.where(expand(dropped, value), null[name].to(value), value) for name, value in cond.items()
+        name: torch.where(expand(dropped, value), null[name].to(value), value) if name in null else value
+        for name, value in cond.items()
     }

@@ -272,6 +272,9 @@ class RoutedDenoiser(Routed, Denoiser):
     def encode_prompts(self, prompts: list[str]) -> Cond:
         return self._members[0].encode_prompts(prompts)
 
+    def encode_negative(self, prompts: list[str]) -> Cond:
+        return self._members[0].encode_negative(prompts)
+
     def decode(self, x0: Tensor) -> Tensor:
         return self._members[0].decode(x0)
 

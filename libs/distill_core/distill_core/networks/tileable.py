@@ -97,6 +97,9 @@ class TiledDenoiser(Denoiser):
     def encode_prompts(self, prompts: list[str]) -> Cond:
         return self.base.encode_prompts(prompts)
 
+    def encode_negative(self, prompts: list[str]) -> Cond:
+        return self.base.encode_negative(prompts)
+
     def decode(self, x0: Tensor) -> Tensor:
         return self.tiled.decode(x0)
 

@@ -33,6 +33,8 @@ def usage(denoiser: Denoiser, parts: dict[str, str], steps: Steps, pipeline: str
         code, notes = _by_pipeline(denoiser, steps, pipeline, _opened(parts, place))
     elif place.adapter:  # diffusers loads adapters into its text-to-image networks alone
         code, notes = [], ["The folder `adapter/` is in peft's format; put it over the network of its base."]
+    elif getattr(denoiser, "family", None) and denoiser.family.pipeline:  # type: ignore[attr-defined]
+        code, notes = [], ["No pipeline of diffusers takes the steps of this model's sampler."]
     else:
         code, notes = _by_hand(denoiser, parts, steps, place.inside)
     if place.inside:
@@ -92,11 +94,17 @@ def _by_pipeline(
     if pipeline in UNCONDITIONAL:
         code.append(f"picture = pipeline({count}, {RANDOM}).images[0]")
     else:
-        guidance = f"guidance_scale={spec.guidance:g}"
+        told = denoiser.cond.embedded_guidance
+        guidance = f"guidance_scale={spec.guidance if told is None else told:g}"
+        family = getattr(denoiser, "family", None)
+        more = (
+            "" if family is None else "".join(f', "{key}": {value}' for key, value in family.options.items())
+        )
         code += [
             f"latents = torch.randn(1, {image.channels}, {image.height}, {image.width}, {RANDOM})",
-            f'options = {{"height": {image.picture[1]}, "width": {image.picture[2]}, "latents": latents}}',
-            f'picture = pipeline("a photograph", {count}, {guidance}{eta}, **options).images[0]',
+            *(() if family is None else family.plain_latents(image)),
+            f'options = {{"height": {image.picture[1]}, "width": {image.picture[2]}, "latents": latents{more}}}',
+            f'picture = pipeline("a photograph", {count}, {guidance}, **options).images[0]',
         ]
     if not steps:
         return code, ["These are diffusers' own steps; Distillery's sampler takes others, to other pictures."]

@@ -129,9 +129,8 @@ class TorchGenerator(Generator):
         parts: list[Any] = [getattr(self._denoiser, "adapted", self._denoiser), *self._bases]
         parts += [expert for expert in getattr(self._denoiser, "_opened", {}).values()]
         text = [part.text for part in parts if getattr(part, "text", None) is not None]
-        encoders = [model for encoder in text for model in vars(encoder).values()]
         parts += [part.codec for part in parts if getattr(part, "codec", None) is not None]
-        return storages([*parts, *(model for model in encoders if isinstance(model, torch.nn.Module))])
+        return storages([*parts, *(model for encoder in text for model in encoder.models)])
 
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:

@@ -125,7 +125,7 @@ def _warn_of_cut_prompts(model: Denoiser, prompts: list[str]) -> None:
             "%d prompts are longer than the %d tokens that the text encoder reads, and their ends are left out; "
             "the first begins with %r",
             len(cut),
-            text.max_tokens,
+            max(text.limits.values()),
             cut[0][:60],
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,8 @@ from distill_core.artifacts import CondSpec, ImageSpec
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.method import Cond
 from distill_core.networks.foreign.keys import shown
-from distill_core.networks.text import TextEncoder, load_text_encoder
+from distill_core.networks.prompts import PromptEncoder
+from distill_core.networks.text import load_text_encoder
 from distill_core.recipe.tables import NetworkConfig
 
 
@@ -26,6 +28,15 @@ class Family(abc.ABC):
     slot: ClassVar[Literal["unet", "transformer"]] = "transformer"  # sub-folder of its weights
     interface: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "sample_size")
     """Arguments that decide what a network takes and gives: a smaller one has the same."""
+    pipeline: ClassVar[str] = ""
+    """The diffusers pipeline that calls such a network as it must be; "": it depends (`diffusers_plain`)."""
+    index: ClassVar[dict[str, Any]] = {}  # see `index_of`
+    options: ClassVar[dict[str, Any]] = {}
+    """Options of the pipeline's call that make it answer in the size that was asked for, to the prompt as it is."""
+    guidance: ClassVar[float] = 1.0
+    """Usual scale of classifier-free guidance; 1 is off."""
+    even_levels: ClassVar[bool] = False
+    """Whether the pipeline gives its scheduler even levels of flow time, linspace(1, 1/N, N)."""
     variance_below: ClassVar[bool] = False
     """Whether the output may have a variance below what it predicts, whatever the scheduler says."""
 
@@ -61,11 +72,27 @@ class Family(abc.ABC):
         """
         return sides(path, config.sample_size)
 
-    def load_text(self, folder: Path) -> TextEncoder:
-        """The encoder of the prompts in a pipeline's folder."""
+    def patch(self, config: Any) -> int:
+        """Sides of x that one token holds."""
+        return 1
+
+    def pipeline_for(self, config: Any, text: PromptEncoder | None) -> str:
+        """The pipeline of a network of this config."""
+        return self.pipeline
+
+    def index_of(self, pipeline: str) -> dict[str, Any]:
+        """Entries of the pipeline's index beside the parts that are there."""
+        return self.index
+
+    def plain_latents(self, image: ImageSpec) -> list[str]:
+        """Code that makes the pipeline's own `latents` of a variable of that name (1, C, h, w)."""
+        return []
+
+    def load_text(self, folder: Path, config: Mapping[str, Any]) -> PromptEncoder:
+        """The encoder of the prompts in a pipeline's folder, whose network has this config."""
         return load_text_encoder(folder)
 
-    def check_text(self, path: Path, config: Any, text: TextEncoder) -> None:
+    def check_text(self, path: Path, config: Any, text: PromptEncoder) -> None:
         """Refuse an encoder whose prompts the network, of the config at `path`, does not take.
 
         Raises:
@@ -76,18 +103,18 @@ class Family(abc.ABC):
         )
 
     @abc.abstractmethod
-    def cond(self, config: Any, text: TextEncoder | None) -> CondSpec:
+    def cond(self, config: Any, text: PromptEncoder | None) -> CondSpec:
         """The conditions of a network of this config.
 
         Raises:
             ArtifactError: it reads prompts, and there is no encoder.
         """
 
-    def new_text(self, network: NetworkConfig, prompts: list[str] | None) -> TextEncoder | None:
+    def new_text(self, network: NetworkConfig, prompts: list[str] | None) -> PromptEncoder | None:
         """The encoder of a new network that learns from `prompts`; None for classes that read none."""
         return None
 
-    def new_args(self, num_classes: int | None, text: TextEncoder | None) -> dict[str, Any]:
+    def new_args(self, num_classes: int | None, text: PromptEncoder | None) -> dict[str, Any]:
         """Arguments of a new network for these conditions."""
         return {}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distill_core.artifacts import CondSpec, ImageSpec
 from distill_core.method import Cond
 from distill_core.networks.families.base import Family, labelled, refuse_steering, without_variance
-from distill_core.networks.text import TextEncoder
+from distill_core.networks.prompts import PromptEncoder
 
 
 class DiT(Family):
@@ -35,10 +35,10 @@ class DiT(Family):
         """The first block's embedding, of which the last layer takes its scale."""
         return [network.transformer_blocks[0].norm1.emb]
 
-    def cond(self, config: Any, text: TextEncoder | None) -> CondSpec:
+    def cond(self, config: Any, text: PromptEncoder | None) -> CondSpec:
         classes = config.get("num_embeds_ada_norm")
         return labelled(classes, classes)
 
-    def new_args(self, num_classes: int | None, text: TextEncoder | None) -> dict[str, Any]:
+    def new_args(self, num_classes: int | None, text: PromptEncoder | None) -> dict[str, Any]:
         classes = 1 if num_classes is None else num_classes
         return {"num_embeds_ada_norm": classes, "norm_type": "ada_norm_zero"}

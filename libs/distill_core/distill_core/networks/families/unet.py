@@ -12,8 +12,9 @@ from distill_core.errors import ArtifactError
 from distill_core.method import Cond
 from distill_core.networks.families.base import Family, labelled, refuse_steering, without_variance
 from distill_core.networks.foreign.keys import shown
+from distill_core.networks.prompts import PromptEncoder
 from distill_core.networks.steering import make_steerable
-from distill_core.networks.text import TextEncoder, check_text, text_for
+from distill_core.networks.text import check_text, text_for
 from distill_core.recipe.tables import NetworkConfig
 
 
@@ -32,10 +33,10 @@ class UNet2D(Family):
         trunk: nn.Module = network.mid_block or network.down_blocks[-1]
         return trunk
 
-    def cond(self, config: Any, text: TextEncoder | None) -> CondSpec:
+    def cond(self, config: Any, text: PromptEncoder | None) -> CondSpec:
         return labelled(config.get("num_class_embeds"), None)
 
-    def new_args(self, num_classes: int | None, text: TextEncoder | None) -> dict[str, Any]:
+    def new_args(self, num_classes: int | None, text: PromptEncoder | None) -> dict[str, Any]:
         return {} if num_classes is None else {"num_class_embeds": num_classes + 1}
 
 
@@ -48,6 +49,8 @@ class UNet2DCondition(UNet2D):
         *("cross_attention_dim", "encoder_hid_dim", "addition_embed_type", "addition_time_embed_dim"),
         "projection_class_embeddings_input_dim",
     )
+
+    guidance: ClassVar[float] = 7.5
 
     def prepare(self, network: Any) -> None:
         make_steerable(network)
@@ -65,7 +68,18 @@ class UNet2DCondition(UNet2D):
         prompt = cond["prompt_embeds"].to(x.dtype)
         return without_variance(network(x, time, encoder_hidden_states=prompt, **extras).sample, x)
 
-    def check_text(self, path: Path, config: Any, text: TextEncoder) -> None:
+    def index_of(self, pipeline: str) -> dict[str, Any]:
+        if pipeline == "StableDiffusionPipeline":
+            return {
+                "safety_checker": [None, None],
+                "feature_extractor": [None, None],
+                "requires_safety_checker": False,
+            }
+        if pipeline == "StableDiffusionXLPipeline":
+            return {"image_encoder": [None, None], "feature_extractor": [None, None]}
+        return {}
+
+    def check_text(self, path: Path, config: Any, text: PromptEncoder) -> None:
         check_text(config, text)
         widths = config.cross_attention_dim
         for width in widths if isinstance(widths, list | tuple) else [widths]:
@@ -74,14 +88,14 @@ class UNet2DCondition(UNet2D):
                     f"{path} says cross_attention_dim = {shown(widths)}, and prompts are encoded {text.embed_dim} wide"
                 )
 
-    def cond(self, config: Any, text: TextEncoder | None) -> CondSpec:
+    def cond(self, config: Any, text: PromptEncoder | None) -> CondSpec:
         if text is None:
             raise ArtifactError("this network is conditioned on text, and its folder has no text_encoder/")
         return text.cond()
 
-    def new_text(self, network: NetworkConfig, prompts: list[str] | None) -> TextEncoder:
+    def new_text(self, network: NetworkConfig, prompts: list[str] | None) -> PromptEncoder:
         return text_for(network, prompts)
 
-    def new_args(self, num_classes: int | None, text: TextEncoder | None) -> dict[str, Any]:
+    def new_args(self, num_classes: int | None, text: PromptEncoder | None) -> dict[str, Any]:
         assert text is not None
         return {"cross_attention_dim": text.embed_dim}
