@@ -40,7 +40,7 @@ def tiny_sd3(folder: Path, *, t5: bool = True, scheduler: Any = None, **args: ob
         }
     )
     diffusers.StableDiffusion3Pipeline(
-        transformer=enlarged(network, 3.0),
+        transformer=enlarged(network, 2.0),
         scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=tiny_kl(scaling_factor=1.5, shift_factor=0.06),
         text_encoder=_clip(projection_dim=12),
@@ -112,8 +112,8 @@ def tiny_pixart(folder: Path, *, alpha: bool = False, sized: bool = False, sched
     return folder
 
 
-def tiny_sana(folder: Path, *, scheduler: Any = None) -> Path:
-    """Sana: 4x4 latents of eight channels, 32x32 pictures."""
+def tiny_sana(folder: Path, *, sprint: bool = False, scheduler: Any = None) -> Path:
+    """Sana or Sana-Sprint: 4x4 latents of eight channels, 32x32 pictures."""
     import diffusers
 
     torch.manual_seed(6)
@@ -129,12 +129,14 @@ def tiny_sana(folder: Path, *, scheduler: Any = None) -> Path:
         caption_channels=18,
         sample_size=4,
         patch_size=1,
-        qk_norm=None,
+        qk_norm="rms_norm_across_heads" if sprint else None,
+        guidance_embeds=sprint,
     )
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-    diffusers.SanaPipeline(
-        transformer=enlarged(network, 3.0),
-        scheduler=scheduler or diffusers.DPMSolverMultistepScheduler(**flow),
+    usual = diffusers.SCMScheduler() if sprint else diffusers.DPMSolverMultistepScheduler(**flow)
+    (diffusers.SanaSprintPipeline if sprint else diffusers.SanaPipeline)(
+        transformer=enlarged(network, 2.0),
+        scheduler=scheduler or usual,
         vae=_tiny_dc(),
         text_encoder=_tiny_gemma(18),
         tokenizer=_gemma_tokenizer(),

@@ -10,8 +10,8 @@ from distill_core import api
 from distill_core.artifacts import ArtifactStore
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
-from distill_core.networks.families import FAMILIES
 from distill_core.networks.fake_score import FakeScore
+from distill_core.networks.families import FAMILIES
 from distill_core.networks.foreign.networks import NETWORKS
 from distill_core.networks.generation import generate
 from distill_core.recipe import load_recipe

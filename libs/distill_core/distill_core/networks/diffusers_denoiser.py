@@ -197,9 +197,8 @@ class DiffusersDenoiser(Denoiser):
             (folder / "model_index.json").write_text(json.dumps(index, indent=1))
         self.save_sidecar(folder)
         place = Place(inside, adapter=companions is None)
-        words = usage(
-            self, {name: type(part).__name__ for name, part in parts.items()}, use.steps, pipeline, place
-        )
+        classes = {name: type(part).__name__ for name, part in parts.items()}
+        words = usage(self, classes, use, pipeline, place)
         (folder / CARD).write_text(words + "\n", encoding="utf-8")
 
     def _companion_parts(self) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.artifacts import ImageSpec, SamplerSpec
+from distill_core.diffusion.schedule import NoiseSchedule
+from distill_core.diffusion.steps import INFINITE
 from distill_core.errors import ArtifactError
 from distill_core.networks.diffusers_codec import colours_of, factor_of, latent_channels
 from distill_core.networks.diffusers_denoiser import Sidecar
@@ -16,7 +18,9 @@ from distill_core.networks.diffusers_schedule import (
     schedule_of,
 )
 from distill_core.networks.families import family_of
+from distill_core.networks.families.base import Family
 from distill_core.networks.foreign.index import Index
+from distill_core.networks.foreign.samplers import scheduler_spec
 from distill_core.networks.prompts import PromptEncoder
 
 
@@ -55,7 +59,6 @@ def derived_sidecar(
     (channels, _), (height, width) = family.channels(config), family.size(path, config)
     factor = factor_of(codec.config) if codec is not None else 1
     colours = colours_of(codec.config) if codec is not None else channels
-    sigma_max = min(schedule.sigma_max, 80.0)
     # Stable Diffusion's pipelines switch a scheduler's clamping off when they are made: latents are larger.
     unclamped = index.unclamps if index is not None else text is not None and text.pooled_dim is None
     return Sidecar(
@@ -66,15 +69,28 @@ def derived_sidecar(
             picture=(colours, height * factor, width * factor),
         ),
         cond=family.cond(config, text),
-        sampler=SamplerSpec(
-            kind="euler",
-            sigma_min=max(schedule.sigma_min, 0.002),
-            sigma_max=sigma_max,
-            noise_scale=schedule.start_scale(sigma_max),
-            num_steps=30,
-            max_steps=1000,
-            guidance=family.guidance if text is not None else 1.0,
-            clip=None if unclamped else clip_of(scheduler),
-        ),
+        sampler=_sampler(scheduler, schedule, family, config, None if unclamped else clip_of(scheduler)),
         parameterisation=parameterisation_of(scheduler),
+    )
+
+
+def _sampler(
+    scheduler: Any, schedule: NoiseSchedule, family: Family, config: Any, clip: float | None
+) -> SamplerSpec:
+    """The scheduler's own steps, where the family's one pipeline takes these and there is a sampler of them."""
+    patch = family.patch(config)
+    steps = (
+        scheduler_spec(scheduler, even_levels=family.even_levels, patch=patch) if family.pipeline else None
+    )
+    sigma_max = INFINITE if steps and schedule.kind == "flow" else min(schedule.sigma_max, 80.0)
+    return SamplerSpec(
+        kind="euler" if steps is None else "scheduler",
+        scheduler=steps,
+        sigma_min=max(schedule.sigma_min, 0.002),
+        sigma_max=sigma_max,
+        noise_scale=schedule.start_scale(sigma_max),
+        num_steps=30,
+        max_steps=1000,
+        guidance=family.usual_guidance(config),
+        clip=clip,
     )

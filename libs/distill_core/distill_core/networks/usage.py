@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from distill_core.artifacts import SamplerSpec
 from distill_core.artifacts.model_card import USAGE
 from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.diffusers_plain import PlainUse
 
-Steps = dict[int, tuple[int, ...]]  # numbers of steps -> the timesteps to name; none: spacing finds them
 UNCONDITIONAL = ("DDPMPipeline", "LDMPipeline")  # they take neither timesteps nor latents
 RANDOM = "generator=torch.Generator().manual_seed(0)"
 
@@ -24,19 +24,21 @@ class Place:
     adapter: bool = False
 
 
-def usage(denoiser: Denoiser, parts: dict[str, str], steps: Steps, pipeline: str | None, place: Place) -> str:
+def usage(
+    denoiser: Denoiser, parts: dict[str, str], use: PlainUse, pipeline: str | None, place: Place
+) -> str:
     """The section of the card.
 
     `parts` are class names by sub-folder, and `pipeline` the class that makes the sampler's pictures, if one does.
     """
     if pipeline is not None and not (place.adapter and pipeline in UNCONDITIONAL):
-        code, notes = _by_pipeline(denoiser, steps, pipeline, _opened(parts, place))
+        code, notes = _by_pipeline(denoiser, use, pipeline, _opened(parts, place))
     elif place.adapter:  # diffusers loads adapters into its text-to-image networks alone
         code, notes = [], ["The folder `adapter/` is in peft's format; put it over the network of its base."]
     elif getattr(denoiser, "family", None) and denoiser.family.pipeline:  # type: ignore[attr-defined]
         code, notes = [], ["No pipeline of diffusers takes the steps of this model's sampler."]
     else:
-        code, notes = _by_hand(denoiser, parts, steps, place.inside)
+        code, notes = _by_hand(denoiser, parts, place.inside)
     if place.inside:
         notes.append(
             "This is the expert of part 0; `partition` in manifest.json says which conditions are whose."
@@ -84,11 +86,11 @@ def _opened(parts: dict[str, str], place: Place) -> list[str]:
 
 
 def _by_pipeline(
-    denoiser: Denoiser, steps: Steps, pipeline: str, opened: list[str]
+    denoiser: Denoiser, use: PlainUse, pipeline: str, opened: list[str]
 ) -> tuple[list[str], list[str]]:
     spec, image = denoiser.sampler, denoiser.image
-    named = steps.get(spec.num_steps, ())
-    count = f"timesteps={list(named)}" if named else f"num_inference_steps={spec.num_steps}"
+    steps, named = use.steps, use.steps.get(spec.num_steps, ())
+    count = f"{use.named}={list(named)}" if named else f"num_inference_steps={spec.num_steps}"
     code = ["import torch", *opened]
     eta = f", eta={spec.scheduler.eta:g}" if spec.scheduler is not None and spec.scheduler.eta else ""
     if pipeline in UNCONDITIONAL:
@@ -109,18 +111,16 @@ def _by_pipeline(
     if not steps:
         return code, ["These are diffusers' own steps; Distillery's sampler takes others, to other pictures."]
     if spec.kind == "few_step":
-        others = [f"{n}: `timesteps={list(timesteps)}`" for n, timesteps in steps.items() if timesteps]
-        spaced = [str(n) for n, timesteps in steps.items() if not timesteps]
+        others = [f"{n}: `{use.named}={list(times)}`" for n, times in steps.items() if times]
+        spaced = [str(n) for n, times in steps.items() if not times]
         notes = [f"The pictures of Distillery's sampler, for `num_inference_steps` of {', '.join(spaced)}."]
         if others and pipeline not in UNCONDITIONAL:
-            notes.append(f"Other numbers of steps are told by their timesteps. {'; '.join(others)}.")
+            notes.append(f"Other numbers of steps are told by their {use.named}. {'; '.join(others)}.")
         return code, notes if spaced else notes[1:]
     return code, ["The pictures of Distillery's sampler, for any number of steps."]
 
 
-def _by_hand(
-    denoiser: Denoiser, parts: dict[str, str], steps: Steps, inside: str
-) -> tuple[list[str], list[str]]:
+def _by_hand(denoiser: Denoiser, parts: dict[str, str], inside: str) -> tuple[list[str], list[str]]:
     """Part by part: no pipeline of diffusers calls this network as it was trained."""
     slot = "transformer" if "transformer" in parts else "unet"
     where = f'".", subfolder="{inside}{{}}"'
@@ -143,10 +143,7 @@ def _by_hand(
             'truncation=True, return_tensors="pt")',
             'encoder = CLIPTextModel.from_pretrained(".", subfolder="text_encoder")',
         ]
-    if stepped:
-        code += _stepped(denoiser, _arguments(denoiser, slot, text), slot)
-    else:
-        code += [*_denoise(denoiser, slot, text), "", *_sampled(denoiser, steps)]
+    code += [*_denoise(denoiser, slot, text), "", *_sampled(denoiser)]
     if codec is not None:
         code += [
             f'codec = {parts[codec]}.from_pretrained(".", subfolder="{codec}")',
@@ -256,7 +253,7 @@ def _vp_answer(denoiser: Denoiser) -> str:
     return VP_ANSWERS.get(getattr(denoiser, "parameterisation", ""), "")
 
 
-def _sampled(denoiser: Denoiser, steps: Steps) -> list[str]:
+def _sampled(denoiser: Denoiser) -> list[str]:
     spec, image = denoiser.sampler, denoiser.image
     noise = f"torch.randn(4, {image.channels}, {image.height}, {image.width}, {RANDOM})"
     levels = [float(level) for level in spec.levels(spec.num_steps)]

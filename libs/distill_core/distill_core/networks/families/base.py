@@ -76,6 +76,10 @@ class Family(abc.ABC):
         """Sides of x that one token holds."""
         return 1
 
+    def usual_guidance(self, config: Any) -> float:
+        """Usual scale of classifier-free guidance; 1 is off."""
+        return self.guidance
+
     def pipeline_for(self, config: Any, text: PromptEncoder | None) -> str:
         """The pipeline of a network of this config."""
         return self.pipeline

@@ -1,4 +1,8 @@
-"""Sana (Xie et al. 2024, arXiv 2410.10629): masked Gemma prompts behind an instruction, a flow of latents at 1/32."""
+"""Sana (Xie et al. 2024, arXiv 2410.10629): masked Gemma prompts behind an instruction, a flow of latents at 1/32.
+
+Sana-Sprint (Chen et al. 2025, arXiv 2503.09641) is its few-step student, told a guidance scale as a number: the
+condition `embedded_guidance` (B,). Its trigonometric flow is the plain one: x0 = x_t - t out.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from distill_core.artifacts import ImageSpec
+from distill_core.artifacts import CondSpec, ImageSpec
 from distill_core.method import Cond
 from distill_core.networks.families.base import refuse_steering, without_variance
 from distill_core.networks.families.prompted import Prompted, check_width
@@ -19,6 +23,7 @@ from distill_core.networks.prompts import PromptEncoder
 from distill_core.networks.text_parts import load_text_model, load_tokenizer
 
 TOKENS = 300
+EMBEDDED = 4.5  # usual embedded guidance
 
 
 @functools.cache
@@ -69,7 +74,14 @@ class Sana(Prompted):
     pipeline: ClassVar[str] = "SanaPipeline"
     interface: ClassVar[tuple[str, ...]] = (
         *Prompted.interface,
-        *("patch_size", "caption_channels", "interpolation_scale", "guidance_embeds", "timestep_scale"),
+        *(
+            "patch_size",
+            "caption_channels",
+            "interpolation_scale",
+            "guidance_embeds",
+            "guidance_embeds_scale",
+            "timestep_scale",
+        ),
     )
     options: ClassVar[dict[str, Any]] = {"use_resolution_binning": False}
     variance_below: ClassVar[bool] = True
@@ -77,13 +89,27 @@ class Sana(Prompted):
 
     def call(self, network: Any, x: Tensor, time: Tensor, cond: Cond, image: ImageSpec) -> Tensor:
         refuse_steering(cond, self.network)
+        config, told = network.config, {"timestep": time * network.config.timestep_scale}
+        if config.guidance_embeds:
+            guidance = cond["embedded_guidance"] * config.guidance_embeds_scale
+            told = {"timestep": time / 1000, "guidance": guidance}
         answer = network(
             x,
             encoder_hidden_states=cond["prompt_embeds"].to(x.dtype),
-            timestep=time * network.config.timestep_scale,
             encoder_attention_mask=cond["prompt_mask"],
+            **told,
         )
         return without_variance(answer.sample, x)
+
+    def pipeline_for(self, config: Any, text: PromptEncoder | None) -> str:
+        return "SanaSprintPipeline" if config.guidance_embeds else self.pipeline
+
+    def usual_guidance(self, config: Any) -> float:
+        return 1.0 if config.guidance_embeds else self.guidance
+
+    def cond(self, config: Any, text: PromptEncoder | None) -> CondSpec:
+        embedded = EMBEDDED if config.guidance_embeds else None
+        return super().cond(config, text).model_copy(update={"embedded_guidance": embedded})
 
     def read_text(self, folder: Path, config: Mapping[str, Any]) -> PromptEncoder:
         return SanaText(

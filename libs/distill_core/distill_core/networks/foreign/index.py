@@ -77,6 +77,7 @@ PIPELINES: Mapping[str, Parts] = {
     "PixArtAlphaPipeline": PIXART,
     "PixArtSigmaPipeline": PIXART,
     "SanaPipeline": SANA,
+    "SanaSprintPipeline": SANA,
 }  # those whose parts, networks and prompts are put together as `DiffusersDenoiser` does
 SLOTS = sorted({name for parts in PIPELINES.values() for name in parts})
 IDLE = frozenset(

@@ -77,7 +77,8 @@ _SANA = names(
     """
     in_channels out_channels num_attention_heads attention_head_dim num_layers num_cross_attention_heads
     cross_attention_head_dim cross_attention_dim caption_channels mlp_ratio dropout attention_bias sample_size
-    patch_size norm_elementwise_affine norm_eps interpolation_scale qk_norm timestep_scale
+    patch_size norm_elementwise_affine norm_eps interpolation_scale qk_norm timestep_scale guidance_embeds
+    guidance_embeds_scale
     """
 )
 _CODEC = names(
@@ -101,11 +102,7 @@ NETWORKS = {
     "SD3Transformer2DModel": Keys(_SD3),
     "FluxTransformer2DModel": Keys(_FLUX),
     "PixArtTransformer2DModel": Keys(_PIXART),
-    "SanaTransformer2DModel": Keys(
-        _SANA,
-        idle=names("guidance_embeds_scale"),  # of a kind that is refused
-        why={"guidance_embeds": "the network is told a guidance scale, as Sana-Sprint's is"},
-    ),
+    "SanaTransformer2DModel": Keys(_SANA),
 }
 CODECS = {
     "AutoencoderKL": Keys(
@@ -117,10 +114,10 @@ CODECS = {
             """
             in_channels out_channels encoder_block_out_channels decoder_block_out_channels act_fn upsample_fn
             latent_channels upsampling_scaling_factor num_encoder_blocks num_decoder_blocks scaling_factor shift_factor
-            block_out_channels
             """
         ),
-        _CODEC_IDLE | names("latent_magnitude latent_shift"),  # of latents kept as pictures
+        _CODEC_IDLE
+        | names("latent_magnitude latent_shift block_out_channels"),  # of latents kept as pictures; a copy
     ),
     "AutoencoderDC": Keys(
         names(
