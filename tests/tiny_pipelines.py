@@ -144,24 +144,116 @@ def tiny_sana(folder: Path, *, sprint: bool = False, scheduler: Any = None) -> P
     return folder
 
 
-def small_flux(folder: Path) -> Path:
-    """The same of 16x24 pictures: no config of FLUX says a size, and 1024 pixels are usual."""
-    from distill_core.networks.diffusers_io import load_denoiser
+def tiny_qwen_image(folder: Path) -> Path:
+    """Qwen-Image: latents of four channels at a quarter of the size."""
+    import diffusers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    denoiser = load_denoiser(tiny_flux(folder))
-    small = {"height": 8, "width": 12, "picture": (3, 16, 24)}
-    denoiser.image = denoiser.image.model_copy(update=small)
-    denoiser.save_sidecar(folder)
+    torch.manual_seed(7)
+    network = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 4, 8),
+    )
+    codec = diffusers.AutoencoderKLQwenImage(
+        base_dim=6,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.3, -0.2, 0.1, 0.5],
+        latents_std=[1.2, 0.8, 1.5, 0.7],
+    )
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = {**_qwen_sizes(24), "rope_parameters": rope}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "fullatt_block_indexes": [0]})
+    diffusers.QwenImagePipeline(
+        transformer=enlarged(network, 2.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02
+        ),
+        vae=enlarged(codec, 2.0),
+        text_encoder=enlarged(Qwen2_5_VLForConditionalGeneration(config), 2.0),
+        tokenizer=_byte_tokenizer(),
+    ).save_pretrained(folder)
     return folder
+
+
+def tiny_z_image(folder: Path) -> Path:
+    """Z-Image: latents of four channels."""
+    import diffusers
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(8)
+    network = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=[4, 4, 8],
+        axes_lens=[1024, 64, 64],
+    )
+    diffusers.ZImagePipeline(
+        transformer=enlarged(network, 1.5),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_kl(scaling_factor=0.36, shift_factor=0.11),
+        text_encoder=enlarged(Qwen3Model(Qwen3Config(**_qwen_sizes(24), head_dim=8)), 2.0),
+        tokenizer=_byte_tokenizer(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def _qwen_sizes(width: int) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    return {"vocab_size": 260, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0, **sizes}
+
+
+def _byte_tokenizer() -> object:
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocab = {token: index for index, token in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}{% if not enable_thinking %}<no>{% endif %}"
+    )
+    return tokenizer
+
+
+def small(build: Callable[[Path], Path], height: int, width: int) -> Callable[[Path], Path]:
+    """The same of x of this size: where no config says one, pictures of 1024 pixels are usual."""
+
+    def built(folder: Path) -> Path:
+        from distill_core.networks.diffusers_io import load_denoiser
+
+        denoiser = load_denoiser(build(folder))
+        factor = denoiser.image.picture[1] // denoiser.image.height
+        size = {"height": height, "width": width, "picture": (3, height * factor, width * factor)}
+        denoiser.image = denoiser.image.model_copy(update=size)
+        denoiser.save_sidecar(folder)
+        return folder
+
+    return built
 
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd": tiny_text_to_image,
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
-    "flux": small_flux,
+    "flux": small(tiny_flux, 8, 12),
     "pixart": tiny_pixart,
     "sana": tiny_sana,
+    "qwen-image": small(tiny_qwen_image, 4, 6),
+    "z-image": small(tiny_z_image, 8, 12),
 }
 """A tiny folder of every network class that reads prompts."""
 

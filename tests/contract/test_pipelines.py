@@ -9,7 +9,14 @@ import torch
 from distill_core.diffusion.sampling import sample
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.steering import with_negative
-from tests.tiny_pipelines import tiny_flux, tiny_pixart, tiny_sana, tiny_sd3
+from tests.tiny_pipelines import (
+    tiny_flux,
+    tiny_pixart,
+    tiny_qwen_image,
+    tiny_sana,
+    tiny_sd3,
+    tiny_z_image,
+)
 
 PROMPT, NEGATIVE, OTHER = "two red owls on a wall", "a dog", "snow"
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.4, "max_shift": 1.2}
@@ -27,6 +34,8 @@ CASES = {
     "pixart-alpha": (tiny_pixart, {"alpha": True}),
     "pixart-alpha-sized": (tiny_pixart, {"alpha": True, "sized": True}),
     "pixart-euler": (tiny_pixart, {"scheduler": diffusers.EulerDiscreteScheduler(beta_schedule="linear")}),
+    "qwen-image": (tiny_qwen_image, {}),
+    "z-image": (tiny_z_image, {}),
     "sana": (tiny_sana, {}),
     "sana-euler": (tiny_sana, {"scheduler": FLOW(shift=3.0)}),
     "sana-shift": (
@@ -71,9 +80,13 @@ def ours(denoiser, latents, steps, guidance, negative="", prompt=PROMPT, draw=No
 def theirs(pipeline, denoiser, latents, steps, guidance, negative="", prompt=PROMPT, **told):
     """The same by the pipeline's own call."""
     scales = {"guidance_scale": guidance}
-    if isinstance(pipeline, diffusers.FluxPipeline):
+    if isinstance(pipeline, (diffusers.FluxPipeline, diffusers.QwenImagePipeline)):
         scales = {"guidance_scale": 3.5, "true_cfg_scale": guidance}
         latents = pipeline._pack_latents(latents, *latents.shape)
+    if isinstance(pipeline, diffusers.QwenImagePipeline):
+        del scales["guidance_scale"]
+    if isinstance(pipeline, diffusers.ZImagePipeline):
+        scales = {"guidance_scale": guidance - 1}
     _, height, width = denoiser.image.picture
     negatives = {"negative_prompt": [negative] * len(latents)} if guidance != 1 else {}
     return pipeline(

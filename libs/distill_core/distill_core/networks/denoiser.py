@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
-from distill_core.diffusion.guidance import guide
+from distill_core.diffusion.guidance import guide_by
 from distill_core.diffusion.levels import expand
 from distill_core.diffusion.schedule import NoiseSchedule
 from distill_core.diffusion.steps import Denoise
@@ -116,7 +116,8 @@ class Denoiser(nn.Module, abc.ABC):
         twice = x_sigma.repeat(2, *[1] * (x_sigma.ndim - 1))
         with_cond, without = self(twice, sigma.repeat(2), both, *(one.repeat(2) for one in told)).chunk(2)
         scale = expand(guidance, x_sigma) if isinstance(guidance, Tensor) else guidance
-        x0: Tensor = guide(with_cond, without, scale)
+        rule, level = self.cond.guidance_rule, expand(sigma, x_sigma)
+        x0: Tensor = guide_by(rule, with_cond, without, scale, x_sigma, level)
         return x0
 
     def bound(self, cond: Cond | None, guidance: float) -> Denoise:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from distill_core.artifacts import CondSpec
 from distill_core.method import Cond
@@ -127,3 +128,23 @@ class PromptEncoder(abc.ABC):
                 return_tensors="pt",
             )
         return tokens.to(next(iter(self.models)).device)
+
+    def _unpadded(self, tokenizer: Any, prompt: str, most: int) -> Any:
+        """`input_ids` and `attention_mask` (1, T) of a prompt, cut."""
+        with _TOKENIZING:
+            tokens = tokenizer(
+                [prompt],
+                padding=False,
+                max_length=most,
+                truncation=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+        return tokens.to(next(iter(self.models)).device)
+
+
+def filled(states: Tensor, tokens: int) -> Cond:
+    """The conditions of hidden states (1, T, D): zeros behind them, up to `tokens`, and the mask that says so."""
+    mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+    behind = tokens - states.shape[1]
+    return {"prompt_embeds": pad(states, (0, 0, 0, behind)), "prompt_mask": pad(mask, (0, behind))}

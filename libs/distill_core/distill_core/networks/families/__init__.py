@@ -9,13 +9,17 @@ from distill_core.networks.families.base import Family
 from distill_core.networks.families.dit import DiT
 from distill_core.networks.families.flux import Flux
 from distill_core.networks.families.pixart import PixArt
+from distill_core.networks.families.qwen_image import QwenImage
 from distill_core.networks.families.sana import Sana
 from distill_core.networks.families.sd3 import SD3
 from distill_core.networks.families.unet import UNet2D, UNet2DCondition
+from distill_core.networks.families.z_image import ZImage
 
-FAMILIES: Mapping[str, Family] = {
-    each.network: each for each in (UNet2D(), UNet2DCondition(), DiT(), SD3(), Flux(), PixArt(), Sana())
-}
+_ALL = (
+    *(UNet2D(), UNet2DCondition(), DiT()),
+    *(SD3(), Flux(), PixArt(), Sana(), QwenImage(), ZImage()),
+)
+FAMILIES: Mapping[str, Family] = {each.network: each for each in _ALL}
 
 
 def family_of(network: Any) -> Family:

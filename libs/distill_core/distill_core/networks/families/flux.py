@@ -95,11 +95,7 @@ class Flux(Prompted):
         return PATCH
 
     def plain_latents(self, image: ImageSpec) -> list[str]:
-        channels, height, width = image.channels, image.height // PATCH, image.width // PATCH
-        return [
-            f"latents = latents.reshape(1, {channels}, {height}, {PATCH}, {width}, {PATCH}).permute(0, 2, 4, 1, 3, 5)",
-            f"latents = latents.reshape(1, {height * width}, {4 * channels})",
-        ]
+        return packing_code(image)
 
     def cond(self, config: Any, text: PromptEncoder | None) -> CondSpec:
         embedded = EMBEDDED if config.guidance_embeds else None
@@ -130,6 +126,15 @@ def unpacked(tokens: Tensor, x: Tensor) -> Tensor:
     """Tokens (B, h w / 4, 4 C) as latents of the height and width of `x`."""
     grid = tokens.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (x.shape[2] // PATCH, x.shape[3] // PATCH))
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def packing_code(image: ImageSpec) -> list[str]:
+    """Code that packs the variable `latents` (1, C, h, w)."""
+    channels, height, width = image.channels, image.height // PATCH, image.width // PATCH
+    return [
+        f"latents = latents.reshape(1, {channels}, {height}, {PATCH}, {width}, {PATCH}).permute(0, 2, 4, 1, 3, 5)",
+        f"latents = latents.reshape(1, {height * width}, {4 * channels})",
+    ]
 
 
 def positions(x: Tensor) -> Tensor:

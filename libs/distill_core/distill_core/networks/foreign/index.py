@@ -59,6 +59,19 @@ SANA: Parts = {
     "text_encoder": GEMMA,
     "tokenizer": GEMMA_TOKENS,
 }
+QWEN_TOKENS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", *FAST)
+QWEN_IMAGE: Parts = {
+    "transformer": ("QwenImageTransformer2DModel",),
+    "vae": ("AutoencoderKLQwenImage",),
+    "text_encoder": ("Qwen2_5_VLForConditionalGeneration",),
+    "tokenizer": QWEN_TOKENS,
+}
+Z_IMAGE: Parts = {
+    "transformer": ("ZImageTransformer2DModel",),
+    "vae": KL,
+    "text_encoder": ("Qwen3Model",),
+    "tokenizer": QWEN_TOKENS,
+}
 PIPELINES: Mapping[str, Parts] = {
     "DDPMPipeline": UNETS,
     "DDIMPipeline": UNETS,
@@ -78,6 +91,8 @@ PIPELINES: Mapping[str, Parts] = {
     "PixArtSigmaPipeline": PIXART,
     "SanaPipeline": SANA,
     "SanaSprintPipeline": SANA,
+    "QwenImagePipeline": QWEN_IMAGE,
+    "ZImagePipeline": Z_IMAGE,
 }  # those whose parts, networks and prompts are put together as `DiffusersDenoiser` does
 SLOTS = sorted({name for parts in PIPELINES.values() for name in parts})
 IDLE = frozenset(

@@ -81,6 +81,17 @@ _SANA = names(
     guidance_embeds_scale
     """
 )
+_QWEN_IMAGE = names(
+    """
+    in_channels out_channels num_layers attention_head_dim num_attention_heads joint_attention_dim axes_dims_rope
+    """
+)
+_Z_IMAGE = names(
+    """
+    in_channels dim n_layers n_refiner_layers n_heads n_kv_heads norm_eps qk_norm cap_feat_dim rope_theta t_scale
+    axes_dims axes_lens
+    """
+)
 _CODEC = names(
     """
     in_channels out_channels latent_channels block_out_channels down_block_types up_block_types layers_per_block
@@ -103,6 +114,8 @@ NETWORKS = {
     "FluxTransformer2DModel": Keys(_FLUX),
     "PixArtTransformer2DModel": Keys(_PIXART),
     "SanaTransformer2DModel": Keys(_SANA),
+    "QwenImageTransformer2DModel": Keys(_QWEN_IMAGE),
+    "ZImageTransformer2DModel": Keys(_Z_IMAGE),
 }
 CODECS = {
     "AutoencoderKL": Keys(
@@ -118,6 +131,14 @@ CODECS = {
         ),
         _CODEC_IDLE
         | names("latent_magnitude latent_shift block_out_channels"),  # of latents kept as pictures; a copy
+    ),
+    "AutoencoderKLQwenImage": Keys(
+        names(
+            """
+            base_dim z_dim dim_mult num_res_blocks attn_scales temperal_downsample dropout input_channels latents_mean
+            latents_std
+            """
+        )
     ),
     "AutoencoderDC": Keys(
         names(

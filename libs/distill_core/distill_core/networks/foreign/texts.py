@@ -53,7 +53,30 @@ GEMMA2 = Keys(
     ),
     idle=ENCODER.idle | names("use_cache cache_implementation tie_word_embeddings final_logit_softcapping"),
 )  # the last of the head, which is not there
-ENCODERS: Mapping[str, Keys] = {"T5EncoderModel": T5, "Gemma2Model": GEMMA2}  # others are CLIP's
+_QWEN = names(
+    """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    hidden_act max_position_embeddings rms_norm_eps rope_parameters rope_theta rope_scaling attention_bias
+    use_sliding_window sliding_window max_window_layers layer_types bos_token_id eos_token_id pad_token_id
+    """
+)
+_NOT_QWEN = ENCODER.idle | names("use_cache tie_word_embeddings")
+QWEN3 = Keys(_QWEN, _NOT_QWEN)
+QWEN_VL = Keys(
+    _QWEN | {"text_config"},
+    _NOT_QWEN
+    | names(
+        """
+        vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id vision_token_id
+        """
+    ),  # it is shown no pictures
+)
+ENCODERS: Mapping[str, Keys] = {
+    "T5EncoderModel": T5,
+    "Gemma2Model": GEMMA2,
+    "Qwen3Model": QWEN3,
+    "Qwen2_5_VLForConditionalGeneration": QWEN_VL,
+}  # others are CLIP's
 
 TOKENIZER = Keys(
     names(
@@ -76,15 +99,20 @@ FAST = ("TokenizersBackend", "PreTrainedTokenizerFast")  # whatever tokenizer.js
 TOKENIZERS: Mapping[str, tuple[str, ...]] = {
     CLIP: (CLIP, "CLIPTokenizerFast"),
     "T5Tokenizer": ("T5Tokenizer", "T5TokenizerFast", *FAST),
+    "Qwen2Tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast", *FAST),
     "GemmaTokenizer": ("GemmaTokenizer", "GemmaTokenizerFast", *FAST),
 }  # classes that a folder may name
 SENTENCES = Keys(
-    TOKENIZER.read | names("mask_token extra_ids add_bos_token add_eos_token sp_model_kwargs"),
+    TOKENIZER.read | names("mask_token extra_ids add_bos_token add_eos_token sp_model_kwargs chat_template"),
     idle=TOKENIZER.idle | names("legacy use_default_system_prompt spaces_between_special_tokens vocab_file"),
 )  # of tokenizers that come from sentencepiece
 
 
-WHOLE = {"T5EncoderModel": ("T5ForConditionalGeneration",), "Gemma2Model": ("Gemma2ForCausalLM",)}
+WHOLE = {
+    "T5EncoderModel": ("T5ForConditionalGeneration",),
+    "Gemma2Model": ("Gemma2ForCausalLM",),
+    "Qwen3Model": ("Qwen3ForCausalLM",),
+}
 """Classes whose weights hold a text model's too."""
 
 
