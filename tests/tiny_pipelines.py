@@ -211,6 +211,41 @@ def tiny_z_image(folder: Path) -> Path:
     return folder
 
 
+def tiny_flux2(folder: Path, *, distilled: bool = False) -> Path:
+    """FLUX.2 klein: x of 16 channels at a quarter of the size."""
+    import diffusers
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(9)
+    network = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=36,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    codec = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16, **blocks
+    )
+    codec.bn.running_mean.uniform_(-1, 1)
+    codec.bn.running_var.uniform_(0.5, 2)
+    text = {**_qwen_sizes(12), "num_hidden_layers": 28, "head_dim": 4}
+    diffusers.Flux2KleinPipeline(
+        transformer=enlarged(network, 2.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=enlarged(codec, 2.0),
+        text_encoder=enlarged(Qwen3ForCausalLM(Qwen3Config(**text)), 2.0),
+        tokenizer=_byte_tokenizer(),
+        is_distilled=distilled,
+    ).save_pretrained(folder)
+    return folder
+
+
 def _qwen_sizes(width: int) -> dict[str, Any]:
     sizes = {"hidden_size": width, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
     return {"vocab_size": 260, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0, **sizes}
@@ -253,6 +288,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "pixart": tiny_pixart,
     "sana": tiny_sana,
     "qwen-image": small(tiny_qwen_image, 4, 6),
+    "flux2": small(tiny_flux2, 4, 6),
     "z-image": small(tiny_z_image, 8, 12),
 }
 """A tiny folder of every network class that reads prompts."""

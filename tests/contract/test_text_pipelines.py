@@ -16,6 +16,7 @@ from distill_core.networks.foreign.networks import NETWORKS
 from distill_core.networks.generation import generate
 from distill_core.recipe import load_recipe
 from distill_core.recipe.tables import LoraConfig
+from distill_core.running.plan import plan
 from tests.tiny_pipelines import BUILDERS
 
 METHODS = {
@@ -58,6 +59,26 @@ def test_a_folder_is_distilled_published_and_read_again(name, method, folders, t
     assert pictures.shape == (2, *student.image.picture)
     assert pictures.isfinite().all()
     assert not torch.equal(pictures[0], pictures[1])
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_a_training_step_is_planned_without_reading_weights(name, folders, tmp_path):
+    values = {
+        "method": "dmd2",
+        "steps": 1,
+        "batch_size": 2,
+        "threads": 1,
+        "teacher": {"path": str(folders[name])},
+        "data": {"name": "prompts", "prompts": ["a cat", "two dogs"]},
+        "config": METHODS["dmd2"],
+    }
+    planned = plan(load_recipe(values), api.context(tmp_path / "store", tmp_path / "cache"))
+    parts = {part.name: part for part in planned.parts}
+    denoiser = load_denoiser(folders[name])
+    assert parts["student"].parameters == sum(value.numel() for value in denoiser.network.parameters())
+    encoders = sum(part.weights for key, part in parts.items() if "text encoder" in key)
+    held = {id(value): value.nbytes for model in denoiser.text.models for value in model.parameters()}
+    assert 0.9 * sum(held.values()) <= encoders <= 1.1 * sum(held.values())
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))

@@ -26,6 +26,9 @@ def to_latent(codec: ModelMixin, picture: Tensor) -> Tensor:
         encoded = answer.latent_dist.mode() if named is None else getattr(answer, named)
         latent: Tensor = (encoded[:, :, 0] if has_frames(codec.config) else encoded).float()
     config = codec.config
+    if is_normalised(config):
+        mean, std = _measured(codec)
+        return (_patches_as_channels(latent) - mean) / std
     scale: float = config.get("scaling_factor", 1.0)
     if config.get("latents_mean") is None:
         shift: float = config.get("shift_factor") or 0.0
@@ -37,6 +40,9 @@ def to_latent(codec: ModelMixin, picture: Tensor) -> Tensor:
 def unscaled(codec: ModelMixin, x0: Tensor) -> Tensor:
     """The codec's own latent of a model's `x0`."""
     config = codec.config
+    if is_normalised(config):
+        mean, std = _measured(codec)
+        return _channels_as_patches(x0 * std + mean)
     scale: float = config.get("scaling_factor", 1.0)
     if config.get("latents_mean") is None:
         shift: float = config.get("shift_factor") or 0.0
@@ -52,6 +58,28 @@ def decode_latent(codec: ModelMixin, x0: Tensor) -> Tensor:
     return picture[:, :, 0] if has_frames(codec.config) else picture
 
 
+def is_normalised(config: Any) -> bool:
+    """Whether a codec of this config has the scale of its latents, with 2 x 2 patches as channels, in its weights."""
+    return "batch_norm_eps" in config
+
+
+def _measured(codec: Any) -> tuple[Tensor, Tensor]:
+    norm = codec.bn
+    std = (norm.running_var + codec.config["batch_norm_eps"]).sqrt()
+    return norm.running_mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)
+
+
+def _patches_as_channels(latent: Tensor) -> Tensor:
+    """(B, C, 2 h, 2 w) as (B, 4 C, h, w)."""
+    patches = latent.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
+    return patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+def _channels_as_patches(x: Tensor) -> Tensor:
+    """(B, 4 C, h, w) as (B, C, 2 h, 2 w)."""
+    return x.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+
+
 def has_frames(config: Any) -> bool:
     """Whether a codec of this config is one of videos: a picture is a single frame of (B, C, F, H, W)."""
     return "temperal_downsample" in config
@@ -59,7 +87,8 @@ def has_frames(config: Any) -> bool:
 
 def latent_channels(config: Any) -> int:
     """C of the latents that a codec of this config takes."""
-    return int(config.get("vq_embed_dim") or config.get("z_dim") or config["latent_channels"])
+    channels = config.get("vq_embed_dim") or config.get("z_dim") or config["latent_channels"]
+    return int(channels) * (4 if is_normalised(config) else 1)
 
 
 def factor_of(config: Any) -> int:
@@ -67,7 +96,7 @@ def factor_of(config: Any) -> int:
     if has_frames(config):
         return int(2 ** len(config["temperal_downsample"]))
     widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    return int(2 ** (len(widths) - 1))
+    return int(2 ** (len(widths) - 1)) * (2 if is_normalised(config) else 1)
 
 
 def colours_of(config: Any) -> int:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.artifacts import ImageSpec, SamplerSpec
-from distill_core.diffusion.schedule import NoiseSchedule
 from distill_core.diffusion.steps import INFINITE
 from distill_core.errors import ArtifactError
 from distill_core.networks.diffusers_codec import colours_of, factor_of, latent_channels
@@ -18,7 +17,6 @@ from distill_core.networks.diffusers_schedule import (
     schedule_of,
 )
 from distill_core.networks.families import family_of
-from distill_core.networks.families.base import Family
 from distill_core.networks.foreign.index import Index
 from distill_core.networks.foreign.samplers import scheduler_spec
 from distill_core.networks.prompts import PromptEncoder
@@ -55,7 +53,7 @@ def derived_sidecar(
     Raises:
         ArtifactError: they do not say it, or something that is not understood.
     """
-    config, schedule, family = network.config, schedule_of(scheduler), family_of(network)
+    config, family = network.config, family_of(network)
     (channels, _), (height, width) = family.channels(config), family.size(path, config)
     factor = factor_of(codec.config) if codec is not None else 1
     colours = colours_of(codec.config) if codec is not None else channels
@@ -69,19 +67,18 @@ def derived_sidecar(
             picture=(colours, height * factor, width * factor),
         ),
         cond=family.cond(config, text),
-        sampler=_sampler(scheduler, schedule, family, config, None if unclamped else clip_of(scheduler)),
+        sampler=_sampler(network, scheduler, text, None if unclamped else clip_of(scheduler)),
         parameterisation=parameterisation_of(scheduler),
     )
 
 
-def _sampler(
-    scheduler: Any, schedule: NoiseSchedule, family: Family, config: Any, clip: float | None
-) -> SamplerSpec:
+def _sampler(network: Any, scheduler: Any, text: PromptEncoder | None, clip: float | None) -> SamplerSpec:
     """The scheduler's own steps, where the family's one pipeline takes these and there is a sampler of them."""
-    patch = family.patch(config)
-    steps = (
-        scheduler_spec(scheduler, even_levels=family.even_levels, patch=patch) if family.pipeline else None
-    )
+    family, schedule, steps = family_of(network), schedule_of(scheduler), None
+    if family.pipeline:
+        patch = family.patch(network.config)
+        steps = scheduler_spec(scheduler, even_levels=family.even_levels, patch=patch)
+        steps = steps and steps.model_copy(update={"mu": family.mu})
     sigma_max = INFINITE if steps and schedule.kind == "flow" else min(schedule.sigma_max, 80.0)
     return SamplerSpec(
         kind="euler" if steps is None else "scheduler",
@@ -91,6 +88,6 @@ def _sampler(
         noise_scale=schedule.start_scale(sigma_max),
         num_steps=30,
         max_steps=1000,
-        guidance=family.usual_guidance(config),
+        guidance=family.usual_guidance(network.config, text),
         clip=clip,
     )

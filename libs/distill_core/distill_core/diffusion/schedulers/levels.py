@@ -98,7 +98,9 @@ def _flow_times(spec: SchedulerSpec, num_steps: int, size: Size) -> np.ndarray:
         ends = np.array([1.0, 1 / spec.num_train_timesteps])
         ends = ends if spec.use_dynamic_shifting else _shifted(ends, spec.shift)
         times = np.linspace(*ends.astype(np.float32), num_steps)
-    times = _dynamic(spec, times, size) if spec.use_dynamic_shifting else _shifted(times, spec.shift)
+    times = (
+        _dynamic(spec, times, size, num_steps) if spec.use_dynamic_shifting else _shifted(times, spec.shift)
+    )
     if spec.shift_terminal is not None:
         if num_steps == 1:
             raise ConfigError(
@@ -109,13 +111,20 @@ def _flow_times(spec: SchedulerSpec, num_steps: int, size: Size) -> np.ndarray:
     return spread(spec, times[0], times[-1], num_steps) if spec.spread else times
 
 
-def _dynamic(spec: SchedulerSpec, times: np.ndarray, size: Size) -> np.ndarray:
+def _dynamic(spec: SchedulerSpec, times: np.ndarray, size: Size, num_steps: int) -> np.ndarray:
     tokens = (size[0] // spec.patch) * (size[1] // spec.patch)
     slope = (spec.max_shift - spec.base_shift) / (spec.max_image_seq_len - spec.base_image_seq_len)
     mu = spec.base_shift + slope * (tokens - spec.base_image_seq_len)
+    mu = _flux2_mu(tokens, num_steps) if spec.mu == "flux2" else mu
     weight = math.exp(mu) if spec.time_shift_type == "exponential" else mu
     shifted: np.ndarray = weight / (weight + (1 / times - 1))
     return shifted
+
+
+def _flux2_mu(tokens: int, num_steps: int) -> float:
+    """On a line through two fits, for 10 and for 200 steps, each linear in the tokens; of many tokens the latter's."""
+    few, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+    return many if tokens > 4300 else many + (num_steps - 200) / 190 * (many - few)
 
 
 def _flow(times: np.ndarray, spec: SchedulerSpec) -> Levels:

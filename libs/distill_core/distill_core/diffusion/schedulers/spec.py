@@ -59,6 +59,7 @@ class SchedulerSpec(Config):
     max_shift: float = 1.15  # … of `max_image_seq_len`
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
+    mu: Literal["line", "flux2"] = "line"  # dynamic: the line of the above, or FLUX.2's formula
     shift_terminal: float | None = Field(
         None, gt=0, lt=1
     )  # flow: the last time, which the others are stretched to

@@ -8,6 +8,7 @@ from typing import Any
 from distill_core.networks.families.base import Family
 from distill_core.networks.families.dit import DiT
 from distill_core.networks.families.flux import Flux
+from distill_core.networks.families.flux2 import Flux2
 from distill_core.networks.families.pixart import PixArt
 from distill_core.networks.families.qwen_image import QwenImage
 from distill_core.networks.families.sana import Sana
@@ -17,7 +18,7 @@ from distill_core.networks.families.z_image import ZImage
 
 _ALL = (
     *(UNet2D(), UNet2DCondition(), DiT()),
-    *(SD3(), Flux(), PixArt(), Sana(), QwenImage(), ZImage()),
+    *(SD3(), Flux(), Flux2(), PixArt(), Sana(), QwenImage(), ZImage()),
 )
 FAMILIES: Mapping[str, Family] = {each.network: each for each in _ALL}
 

@@ -37,6 +37,8 @@ class Family(abc.ABC):
     """Usual scale of classifier-free guidance; 1 is off."""
     even_levels: ClassVar[bool] = False
     """Whether the pipeline gives its scheduler even levels of flow time, linspace(1, 1/N, N)."""
+    mu: ClassVar[Literal["line", "flux2"]] = "line"
+    """How a shift that depends on the picture's size is found (`diffusion.schedulers`)."""
     variance_below: ClassVar[bool] = False
     """Whether the output may have a variance below what it predicts, whatever the scheduler says."""
 
@@ -76,7 +78,7 @@ class Family(abc.ABC):
         """Sides of x that one token holds."""
         return 1
 
-    def usual_guidance(self, config: Any) -> float:
+    def usual_guidance(self, config: Any, text: PromptEncoder | None) -> float:
         """Usual scale of classifier-free guidance; 1 is off."""
         return self.guidance
 

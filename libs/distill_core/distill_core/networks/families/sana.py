@@ -104,7 +104,7 @@ class Sana(Prompted):
     def pipeline_for(self, config: Any, text: PromptEncoder | None) -> str:
         return "SanaSprintPipeline" if config.guidance_embeds else self.pipeline
 
-    def usual_guidance(self, config: Any) -> float:
+    def usual_guidance(self, config: Any, text: PromptEncoder | None) -> float:
         return 1.0 if config.guidance_embeds else self.guidance
 
     def cond(self, config: Any, text: PromptEncoder | None) -> CondSpec:

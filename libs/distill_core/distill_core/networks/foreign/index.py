@@ -72,6 +72,12 @@ Z_IMAGE: Parts = {
     "text_encoder": ("Qwen3Model",),
     "tokenizer": QWEN_TOKENS,
 }
+FLUX2: Parts = {
+    "transformer": ("Flux2Transformer2DModel",),
+    "vae": ("AutoencoderKLFlux2",),
+    "text_encoder": ("Qwen3ForCausalLM",),
+    "tokenizer": QWEN_TOKENS,
+}
 PIPELINES: Mapping[str, Parts] = {
     "DDPMPipeline": UNETS,
     "DDIMPipeline": UNETS,
@@ -93,6 +99,7 @@ PIPELINES: Mapping[str, Parts] = {
     "SanaSprintPipeline": SANA,
     "QwenImagePipeline": QWEN_IMAGE,
     "ZImagePipeline": Z_IMAGE,
+    "Flux2KleinPipeline": FLUX2,
 }  # those whose parts, networks and prompts are put together as `DiffusersDenoiser` does
 SLOTS = sorted({name for parts in PIPELINES.values() for name in parts})
 IDLE = frozenset(
@@ -102,8 +109,9 @@ IDLE = frozenset(
         "requires_safety_checker",
         "id2label",
         "force_zeros_for_empty_prompt",
+        "is_distilled",
     )
-)  # they look at finished pictures; class names are for people; the last is read by `text`
+)  # they look at finished pictures; class names are for people; the last two are read by encoders of prompts
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,13 @@ def read_index(folder: Path) -> Index | None:
             f"known: {', '.join(sorted(PIPELINES))}"
         )
     return Index(pipeline, _parts(path, table, PIPELINES[pipeline]))
+
+
+def entry_of(folder: Path, name: str) -> Any:
+    """An entry of a folder's index, None if it has none."""
+    read_index(folder)  # the sentence that refuses a damaged one
+    path = folder / INDEX
+    return read_table(path).get(name) if path.is_file() else None
 
 
 def pipeline_of(folder: Path) -> str | None:

@@ -92,6 +92,12 @@ _Z_IMAGE = names(
     axes_dims axes_lens
     """
 )
+_FLUX2 = names(
+    """
+    in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads joint_attention_dim
+    timestep_guidance_channels mlp_ratio axes_dims_rope rope_theta eps guidance_embeds
+    """
+)
 _CODEC = names(
     """
     in_channels out_channels latent_channels block_out_channels down_block_types up_block_types layers_per_block
@@ -112,6 +118,7 @@ NETWORKS = {
     "DiTTransformer2DModel": Keys(_DIT),
     "SD3Transformer2DModel": Keys(_SD3),
     "FluxTransformer2DModel": Keys(_FLUX),
+    "Flux2Transformer2DModel": Keys(_FLUX2),
     "PixArtTransformer2DModel": Keys(_PIXART),
     "SanaTransformer2DModel": Keys(_SANA),
     "QwenImageTransformer2DModel": Keys(_QWEN_IMAGE),
@@ -131,6 +138,11 @@ CODECS = {
         ),
         _CODEC_IDLE
         | names("latent_magnitude latent_shift block_out_channels"),  # of latents kept as pictures; a copy
+    ),
+    "AutoencoderKLFlux2": Keys(
+        (_CODEC - {"scaling_factor"})
+        | names("decoder_block_out_channels use_quant_conv use_post_quant_conv batch_norm_eps"),
+        _CODEC_IDLE | {"batch_norm_momentum"},
     ),
     "AutoencoderKLQwenImage": Keys(
         names(

@@ -75,6 +75,7 @@ ENCODERS: Mapping[str, Keys] = {
     "T5EncoderModel": T5,
     "Gemma2Model": GEMMA2,
     "Qwen3Model": QWEN3,
+    "Qwen3ForCausalLM": QWEN3,
     "Qwen2_5_VLForConditionalGeneration": QWEN_VL,
 }  # others are CLIP's
 
