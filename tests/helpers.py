@@ -163,8 +163,8 @@ def tiny_text_to_image(folder: Path, *, tokens: int = 8, prediction: str = "epsi
     diffusers.StableDiffusionPipeline(
         unet=_tiny_unet(cross_attention_dim=16),
         vae=_tiny_vae(),
-        text_encoder=CLIPTextModel(_tiny_text_config(tokens)),
-        tokenizer=_letter_tokenizer(folder.parent / f"{folder.name}-tokenizer", tokens),
+        text_encoder=CLIPTextModel(tiny_text_config(tokens)),
+        tokenizer=letter_tokenizer(folder.parent / f"{folder.name}-tokenizer", tokens),
         scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear", prediction_type=prediction),
         safety_checker=None,
         feature_extractor=None,
@@ -179,7 +179,7 @@ def tiny_sdxl(folder: Path, *, tokens: int = 8, zero_null: bool = True) -> Path:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    tokenizer = _letter_tokenizer(folder.parent / f"{folder.name}-tokenizer", tokens)
+    tokenizer = letter_tokenizer(folder.parent / f"{folder.name}-tokenizer", tokens)
     diffusers.StableDiffusionXLPipeline(
         unet=_tiny_unet(
             cross_attention_dim=32,
@@ -188,9 +188,9 @@ def tiny_sdxl(folder: Path, *, tokens: int = 8, zero_null: bool = True) -> Path:
             projection_class_embeddings_input_dim=12 + 6 * 8,
         ),
         vae=_tiny_vae(),
-        text_encoder=CLIPTextModel(_tiny_text_config(tokens, num_hidden_layers=2)),
+        text_encoder=CLIPTextModel(tiny_text_config(tokens, num_hidden_layers=2)),
         text_encoder_2=CLIPTextModelWithProjection(
-            _tiny_text_config(tokens, num_hidden_layers=2, projection_dim=12)
+            tiny_text_config(tokens, num_hidden_layers=2, projection_dim=12)
         ),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
@@ -229,7 +229,7 @@ def _tiny_vae() -> torch.nn.Module:
     )
 
 
-def _tiny_text_config(tokens: int, **args: object) -> object:
+def tiny_text_config(tokens: int, **args: object) -> object:
     from transformers import CLIPTextConfig
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -243,7 +243,7 @@ def _tiny_text_config(tokens: int, **args: object) -> object:
     )
 
 
-def _letter_tokenizer(folder: Path, tokens: int) -> object:
+def letter_tokenizer(folder: Path, tokens: int) -> object:
     from transformers import CLIPTokenizer
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -273,6 +273,6 @@ def tiny_clip(folder: Path, *, seed: int = 0, tokens: int = 8) -> Path:
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
         folder
     )
-    tokenizer = _letter_tokenizer(folder.parent / f"{folder.name}-tokenizer", tokens)
+    tokenizer = letter_tokenizer(folder.parent / f"{folder.name}-tokenizer", tokens)
     tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
     return folder

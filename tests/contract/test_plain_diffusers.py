@@ -118,11 +118,8 @@ def difference(folder, num_steps=None):
     def draw(k):
         return torch.randn(z.shape, generator=first) if k else z
 
-    def denoise(x, sigma):
-        return denoiser.guided(x, torch.full((2,), sigma), cond, guidance)
-
     with torch.no_grad():
-        ours = denoiser.decode(sample(denoise, spec, draw, count)).clamp(-1, 1)
+        ours = denoiser.decode(sample(denoiser.bound(cond, guidance), spec, draw, count)).clamp(-1, 1)
     assert float(ours.std()) > 0.01, "a constant picture would hide every mistake"
     return float((theirs - (ours + 1) / 2).abs().mean() * 255), pipeline
 
@@ -354,3 +351,35 @@ def test_the_expert_of_a_routed_model_is_opened_as_its_card_says(teachers, pictu
     folder = student_of("msd", teachers["sdxl"], pictures, root, **changes)
     assert run_card(folder, monkeypatch)["picture"].size == (16, 16)
     assert not (folder / "experts" / "0" / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["EulerDiscrete", "DPMSolverMultistep", "FlowMatchEulerDiscrete", "UniPCMultistep"]
+)
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "UNet2DModel"])
+def test_the_code_of_a_card_is_the_loop_of_a_foreign_folders_scheduler(
+    name, scheduler, tmp_path, monkeypatch
+):
+    torch.manual_seed(1)
+    flows = scheduler == "FlowMatchEulerDiscrete"
+    denoiser = build_denoiser(
+        NetworkConfig(name=name, args=NETWORKS[name]),
+        parameterisation="flow" if flows else "eps",
+        shape=(1, 8, 8),
+        num_classes=3,
+    )
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    slot = "transformer" if "Transformer" in name else "unet"
+    denoiser.network.save_pretrained(tmp_path / "foreign" / slot)
+    getattr(diffusers, f"{scheduler}Scheduler")().save_pretrained(tmp_path / "foreign" / "scheduler")
+    foreign = load_denoiser(tmp_path / "foreign")
+    assert foreign.sampler.kind == "scheduler"
+    foreign.save(tmp_path / "again")
+    variables = run_card(tmp_path / "again", monkeypatch)
+    z = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    cond = {"class_label": torch.arange(4) % foreign.cond.num_classes}
+
+    with torch.no_grad():
+        wanted = sample(foreign.bound(cond, 1.0), foreign.sampler, lambda k: z, foreign.sampler.num_steps)
+    torch.testing.assert_close(variables["x0"], wanted, atol=2e-3, rtol=2e-3)

@@ -32,12 +32,17 @@ class CalibrationTrajectory:
     def steps(self) -> int:
         """The sampler's own number of steps, `STEPS` where that is more and not the model's own."""
         own = self.sampler.num_steps
-        return own if self.sampler.kind == "few_step" else min(own, STEPS)
+        return own if self.few else min(own, STEPS)
+
+    @property
+    def few(self) -> bool:
+        """Whether the numbers of steps are the model's own."""
+        return self.sampler.kind == "few_step" or bool(self.sampler.step_counts)
 
     @property
     def fewest_steps(self) -> int:
         """The smallest number of steps that gives pictures: 1 for students that may take it."""
-        if self.sampler.kind != "few_step":
+        if not self.few:
             return self.steps
         return min(self.sampler.step_counts, default=1)
 
@@ -48,8 +53,11 @@ class CalibrationTrajectory:
         guided = bool(cond) and self.sampler.guidance != 1
         null = {name: value[indices.start :] for name, value in self.null(last).items()} if guided else {}
 
-        def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
-            feed = {"x_sigma": np.asarray(x, np.float32), "sigma": np.full(len(x), sigma, np.float32), **cond}
+        names = ("sigma", "time") if self.sampler.timed else ("sigma",)
+
+        def denoise(x: np.ndarray, *level: float) -> np.ndarray:
+            told = {name: np.full(len(x), value, np.float32) for name, value in zip(names, level)}
+            feed = {"x_sigma": np.asarray(x, np.float32), **told, **cond}
             if not guided:
                 return run(feed)
             without = run({**feed, **null})

@@ -29,6 +29,7 @@ from distillery_converter.calibration import COUNT, Arrays, CalibrationTrajector
 
 SEED = 20_260_101  # of the fixed inputs
 EXAMPLE_BATCH = 2  # to trace with: a batch of 1 would be baked in as a constant, silently
+TIME = "time"  # input of a graph whose levels have times of their own
 DATA_STD = 0.5  # of the stand-in for data that the fixed inputs are noised from, as in Karras et al. 2022
 
 EVALUATION_ERRORS = (RuntimeError, ValueError, TypeError, ArithmeticError, AttributeError, LookupError)
@@ -76,7 +77,7 @@ class Graph:
 
 
 class DenoiserGraph(nn.Module):
-    """x_sigma, sigma and the condition as positional tensors; all preconditioning is inside."""
+    """x_sigma, sigma, the condition and a time as positional tensors; all preconditioning is inside."""
 
     def __init__(self, denoiser: DiffusersDenoiser, cond: Sequence[str]) -> None:
         super().__init__()
@@ -89,9 +90,12 @@ class DenoiserGraph(nn.Module):
         first: Tensor | None = None,  # by name: the exporter takes no variable number of tensors
         second: Tensor | None = None,
         third: Tensor | None = None,
+        fourth: Tensor | None = None,
     ) -> Tensor:
-        conditions = [value for value in (first, second, third) if value is not None]
-        x0: Tensor = self.denoiser(x_sigma, sigma, dict(zip(self.cond, conditions, strict=True)) or None)
+        given = [value for value in (first, second, third, fourth) if value is not None]
+        cond = dict(zip(self.cond, given, strict=True))
+        time = cond.pop(TIME, None)
+        x0: Tensor = self.denoiser(x_sigma, sigma, cond or None, time)
         return x0
 
 
@@ -191,12 +195,13 @@ def denoiser_graph(
     shape = (denoiser.image.channels, denoiser.image.height, denoiser.image.width)
 
     def inputs(batch: int) -> Arrays:
-        sigma = fixed_sigmas(sampler, batch)
+        sigma, times = fixed_levels(sampler, shape, batch)
         x_sigma = DATA_STD * noise(batch, shape, draw=0) + sigma.reshape(-1, 1, 1, 1) * noise(
             batch, shape, draw=1
         )
         cond = {name: fixed_condition(name, denoiser.cond, batch, classes) for name in conditions}
-        return {"x_sigma": x_sigma, "sigma": sigma, **cond}
+        told = {TIME: times} if sampler.timed else {}
+        return {"x_sigma": x_sigma, "sigma": sigma, **cond, **told}
 
     trajectory = CalibrationTrajectory(
         sampler,
@@ -206,7 +211,7 @@ def denoiser_graph(
     )
     graph = Graph(
         "denoiser",
-        DenoiserGraph(denoiser, conditions),
+        DenoiserGraph(denoiser, (*conditions, TIME) if sampler.timed else conditions),
         ("x0",),
         inputs,
         trajectory=trajectory,
@@ -283,13 +288,23 @@ def noise(batch: int, shape: tuple[int, ...], *, draw: int, seed: int = SEED) ->
     return unit_normals([(seed, index) for index in range(batch)], draw, shape)
 
 
-def fixed_sigmas(sampler: SamplerSpec, batch: int) -> np.ndarray:
-    """Noise levels (batch,) where the model is used: a student's own, else spread over the sampler's."""
-    if sampler.kind == "few_step":
-        levels = list(sampler.sigmas)
+def fixed_levels(
+    sampler: SamplerSpec, shape: tuple[int, int, int], batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Noise levels (batch,) where the model is used, and their times: a student's own, else spread over the sampler's.
+
+    Times are of a foreign scheduler's levels, 0 elsewhere.
+    """
+    if sampler.scheduler is not None:
+        steps = sampler.path(sampler.num_steps, shape[1:]).steps
+        found = [(step.sigma, step.time or 0.0) for step in steps]
+        found = [found[index * (len(found) - 1) // 3] for index in range(4)]
+    elif sampler.kind == "few_step":
+        found = [(sigma, 0.0) for sigma in sampler.sigmas]
     else:
-        levels = np.geomspace(sampler.sigma_max, sampler.sigma_min, 4).tolist()
-    return np.asarray([levels[index % len(levels)] for index in range(batch)], dtype=np.float32)
+        found = [(sigma, 0.0) for sigma in np.geomspace(sampler.sigma_max, sampler.sigma_min, 4).tolist()]
+    sigmas, times = zip(*(found[index % len(found)] for index in range(batch)), strict=True)
+    return np.asarray(sigmas, np.float32), np.asarray(times, np.float32)
 
 
 def fixed_condition(name: str, cond: CondSpec, batch: int, classes: tuple[int, ...] = ()) -> np.ndarray:

@@ -330,9 +330,9 @@ def test_example_prompts_calibrate_a_text_encoder(tmp_path):
     from transformers import CLIPTextModel
 
     from distill_core.networks.text import TextEncoder
-    from tests.helpers import _letter_tokenizer, _tiny_text_config
+    from tests.helpers import letter_tokenizer, tiny_text_config
 
-    text = TextEncoder(_letter_tokenizer(tmp_path / "tokens", 8), CLIPTextModel(_tiny_text_config(8)))
+    text = TextEncoder(letter_tokenizer(tmp_path / "tokens", 8), CLIPTextModel(tiny_text_config(8)))
     (feed,) = text_graph(text, ("cat", "dog")).feeds(0)
     assert len({tuple(row) for row in feed["input_ids"].tolist()}) == 2
     np.testing.assert_array_equal(

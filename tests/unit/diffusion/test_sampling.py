@@ -49,6 +49,16 @@ def test_the_ode_solvers_converge_to_the_exact_solution_with_their_order(kind, o
     assert fine == pytest.approx(error(kind, 32) / 2**order, rel=0.2)
 
 
+def test_euler_keeps_its_digits_however_high_it_begins():
+    """At flow time 1 the level is a million: x and D differ by as much, and the picture is of size 1."""
+    noise = unit_normal(7, 0, 0, (1000,))
+    high = spec("euler", sigma_min=0.05, sigma_max=1e6, noise_scale=1e6)
+    single = sample(gaussian_denoiser, high, lambda k: noise, 4)
+    double = sample(gaussian_denoiser, high, lambda k: noise.astype(np.float64), 4)
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single, double, atol=1e-6)
+
+
 def test_few_step_renoises_with_its_own_draw():
     levels = (20.0, 1.5, 0.6)
     seen = []

@@ -90,7 +90,7 @@ def test_a_shift_of_latents_is_undone_before_decoding(sd):
         ({"scaling_factor": "big"}, "scaling_factor"),
         ({"scaling_factor": None}, "scaling_factor"),
         ({"a_key_of_tomorrow": 3}, "a_key_of_tomorrow"),
-        ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
+        ({"_class_name": "ConsistencyDecoderVAE"}, "ConsistencyDecoderVAE"),
     ],
 )
 def test_a_codec_that_is_not_understood_is_refused_by_its_key(sd, changes, key):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from distill_core.artifacts import CondSpec
+from distill_core.artifacts import CondSpec, SamplerSpec
 from distill_core.diffusion.levels import expand
+from distill_core.diffusion.schedulers import SchedulerSpec
 from distill_core.networks.generation import drop_condition, generate
 from tests.oracles import AffineDenoiser
 
@@ -46,3 +47,25 @@ def test_a_share_of_the_conditions_is_dropped_and_the_others_stay():
         dropped = found == 3
         assert abs(dropped.float().mean().item() - share) < 0.03
         assert torch.equal(found[~dropped], labels[~dropped])
+
+
+class Told(AffineDenoiser):
+    """A denoiser that notes what time it is told, item by item."""
+
+    def __init__(self):
+        super().__init__(0.3, 0.7)
+        self.told = []
+
+    def forward(self, x_sigma, sigma, cond=None, time=None):
+        self.told.append(None if time is None else time.tolist())
+        return super().forward(x_sigma, sigma)
+
+
+def test_the_network_is_told_the_times_of_a_foreign_schedulers_levels():
+    scheduler = SchedulerSpec(name="dpmpp_2m", use_flow_sigmas=True, shift=3.0)
+    spec = SamplerSpec(kind="scheduler", scheduler=scheduler, noise_scale=1.0, num_steps=2, max_steps=9)
+    denoiser = Told()
+    generate(denoiser, {}, 3, seed=5, sampler=spec)
+    assert denoiser.told == [[999.0] * 3, [749.0] * 3]  # 1000 t of t = 0.99967 and 0.7493, cut off
+    generate(denoiser, {}, 2, seed=5, num_steps=2)
+    assert denoiser.told[2:] == [None] * 3  # Heun's levels are told by the schedule

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distill_core.errors import ArtifactError
-from distill_core.networks import text as texts
+from distill_core.networks import prompts as texts
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.text import load_text_encoder, new_text_encoder
 from tests.helpers import tiny_sdxl, tiny_text_to_image

@@ -39,6 +39,9 @@ class CondSpec(Config):
     max_tokens: int | None = None  # prompt: tokens, longer prompts are cut by the tokenizer
     embed_dim: int | None = None  # prompt: width of prompt_embeds
     pooled_dim: int | None = None  # prompt: width of pooled_embeds, for models that take them (SDXL)
+    masked: bool = False  # prompt: whether prompt_mask (T,) says which tokens are there
+    guidance_rule: Literal["linear", "patch_norm"] = "linear"  # see `diffusion.guidance.guide_by`
+    embedded_guidance: float | None = None  # usual value of the guidance that the network is told as a number
     nasa_scale: float | None = (
         None  # prompt: usual strength of a negative prompt in attention; unset: in guidance
     )

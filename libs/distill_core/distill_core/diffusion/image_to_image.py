@@ -10,7 +10,6 @@ Arithmetic operators only: torch tensors and NumPy arrays alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +33,6 @@ class InitImage:
         """The first x_sigma; nothing of y is left where it is made anew."""
         y = self.y if self.known is None else self.y * self.known
         return y + noise * sigma
-
-    def held(self, denoise: Callable[[Array, float], Array]) -> Callable[[Array, float], Array]:
-        """`denoise` whose answers keep what is known."""
-        return lambda x_sigma, sigma: self.restore(denoise(x_sigma, sigma))
 
     def restore(self, x0: Array) -> Array:
         """x0 with what is known of y put back."""

@@ -125,8 +125,10 @@ class LoraDenoiser(Denoiser):
         with lora_off(self.adapted):
             yield
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
-        return self.adapted(x_sigma, sigma, cond)
+    def forward(
+        self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None, time: Tensor | None = None
+    ) -> Tensor:
+        return self.adapted(x_sigma, sigma, cond, *(() if time is None else (time,)))
 
     def with_features(
         self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None
@@ -141,6 +143,9 @@ class LoraDenoiser(Denoiser):
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
         return self.adapted.encode_prompts(prompts)
+
+    def encode_negative(self, prompts: list[str]) -> Cond:
+        return self.adapted.encode_negative(prompts)
 
     def decode(self, x0: Tensor) -> Tensor:
         return self.adapted.decode(x0)

@@ -1,4 +1,4 @@
-"""The codec of a latent model: an AutoencoderKL or VQModel of diffusers, frozen, with the scale of its latents."""
+"""The codec of a latent model: an autoencoder of diffusers, frozen, with the scale of its latents."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ def to_latent(codec: ModelMixin, picture: Tensor) -> Tensor:
     with torch.autocast(
         picture.device.type, enabled=False
     ):  # latents in 8 bits of mantissa are other pictures
-        answer = codec.encode(picture.to(codec.dtype))
-        encoded = answer.latents if hasattr(answer, "latents") else answer.latent_dist.mode()
-        latent: Tensor = encoded.float()
+        shown = picture.to(codec.dtype)
+        answer = codec.encode(shown[:, :, None] if has_frames(codec.config) else shown)
+        named = next((name for name in ("latents", "latent") if hasattr(answer, name)), None)
+        encoded = answer.latent_dist.mode() if named is None else getattr(answer, named)
+        latent: Tensor = (encoded[:, :, 0] if has_frames(codec.config) else encoded).float()
     config = codec.config
-    scale: float = config["scaling_factor"]
+    if is_normalised(config):
+        mean, std = _measured(codec)
+        return (_patches_as_channels(latent) - mean) / std
+    scale: float = config.get("scaling_factor", 1.0)
     if config.get("latents_mean") is None:
         shift: float = config.get("shift_factor") or 0.0
         return (latent - shift) * scale
@@ -35,7 +40,10 @@ def to_latent(codec: ModelMixin, picture: Tensor) -> Tensor:
 def unscaled(codec: ModelMixin, x0: Tensor) -> Tensor:
     """The codec's own latent of a model's `x0`."""
     config = codec.config
-    scale: float = config["scaling_factor"]
+    if is_normalised(config):
+        mean, std = _measured(codec)
+        return _channels_as_patches(x0 * std + mean)
+    scale: float = config.get("scaling_factor", 1.0)
     if config.get("latents_mean") is None:
         shift: float = config.get("shift_factor") or 0.0
         return x0 / scale + shift
@@ -45,13 +53,55 @@ def unscaled(codec: ModelMixin, x0: Tensor) -> Tensor:
 
 def decode_latent(codec: ModelMixin, x0: Tensor) -> Tensor:
     """The picture (B, C, H, W) in [-1, 1] of a latent model's `x0`."""
-    picture: Tensor = codec.decode(unscaled(codec, x0)).sample
-    return picture
+    latent = unscaled(codec, x0)
+    picture: Tensor = codec.decode(latent[:, :, None] if has_frames(codec.config) else latent).sample
+    return picture[:, :, 0] if has_frames(codec.config) else picture
+
+
+def is_normalised(config: Any) -> bool:
+    """Whether a codec of this config has the scale of its latents, with 2 x 2 patches as channels, in its weights."""
+    return "batch_norm_eps" in config
+
+
+def _measured(codec: Any) -> tuple[Tensor, Tensor]:
+    norm = codec.bn
+    std = (norm.running_var + codec.config["batch_norm_eps"]).sqrt()
+    return norm.running_mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)
+
+
+def _patches_as_channels(latent: Tensor) -> Tensor:
+    """(B, C, 2 h, 2 w) as (B, 4 C, h, w)."""
+    patches = latent.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
+    return patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+def _channels_as_patches(x: Tensor) -> Tensor:
+    """(B, 4 C, h, w) as (B, C, 2 h, 2 w)."""
+    return x.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+
+
+def has_frames(config: Any) -> bool:
+    """Whether a codec of this config is one of videos: a picture is a single frame of (B, C, F, H, W)."""
+    return "temperal_downsample" in config
 
 
 def latent_channels(config: Any) -> int:
     """C of the latents that a codec of this config takes."""
-    return int(config.get("vq_embed_dim") or config["latent_channels"])
+    channels = config.get("vq_embed_dim") or config.get("z_dim") or config["latent_channels"]
+    return int(channels) * (4 if is_normalised(config) else 1)
+
+
+def factor_of(config: Any) -> int:
+    """Pixels on a side of the square that one latent of a codec of this config stands for."""
+    if has_frames(config):
+        return int(2 ** len(config["temperal_downsample"]))
+    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return int(2 ** (len(widths) - 1)) * (2 if is_normalised(config) else 1)
+
+
+def colours_of(config: Any) -> int:
+    """C of the pictures."""
+    return int(config.get("out_channels") or config.get("in_channels") or config["input_channels"])
 
 
 def check_codec(path: Path, config: Any) -> None:
@@ -67,7 +117,7 @@ def check_codec(path: Path, config: Any) -> None:
         raise ArtifactError(f"{path} gives both latents_mean and shift_factor; give one of them")
     for name in ("scaling_factor", "shift_factor"):
         _check_numbers(path, name, [config.get(name) or 0.0])
-    if not config.get("scaling_factor"):
+    if not config.get("scaling_factor", 1.0):
         raise ArtifactError(
             f"{path} says scaling_factor = 0, and latents are divided by it; give their 1 / std"
         )
@@ -76,7 +126,7 @@ def check_codec(path: Path, config: Any) -> None:
             _check_numbers(path, name, values, count=latent_channels(config))
     if std is not None and min(std) <= 0:
         raise ArtifactError(f"{path} says latents_std = {min(std)}; standard deviations are above 0")
-    if config["in_channels"] != config["out_channels"]:
+    if config.get("in_channels", colours_of(config)) != colours_of(config):
         raise ArtifactError(
             f"{path} says in_channels = {config['in_channels']} and out_channels = {config['out_channels']}; "
             "a codec that gives back another kind of picture is not supported"

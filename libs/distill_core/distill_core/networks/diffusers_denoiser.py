@@ -27,8 +27,8 @@ from distill_core.networks.diffusers_codec import decode_latent, to_latent, unsc
 from distill_core.networks.diffusers_plain import opens, pipeline_class, plain_use
 from distill_core.networks.diffusers_schedule import schedule_of
 from distill_core.networks.fake_tensors import real_tensors
-from distill_core.networks.steering import make_steerable
-from distill_core.networks.text import TextEncoder
+from distill_core.networks.families import family_of
+from distill_core.networks.prompts import PromptEncoder
 from distill_core.networks.tileable import decode_wrapped, wrap_around
 from distill_core.networks.usage import Place, usage
 
@@ -54,7 +54,7 @@ class DiffusersDenoiser(Denoiser):
         sidecar: Sidecar,
         *,
         codec: ModelMixin | None = None,
-        text: TextEncoder | None = None,
+        text: PromptEncoder | None = None,
     ) -> None:
         super().__init__()
         self.network: ModelMixin = (
@@ -66,8 +66,8 @@ class DiffusersDenoiser(Denoiser):
         self.parameterisation: Parameterisation = sidecar.parameterisation
         # Frozen companions live outside the module tree: they are not trained, copied per role, or averaged.
         self._companions: dict[str, Any] = {"codec": codec, "text": text}
-        if isinstance(network, diffusers.UNet2DConditionModel):
-            make_steerable(network)
+        self.family = family_of(network)
+        self.family.prepare(network)
         if self.image.tileable:  # diffusers' own config has no word for it
             wrap_around(network)
 
@@ -88,16 +88,14 @@ class DiffusersDenoiser(Denoiser):
         return codec
 
     @property
-    def text(self) -> TextEncoder | None:
-        text: TextEncoder | None = self._companions["text"]
+    def text(self) -> PromptEncoder | None:
+        text: PromptEncoder | None = self._companions["text"]
         return text
 
     @property
     def called_apart(self) -> list[nn.Module]:
-        """Modules called from outside the block that holds them: of a DiT the first block's embedding."""
-        blocks = getattr(self.network, "transformer_blocks", None)
-        embedding = getattr(getattr(blocks[0], "norm1", None), "emb", None) if blocks else None
-        return [] if embedding is None else [embedding]
+        """Modules called from outside the block that holds them."""
+        return self.family.called_apart(self.network)
 
     def enable_gradient_checkpointing(self) -> None:
         try:
@@ -112,10 +110,13 @@ class DiffusersDenoiser(Denoiser):
                 companion.to(device)
         return self.to(device)
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
+    def forward(
+        self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None, time: Tensor | None = None
+    ) -> Tensor:
         scaled = x_sigma * expand(self.schedule.scale(sigma), x_sigma)
         cond = self._with_null(cond, x_sigma.shape[0])  # len() would bake the batch into an exported graph
-        output = self._call(scaled, self.schedule.network_time(sigma), cond)
+        told = self.schedule.network_time(sigma) if time is None else time
+        output = self.family.call(self.network, scaled, told, cond, self.image)
         x0 = to_x0(
             output.float(), x_sigma, expand(sigma, x_sigma), self.parameterisation, self.schedule.sigma_data
         )
@@ -124,9 +125,9 @@ class DiffusersDenoiser(Denoiser):
     def with_features(
         self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        with _captured(self._trunk()) as features:
+        with _captured(self.family.trunk(self.network)) as features:
             x0 = self(x_sigma, sigma, cond)
-        return x0, [self._as_map(feature) for feature in features]
+        return x0, [self.family.as_map(self.network, feature, x_sigma) for feature in features]
 
     def null_cond(self, batch: int) -> Cond:
         device = next(self.network.parameters()).device
@@ -145,6 +146,11 @@ class DiffusersDenoiser(Denoiser):
         if self.text is None:
             return super().encode_prompts(prompts)
         return self.text.encode(prompts)
+
+    def encode_negative(self, prompts: list[str]) -> Cond:
+        if self.text is None:
+            return super().encode_negative(prompts)
+        return self.text.encode(prompts, negative=True)
 
     def encode(self, picture: Tensor) -> Tensor:
         if self.codec is None:
@@ -176,7 +182,9 @@ class DiffusersDenoiser(Denoiser):
             self._slot(): self.network,
             **(self._companion_parts() if companions is None else companions),
         }
-        pipeline = pipeline_class(parts, self.cond, self.schedule, tileable=self.image.tileable)
+        named = self.family.pipeline_for(self.network.config, self.text)
+        tileable = self.image.tileable
+        pipeline = pipeline_class(parts, self.cond, self.schedule, tileable=tileable, named=named)
         with real_tensors():
             use = plain_use(self.scheduler, self.schedule, self.sampler, self.parameterisation, pipeline)
         use.scheduler.save_pretrained(folder / "scheduler")
@@ -185,19 +193,18 @@ class DiffusersDenoiser(Denoiser):
             pipeline = None
         if pipeline is not None and companions is not None:  # else the folder opens part by part
             options = {} if self.text is None else self.text.options
-            index = {**_model_index(pipeline, parts), **options}
+            index = {**_model_index(pipeline, parts, self.family.index_of(pipeline)), **options}
             (folder / "model_index.json").write_text(json.dumps(index, indent=1))
         self.save_sidecar(folder)
         place = Place(inside, adapter=companions is None)
-        words = usage(
-            self, {name: type(part).__name__ for name, part in parts.items()}, use.steps, pipeline, place
-        )
+        classes = {name: type(part).__name__ for name, part in parts.items()}
+        words = usage(self, classes, use, pipeline, place)
         (folder / CARD).write_text(words + "\n", encoding="utf-8")
 
     def _companion_parts(self) -> dict[str, Any]:
-        named = {self._codec_slot(): self.codec, "text_encoder": self.text and self.text.model}
-        second = getattr(self.text, "model_2", None)
-        return {name: part for name, part in {**named, "text_encoder_2": second}.items() if part is not None}
+        codec = {} if self.codec is None else {self._codec_slot(): self.codec}
+        parts = {} if self.text is None else self.text.parts
+        return codec | {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
     def bare(self) -> DiffusersDenoiser:
         """The same network without its companions."""
@@ -233,87 +240,29 @@ class DiffusersDenoiser(Denoiser):
         return "vqvae" if unconditional or type(self.codec).__name__ == "VQModel" else "vae"
 
     def _slot(self) -> str:
-        return "transformer" if "Transformer" in type(self.network).__name__ else "unet"
+        return self.family.slot
 
     def _with_null(self, cond: Cond | None, batch: int) -> Cond:
-        return cond or self.null_cond(batch)
-
-    def _call(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        if isinstance(self.network, diffusers.UNet2DConditionModel):
-            prompt = cond["prompt_embeds"].to(x.dtype)
-            output = self.network(x, time, encoder_hidden_states=prompt, **self._text_extras(x, cond)).sample
-            return _predicted(output, x)
-        if "nasa_scale" in cond:
-            raise ConfigError(
-                f"{type(self.network).__name__} has no cross-attention that a negative prompt could steer; "
-                "leave the negative prompt out",
-                field="negative_prompt",
-            )
-        labels = cond.get("class_label")
-        if self._slot() == "transformer":
-            if labels is None:  # a DiT always has a label table; unconditional ones use their only row
-                labels = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-            return _predicted(self.network(x, timestep=time, class_labels=labels).sample, x)
-        return _predicted(self.network(x, time, class_labels=labels).sample, x)
-
-    def _text_extras(self, x: Tensor, cond: Cond) -> dict[str, Any]:
-        """Inputs of a text-conditional network beside the prompt: SDXL's size and pooled prompt, and steering."""
-        extras: dict[str, Any] = {}
-        if self.cond.pooled_dim is not None:
-            _, height, width = self.image.picture
-            size = x.new_tensor(
-                [height, width, 0, 0, height, width]
-            )  # original size, corner of the crop, size
-            pooled = cond["pooled_embeds"].to(x.dtype)
-            extras["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": size.expand(x.shape[0], -1)}
-        if "nasa_scale" in cond:
-            steering = ("negative_prompt_embeds", "nasa_scale")
-            extras["cross_attention_kwargs"] = {name: cond[name] for name in steering}
-        return extras
-
-    def _trunk(self) -> nn.Module:
-        if self._slot() == "unet":
-            trunk: nn.Module = self.network.mid_block or self.network.down_blocks[-1]
-            return trunk
-        blocks: nn.ModuleList = self.network.transformer_blocks
-        return blocks[len(blocks) // 2]
-
-    def _as_map(self, feature: Tensor) -> Tensor:
-        if feature.ndim == 4:
-            return feature
-        patch: int = self.network.config.patch_size
-        size = self.image.height // patch, self.image.width // patch
-        feature_map: Tensor = feature.transpose(1, 2).unflatten(2, size)  # (B, N, D) -> (B, D, h, w)
-        return feature_map
-
-
-def _predicted(output: Tensor, x: Tensor) -> Tensor:
-    """A network's output without the variance that some learn below it."""
-    return output if output.shape[1] == x.shape[1] else output[:, : x.shape[1]]
+        cond, usual = cond or self.null_cond(batch), self.cond.embedded_guidance
+        if usual is not None and "embedded_guidance" not in cond:
+            like = next(iter(cond.values()))
+            told = torch.full((batch,), usual, device=like.device)
+            return {**cond, "embedded_guidance": told}
+        return cond
 
 
 @contextlib.contextmanager
-def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
-    outputs: list[Tensor] = []
-    handle = module.register_forward_hook(
-        lambda _module, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
-    )
+def _captured(module: nn.Module) -> Iterator[list[Any]]:
+    outputs: list[Any] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     try:
         yield outputs
     finally:
         handle.remove()
 
 
-def _model_index(pipeline: str, parts: dict[str, Any]) -> dict[str, Any]:
-    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
-    if pipeline == "StableDiffusionPipeline":
-        index |= {
-            "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-        }
-    if pipeline == "StableDiffusionXLPipeline":
-        index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
+def _model_index(pipeline: str, parts: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__, **others}
     for name, part in parts.items():
         index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
     return index

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
-from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
+from distill_core.artifacts import ImageSpec, SamplerSpec
+from distill_core.diffusion.steps import INFINITE
 from distill_core.errors import ArtifactError
-from distill_core.networks.diffusers_codec import latent_channels
+from distill_core.networks.diffusers_codec import colours_of, factor_of, latent_channels
 from distill_core.networks.diffusers_denoiser import Sidecar
 from distill_core.networks.diffusers_schedule import (
     clip_of,
@@ -17,22 +16,21 @@ from distill_core.networks.diffusers_schedule import (
     parameterisation_of,
     schedule_of,
 )
+from distill_core.networks.families import family_of
 from distill_core.networks.foreign.index import Index
-from distill_core.networks.foreign.keys import shown
-from distill_core.networks.text import TextEncoder, check_text
+from distill_core.networks.foreign.samplers import scheduler_spec
+from distill_core.networks.prompts import PromptEncoder
 
 
-def check_fit(path: Path, network: Any, scheduler: Any, codec: Any, text: TextEncoder | None) -> None:
+def check_fit(path: Path, network: Any, scheduler: Any, codec: Any, text: PromptEncoder | None) -> None:
     """Refuse parts that do not fit, by the network's config at `path`.
 
     Raises:
         ArtifactError: they do not; the sentence names the key.
     """
-    config = network.config
-    taken, given = config.in_channels, config.get("out_channels") or config.in_channels
-    halves = (
-        learns_variance(scheduler) or "Transformer" in type(network).__name__
-    )  # a DiT's need no word for it
+    config, family = network.config, family_of(network)
+    taken, given = family.channels(config)
+    halves = learns_variance(scheduler) or family.variance_below
     if given != taken and not (halves and given == 2 * taken):
         raise ArtifactError(
             f"{path} says in_channels = {taken} and out_channels = {given}; a network that is shown more than the "
@@ -44,82 +42,52 @@ def check_fit(path: Path, network: Any, scheduler: Any, codec: Any, text: TextEn
             f"{path} says in_channels = {taken}, and the codec's latents have {latent_channels(codec.config)} channels"
         )
     if text is not None:
-        _check_prompted(path, network, text)
-
-
-def _check_prompted(path: Path, network: Any, text: TextEncoder) -> None:
-    config: Any = network.config
-    if not isinstance(network, diffusers.UNet2DConditionModel):
-        raise ArtifactError(
-            f"{path} is of a {type(network).__name__}, which takes no text; its folder has text_encoder/"
-        )
-    check_text(config, text)
-    widths = config.cross_attention_dim
-    for width in widths if isinstance(widths, list | tuple) else [widths]:
-        if width != text.embed_dim:
-            raise ArtifactError(
-                f"{path} says cross_attention_dim = {shown(widths)}, and prompts are encoded {text.embed_dim} wide"
-            )
+        family.check_text(path, config, text)
 
 
 def derived_sidecar(
-    path: Path, network: Any, scheduler: Any, index: Index | None, codec: Any, text: TextEncoder | None
+    path: Path, network: Any, scheduler: Any, index: Index | None, codec: Any, text: PromptEncoder | None
 ) -> Sidecar:
     """Picture shape, conditions and sampling as a foreign folder's parts state them.
 
     Raises:
         ArtifactError: they do not say it, or something that is not understood.
     """
-    config, schedule = network.config, schedule_of(scheduler)
-    height, width = _size(path, config.sample_size)
-    factor = 2 ** (len(codec.config.block_out_channels) - 1) if codec is not None else 1
-    colours = codec.config.out_channels if codec is not None else config.in_channels
-    sigma_max = min(schedule.sigma_max, 80.0)
+    config, family = network.config, family_of(network)
+    (channels, _), (height, width) = family.channels(config), family.size(path, config)
+    factor = factor_of(codec.config) if codec is not None else 1
+    colours = colours_of(codec.config) if codec is not None else channels
     # Stable Diffusion's pipelines switch a scheduler's clamping off when they are made: latents are larger.
     unclamped = index.unclamps if index is not None else text is not None and text.pooled_dim is None
     return Sidecar(
         image=ImageSpec(
-            channels=config.in_channels,
+            channels=channels,
             height=height,
             width=width,
             picture=(colours, height * factor, width * factor),
         ),
-        cond=_derived_cond(network, text),
-        sampler=SamplerSpec(
-            kind="euler",
-            sigma_min=max(schedule.sigma_min, 0.002),
-            sigma_max=sigma_max,
-            noise_scale=schedule.start_scale(sigma_max),
-            num_steps=30,
-            max_steps=1000,
-            guidance=7.5 if text is not None else 1.0,
-            clip=None if unclamped else clip_of(scheduler),
-        ),
+        cond=family.cond(config, text),
+        sampler=_sampler(network, scheduler, text, None if unclamped else clip_of(scheduler)),
         parameterisation=parameterisation_of(scheduler),
     )
 
 
-def _size(path: Path, sample_size: Any) -> tuple[int, int]:
-    """(height, width) of what the network draws."""
-    sides = list(sample_size) if isinstance(sample_size, list | tuple) else [sample_size, sample_size]
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ArtifactError(
-            f"{path} says sample_size = {shown(sample_size)}; give the side of what the network draws, or "
-            "[height, width]: pixels, or latents where there is a codec"
-        )
-    return sides[0], sides[1]
-
-
-def _derived_cond(network: Any, text: TextEncoder | None) -> CondSpec:
-    config = network.config
-    if text is not None:
-        return CondSpec(
-            kind="prompt", max_tokens=text.max_tokens, embed_dim=text.embed_dim, pooled_dim=text.pooled_dim
-        )
-    if isinstance(network, diffusers.UNet2DConditionModel):
-        raise ArtifactError("this network is conditioned on text, and its folder has no text_encoder/")
-    classes = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
-    if not classes:
-        return CondSpec(kind="none")
-    null = classes if config.get("num_embeds_ada_norm") else None
-    return CondSpec(kind="class_label", num_classes=classes, null_label=null)
+def _sampler(network: Any, scheduler: Any, text: PromptEncoder | None, clip: float | None) -> SamplerSpec:
+    """The scheduler's own steps, where the family's one pipeline takes these and there is a sampler of them."""
+    family, schedule, steps = family_of(network), schedule_of(scheduler), None
+    if family.pipeline:
+        patch = family.patch(network.config)
+        steps = scheduler_spec(scheduler, even_levels=family.even_levels, patch=patch)
+        steps = steps and steps.model_copy(update={"mu": family.mu})
+    sigma_max = INFINITE if steps and schedule.kind == "flow" else min(schedule.sigma_max, 80.0)
+    return SamplerSpec(
+        kind="euler" if steps is None else "scheduler",
+        scheduler=steps,
+        sigma_min=max(schedule.sigma_min, 0.002),
+        sigma_max=sigma_max,
+        noise_scale=schedule.start_scale(sigma_max),
+        num_steps=30,
+        max_steps=1000,
+        guidance=family.usual_guidance(network.config, text),
+        clip=clip,
+    )

@@ -17,14 +17,17 @@ from distill_core.networks.diffusers_codec import check_codec
 from distill_core.networks.diffusers_denoiser import SIDECAR, DiffusersDenoiser, Sidecar
 from distill_core.networks.diffusers_fit import check_fit, derived_sidecar
 from distill_core.networks.fake_tensors import is_faked, real_tensors
+from distill_core.networks.families import FAMILIES
 from distill_core.networks.foreign.index import Index, check_parts, read_index
 from distill_core.networks.foreign.keys import Keys, check_keys, defaults_of
 from distill_core.networks.foreign.networks import CODECS, NETWORKS
 from distill_core.networks.foreign.schedulers import SCHEDULERS
 from distill_core.networks.foreign.weights import variant_of
 from distill_core.networks.foreign_configs import check_numbers
+from distill_core.networks.prompts import PromptEncoder
 from distill_core.networks.text import load_text_encoder
 
+SLOTS = ("unet", "transformer")
 CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model"  # stem of diffusers' weight files
 
@@ -43,8 +46,18 @@ def load_companions(folder: Path, *, device: torch.device | str = "cpu") -> dict
         codec = _load(folder / slots[0], _class_named(folder / slots[0], CODECS))
         companions["codec"] = codec.eval().requires_grad_(False).to(device)
     if (folder / "text_encoder" / CONFIG).is_file():
-        companions["text"] = load_text_encoder(folder).to(device)
+        companions["text"] = _load_text(folder).to(device)
     return companions
+
+
+def _load_text(folder: Path) -> PromptEncoder:
+    """The encoder that the folder's network, or its experts, read; Stable Diffusion's where it has none."""
+    inside = (folder, *sorted(folder.glob("experts/*")))
+    slots = [place / slot for place in inside for slot in SLOTS if (place / slot / CONFIG).is_file()]
+    if not slots:
+        return load_text_encoder(folder)
+    config = _table(slots[0] / CONFIG, "cannot be read as a diffusers config")
+    return FAMILIES[_class_name(slots[0], NETWORKS)].load_text(folder, config)
 
 
 @loading()
@@ -58,7 +71,7 @@ def load_denoiser(
     """
     if not folder.is_dir():
         raise NotFound(f"model folder {folder} does not exist", field="path")
-    slot = next((name for name in ("unet", "transformer") if (folder / name / "config.json").is_file()), None)
+    slot = next((name for name in SLOTS if (folder / name / CONFIG).is_file()), None)
     if slot is None:
         raise ArtifactError(
             f"{folder} is not a diffusers folder: it has neither unet/config.json nor transformer/config.json"
@@ -82,10 +95,14 @@ def load_denoiser(
 
 
 def _class_named(folder: Path, known: Mapping[str, Keys]) -> Any:
+    return getattr(diffusers, _class_name(folder, known))
+
+
+def _class_name(folder: Path, known: Mapping[str, Keys]) -> str:
     name = str(_table(folder / CONFIG, "cannot be read as a diffusers config").get("_class_name"))
     if name not in known:
         raise ArtifactError(f"{folder} holds a {name}, which is not supported; known: {', '.join(known)}")
-    return getattr(diffusers, name)
+    return name
 
 
 def _scheduler_class(folder: Path, index: Index | None) -> Any:

@@ -15,16 +15,10 @@ from distill_core.errors import ConfigError, nearest, out_of_memory
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser, Sidecar
 from distill_core.networks.diffusers_schedule import schedule_of
 from distill_core.networks.fake_tensors import real_tensors
+from distill_core.networks.families import FAMILIES
 from distill_core.networks.foreign.keys import defaults_of, not_understood
 from distill_core.networks.foreign.networks import NETWORKS
-from distill_core.networks.text import text_for
 from distill_core.recipe.tables import NetworkConfig
-
-INTERFACE = (  # arguments that decide what a network takes and gives
-    *("in_channels", "out_channels", "sample_size", "num_embeds_ada_norm", "norm_type", "num_class_embeds"),
-    *("cross_attention_dim", "encoder_hid_dim", "addition_embed_type", "addition_time_embed_dim"),
-    "projection_class_embeddings_input_dim",
-)
 
 
 def build_denoiser(
@@ -47,22 +41,21 @@ def build_denoiser(
     Raises:
         ConfigError: an unknown network class, arguments that it refuses, or data without pictures or prompts.
     """
-    if network.name not in NETWORKS:
+    if network.name not in FAMILIES:
         raise ConfigError(
-            f"network.name = {network.name!r} is unknown{nearest(network.name, NETWORKS)}",
+            f"network.name = {network.name!r} is unknown{nearest(network.name, FAMILIES)}",
             field="network.name",
         )
+    family = FAMILIES[network.name]
     if shape is None:
         raise ConfigError(
             "this data has no pictures to learn from; set data.name to digits, images, huggingface or idx",
             field="data.name",
         )
     channels, height, width = shape if codec is None else latent_shape(codec, shape)
-    text = text_for(network, prompts) if network.name == "UNet2DConditionModel" else None
+    text = family.new_text(network, prompts)
     args = {"in_channels": channels, "out_channels": channels, "sample_size": height, **network.args}
-    args |= (
-        _class_args(network.name, num_classes) if text is None else {"cross_attention_dim": text.embed_dim}
-    )
+    args |= family.new_args(num_classes, text)
     module = _constructed(network.name, args)
     noise = _new_scheduler(parameterisation, scheduler or {})
     schedule = schedule_of(noise)
@@ -77,7 +70,7 @@ def build_denoiser(
     image = ImageSpec(channels=channels, height=height, width=width, picture=shape)
     cond = CondSpec(kind="none")
     if text is not None:
-        cond = CondSpec(kind="prompt", max_tokens=text.max_tokens, embed_dim=text.embed_dim)
+        cond = text.cond()
     elif num_classes is not None:
         cond = CondSpec(
             kind="class_label", num_classes=num_classes, null_label=num_classes, class_names=class_names
@@ -145,7 +138,7 @@ def build_like(teacher: DiffusersDenoiser, network: NetworkConfig) -> DiffusersD
             f"{type(teacher.network).__name__}; give that name, with args of your choice",
             field="student.network.name",
         )
-    args = {name: theirs[name] for name in INTERFACE if theirs.get(name) is not None}
+    args = {name: theirs[name] for name in teacher.family.interface if theirs.get(name) is not None}
     module = _constructed(network.name, {**network.args, **args})
     return _tried(teacher.with_network(module))
 
@@ -180,15 +173,6 @@ def _tried(denoiser: DiffusersDenoiser) -> DiffusersDenoiser:
             field="network.args",
         ) from None
     return denoiser
-
-
-def _class_args(name: str, num_classes: int | None) -> dict[str, Any]:
-    if name == "DiTTransformer2DModel":  # its label table has one row more, for the null class
-        return {
-            "num_embeds_ada_norm": 1 if num_classes is None else num_classes,
-            "norm_type": "ada_norm_zero",
-        }
-    return {} if num_classes is None else {"num_class_embeds": num_classes + 1}
 
 
 @real_tensors()

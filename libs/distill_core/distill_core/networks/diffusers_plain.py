@@ -2,7 +2,10 @@
 
     few steps, vp      LCMScheduler: x0, noise again to the next level, x0 …; what `diffusion.sampling.few_step` does
     Euler, vp          EulerDiscreteScheduler on Karras' levels
+    few steps, flow    FlowMatchEulerDiscreteScheduler, not shifted and stochastic: x0, noise again to the next level …
+    a folder's own     the scheduler that it came with
     one step, edm      EDMEulerScheduler, from a level where sqrt(1 + sigma^2) = sigma to 0.1 %
+    scheduler          the one of the foreign folder, whose steps they are
 
 Nothing else of diffusers takes the same steps. A teacher's scheduler spaces its steps otherwise, and at one step most
 begin near no noise at all; a student's folder that kept it would open, and draw noise. A schedule that ends without
@@ -23,7 +26,10 @@ from distill_core.diffusion.schedule import NoiseSchedule, Parameterisation
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 OF_BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 ON_GRID = 1e-2  # of a timestep: as near as float32 tells
-TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")  # they take timesteps
+TEXT_PIPELINES = (
+    *("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    *("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+)  # they take timesteps
 SCALING_PIPELINES = (
     *TEXT_PIPELINES,
     "LDMPipeline",
@@ -33,13 +39,14 @@ EDM_START = 1e-3  # how far the noise that diffusers begins with may be from our
 
 @dataclass(frozen=True)
 class PlainUse:
-    """A scheduler, and for each number of steps the timesteps to name; none: spacing finds them.
+    """A scheduler, and for each number of steps the timesteps, or flow times, to name; none: spacing finds them.
 
     Without any number of steps the scheduler does not take the sampler's.
     """
 
     scheduler: Any
-    steps: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    steps: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    named: str = "timesteps"  # the pipeline's argument for them
 
 
 def plain_use(
@@ -50,6 +57,10 @@ def plain_use(
     pipeline: str | None,
 ) -> PlainUse:
     """Scheduler that takes the steps of `spec` in plain diffusers, by the class `pipeline`, by hand if None."""
+    if spec.kind == "scheduler":
+        return PlainUse(scheduler, {spec.num_steps: ()})
+    if schedule.kind == "flow" and spec.kind == "few_step" and pipeline is not None:
+        return _renoising(scheduler, spec)
     if schedule.kind == "vp" and scheduler.config.get("rescale_betas_zero_snr"):
         scheduler = _finite(scheduler, schedule)
     if schedule.kind == "vp" and spec.kind == "few_step":
@@ -66,12 +77,15 @@ def plain_use(
 
 
 def pipeline_class(
-    parts: dict[str, Any], cond: CondSpec, schedule: NoiseSchedule, *, tileable: bool
+    parts: dict[str, Any], cond: CondSpec, schedule: NoiseSchedule, *, tileable: bool, named: str = ""
 ) -> str | None:
     """The diffusers pipeline of a folder with these parts; None where no class calls such a network as it must be.
 
-    A DDPMPipeline neither scales what the network sees nor knows classes; none pads a picture with its other side.
+    `named` is the one pipeline of a network's family, where there is only one. A DDPMPipeline neither scales what the
+    network sees nor knows classes; none pads a picture with its other side.
     """
+    if named:
+        return named if not tileable and {"vae", "text_encoder"} <= parts.keys() else None
     if tileable or schedule.kind == "flow":
         return None
     codec = parts.get("vae") or parts.get("vqvae")
@@ -92,7 +106,7 @@ def opens(use: PlainUse, spec: SamplerSpec, pipeline: str) -> bool:
     if spec.kind != "few_step":
         return pipeline == "DDPMPipeline" or bool(use.steps)
     named = use.steps.get(spec.num_steps)
-    return named is not None and (not named or pipeline in TEXT_PIPELINES)
+    return named is not None and (not named or use.named == "sigmas" or pipeline in TEXT_PIPELINES)
 
 
 def _timesteps(schedule: NoiseSchedule, spec: SamplerSpec) -> dict[int, tuple[int, ...]] | None:
@@ -105,6 +119,15 @@ def _timesteps(schedule: NoiseSchedule, spec: SamplerSpec) -> dict[int, tuple[in
             return None
         timesteps[count] = tuple(int(time) for time in times.round())
     return timesteps
+
+
+def _renoising(scheduler: Any, spec: SamplerSpec) -> PlainUse:
+    """A scheduler of flow matching that takes the named flow times as they are, and noises x0 to each."""
+    counts = spec.step_counts or tuple(range(1, len(spec.sigmas) + 1))
+    times = {count: tuple(round(s / (1 + s), 6) for s in spec.levels(count)) for count in counts}
+    total = scheduler.config.num_train_timesteps
+    plain = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=total, stochastic_sampling=True)
+    return PlainUse(plain, times, named="sigmas")
 
 
 def _consistency(

@@ -17,6 +17,7 @@ CLAMPING = (
     "HeunDiscreteScheduler",
     "LCMScheduler",
 )  # with `clip_sample`; others only write that down
+FLOWING = ("FlowMatch", "SCM")  # x = (1 - t) x0 + t eps, the latter with t = sin / (sin + cos) of its angle
 LEARNED = ("learned", "learned_range")  # variance_type: the second half of the output is no x0
 
 
@@ -38,7 +39,7 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
         )
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ArtifactError(
-            f"scheduler {name} is not supported; known: EDM*, FlowMatch*, and those with betas"
+            f"scheduler {name} is not supported; known: EDM*, FlowMatch*, SCM and those with betas"
         )
     alphas, zero_snr = scheduler.alphas_cumprod, bool(config.get("rescale_betas_zero_snr"))
     falling = bool((alphas[1:-1] < alphas[:-2]).all()) and float(alphas[0]) < 1 and float(alphas[-1]) >= 0
@@ -48,7 +49,7 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
             f"the betas of scheduler {name} are no noise schedule: there is one for each of the "
             f"num_train_timesteps = {config.num_train_timesteps}, above 0 and at most 1"
         )
-    if _continuous(scheduler):  # EDM's scaling for data of standard deviation 1, and its time
+    if is_continuous(scheduler):  # EDM's scaling for data of standard deviation 1, and its time
         low, high = config.get("sigma_min"), config.get("sigma_max")
         sigmas = ((1 - alphas) / alphas).sqrt()
         low, high = low or float(sigmas[0]), high or float(sigmas[-1])
@@ -64,7 +65,7 @@ def parameterisation_of(scheduler: Any) -> Parameterisation:
     """
     config, name = scheduler.config, type(scheduler).__name__
     prediction = config.get("prediction_type", "epsilon")
-    if name.startswith("FlowMatch"):
+    if name.startswith(FLOWING):
         return "flow"
     if _flows(scheduler) != (prediction == "flow_prediction"):
         raise _refused(
@@ -102,9 +103,10 @@ def _refused(name: str, setting: str) -> ArtifactError:
 
 
 def _flows(scheduler: Any) -> bool:
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+    return type(scheduler).__name__.startswith(FLOWING) or bool(scheduler.config.get("use_flow_sigmas"))
 
 
-def _continuous(scheduler: Any) -> bool:
+def is_continuous(scheduler: Any) -> bool:
+    """Whether a network under a scheduler of betas is told ln(sigma) / 4, as EDM's are."""
     config = scheduler.config
     return bool(config.get("timestep_type") == "continuous" and config.prediction_type == "v_prediction")

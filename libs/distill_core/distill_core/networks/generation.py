@@ -75,10 +75,7 @@ def generate_x0(
     def draw(k: int) -> Tensor:
         return torch.from_numpy(unit_normals([(seed, i) for i in indices], k, shape)).to(device)
 
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        return denoiser.guided(x, x.new_full((len(x),), sigma), cond, guidance)
-
-    x0: Tensor = sample(denoise, spec, draw, num_steps or spec.num_steps)
+    x0: Tensor = sample(denoiser.bound(cond, guidance), spec, draw, num_steps or spec.num_steps)
     return x0
 
 
@@ -96,5 +93,6 @@ def drop_condition(cond: Cond, denoiser: Denoiser, share: float) -> Cond:
     null, device = denoiser.null_cond(batch), next(iter(cond.values())).device
     dropped = torch.rand(batch, device=device) < share
     return {
-        name: torch.where(expand(dropped, value), null[name].to(value), value) for name, value in cond.items()
+        name: torch.where(expand(dropped, value), null[name].to(value), value) if name in null else value
+        for name, value in cond.items()
     }

@@ -225,8 +225,14 @@ class RoutedDenoiser(Routed, Denoiser):
         self.image, self.cond, self.schedule = first.image, first.cond, first.schedule
         self.sampler = first.sampler
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
-        x0: Tensor = self.split(lambda expert, *inputs: expert(*inputs), cond, x_sigma, sigma)
+    def forward(
+        self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None, time: Tensor | None = None
+    ) -> Tensor:
+        def call(expert: Denoiser, x: Tensor, level: Tensor, *rest: Any) -> Tensor:
+            *told, own = rest
+            return expert(x, level, own, *told)
+
+        x0: Tensor = self.split(call, cond, x_sigma, sigma, *(() if time is None else (time,)))
         return x0
 
     def with_features(
@@ -237,15 +243,24 @@ class RoutedDenoiser(Routed, Denoiser):
         )
         return both
 
-    def guided(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None, guidance: float | Tensor) -> Tensor:
+    def guided(
+        self,
+        x_sigma: Tensor,
+        sigma: Tensor,
+        cond: Cond | None,
+        guidance: float | Tensor,
+        time: Tensor | None = None,
+    ) -> Tensor:
         """x0 under guidance: both halves by the expert of the condition, whatever part the null condition has."""
-        scales = (guidance,) if isinstance(guidance, Tensor) else ()
+        by_item = {"guidance": guidance, "time": time}
+        split = {name: value for name, value in by_item.items() if isinstance(value, Tensor)}
 
         def call(expert: Denoiser, x: Tensor, level: Tensor, *rest: Any) -> Tensor:
-            *scale, own = rest
-            return expert.guided(x, level, own, scale[0] if scale else guidance)
+            *values, own = rest
+            given = {"guidance": guidance, **dict(zip(split, values, strict=True))}
+            return expert.guided(x, level, own, **given)
 
-        x0: Tensor = self.split(call, cond, x_sigma, sigma, *scales)
+        x0: Tensor = self.split(call, cond, x_sigma, sigma, *split.values())
         return x0
 
     def null_cond(self, batch: int) -> Cond:
@@ -256,6 +271,9 @@ class RoutedDenoiser(Routed, Denoiser):
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
         return self._members[0].encode_prompts(prompts)
+
+    def encode_negative(self, prompts: list[str]) -> Cond:
+        return self._members[0].encode_negative(prompts)
 
     def decode(self, x0: Tensor) -> Tensor:
         return self._members[0].decode(x0)

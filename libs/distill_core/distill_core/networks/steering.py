@@ -100,7 +100,7 @@ def with_negative(
     instead of from the null condition, as usual for models that are guided.
     """
     has_negative = torch.tensor([prompt is not None for prompt in negative])
-    encoded = denoiser.encode_prompts([prompt or "" for prompt in negative])
+    encoded = denoiser.encode_negative([prompt or "" for prompt in negative])
     null = denoiser.null_cond(len(negative))
     negatives = {}
     for name, value in encoded.items():

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import tempfile
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,103 +14,35 @@ import torch
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.files.json_tables import read_table
 from distill_core.method import Cond
-from distill_core.networks.fake_tensors import is_faked
-from distill_core.networks.foreign.texts import check_text_model, check_tokenizer
-from distill_core.networks.foreign.weights import variant_of
-from distill_core.networks.foreign_configs import check_numbers
+from distill_core.networks.prompts import PromptEncoder
+from distill_core.networks.text_parts import damage_named, load_text_model, load_tokenizer
 from distill_core.recipe.tables import NetworkConfig
 
-# Embeddings kept, so that no prompt in use is encoded twice: 1,100 prompts of Stable Diffusion 1.5, 400 of SDXL.
-CACHE_BYTES = 256 * 2**20
-MAX_CACHED = 16_384  # prompts, however small
 TIME_IDS = 6  # numbers that SDXL is told beside the prompt: original size, corner of the crop, size
-_TOKENIZING = threading.Lock()  # a tokenizer keeps whether it cuts, from one call to the next
 NEW_WIDTH, NEW_TOKENS = 32, 77  # of an encoder made from words: its width, and its tokens at most
 
 
-class TextEncoder:
-    """A tokenizer with its CLIP text model, both frozen: the last hidden states are `prompt_embeds` (B, T, D).
+class TextEncoder(PromptEncoder):
+    """A tokenizer with its CLIP text model: the last hidden states are `prompt_embeds` (B, T, D)."""
 
-    Each prompt is encoded by itself, in the model's own precision: its embedding depends on nothing else, neither the
-    rest of the batch, nor what was asked before, nor autocast. So a cache changes no bit.
-    """
-
-    pooled_dim: int | None = None  # width of `pooled_embeds`, for encoders that give them
-
-    def __init__(self, tokenizer: Any, model: Any) -> None:
-        self.tokenizer, self.model = tokenizer, model.eval().requires_grad_(False)
+    def __init__(self, tokenizer: Any, model: Any, **more: Any) -> None:
+        self.tokenizer, self.model = tokenizer, model
         self.max_tokens = min(int(tokenizer.model_max_length), int(model.config.max_position_embeddings))
-        kept = CACHE_BYTES // (4 * self.max_tokens * self.embed_dim)
-        self._embedded = functools.lru_cache(maxsize=min(kept, MAX_CACHED))(self._embed)
+        super().__init__({"tokenizer": tokenizer, "text_encoder": model, **more})
 
     @property
     def embed_dim(self) -> int:
         return int(self.model.config.hidden_size)
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Entries of a pipeline's index for the encoder, beside its parts."""
-        return {}
-
-    def encode(self, prompts: list[str]) -> Cond:
-        """The conditions of the prompts (B, ...), on the model's device; padded and cut to the model's tokens."""
-        device = str(self.model.device)
-        conditions = [self._embedded(prompt, device) for prompt in prompts]
-        return {name: torch.cat([cond[name] for cond in conditions]) for name in conditions[0]}
-
-    def cuts(self, prompt: str) -> bool:
-        """Whether the prompt has more tokens than the model reads, so that `encode` leaves its end out."""
-        if len(prompt.encode(errors="replace")) + 2 <= self.max_tokens:  # not even if every byte were a token
-            return False
-        return any(self._length(tokenizer, prompt) > self.max_tokens for tokenizer in self._tokenizers)
-
-    @property
-    def _tokenizers(self) -> list[Any]:
-        return [self.tokenizer]
-
-    def _length(self, tokenizer: Any, prompt: str) -> int:
-        with _TOKENIZING:
-            return len(tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids)
-
-    def null(self) -> Cond:
-        """The condition (1, ...) that means "none"."""
-        return self.encode([""])
-
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Write all parts; the entries of the pipeline's index."""
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        self.model.save_pretrained(folder / "text_encoder")
-        return {"tokenizer": self.tokenizer, "text_encoder": self.model}
-
-    def to(self, device: torch.device | str) -> TextEncoder:
-        self.model.to(device)
-        self._embedded.cache_clear()
-        return self
-
-    def _embed(self, prompt: str, device: str) -> Cond:
-        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
-            return self._answer(prompt)
-
-    @property
-    def masked(self) -> bool:
+    def masked(self) -> bool:  # type: ignore[override]
         """Whether what pads a prompt is hidden from it: Stable Diffusion's pipelines do so where the model says."""
         return bool(getattr(self.model.config, "use_attention_mask", False))
 
-    def _answer(self, prompt: str) -> Cond:
+    def _answer(self, prompt: str, negative: bool) -> Cond:
         tokens = self._tokenized(self.tokenizer, prompt)
         mask = tokens.attention_mask if self.masked else None
         return {"prompt_embeds": self.model(tokens.input_ids, attention_mask=mask)[0]}
-
-    def _tokenized(self, tokenizer: Any, prompt: str) -> Any:
-        with _TOKENIZING:
-            tokens = tokenizer(
-                [prompt],
-                padding="max_length",
-                max_length=self.max_tokens,
-                truncation=True,
-                return_tensors="pt",
-            )
-        return tokens.to(self.model.device)
 
 
 class DualTextEncoder(TextEncoder):
@@ -124,9 +54,9 @@ class DualTextEncoder(TextEncoder):
     def __init__(
         self, tokenizer: Any, model: Any, tokenizer_2: Any, model_2: Any, *, zero_null: bool
     ) -> None:
-        self.tokenizer_2, self.model_2 = tokenizer_2, model_2.eval().requires_grad_(False)
+        self.tokenizer_2, self.model_2 = tokenizer_2, model_2
         self.zero_null, self.pooled_dim = zero_null, int(model_2.config.projection_dim)
-        super().__init__(tokenizer, model)
+        super().__init__(tokenizer, model, tokenizer_2=tokenizer_2, text_encoder_2=model_2)
 
     @property
     def embed_dim(self) -> int:
@@ -136,28 +66,15 @@ class DualTextEncoder(TextEncoder):
     def options(self) -> dict[str, Any]:
         return {"force_zeros_for_empty_prompt": self.zero_null}
 
-    @property
-    def _tokenizers(self) -> list[Any]:
-        return [self.tokenizer, self.tokenizer_2]
-
     def null(self) -> Cond:
         empty = super().null()
         return {name: torch.zeros_like(value) for name, value in empty.items()} if self.zero_null else empty
 
-    def save(self, folder: Path) -> dict[str, Any]:
-        self.tokenizer_2.save_pretrained(folder / "tokenizer_2")
-        self.model_2.save_pretrained(folder / "text_encoder_2")
-        return {**super().save(folder), "tokenizer_2": self.tokenizer_2, "text_encoder_2": self.model_2}
-
-    def to(self, device: torch.device | str) -> TextEncoder:
-        self.model_2.to(device)
-        return super().to(device)
-
     @property
-    def masked(self) -> bool:
+    def masked(self) -> bool:  # type: ignore[override]
         return False  # by SDXL's pipelines, whatever the models say
 
-    def _answer(self, prompt: str) -> Cond:
+    def _answer(self, prompt: str, negative: bool) -> Cond:
         first = self.model(self._tokenized(self.tokenizer, prompt).input_ids, output_hidden_states=True)
         second = self.model_2(self._tokenized(self.tokenizer_2, prompt).input_ids, output_hidden_states=True)
         hidden = first.hidden_states[-2], second.hidden_states[-2]
@@ -170,49 +87,14 @@ def load_text_encoder(folder: Path) -> TextEncoder:
     Raises:
         ArtifactError: a part is missing or damaged, or says something that is not understood.
     """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    try:
-        first = _tokenizer(folder / "tokenizer"), _text_model(folder / "text_encoder", CLIPTextModel)
+    with damage_named(folder):
+        first = load_tokenizer(folder / "tokenizer"), load_text_model(folder / "text_encoder")
         if not (folder / "text_encoder_2").is_dir():
             return TextEncoder(*first)
-        second = _text_model(folder / "text_encoder_2", CLIPTextModelWithProjection)
+        second = load_text_model(folder / "text_encoder_2", "CLIPTextModelWithProjection")
         return DualTextEncoder(
-            *first, _tokenizer(folder / "tokenizer_2"), second, zero_null=_zero_null(folder)
+            *first, load_tokenizer(folder / "tokenizer_2"), second, zero_null=_zero_null(folder)
         )
-    except ArtifactError:
-        raise
-    except Exception as error:  # transformers raises many kinds on damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArtifactError(
-            f"text encoder or tokenizer in {folder} is damaged or incomplete: {reason}"
-        ) from error
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
-
-    if not _has_vocabulary(folder):  # it would read every word as unknown
-        raise OSError(f"{folder.name}/ has neither tokenizer.json nor vocab.json with merges.txt")
-    check_tokenizer(folder)
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _text_model(folder: Path, cls: Any) -> Any:
-    """A text model in float32, whatever its weights are kept in."""
-    check_numbers(folder)
-    check_text_model(folder, cls)
-    if is_faked():
-        return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
-    variant = variant_of(folder, "model")
-    return cls.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, variant=variant, dtype=torch.float32
-    )
-
-
-def _has_vocabulary(folder: Path) -> bool:
-    files = ("vocab.json", "merges.txt")
-    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in files)
 
 
 def _zero_null(folder: Path) -> bool:

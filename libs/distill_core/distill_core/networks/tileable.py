@@ -72,12 +72,15 @@ class TiledDenoiser(Denoiser):
         _roll_layers(network, tiling)
         self.cond, self.sampler, self.schedule = base.cond, base.sampler, base.schedule
         self.image = _scaled(self.tiled.image, tiling.scale)
-        self.levels = base.sampler.levels(num_steps or base.sampler.num_steps)
+        size = self.image.height, self.image.width
+        self.levels = base.sampler.levels(num_steps or base.sampler.num_steps, size)
         self.plain_steps = math.ceil(tiling.plain_share * len(self.levels))
 
-    def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
+    def forward(
+        self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None, time: Tensor | None = None
+    ) -> Tensor:
         with self._at(sigma) as denoiser:
-            return denoiser(x_sigma, sigma, cond)
+            return denoiser(x_sigma, sigma, cond, *(() if time is None else (time,)))
 
     def with_features(
         self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None
@@ -93,6 +96,9 @@ class TiledDenoiser(Denoiser):
 
     def encode_prompts(self, prompts: list[str]) -> Cond:
         return self.base.encode_prompts(prompts)
+
+    def encode_negative(self, prompts: list[str]) -> Cond:
+        return self.base.encode_negative(prompts)
 
     def decode(self, x0: Tensor) -> Tensor:
         return self.tiled.decode(x0)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from distill_core.artifacts import SamplerSpec
 from distill_core.artifacts.model_card import USAGE
 from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.diffusers_plain import PlainUse
 
-Steps = dict[int, tuple[int, ...]]  # numbers of steps -> the timesteps to name; none: spacing finds them
 UNCONDITIONAL = ("DDPMPipeline", "LDMPipeline")  # they take neither timesteps nor latents
 RANDOM = "generator=torch.Generator().manual_seed(0)"
 
@@ -24,17 +24,21 @@ class Place:
     adapter: bool = False
 
 
-def usage(denoiser: Denoiser, parts: dict[str, str], steps: Steps, pipeline: str | None, place: Place) -> str:
+def usage(
+    denoiser: Denoiser, parts: dict[str, str], use: PlainUse, pipeline: str | None, place: Place
+) -> str:
     """The section of the card.
 
     `parts` are class names by sub-folder, and `pipeline` the class that makes the sampler's pictures, if one does.
     """
     if pipeline is not None and not (place.adapter and pipeline in UNCONDITIONAL):
-        code, notes = _by_pipeline(denoiser, steps, pipeline, _opened(parts, place))
+        code, notes = _by_pipeline(denoiser, use, pipeline, _opened(parts, place))
     elif place.adapter:  # diffusers loads adapters into its text-to-image networks alone
         code, notes = [], ["The folder `adapter/` is in peft's format; put it over the network of its base."]
+    elif getattr(denoiser, "family", None) and denoiser.family.pipeline:  # type: ignore[attr-defined]
+        code, notes = [], ["No pipeline of diffusers takes the steps of this model's sampler."]
     else:
-        code, notes = _by_hand(denoiser, parts, steps, place.inside)
+        code, notes = _by_hand(denoiser, parts, place.inside)
     if place.inside:
         notes.append(
             "This is the expert of part 0; `partition` in manifest.json says which conditions are whose."
@@ -82,48 +86,55 @@ def _opened(parts: dict[str, str], place: Place) -> list[str]:
 
 
 def _by_pipeline(
-    denoiser: Denoiser, steps: Steps, pipeline: str, opened: list[str]
+    denoiser: Denoiser, use: PlainUse, pipeline: str, opened: list[str]
 ) -> tuple[list[str], list[str]]:
     spec, image = denoiser.sampler, denoiser.image
-    named = steps.get(spec.num_steps, ())
-    count = f"timesteps={list(named)}" if named else f"num_inference_steps={spec.num_steps}"
+    steps, named = use.steps, use.steps.get(spec.num_steps, ())
+    count = f"{use.named}={list(named)}" if named else f"num_inference_steps={spec.num_steps}"
     code = ["import torch", *opened]
+    eta = f", eta={spec.scheduler.eta:g}" if spec.scheduler is not None and spec.scheduler.eta else ""
     if pipeline in UNCONDITIONAL:
         code.append(f"picture = pipeline({count}, {RANDOM}).images[0]")
     else:
-        guidance = f"guidance_scale={spec.guidance:g}"
+        told = denoiser.cond.embedded_guidance
+        guidance = f"guidance_scale={spec.guidance if told is None else told:g}"
+        family = getattr(denoiser, "family", None)
+        more = (
+            "" if family is None else "".join(f', "{key}": {value}' for key, value in family.options.items())
+        )
         code += [
             f"latents = torch.randn(1, {image.channels}, {image.height}, {image.width}, {RANDOM})",
-            f'options = {{"height": {image.picture[1]}, "width": {image.picture[2]}, "latents": latents}}',
+            *(() if family is None else family.plain_latents(image)),
+            f'options = {{"height": {image.picture[1]}, "width": {image.picture[2]}, "latents": latents{more}}}',
             f'picture = pipeline("a photograph", {count}, {guidance}, **options).images[0]',
         ]
     if not steps:
         return code, ["These are diffusers' own steps; Distillery's sampler takes others, to other pictures."]
     if spec.kind == "few_step":
-        others = [f"{n}: `timesteps={list(timesteps)}`" for n, timesteps in steps.items() if timesteps]
-        spaced = [str(n) for n, timesteps in steps.items() if not timesteps]
+        others = [f"{n}: `{use.named}={list(times)}`" for n, times in steps.items() if times]
+        spaced = [str(n) for n, times in steps.items() if not times]
         notes = [f"The pictures of Distillery's sampler, for `num_inference_steps` of {', '.join(spaced)}."]
         if others and pipeline not in UNCONDITIONAL:
-            notes.append(f"Other numbers of steps are told by their timesteps. {'; '.join(others)}.")
+            notes.append(f"Other numbers of steps are told by their {use.named}. {'; '.join(others)}.")
         return code, notes if spaced else notes[1:]
     return code, ["The pictures of Distillery's sampler, for any number of steps."]
 
 
-def _by_hand(
-    denoiser: Denoiser, parts: dict[str, str], steps: Steps, inside: str
-) -> tuple[list[str], list[str]]:
+def _by_hand(denoiser: Denoiser, parts: dict[str, str], inside: str) -> tuple[list[str], list[str]]:
     """Part by part: no pipeline of diffusers calls this network as it was trained."""
     slot = "transformer" if "transformer" in parts else "unet"
     where = f'".", subfolder="{inside}{{}}"'
     codec = next((name for name in ("vae", "vqvae") if name in parts), None)
     used = {parts[slot], parts[codec or slot]}
-    used |= set() if denoiser.schedule.kind == "flow" else {parts["scheduler"]}
+    stepped = denoiser.sampler.kind == "scheduler"
+    schedules = stepped or denoiser.schedule.kind != "flow"
+    used |= {parts["scheduler"]} if schedules else set()
     code = ["import torch", f"from diffusers import {', '.join(sorted(used))}"]
     text = "text_encoder" in parts and "text_encoder_2" not in parts
     if text:
         code.append("from transformers import CLIPTextModel, CLIPTokenizer")
     code += ["", f"network = {parts[slot]}.from_pretrained({where.format(slot)})"]
-    if denoiser.schedule.kind != "flow":
+    if schedules:
         code.append(f"scheduler = {parts['scheduler']}.from_pretrained({where.format('scheduler')})")
     if text:
         code += [
@@ -132,7 +143,7 @@ def _by_hand(
             'truncation=True, return_tensors="pt")',
             'encoder = CLIPTextModel.from_pretrained(".", subfolder="text_encoder")',
         ]
-    code += [*_denoise(denoiser, slot, text), "", *_sampled(denoiser, steps)]
+    code += [*_denoise(denoiser, slot, text), "", *_sampled(denoiser)]
     if codec is not None:
         code += [
             f'codec = {parts[codec]}.from_pretrained(".", subfolder="{codec}")',
@@ -159,14 +170,8 @@ def _moments(denoiser: Denoiser) -> list[str]:
 
 def _denoise(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
     """A function of the card, from a sample with noise of deviation sigma to x0 (docs/conventions.md)."""
-    kind, out = denoiser.schedule.kind, ".sample"
-    arguments = ["x_scaled", "timestep=time"]
-    if denoiser.cond.kind == "class_label" or slot == "transformer":
-        arguments.append("class_labels=labels")
-    if text:
-        arguments.append("encoder_hidden_states=encoder(tokens.input_ids)[0]")
-    if slot == "transformer":
-        out += "[:, : x.shape[1]]"
+    kind, out = denoiser.schedule.kind, _answer(slot, "x")
+    arguments = _arguments(denoiser, slot, text)
     form = {
         "edm": (
             "scheduler.precondition_inputs(x, sigma)",
@@ -176,10 +181,7 @@ def _denoise(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
         "flow": ("x / (1 + sigma)", "1000 * sigma / (1 + sigma)", "(x - sigma * output) / (1 + sigma)"),
         "vp": ("x / (1 + sigma**2) ** 0.5", "timestep_of(sigma)", _vp_answer(denoiser)),
     }[kind]
-    labels = denoiser.cond.num_classes or 1
-    code = []
-    if "class_labels=labels" in arguments:
-        code.append(f"labels = torch.arange(4) % {labels}")
+    code = _labels(denoiser, arguments)
     if kind == "vp":
         code += [
             "levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5",
@@ -203,6 +205,43 @@ def _denoise(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
     ]
 
 
+def _arguments(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
+    arguments = ["x_scaled", "timestep=time"]
+    if denoiser.cond.kind == "class_label" or slot == "transformer":
+        arguments.append("class_labels=labels")
+    if text:
+        arguments.append("encoder_hidden_states=encoder(tokens.input_ids)[0]")
+    return arguments
+
+
+def _answer(slot: str, x: str) -> str:
+    """The prediction in what the network answers: a transformer's may have a variance below it."""
+    return f".sample[:, : {x}.shape[1]]" if slot == "transformer" else ".sample"
+
+
+def _labels(denoiser: Denoiser, arguments: list[str]) -> list[str]:
+    classes = denoiser.cond.num_classes or 1
+    return [f"labels = torch.arange(4) % {classes}"] if "class_labels=labels" in arguments else []
+
+
+def _stepped(denoiser: Denoiser, arguments: list[str], slot: str) -> list[str]:
+    """The loop of a folder's own scheduler, without guidance."""
+    spec, image, flows = denoiser.sampler, denoiser.image, denoiser.schedule.kind == "flow"
+    noise = f"torch.randn(4, {image.channels}, {image.height}, {image.width}, {RANDOM})"
+    eta = f", eta={spec.scheduler.eta:g}" if spec.scheduler is not None and spec.scheduler.eta else ""
+    return [
+        *_labels(denoiser, arguments),
+        f"scheduler.set_timesteps({spec.num_steps})",
+        f"x0 = {noise}" if flows else f"x0 = scheduler.init_noise_sigma * {noise}",
+        "with torch.no_grad():",
+        "    for step in scheduler.timesteps:",
+        f"        x_scaled = {'x0' if flows else 'scheduler.scale_model_input(x0, step)'}",
+        "        time = step.expand(len(x0))",
+        f"        output = network({', '.join(arguments)}){_answer(slot, 'x0')}",
+        f"        x0 = scheduler.step(output, step, x0{eta}).prev_sample",
+    ]
+
+
 VP_ANSWERS = {
     "eps": "x - sigma * output",
     "v": "x / (1 + sigma**2) - sigma / (1 + sigma**2) ** 0.5 * output",
@@ -214,7 +253,7 @@ def _vp_answer(denoiser: Denoiser) -> str:
     return VP_ANSWERS.get(getattr(denoiser, "parameterisation", ""), "")
 
 
-def _sampled(denoiser: Denoiser, steps: Steps) -> list[str]:
+def _sampled(denoiser: Denoiser) -> list[str]:
     spec, image = denoiser.sampler, denoiser.image
     noise = f"torch.randn(4, {image.channels}, {image.height}, {image.width}, {RANDOM})"
     levels = [float(level) for level in spec.levels(spec.num_steps)]
@@ -235,5 +274,6 @@ def _solver(spec: SamplerSpec) -> list[str]:
         f"levels_down = [(start + i / {max(spec.num_steps - 1, 1)} * (end - start)) ** {spec.rho:g} "
         f"for i in range({spec.num_steps})]",
         "for sigma, following in zip(levels_down, [*levels_down[1:], 0.0]):  # Euler; the sampler's may be Heun",
-        "    x0 = x0 + (x0 - denoise(x0, sigma)) * (following - sigma) / sigma",
+        "    answer = denoise(x0, sigma)",
+        "    x0 = answer + (x0 - answer) * following / sigma",
     ]

@@ -277,9 +277,8 @@ def _companions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for part in [deep for tree in (module, *_adapted(module)) for deep in tree.modules()]:
         if isinstance(codec := getattr(part, "codec", None), nn.Module):
             yield "picture decoder", codec
-        for model in vars(getattr(part, "text", None) or object).values():
-            if isinstance(model, nn.Module):
-                yield "text encoder", model
+        for model in getattr(getattr(part, "text", None), "models", ()):
+            yield "text encoder", model
 
 
 def _unseen(values: Iterable[Tensor], seen: set[int]) -> list[Tensor]:

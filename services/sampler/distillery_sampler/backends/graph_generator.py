@@ -23,6 +23,7 @@ from distillery_sampler.engine.noise_prefetch import noise
 from distillery_sampler.engine.requests import ImageItem, ImageKey
 
 TEXT_ENCODER, DECODER, ENCODER = "text_encoder", "decoder", "encoder"  # the latter two of latent models
+TIME = "time"  # input of a graph whose levels have times of their own
 NEGATIVE_EMBEDS, NASA_SCALE = "negative_prompt_embeds", "nasa_scale"  # inputs of a graph that can be steered
 
 
@@ -77,11 +78,11 @@ class GraphGenerator(Generator):
         null = self._null(key, items) if key.guidance != 1 and cond else None
         parts = self._denoisers.parts(cond, len(items))
 
-        def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
+        def denoise(x: np.ndarray, *level: float) -> np.ndarray:
             if null is None:
-                return self._x0(x, sigma, cond, parts)
+                return self._x0(x, level, cond, parts)
             both = {name: np.concatenate([value, null[name]]) for name, value in cond.items()}
-            x0 = self._x0(np.concatenate([x, x]), sigma, both, np.concatenate([parts, parts]))
+            x0 = self._x0(np.concatenate([x, x]), level, both, np.concatenate([parts, parts]))
             with_cond, without = np.split(x0, 2)
             guided: np.ndarray = guide(with_cond, without, np.float32(key.guidance))
             return guided
@@ -116,10 +117,11 @@ class GraphGenerator(Generator):
             y = self._encoder({"picture": y})
         return init_image_of(key.init_image, y, items)
 
-    def _x0(self, x: np.ndarray, sigma: float, cond: Feed, parts: np.ndarray) -> np.ndarray:
-        level = np.full(len(x), sigma, dtype=np.float32)
-        feed = {"x_sigma": x.astype(np.float32, copy=False), "sigma": level, **cond}
-        return self._denoisers(feed, parts)
+    def _x0(self, x: np.ndarray, level: Sequence[float], cond: Feed, parts: np.ndarray) -> np.ndarray:
+        """x0 at a level: sigma, and the time that goes with it. A graph takes it where sigma does not tell it."""
+        told = dict(zip(("sigma", TIME) if self.sampler.timed else ("sigma",), level))
+        levels = {name: np.full(len(x), value, dtype=np.float32) for name, value in told.items()}
+        return self._denoisers({"x_sigma": x.astype(np.float32, copy=False), **levels, **cond}, parts)
 
     def _steered(self, graph: RunningGraph) -> Graph:
         """A denoiser's graph; where it can be steered, plain requests steer it by nothing."""

@@ -129,9 +129,8 @@ class TorchGenerator(Generator):
         parts: list[Any] = [getattr(self._denoiser, "adapted", self._denoiser), *self._bases]
         parts += [expert for expert in getattr(self._denoiser, "_opened", {}).values()]
         text = [part.text for part in parts if getattr(part, "text", None) is not None]
-        encoders = [model for encoder in text for model in vars(encoder).values()]
         parts += [part.codec for part in parts if getattr(part, "codec", None) is not None]
-        return storages([*parts, *(model for model in encoders if isinstance(model, torch.nn.Module))])
+        return storages([*parts, *(model for encoder in text for model in encoder.models)])
 
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:
@@ -150,8 +149,9 @@ class TorchGenerator(Generator):
         def draw(k: int) -> torch.Tensor:
             return torch.from_numpy(noise(items, k, shape)).to(self._device)
 
-        def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
-            x0: torch.Tensor = self._guided(x, x.new_full((len(x),), sigma), cond, key.guidance)
+        def denoise(x: torch.Tensor, *level: float) -> torch.Tensor:
+            sigma, *told = (x.new_full((len(x),), value) for value in level)
+            x0: torch.Tensor = self._guided(x, sigma, cond, key.guidance, *told)
             return x0
 
         x0 = sample(denoise, self._denoiser.sampler, draw, key.num_steps, self._init_image(key, items))

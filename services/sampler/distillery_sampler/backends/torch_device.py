@@ -49,7 +49,7 @@ def _cast(value: Any) -> Any:
     return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-Guided = Callable[[Tensor, Tensor, Cond, float], Tensor]  # (x_sigma, sigma, cond, guidance) -> x0
+Guided = Callable[..., Tensor]  # (x_sigma, sigma, cond, guidance), and a time where levels have one -> x0
 
 
 class Replayed:
@@ -64,15 +64,17 @@ class Replayed:
         self._guided, self._usual, self._record = guided, frozenset(usual), record or record_graph
         self._recordings: dict[Hashable, tuple[Any, list[Tensor], Tensor]] = {}
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond, guidance: float) -> Tensor:
-        names, tensors = list(cond), [x, sigma, *cond.values()]
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond, guidance: float, *told: Tensor) -> Tensor:
+        names, tensors = list(cond), [x, sigma, *cond.values(), *told]
 
         def call(*inputs: Tensor) -> Tensor:
-            return self._guided(inputs[0], inputs[1], dict(zip(names, inputs[2:], strict=True)), guidance)
+            values, time = inputs[2 : 2 + len(names)], inputs[2 + len(names) :]
+            return self._guided(inputs[0], inputs[1], dict(zip(names, values, strict=True)), guidance, *time)
 
+        named = ("x", "sigma", *names, *("time" for _ in told))
         key = (
             guidance,
-            *zip(("x", "sigma", *names), ((value.shape, value.dtype) for value in tensors), strict=True),
+            *zip(named, ((value.shape, value.dtype) for value in tensors), strict=True),
         )
         if key not in self._recordings:
             if guidance not in self._usual or len(self._recordings) >= MAX_GRAPHS:

@@ -187,7 +187,7 @@ def image_key(request: GenerateRequest, manifest: Manifest) -> ImageKey:
     spec = generator_card(manifest).sampler
     assert spec is not None, "a denoiser without sampler is not loaded"
     num_steps = spec.num_steps if request.num_steps is None else request.num_steps
-    spec.levels(num_steps)
+    spec.check_steps(num_steps)
     if request.guidance is not None:
         if not math.isfinite(request.guidance) or abs(request.guidance) > MAX_GUIDANCE:
             raise ConfigError(

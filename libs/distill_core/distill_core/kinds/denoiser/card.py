@@ -54,6 +54,12 @@ def facts(card: Card) -> dict[str, Any]:
 
 def why_not_exported(card: Card) -> str:
     """Why no graph is made of such a model; "" where there is one."""
-    if card.cond is not None and card.cond.pooled_dim is not None:
+    cond = card.cond
+    if cond is None or cond.kind != "prompt":
+        return ""
+    if cond.pooled_dim is not None:
         return "models of the SDXL kind need pooled prompts, which no graph takes yet; serve it with torch"
+    if cond.masked or cond.embedded_guidance is not None:
+        needs = "the mask of their prompts" if cond.masked else "a guidance scale"
+        return f"models of this kind need {needs}, which no graph takes yet; serve it with torch"
     return ""

@@ -76,7 +76,7 @@ class DenoiserKind(Kind):
 
     def image_probe(self, model: Denoiser) -> ImageProbe | None:
         device = next(model.parameters()).device
-        num_steps = min(model.sampler.step_counts, default=1)
+        num_steps = model.sampler.fewest_steps
         label = prompt = None
         cond: Cond = {}
         if model.cond.kind == "class_label":
@@ -125,7 +125,7 @@ def _warn_of_cut_prompts(model: Denoiser, prompts: list[str]) -> None:
             "%d prompts are longer than the %d tokens that the text encoder reads, and their ends are left out; "
             "the first begins with %r",
             len(cut),
-            text.max_tokens,
+            max(text.limits.values()),
             cut[0][:60],
         )
 

@@ -54,6 +54,50 @@ _DIT = names(
     dropout activation_fn num_embeds_ada_norm norm_num_groups norm_elementwise_affine norm_eps upcast_attention
     """
 )
+_SD3 = names(
+    """
+    sample_size patch_size in_channels num_layers attention_head_dim num_attention_heads joint_attention_dim
+    caption_projection_dim pooled_projection_dim out_channels pos_embed_max_size dual_attention_layers qk_norm
+    """
+)
+_FLUX = names(
+    """
+    in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads joint_attention_dim
+    pooled_projection_dim guidance_embeds axes_dims_rope
+    """
+)
+_PIXART = names(
+    """
+    num_attention_heads attention_head_dim in_channels out_channels num_layers dropout norm_num_groups
+    cross_attention_dim attention_bias sample_size patch_size activation_fn num_embeds_ada_norm upcast_attention
+    norm_elementwise_affine norm_eps interpolation_scale use_additional_conditions caption_channels
+    """
+)
+_SANA = names(
+    """
+    in_channels out_channels num_attention_heads attention_head_dim num_layers num_cross_attention_heads
+    cross_attention_head_dim cross_attention_dim caption_channels mlp_ratio dropout attention_bias sample_size
+    patch_size norm_elementwise_affine norm_eps interpolation_scale qk_norm timestep_scale guidance_embeds
+    guidance_embeds_scale
+    """
+)
+_QWEN_IMAGE = names(
+    """
+    in_channels out_channels num_layers attention_head_dim num_attention_heads joint_attention_dim axes_dims_rope
+    """
+)
+_Z_IMAGE = names(
+    """
+    in_channels dim n_layers n_refiner_layers n_heads n_kv_heads norm_eps qk_norm cap_feat_dim rope_theta t_scale
+    axes_dims axes_lens
+    """
+)
+_FLUX2 = names(
+    """
+    in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads joint_attention_dim
+    timestep_guidance_channels mlp_ratio axes_dims_rope rope_theta eps guidance_embeds
+    """
+)
 _CODEC = names(
     """
     in_channels out_channels latent_channels block_out_channels down_block_types up_block_types layers_per_block
@@ -72,11 +116,52 @@ NETWORKS = {
         why={**_WHY, **dict.fromkeys(_PROMPTED, "a negative prompt could not steer its attention")},
     ),
     "DiTTransformer2DModel": Keys(_DIT),
+    "SD3Transformer2DModel": Keys(_SD3),
+    "FluxTransformer2DModel": Keys(_FLUX),
+    "Flux2Transformer2DModel": Keys(_FLUX2),
+    "PixArtTransformer2DModel": Keys(_PIXART),
+    "SanaTransformer2DModel": Keys(_SANA),
+    "QwenImageTransformer2DModel": Keys(_QWEN_IMAGE),
+    "ZImageTransformer2DModel": Keys(_Z_IMAGE),
 }
 CODECS = {
     "AutoencoderKL": Keys(
         _CODEC | names("shift_factor latents_mean latents_std use_quant_conv use_post_quant_conv"),
         _CODEC_IDLE,
+    ),
+    "AutoencoderTiny": Keys(
+        names(
+            """
+            in_channels out_channels encoder_block_out_channels decoder_block_out_channels act_fn upsample_fn
+            latent_channels upsampling_scaling_factor num_encoder_blocks num_decoder_blocks scaling_factor shift_factor
+            """
+        ),
+        _CODEC_IDLE
+        | names("latent_magnitude latent_shift block_out_channels"),  # of latents kept as pictures; a copy
+    ),
+    "AutoencoderKLFlux2": Keys(
+        (_CODEC - {"scaling_factor"})
+        | names("decoder_block_out_channels use_quant_conv use_post_quant_conv batch_norm_eps"),
+        _CODEC_IDLE | {"batch_norm_momentum"},
+    ),
+    "AutoencoderKLQwenImage": Keys(
+        names(
+            """
+            base_dim z_dim dim_mult num_res_blocks attn_scales temperal_downsample dropout input_channels latents_mean
+            latents_std
+            """
+        )
+    ),
+    "AutoencoderDC": Keys(
+        names(
+            """
+            in_channels latent_channels attention_head_dim encoder_block_types decoder_block_types
+            encoder_block_out_channels decoder_block_out_channels encoder_layers_per_block decoder_layers_per_block
+            encoder_qkv_multiscales decoder_qkv_multiscales upsample_block_type downsample_block_type
+            decoder_norm_types decoder_act_fns encoder_out_shortcut decoder_in_shortcut decoder_conv_act_fn
+            scaling_factor
+            """
+        )
     ),
     "VQModel": Keys(_CODEC | names("num_vq_embeddings vq_embed_dim norm_type"), _CODEC_IDLE),
 }

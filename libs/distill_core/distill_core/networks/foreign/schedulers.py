@@ -1,12 +1,13 @@
-"""Keys of the schedulers that are read.
+"""Keys of the schedulers that are read, and the solver of each class that becomes a sampler.
 
-A scheduler is read for the noise schedule that a network was trained under and for what the network answers. How
-diffusers would walk through that schedule is idle: pictures are drawn by our samplers.
+A scheduler is read for the noise schedule that a network was trained under and for what the network answers. Of a class
+in `SOLVERS` also how diffusers walks through that schedule: the folder's sampler takes the same steps. Of other classes
+that is idle: their folders are sampled by Euler's method on Karras' levels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from distill_core.networks.foreign.keys import Keys, names
@@ -52,30 +53,90 @@ def _fixed(variance: Any) -> bool:
     return isinstance(variance, str) and variance.startswith("fixed_")
 
 
+def _plus(algorithm: Any) -> bool:
+    """Whether DPM-Solver predicts x0; `deis` is taken for it by the class itself."""
+    return algorithm in ("dpmsolver++", "sde-dpmsolver++", "deis")
+
+
+def _not_bh1(solver: Any) -> bool:
+    """Whether UniPC takes its second form, as it does for the names of other classes' solvers."""
+    return isinstance(solver, str) and solver != "bh1"
+
+
 def _betas(extra: str = "", idle: str = "") -> Keys:
     return Keys(_BETAS | names(extra), _IDLE | names(idle), _BOUND, _WHY)
 
 
+def _stepped(read: str, refused: str = "", **bound: Callable[[Any], bool]) -> Keys:
+    """A class that becomes a sampler: `read` is honoured, and of `refused` its own default alone is."""
+    honoured, unread = names(read), names(refused) | frozenset(bound)
+    return Keys(honoured, _IDLE - honoured - unread, {**_BOUND, **bound}, _WHY)
+
+
 _BOUND = {"timestep_scaling": _far_from_data, "variance_type": _fixed}
+_BASE = " ".join(sorted(_BETAS)) + " timestep_spacing steps_offset"
+_SPREAD = " use_karras_sigmas use_exponential_sigmas sigma_min sigma_max"
+_CONSISTENCY = _BASE + " original_inference_steps set_alpha_to_one clip_sample clip_sample_range"
+_SHIFTS = (
+    "shift use_dynamic_shifting time_shift_type base_shift max_shift base_image_seq_len max_image_seq_len "
+    "shift_terminal"
+)
 
 
 _FLOWING = _betas("use_flow_sigmas variance_type", "sigma_min sigma_max")
 _FLOW = Keys(frozenset({"num_train_timesteps"}), _IDLE | {"upscale_mode"}, why=_WHY)
+_DDIM = _stepped(_BASE + " set_alpha_to_one clip_sample clip_sample_range")
+_MULTISTEP = _BASE + _SPREAD + " use_flow_sigmas flow_shift final_sigmas_type variance_type"
+_NOT_MULTISTEP = "solver_order use_beta_sigmas use_dynamic_shifting"
 _EDM = Keys(
     names("sigma_min sigma_max sigma_data prediction_type"), _IDLE | {"num_train_timesteps"}, why=_WHY
 )
 SCHEDULERS: Mapping[str, Keys] = {
-    **dict.fromkeys(("DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler"), _betas()),
+    **dict.fromkeys(("DDIMScheduler", "DDIMParallelScheduler"), _DDIM),
+    "PNDMScheduler": _betas(),
     **dict.fromkeys(("DDPMScheduler", "DDPMParallelScheduler"), _betas("variance_type")),
-    **dict.fromkeys(("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"), _FLOWING),
-    **dict.fromkeys(("DEISMultistepScheduler", "SASolverScheduler", "UniPCMultistepScheduler"), _FLOWING),
-    "EulerDiscreteScheduler": _betas("timestep_type sigma_min sigma_max"),
-    **dict.fromkeys(("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"), _betas()),
+    "DPMSolverMultistepScheduler": _stepped(
+        _MULTISTEP + " solver_type lower_order_final euler_at_final",
+        f"{_NOT_MULTISTEP} use_lu_lambdas lambda_min_clipped",
+        algorithm_type=_plus,
+    ),
+    "UniPCMultistepScheduler": _stepped(
+        _MULTISTEP,
+        f"{_NOT_MULTISTEP} predict_x0 disable_corrector solver_p lower_order_final shift_terminal",
+        solver_type=_not_bh1,
+    ),
+    **dict.fromkeys(
+        ("DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "SASolverScheduler"), _FLOWING
+    ),
+    "EulerDiscreteScheduler": _stepped(
+        _BASE + _SPREAD + " timestep_type final_sigmas_type", "interpolation_type use_beta_sigmas"
+    ),
+    "EulerAncestralDiscreteScheduler": _stepped(_BASE),
+    "HeunDiscreteScheduler": _stepped(_BASE + _SPREAD + " clip_sample clip_sample_range", "use_beta_sigmas"),
     **dict.fromkeys(("LMSDiscreteScheduler", "KDPM2DiscreteScheduler"), _betas()),
     "KDPM2AncestralDiscreteScheduler": _betas(),
-    "LCMScheduler": _betas(),
-    "TCDScheduler": _betas(idle="timestep_scaling"),  # written, and not used by the class
+    "LCMScheduler": _stepped(_CONSISTENCY, timestep_scaling=_far_from_data),
+    "TCDScheduler": _stepped(
+        _CONSISTENCY + " timestep_scaling"
+    ),  # the last is written, and not used by the class
     **dict.fromkeys(("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"), _EDM),
-    **dict.fromkeys(("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"), _FLOW),
-    "FlowMatchLCMScheduler": _FLOW,
+    "FlowMatchEulerDiscreteScheduler": _stepped(
+        f"num_train_timesteps stochastic_sampling use_karras_sigmas use_exponential_sigmas {_SHIFTS}",
+        "use_beta_sigmas invert_sigmas",
+    ),
+    **dict.fromkeys(("FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"), _FLOW),
+    "SCMScheduler": _stepped("num_train_timesteps sigma_data"),
+}
+SOLVERS = {
+    "DDIMScheduler": "ddim",
+    "DDIMParallelScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
+    "TCDScheduler": "tcd",
+    "FlowMatchEulerDiscreteScheduler": "flow_euler",
+    "SCMScheduler": "scm",
 }

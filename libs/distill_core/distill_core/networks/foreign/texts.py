@@ -25,6 +25,59 @@ ENCODER = Keys(
     ),  # whose it is, how it was stored and trained, and labels that it does not give
 )
 ENCODER_DEFAULTS: Mapping[str, Any] = {"use_attention_mask": False}  # beside the class's own
+T5 = Keys(
+    names(
+        """
+        vocab_size d_model d_kv d_ff num_layers num_heads relative_attention_num_buckets
+        relative_attention_max_distance layer_norm_epsilon feed_forward_proj dense_act_fn is_gated_act pad_token_id
+        eos_token_id
+        """
+    ),
+    idle=ENCODER.idle
+    | names(
+        """
+        dropout_rate classifier_dropout num_decoder_layers decoder_start_token_id use_cache is_encoder_decoder
+        is_decoder output_past n_positions task_specific_params gradient_checkpointing tie_word_embeddings
+        scale_decoder_outputs bos_token_id
+        """
+    ),  # of the decoder, which is not there
+)
+GEMMA2 = Keys(
+    names(
+        """
+        vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+        hidden_activation hidden_act max_position_embeddings rms_norm_eps pad_token_id eos_token_id bos_token_id
+        rope_parameters rope_theta attention_bias query_pre_attn_scalar sliding_window sliding_window_size layer_types
+        attn_logit_softcapping
+        """
+    ),
+    idle=ENCODER.idle | names("use_cache cache_implementation tie_word_embeddings final_logit_softcapping"),
+)  # the last of the head, which is not there
+_QWEN = names(
+    """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    hidden_act max_position_embeddings rms_norm_eps rope_parameters rope_theta rope_scaling attention_bias
+    use_sliding_window sliding_window max_window_layers layer_types bos_token_id eos_token_id pad_token_id
+    """
+)
+_NOT_QWEN = ENCODER.idle | names("use_cache tie_word_embeddings")
+QWEN3 = Keys(_QWEN, _NOT_QWEN)
+QWEN_VL = Keys(
+    _QWEN | {"text_config"},
+    _NOT_QWEN
+    | names(
+        """
+        vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id vision_token_id
+        """
+    ),  # it is shown no pictures
+)
+ENCODERS: Mapping[str, Keys] = {
+    "T5EncoderModel": T5,
+    "Gemma2Model": GEMMA2,
+    "Qwen3Model": QWEN3,
+    "Qwen3ForCausalLM": QWEN3,
+    "Qwen2_5_VLForConditionalGeneration": QWEN_VL,
+}  # others are CLIP's
 
 TOKENIZER = Keys(
     names(
@@ -42,6 +95,26 @@ TOKENIZER = Keys(
     ),  # where it came from, and how it would be called and read back by default
 )
 TOKENIZER_DEFAULTS: Mapping[str, Any] = {**dict.fromkeys(TOKENIZER.read), "do_lower_case": True}
+CLIP = "CLIPTokenizer"
+FAST = ("TokenizersBackend", "PreTrainedTokenizerFast")  # whatever tokenizer.json says
+TOKENIZERS: Mapping[str, tuple[str, ...]] = {
+    CLIP: (CLIP, "CLIPTokenizerFast"),
+    "T5Tokenizer": ("T5Tokenizer", "T5TokenizerFast", *FAST),
+    "Qwen2Tokenizer": ("Qwen2Tokenizer", "Qwen2TokenizerFast", *FAST),
+    "GemmaTokenizer": ("GemmaTokenizer", "GemmaTokenizerFast", *FAST),
+}  # classes that a folder may name
+SENTENCES = Keys(
+    TOKENIZER.read | names("mask_token extra_ids add_bos_token add_eos_token sp_model_kwargs chat_template"),
+    idle=TOKENIZER.idle | names("legacy use_default_system_prompt spaces_between_special_tokens vocab_file"),
+)  # of tokenizers that come from sentencepiece
+
+
+WHOLE = {
+    "T5EncoderModel": ("T5ForConditionalGeneration",),
+    "Gemma2Model": ("Gemma2ForCausalLM",),
+    "Qwen3Model": ("Qwen3ForCausalLM",),
+}
+"""Classes whose weights hold a text model's too."""
 
 
 def check_text_model(folder: Path, cls: Any) -> None:
@@ -58,15 +131,17 @@ def check_text_model(folder: Path, cls: Any) -> None:
             f"{path} says model_type = {shown(kind)}, which is not understood; only {known} is read"
         )
     built = config.get("architectures") or [cls.__name__]
+    built = [name for name in built if name not in WHOLE.get(cls.__name__, ())] or [cls.__name__]
     if built != [cls.__name__]:
         raise ArtifactError(
             f"{path} says architectures = {built}, and {folder.name}/ is read as a {cls.__name__}"
         )
-    check_keys(path, config, ENCODER, {**cls.config_class().to_dict(), **ENCODER_DEFAULTS})
+    defaults = {**cls.config_class().to_dict(), **ENCODER_DEFAULTS}
+    check_keys(path, config, ENCODERS.get(cls.__name__, ENCODER), defaults)
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer of another kind than CLIP's, or one that says something that is not understood.
+def check_tokenizer(folder: Path, kind: str = CLIP) -> None:
+    """Refuse a tokenizer of another kind than one of `TOKENIZERS`, or one that says something that is not understood.
 
     Raises:
         ArtifactError: it is such; the sentence names file and key.
@@ -75,12 +150,15 @@ def check_tokenizer(folder: Path) -> None:
     if not path.is_file():
         return
     config = _table(path)
-    kind = config.get("tokenizer_class")
-    if kind not in (None, "CLIPTokenizer", "CLIPTokenizerFast"):
+    found = config.get("tokenizer_class")
+    if found is not None and found not in TOKENIZERS[kind]:
         raise ArtifactError(
-            f"{path} says tokenizer_class = {kind}, which is not understood; only CLIPTokenizer is read"
+            f"{path} says tokenizer_class = {found}, which is not understood; only {kind} is read"
         )
-    check_keys(path, config, TOKENIZER, TOKENIZER_DEFAULTS)
+    if kind == CLIP:
+        check_keys(path, config, TOKENIZER, TOKENIZER_DEFAULTS)
+    else:
+        check_keys(path, config, SENTENCES, dict.fromkeys(SENTENCES.read))
 
 
 def _table(path: Path) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+"""Qwen-Image (Wu et al. 2025, arXiv 2508.02324): Qwen2.5-VL prompts in a template, a flow of packed latents.
+
+Guidance keeps, in each patch, the length of the velocity with the condition (`diffusion.guidance`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from distill_core.artifacts import CondSpec, ImageSpec
+from distill_core.method import Cond
+from distill_core.networks.families.base import refuse_steering, token_map
+from distill_core.networks.families.flux import PATCH, SIDE, packed, packing_code, unpacked
+from distill_core.networks.families.prompted import Prompted, check_width
+from distill_core.networks.prompts import PromptEncoder, filled
+from distill_core.networks.text_parts import load_text_model, load_tokenizer
+
+TOKENS = 512  # that the network reads by default
+READ = 1024  # that the text model does, beside the template
+
+
+@functools.cache
+def template() -> tuple[str, int]:
+    """What the pipeline puts a prompt into, and the number of the template's first tokens that it leaves out."""
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
+
+    parts: dict[str, Any] = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
+    pipeline: Any = QwenImagePipeline(**parts)
+    return pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
+
+
+class QwenImageText(PromptEncoder):
+    """The last hidden states of the prompt in its template, without the template's beginning."""
+
+    gives_mask = True
+    max_tokens = TOKENS
+
+    @property
+    def embed_dim(self) -> int:
+        return int(self.parts["text_encoder"].config.get_text_config().hidden_size)
+
+    def _answer(self, prompt: str, negative: bool) -> Cond:
+        words, dropped = template()
+        tokens = self._unpadded(self.parts["tokenizer"], words.format(prompt), READ + dropped)
+        answer = self.parts["text_encoder"](**tokens, output_hidden_states=True)
+        return filled(answer.hidden_states[-1][:, dropped : dropped + TOKENS], TOKENS)
+
+
+class QwenImage(Prompted):
+    """Joint blocks of text and image tokens."""
+
+    network: ClassVar[str] = "QwenImageTransformer2DModel"
+    pipeline: ClassVar[str] = "QwenImagePipeline"
+    interface: ClassVar[tuple[str, ...]] = (
+        "in_channels",
+        "out_channels",
+        "joint_attention_dim",
+        "patch_size",
+    )
+    guidance: ClassVar[float] = 4.0
+    image_stream: ClassVar[int] = 1
+    even_levels: ClassVar[bool] = True
+
+    def call(self, network: Any, x: Tensor, time: Tensor, cond: Cond, image: ImageSpec) -> Tensor:
+        refuse_steering(cond, self.network)
+        answer = network(
+            packed(x),
+            encoder_hidden_states=cond["prompt_embeds"].to(x.dtype),
+            encoder_hidden_states_mask=cond["prompt_mask"],
+            timestep=time / 1000,
+            img_shapes=[[(1, x.shape[2] // PATCH, x.shape[3] // PATCH)]],  # of the batch: one is read
+        )
+        return unpacked(answer.sample, x)
+
+    def as_map(self, network: Any, feature: Any, x: Tensor) -> Tensor:
+        return token_map(feature[self.image_stream], x, PATCH)
+
+    def channels(self, config: Any) -> tuple[int, int]:
+        return config.in_channels // 4, config.out_channels
+
+    def size(self, path: Path, config: Any) -> tuple[int, int]:
+        return SIDE, SIDE
+
+    def patch(self, config: Any) -> int:
+        return PATCH
+
+    def plain_latents(self, image: ImageSpec) -> list[str]:
+        return packing_code(image)
+
+    def cond(self, config: Any, text: PromptEncoder | None) -> CondSpec:
+        return super().cond(config, text).model_copy(update={"guidance_rule": "patch_norm"})
+
+    def read_text(self, folder: Path, config: Mapping[str, Any]) -> PromptEncoder:
+        return QwenImageText(
+            {
+                "tokenizer": load_tokenizer(folder / "tokenizer", "Qwen2Tokenizer"),
+                "text_encoder": load_text_model(
+                    folder / "text_encoder", "Qwen2_5_VLForConditionalGeneration"
+                ),
+            }
+        )
+
+    def check_text(self, path: Path, config: Any, text: PromptEncoder) -> None:
+        check_width(path, config, "joint_attention_dim", text.embed_dim)

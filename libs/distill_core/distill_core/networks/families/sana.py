@@ -1,0 +1,123 @@
+"""Sana (Xie et al. 2024, arXiv 2410.10629): masked Gemma prompts behind an instruction, a flow of latents at 1/32.
+
+Sana-Sprint (Chen et al. 2025, arXiv 2503.09641) is its few-step student, told a guidance scale as a number: the
+condition `embedded_guidance` (B,). Its trigonometric flow is the plain one: x0 = x_t - t out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from distill_core.artifacts import CondSpec, ImageSpec
+from distill_core.method import Cond
+from distill_core.networks.families.base import refuse_steering, without_variance
+from distill_core.networks.families.prompted import Prompted, check_width
+from distill_core.networks.prompts import PromptEncoder
+from distill_core.networks.text_parts import load_text_model, load_tokenizer
+
+TOKENS = 300
+EMBEDDED = 4.5  # usual embedded guidance
+
+
+@functools.cache
+def instruction() -> str:
+    """What the pipeline puts before each prompt, and before no negative one: diffusers' own default."""
+    from diffusers.pipelines.sana.pipeline_sana import SanaPipeline
+
+    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    return "\n".join(lines)
+
+
+class SanaText(PromptEncoder):
+    """Gemma's last states of the prompt in lower case, and the mask that Gemma is shown too.
+
+    A prompt stands behind the instruction; the first token is kept, and then the last 299, filling included.
+    """
+
+    gives_mask = minds_negative = True
+    max_tokens = TOKENS
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        parts["tokenizer"].padding_side = "right"
+        super().__init__(parts)
+
+    @property
+    def embed_dim(self) -> int:
+        return int(self.parts["text_encoder"].config.hidden_size)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {"tokenizer": TOKENS - 1}  # the instruction's last token may join with the prompt's first
+
+    def _answer(self, prompt: str, negative: bool) -> Cond:
+        before = "" if negative else instruction()
+        tokenizer = self.parts["tokenizer"]
+        length = TOKENS if negative else len(tokenizer.encode(before)) + TOKENS - 2
+        tokens = self._tokenized(tokenizer, before + prompt.lower().strip(), length)
+        states = self.parts["text_encoder"](tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        kept = torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(length - TOKENS + 1, length)])
+        kept = kept.to(states.device)
+        return {"prompt_embeds": states[:, kept], "prompt_mask": tokens.attention_mask[:, kept]}
+
+
+class Sana(Prompted):
+    """Blocks of linear attention that attend to the prompt's tokens."""
+
+    network: ClassVar[str] = "SanaTransformer2DModel"
+    pipeline: ClassVar[str] = "SanaPipeline"
+    interface: ClassVar[tuple[str, ...]] = (
+        *Prompted.interface,
+        *(
+            "patch_size",
+            "caption_channels",
+            "interpolation_scale",
+            "guidance_embeds",
+            "guidance_embeds_scale",
+            "timestep_scale",
+        ),
+    )
+    options: ClassVar[dict[str, Any]] = {"use_resolution_binning": False}
+    variance_below: ClassVar[bool] = True
+    guidance: ClassVar[float] = 4.5
+
+    def call(self, network: Any, x: Tensor, time: Tensor, cond: Cond, image: ImageSpec) -> Tensor:
+        refuse_steering(cond, self.network)
+        config, told = network.config, {"timestep": time * network.config.timestep_scale}
+        if config.guidance_embeds:
+            guidance = cond["embedded_guidance"] * config.guidance_embeds_scale
+            told = {"timestep": time / 1000, "guidance": guidance}
+        answer = network(
+            x,
+            encoder_hidden_states=cond["prompt_embeds"].to(x.dtype),
+            encoder_attention_mask=cond["prompt_mask"],
+            **told,
+        )
+        return without_variance(answer.sample, x)
+
+    def pipeline_for(self, config: Any, text: PromptEncoder | None) -> str:
+        return "SanaSprintPipeline" if config.guidance_embeds else self.pipeline
+
+    def usual_guidance(self, config: Any, text: PromptEncoder | None) -> float:
+        return 1.0 if config.guidance_embeds else self.guidance
+
+    def cond(self, config: Any, text: PromptEncoder | None) -> CondSpec:
+        embedded = EMBEDDED if config.guidance_embeds else None
+        return super().cond(config, text).model_copy(update={"embedded_guidance": embedded})
+
+    def read_text(self, folder: Path, config: Mapping[str, Any]) -> PromptEncoder:
+        return SanaText(
+            {
+                "tokenizer": load_tokenizer(folder / "tokenizer", "GemmaTokenizer"),
+                "text_encoder": load_text_model(folder / "text_encoder", "Gemma2Model"),
+            }
+        )
+
+    def check_text(self, path: Path, config: Any, text: PromptEncoder) -> None:
+        check_width(path, config, "caption_channels", text.embed_dim)
