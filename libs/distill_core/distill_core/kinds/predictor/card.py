@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
-from distill_core.config import Config
+from distill_core.config import Config, Words
 from distill_core.recipe.tables import EvaluateConfig
 from distill_core.signature import Function, FunctionName, Signature
 
 SERVED = "call"
+GroupName = Annotated[Words, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 
 
 class Card(Config):
@@ -23,6 +24,9 @@ class Card(Config):
 
 class Evaluate(EvaluateConfig):
     """What predictions are measured on: `data`, kept from training. Without it a run has no figures of its result."""
+
+    # classes by name whose accuracy is measured apart, e.g. { tail = ["8", "9"] } gives tail_accuracy
+    groups: dict[GroupName, tuple[Words, ...]] = {}
 
 
 def signature(card: Card) -> Signature:
