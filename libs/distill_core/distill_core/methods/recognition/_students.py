@@ -1,0 +1,58 @@
+"""What students of classifiers share: how they are made, and how their teachers are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_core.data import Source
+from distill_core.data.classes import use_class_names
+from distill_core.errors import ConfigError
+from distill_core.networks.predictor import Predictor, check_classifier, image_classifier
+from distill_core.networks.predictors import build_network
+from distill_core.recipe.tables import NetworkConfig
+
+LABELLED = {"x0": "the views that teacher and student see", "class_label": "the cross-entropy"}
+
+
+def new_classifier(network: NetworkConfig, data: Source, *, field: str = "network") -> Predictor:
+    """A classifier with fresh weights of the data's pictures and classes."""
+    assert data.shape is not None  # `columns` asks for pictures
+    built = build_network(network, facts_of(data), field=field)
+    return image_classifier(built, network, shape=data.shape, class_names=data.class_names)
+
+
+def facts_of(data: Source) -> Mapping[str, Any]:
+    """What a network's arguments follow from."""
+    return {"shape": data.shape, "num_classes": data.num_classes, "class_names": data.class_names}
+
+
+def use_classes_of(teacher: nn.Module, data: Source, method: str) -> None:
+    """Make the labels of `data` those of the teacher.
+
+    Raises:
+        ConfigError: the teacher is no classifier, or does not know a class of the data.
+    """
+    names = teacher.card().class_names if getattr(teacher, "kind", "") == "predictor" else ()  # type: ignore[operator]
+    if not names:
+        raise ConfigError(
+            f"{method} needs a classifier that names its classes as teacher, e.g. teacher.recipe = 'judge_digits'",
+            field="teacher",
+        )
+    use_class_names(data, names)
+    check_classifier(teacher, data.shape or (), "the teacher", field="teacher")
+
+
+@torch.no_grad()
+def taught(teacher: nn.Module, x0: Tensor) -> Tensor:
+    """The teacher's logits (B, K) for pictures (B, C, H, W)."""
+    logits: Tensor = teacher.call("predict", {"image": x0})["logits"]  # type: ignore[operator]
+    return logits
+
+
+def agreement(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What a step of a classifier logs: its accuracy on the batch."""
+    return {"train_accuracy": (logits.argmax(1) == labels).float().mean()}
