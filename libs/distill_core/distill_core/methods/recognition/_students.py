@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -18,16 +15,15 @@ from distill_core.recipe.tables import NetworkConfig
 LABELLED = {"x0": "the views that teacher and student see", "class_label": "the cross-entropy"}
 
 
-def new_classifier(network: NetworkConfig, data: Source, *, field: str = "network") -> Predictor:
-    """A classifier with fresh weights of the data's pictures and classes."""
+def new_classifier(
+    network: NetworkConfig, data: Source, *, class_names: tuple[str, ...] = (), field: str = "network"
+) -> Predictor:
+    """A classifier with fresh weights of the data's pictures, and of its classes or of those that are given."""
     assert data.shape is not None  # `columns` asks for pictures
-    built = build_network(network, facts_of(data), field=field)
-    return image_classifier(built, network, shape=data.shape, class_names=data.class_names)
-
-
-def facts_of(data: Source) -> Mapping[str, Any]:
-    """What a network's arguments follow from."""
-    return {"shape": data.shape, "num_classes": data.num_classes, "class_names": data.class_names}
+    names = class_names or data.class_names
+    facts = {"shape": data.shape, "num_classes": len(names), "class_names": names}
+    built = build_network(network, facts, field=field)
+    return image_classifier(built, network, shape=data.shape, class_names=names)
 
 
 def use_classes_of(teacher: nn.Module, data: Source, method: str) -> None:
@@ -36,14 +32,23 @@ def use_classes_of(teacher: nn.Module, data: Source, method: str) -> None:
     Raises:
         ConfigError: the teacher is no classifier, or does not know a class of the data.
     """
-    names = teacher.card().class_names if getattr(teacher, "kind", "") == "predictor" else ()  # type: ignore[operator]
+    use_class_names(data, classes_of(teacher, data, method))
+
+
+def classes_of(teacher: nn.Module, data: Source, method: str, *, field: str = "teacher") -> tuple[str, ...]:
+    """The classes that the teacher tells apart in pictures of `data`, by name.
+
+    Raises:
+        ConfigError: it is no classifier, or takes other pictures.
+    """
+    names: tuple[str, ...] = teacher.card().class_names if getattr(teacher, "kind", "") == "predictor" else ()  # type: ignore[operator]
     if not names:
         raise ConfigError(
             f"{method} needs a classifier that names its classes as teacher, e.g. teacher.recipe = 'judge_digits'",
-            field="teacher",
+            field=field,
         )
-    use_class_names(data, names)
-    check_classifier(teacher, data.shape or (), "the teacher", field="teacher")
+    check_classifier(teacher, data.shape or (), "the teacher", field=field)
+    return names
 
 
 @torch.no_grad()
