@@ -20,6 +20,7 @@ class Card(Config):
     functions: dict[FunctionName, Function] = {}  # the first is the one that the model's bare name calls
     class_names: tuple[str, ...] = ()  # of the last axis of `logits`
     parameters: int = Field(0, ge=0)
+    packed_bits: int | None = Field(None, ge=1, le=8)  # of a weight on disk; unset: its file keeps floats
 
 
 class Evaluate(EvaluateConfig):
@@ -36,7 +37,8 @@ def signature(card: Card) -> Signature:
 
 def facts(card: Card) -> dict[str, Any]:
     """What people want to know of a predictor, in few words."""
-    return {"classes": len(card.class_names) or None, "parameters": card.parameters}
+    found = {"classes": len(card.class_names) or None, "parameters": card.parameters}
+    return found if card.packed_bits is None else {**found, "bits a weight": card.packed_bits}
 
 
 def why_not_exported(card: Card) -> str:
