@@ -1,6 +1,6 @@
 """Differentiable quantisation: the weights of a trained classifier stay, and the points that they are rounded to learn.
 
-    w'_j = b + a c_k(j),    k(j) = argmin_k |v_j - c_k|,  v_j = (w_j - b) / a;      dL/dc_k = sum_(j: k(j) = k) a dL/dw'_j
+    w'_j = b + a c_k(j),    k(j) = argmin_k |v_j - c_k|,  v_j = (w_j - b) / a;  dL/dc_k = sum_(j: k(j) = k) a dL/dw'_j
     L = w T^2 KL(p_t || p_s) + (1 - w) CE(z_s, y),    teacher: the same classifier before it is rounded
 
 c: 2^bits points for each tensor, at quantiles of its v at first; a and b of the weight's bucket. A point's gradient is
