@@ -106,7 +106,7 @@ def test_a_result_is_saved_and_loads_again_with_the_same_output(name, context, t
             model.save(tmp_path / role)
             assert described(model)["kind"] in kind_names()
             files = [file for file in (tmp_path / role).rglob("*") if file.is_file()]
-            assert any(file.suffix == ".safetensors" for file in files)
+            assert any(file.suffix in (".safetensors", ".parquet") for file in files)
             saved, loaded = (shown(one, trainer.source) for one in (model, load_model(tmp_path / role)))
             assert saved
             for output, again in zip(saved, loaded, strict=True):
