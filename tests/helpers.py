@@ -34,6 +34,8 @@ PHASES = (
     "reconstruct_steps",
     "regression_steps",
     "warmup_steps",
+    "distil_steps",
+    "teacher_steps",
     "record_steps",
 )  # config keys: steps in which not every role is trained
 

@@ -74,3 +74,20 @@ def test_data_with_a_class_that_the_model_does_not_know_is_refused_by_name(tmp_p
 def test_a_folder_that_only_measures_other_models_is_not_measured(tmp_path, context):
     with pytest.raises(ConfigError, match="it measures other models"):
         api.evaluate(str(tiny_clip(tmp_path / "clip")), {}, THREES_AND_SEVENS, context)
+
+
+def test_groups_of_classes_are_measured_apart_and_by_name(tmp_path):
+    kind = find_kind("predictor")
+    model = classifier("cat", "dog", "fox")
+    data = folder(tmp_path, "ant", "cat", "fox")
+    source = build_source({**data, "rename_classes": {"ant": "dog"}})
+    table = kind.Evaluate.parse({"groups": {"pets": ["dog", "cat"], "wild": ["fox"]}})
+    items = build_source({**data, "rename_classes": {"ant": "dog"}}).all()
+    labels = torch.tensor([1, 0, 2])[items.cond["class_label"]]
+    right = (model(items.x0).argmax(1) == labels).double()
+    found = kind.evaluator(model, source, table, None).measure(model, {}).figures
+    assert found["pets_accuracy"] == pytest.approx(float(right[labels != 2].mean()))
+    assert found["wild_accuracy"] == pytest.approx(float(right[labels == 2].mean()))
+    table = kind.Evaluate.parse({"groups": {"wild": ["foxes"]}})
+    with pytest.raises(ConfigError, match="names a class 'foxes'.*did you mean 'fox'"):
+        kind.evaluator(model, source, table, None)

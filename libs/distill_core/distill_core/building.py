@@ -42,6 +42,7 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
     sources = build_sources(recipe, context)
     source = sources["data"]
     arguments: dict[str, Any] = {**sources, "seed": recipe.seed, "network": recipe.network}
+    arguments |= {"steps": recipe.steps, "batch_size": recipe.batch_size}
     if "network" in wanted and recipe.network is None and _is_required(cls, "network"):
         raise ConfigError(f"method {recipe.method} needs a [network] table: name and args", field="network")
     _refuse_unused(recipe, wanted, sources)

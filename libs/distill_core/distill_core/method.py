@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,8 @@ class Method(nn.Module):
     `teacher` (frozen model), `student` (a trainable copy of the teacher, or what the recipe's `[student]` says),
     `network` (the recipe's `[network]` table), `data` (the source), `pairs` (noise and the teacher's pictures of it,
     by `[pairs]`; None without that table), `extractor` (a frozen network that a loss or a reward reads pictures with;
-    None without its table), `seed`, and by its own name each of `[teachers.NAME]` and `[data.NAME]`.
+    None without its table), `seed`, `steps` and `batch_size` of the run, and by its own name each of
+    `[teachers.NAME]` and `[data.NAME]`.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig  # what the constructor's `config` is annotated with
@@ -143,6 +144,14 @@ class Method(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def train(self, mode: bool = True) -> Self:
+        """Put roles and held modules into training mode, or all into evaluation mode: what is frozen stays there."""
+        super().train(mode)
+        for name, child in self.named_children():
+            if name not in (*self.roles, *self.held):
+                child.eval()
+        return self
 
     @classmethod
     def columns(cls, config: Any) -> Mapping[str, str]:

@@ -20,6 +20,15 @@ def over_processes(values: Tensor, *, largest: bool = False) -> Tensor:
     return values
 
 
+def of_all_processes(values: Tensor) -> Tensor:
+    """The rows of `values` (B, …) of all training processes, in the order of their ranks; B is the same in each."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or _alone.get():
+        return values
+    parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """A trial step of this process, which the others need not take: its values are those of all for the duration."""

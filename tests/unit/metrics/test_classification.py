@@ -7,7 +7,9 @@ from distill_core.metrics.classification import (
     accuracy,
     calibration_error,
     confusion_matrix,
+    group_accuracy,
     negative_log_likelihood,
+    risk_coverage_area,
     total_variation,
     worst_class_accuracy,
 )
@@ -76,3 +78,23 @@ def test_the_worst_class_accuracy_is_that_of_the_class_that_fails():
     logits = torch.nn.functional.one_hot(predicted, 5).float()
     assert worst_class_accuracy(logits, labels) == 0.5
     assert worst_class_accuracy(torch.nn.functional.one_hot(labels, 5).float(), labels) == 1
+
+
+def test_the_risk_coverage_area_is_the_mean_error_among_the_surest():
+    logits = torch.tensor([[9.0, 0.0], [5.0, 0.0], [3.0, 0.0], [1.0, 0.0]])
+    labels = torch.tensor([0, 1, 0, 1])  # sorted by confidence: right, wrong, right, wrong
+    assert risk_coverage_area(logits, labels) == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)
+    shuffled = torch.tensor([2, 0, 3, 1])
+    assert risk_coverage_area(logits[shuffled], labels[shuffled]) == pytest.approx(4 / 12)
+
+
+def test_equally_sure_answers_have_no_order():
+    logits = torch.tensor([[2.0, 0.0]]).expand(5, 2)
+    for labels in ([0, 0, 0, 1, 1], [1, 1, 0, 0, 0]):
+        assert risk_coverage_area(logits, torch.tensor(labels)) == pytest.approx(2 / 5)
+
+
+def test_the_accuracy_of_a_group_is_of_its_labels_alone():
+    assert group_accuracy(LOGITS, LABELS, [1]) == 0.5
+    assert group_accuracy(LOGITS, torch.tensor([0, 2, 2, 1]), [0, 2]) == pytest.approx(2 / 3)
+    assert math.isnan(group_accuracy(LOGITS, LABELS, [2]))

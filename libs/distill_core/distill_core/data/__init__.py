@@ -9,6 +9,7 @@ from typing import Any
 
 from distill_core.config import Config as SourceConfig
 from distill_core.data.augmentation import ViewConfig
+from distill_core.data.label_views import LabelViewConfig, view_labels
 from distill_core.data.order import OrderConfig
 from distill_core.data.source import Folders, Source
 from distill_core.errors import ConfigError, nearest
@@ -50,7 +51,9 @@ def build_source(values: Mapping[str, Any], *, where: str = "data", folders: Fol
     cls, config = parse_source(values, where=where)
     order = OrderConfig.parse(_table(values, "order", where), where=f"{where}.order")
     view = ViewConfig.parse(_table(values, "view", where), where=f"{where}.view")
+    labels = LabelViewConfig.parse(_labels(values), where=where)
     source: Source = cls.opened(config, folders)
+    view_labels(source, labels, where=where)
     source.arrange(order, view)
     return source
 
@@ -70,8 +73,14 @@ def parse_source(values: Mapping[str, Any], *, where: str = "data") -> tuple[Any
     if name not in known:
         raise ConfigError(f"no data source is called {name!r}{nearest(name, known)}", field=f"{where}.name")
     cls: Any = known[name]
-    own = {key: value for key, value in values.items() if key not in ("order", "view")}
+    LabelViewConfig.parse(_labels(values), where=where)
+    shared = {"order", "view", *LabelViewConfig.model_fields}
+    own = {key: value for key, value in values.items() if key not in shared}
     return cls, cls.Config.parse({"name": name, **own}, where=where)
+
+
+def _labels(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: values[key] for key in LabelViewConfig.model_fields if key in values}
 
 
 def _table(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from pydantic import field_validator
-from torch import nn
+from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec
 from distill_core.config import Config as SourceConfig
 from distill_core.config import Words
 from distill_core.data.source import Source
-from distill_core.errors import ConfigError, nearest
+from distill_core.errors import ConfigError, DataError, nearest
 from distill_core.networks.classifier import Classifier, ClassifierConfig
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_tensors import real_tensors
@@ -69,6 +69,28 @@ def class_names(of: CondSpec | ClassifierConfig) -> tuple[str, ...]:
     """Names of a model's classes: their numbers where it does not name every one."""
     count = of.num_classes or 0
     return of.class_names if len(of.class_names) == count else _counted(count)
+
+
+def class_counts(source: Source) -> Tensor:
+    """Items of each class (K,), float32.
+
+    Raises:
+        DataError: data without labels, or a class without a single item: its weight would be infinite.
+    """
+    if source.labels is None:
+        raise DataError(
+            "this data has no labels, so it has no classes to count; choose labelled data", field="data"
+        )
+    with real_tensors():
+        counts = torch.bincount(source.labels, minlength=len(source.class_names)).float()
+        empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        raise DataError(
+            f"class {source.class_names[empty[0]]!r} has not a single item, and what is rare counts more; leave the "
+            "class out, or add items of it",
+            field="data",
+        )
+    return counts
 
 
 def class_numbers(given: Sequence[str], known: Sequence[str]) -> list[int]:

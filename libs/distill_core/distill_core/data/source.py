@@ -63,6 +63,20 @@ class ArrayPixels:
         return to_unit(self.values[indices])
 
 
+class KeptPixels:
+    """Some of the pictures of others: those at `chosen` (M,)."""
+
+    def __init__(self, pixels: Pixels, chosen: Tensor) -> None:
+        self.pixels, self.chosen, self.shape = pixels, chosen, pixels.shape
+        self.skipped: int = getattr(pixels, "skipped", 0)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def take(self, indices: Tensor) -> Tensor:
+        return self.pixels.take(self.chosen[indices])
+
+
 class Source:
     """Base of the sources: an endless, reshuffled stream over `size` items, and the whole set for evaluation.
 
@@ -94,6 +108,7 @@ class Source:
         self.arrays = dict(arrays or {})  # further columns by name, (N, …)
         self.order, self.view = Order(OrderConfig(), size, labels), ViewConfig()
         self._encode: Callable[[list[str]], Cond] | None = None
+        self._kept: list[str] = []  # digests of what `keep` chose
 
     @classmethod
     def opened(cls, config: SourceConfig, folders: Folders | None) -> Self:
@@ -143,7 +158,7 @@ class Source:
         Where the data lie, what their classes are called, their order and their views are no part of it.
         """
         options = self.config.model_dump(mode="json", exclude={"rename_classes", *_places(self.config)})
-        made = [options, self.size, self.shape, self._identities()]
+        made = [options, self.size, self.shape, self._identities(), *self._kept]
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
     def _identities(self) -> list[Any]:
@@ -160,6 +175,19 @@ class Source:
             for name, value in held.items()
         }
         return [digests, self.prompts]
+
+    def keep(self, chosen: Tensor) -> None:
+        """Leave out all items but those at `chosen` (M,), which are numbered anew in that order."""
+        if isinstance(self.pixels, ArrayPixels):
+            self.pixels = ArrayPixels(self.pixels.values[chosen])
+        elif self.pixels is not None:
+            self.pixels = KeptPixels(self.pixels, chosen)
+        self.labels = None if self.labels is None else self.labels[chosen]
+        self.prompts = None if self.prompts is None else [self.prompts[i] for i in chosen.tolist()]
+        self.arrays = {name: values[chosen] for name, values in self.arrays.items()}
+        self.size = len(chosen)
+        self._kept.append(hashlib.sha256(chosen.numpy().tobytes()).hexdigest())
+        self.order = Order(self.order.config, self.size, self.labels)
 
     def items(self, indices: Tensor) -> Batch:
         """The items at `indices` (B,), in that order."""

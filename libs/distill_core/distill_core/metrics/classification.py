@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,24 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> floa
     index = (confidence * bins).long().clamp_max(bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index.cpu(), (correct - confidence).cpu())
     return float(gap.abs().sum() / len(labels))
+
+
+def risk_coverage_area(logits: Tensor, labels: Tensor) -> float:
+    """Area under the risk-coverage curve: mean error rate among the k surest answers, over k = 1 … N; 0 is perfect.
+
+    Geifman & El-Yaniv 2017, arXiv 1705.08500. Equally sure answers share the error rate of all of them.
+    """
+    confidence, predicted = logits.double().softmax(1).max(1)
+    values, place, counts = confidence.unique(return_inverse=True, return_counts=True)
+    wrong = torch.zeros_like(values).index_add_(0, place, (predicted != labels).double())
+    by_item = (wrong / counts)[place[confidence.argsort(descending=True, stable=True)]]
+    return float((by_item.cumsum(0) / torch.arange(1, len(labels) + 1, device=labels.device)).mean())
+
+
+def group_accuracy(logits: Tensor, labels: Tensor, group: Collection[int]) -> float:
+    """Accuracy among the items whose label is one of `group`; NaN where there are none."""
+    inside = torch.isin(labels, torch.tensor(sorted(group), device=labels.device))
+    return float((logits.argmax(1) == labels)[inside].double().mean())
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:

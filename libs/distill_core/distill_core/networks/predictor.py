@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,6 +19,7 @@ from distill_core.files.json_tables import read_table
 from distill_core.kinds.predictor.card import Card
 from distill_core.networks.fake_tensors import is_faked
 from distill_core.networks.modes import evaluating
+from distill_core.networks.packing import PARTS, PackedTensor, Packing
 from distill_core.networks.predictors import build_network
 from distill_core.recipe.tables import NetworkConfig
 from distill_core.signature import Function, FunctionName, TensorSpec
@@ -33,6 +35,7 @@ class PredictorFile(Config):
     network: NetworkConfig  # with every argument, those that followed from the data too
     functions: dict[FunctionName, Function] = Field(min_length=1)
     class_names: tuple[str, ...] = ()
+    packing: Packing | None = None  # of weights that are kept in few bits
 
 
 class Predictor(nn.Module):
@@ -52,6 +55,7 @@ class Predictor(nn.Module):
                     f"{type(network).__name__} has no function {name!r}", field=f"functions.{name}"
                 )
         self.network, self.described = network, described
+        self.packed: Mapping[str, PackedTensor] = {}  # weights that are kept in few bits, by name
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Output of the network."""
@@ -71,16 +75,41 @@ class Predictor(nn.Module):
             functions=self.described.functions,
             class_names=self.described.class_names,
             parameters=sum(value.numel() for value in self.parameters()),
+            packed_bits=None if self.described.packing is None else self.described.packing.bits,
         )
+
+    def baked(self, packed: Mapping[str, PackedTensor]) -> Predictor:
+        """A frozen copy whose weights of these names are those of `packed`, which its file keeps in few bits."""
+        first = next(iter(packed.values()))
+        packing = Packing(bits=first.bits, bucket=first.bucket, tensors=tuple(packed))
+        other = Predictor(copy.deepcopy(self.network), self.described.model_copy(update={"packing": packing}))
+        other.take(packed)
+        return other.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def take(self, packed: Mapping[str, PackedTensor]) -> None:
+        """Replace the weights of these names by what they are unpacked."""
+        weights = dict(self.network.named_parameters())
+        for name, value in packed.items():
+            weights[name].copy_(value.unpacked())
+        self.packed = dict(packed)
+
+    def stored(self) -> dict[str, Tensor]:
+        """What model.safetensors keeps, by name."""
+        tensors = {
+            name: value.detach().cpu().contiguous()
+            for name, value in self.network.state_dict().items()
+            if name not in self.packed
+        }
+        for name, value in self.packed.items():
+            tensors |= value.stored(name)
+        return tensors
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(self.described.model_dump_json(indent=1), encoding="utf-8")
-        tensors = {
-            name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()
-        }
-        save_file(tensors, folder / WEIGHTS)
+        save_file(self.stored(), folder / WEIGHTS)
 
 
 def image_classifier(
@@ -158,7 +187,7 @@ def load_predictor(folder: Path, *, device: str = "cpu") -> Predictor:
         network = build_network(described.network)
         predictor = Predictor(network, described)
         if not is_faked():
-            network.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+            _read_weights(predictor, load_file(folder / WEIGHTS))
     except (OSError, ValueError, ConfigError, TypeError) as error:
         raise ArtifactError(f"{folder / CONFIG} does not describe a predictor: {error}") from None
     except SafetensorError as error:
@@ -167,3 +196,24 @@ def load_predictor(folder: Path, *, device: str = "cpu") -> Predictor:
         reason = " ".join(str(error).split())[:160]
         raise ArtifactError(f"{folder / WEIGHTS} is not what {CONFIG} describes: {reason}") from None
     return predictor.to(device).eval().requires_grad_(False)
+
+
+def _read_weights(predictor: Predictor, tensors: dict[str, Tensor]) -> None:
+    """Give the network its weights, unpacked where the file keeps codes.
+
+    Raises:
+        ConfigError, RuntimeError: they belong to another network.
+    """
+    packing = predictor.described.packing
+    state = predictor.network.state_dict()
+    packed = {}
+    for name in () if packing is None else packing.tensors:
+        assert packing is not None
+        if name not in state:
+            raise ConfigError(f"packing.tensors names {name!r}, and the network has no such weights")
+        packed[name] = PackedTensor.read(name, tuple(state[name].shape), packing, tensors)
+    parts = {name + part for name in packed for part in PARTS}
+    plain = {name: value for name, value in tensors.items() if name not in parts}
+    unpacked = {name: value.unpacked() for name, value in packed.items()}
+    predictor.network.load_state_dict(plain | unpacked, strict=True)
+    predictor.packed = packed

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
-from distill_core.config import Config
+from distill_core.config import Config, Words
 from distill_core.recipe.tables import EvaluateConfig
 from distill_core.signature import Function, FunctionName, Signature
 
 SERVED = "call"
+GroupName = Annotated[Words, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 
 
 class Card(Config):
@@ -19,10 +20,14 @@ class Card(Config):
     functions: dict[FunctionName, Function] = {}  # the first is the one that the model's bare name calls
     class_names: tuple[str, ...] = ()  # of the last axis of `logits`
     parameters: int = Field(0, ge=0)
+    packed_bits: int | None = Field(None, ge=1, le=8)  # of a weight on disk; unset: its file keeps floats
 
 
 class Evaluate(EvaluateConfig):
     """What predictions are measured on: `data`, kept from training. Without it a run has no figures of its result."""
+
+    # classes by name whose accuracy is measured apart, e.g. { tail = ["8", "9"] } gives tail_accuracy
+    groups: dict[GroupName, tuple[Words, ...]] = {}
 
 
 def signature(card: Card) -> Signature:
@@ -32,7 +37,8 @@ def signature(card: Card) -> Signature:
 
 def facts(card: Card) -> dict[str, Any]:
     """What people want to know of a predictor, in few words."""
-    return {"classes": len(card.class_names) or None, "parameters": card.parameters}
+    found = {"classes": len(card.class_names) or None, "parameters": card.parameters}
+    return found if card.packed_bits is None else {**found, "bits a weight": card.packed_bits}
 
 
 def why_not_exported(card: Card) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,18 @@ from torch import Tensor, nn
 
 from distill_core.artifacts import Manifest
 from distill_core.data import Source, build_source
-from distill_core.data.classes import use_class_names
-from distill_core.errors import ConfigError
+from distill_core.data.classes import ABSENT, class_numbers, use_class_names
+from distill_core.errors import ConfigError, nearest
 from distill_core.kinds.base import PRECISIONS, Graph, Kind, Measured, Models
 from distill_core.kinds.loading import config_kind
 from distill_core.kinds.predictor.card import Card
-from distill_core.metrics.classification import accuracy, calibration_error, negative_log_likelihood
+from distill_core.metrics.classification import (
+    accuracy,
+    calibration_error,
+    group_accuracy,
+    negative_log_likelihood,
+    risk_coverage_area,
+)
 from distill_core.networks.classifier import Classifier, load_classifier
 from distill_core.networks.clip_io import load_clip
 from distill_core.networks.modes import evaluating
@@ -58,7 +64,7 @@ class PredictorKind(Kind):
         if not card.class_names or not takes_images or source.labels is None:
             return None
         use_class_names(source, card.class_names, owner="the model", field=field)
-        return ClassifierEvaluator(source, config, card)
+        return ClassifierEvaluator(source, config, card, _numbered_groups(config, card.class_names))
 
     def probe(self, model: Any) -> Mapping[str, Mapping[str, np.ndarray]]:
         found = {}
@@ -116,8 +122,10 @@ def _free_axes(spec: TensorSpec) -> tuple[int, ...]:
 class ClassifierEvaluator:
     """Accuracy, likelihood and calibration of classifiers on labelled data."""
 
-    def __init__(self, source: Source, config: EvaluateConfig, card: Card) -> None:
-        self.source, self.config, self.card = source, config, card
+    def __init__(
+        self, source: Source, config: EvaluateConfig, card: Card, groups: Mapping[str, Collection[int]]
+    ) -> None:
+        self.source, self.config, self.card, self.groups = source, config, card, groups
 
     def measure(
         self,
@@ -147,6 +155,8 @@ class ClassifierEvaluator:
             "accuracy": accuracy(logits, labels),
             "negative_log_likelihood": negative_log_likelihood(logits, labels),
             "calibration_error": calibration_error(logits, labels),
+            "risk_coverage_area": risk_coverage_area(logits, labels),
+            **{f"{name}_accuracy": group_accuracy(logits, labels, of) for name, of in self.groups.items()},
             "parameters": float(model.card().parameters),
         }
 
@@ -158,6 +168,25 @@ class ClassifierEvaluator:
             assert batch.x0 is not None
             logits = model.call("predict", {"image": batch.x0.to(device)})["logits"]
             yield logits.float().cpu(), batch.columns["class_label"]
+
+
+def _numbered_groups(config: EvaluateConfig, known: tuple[str, ...]) -> dict[str, list[int]]:
+    """The numbers of the classes in each group of `[evaluate.groups]`.
+
+    Raises:
+        ConfigError: a class that the model does not know.
+    """
+    found: dict[str, list[int]] = {}
+    for group, names in getattr(config, "groups", {}).items():
+        found[group] = class_numbers(names, known)
+        if ABSENT in found[group]:
+            name = names[found[group].index(ABSENT)]
+            raise ConfigError(
+                f"evaluate.groups.{group} names a class {name!r}, and the model has none of that name"
+                f"{nearest(name, known)}",
+                field=f"evaluate.groups.{group}",
+            )
+    return found
 
 
 def example_inputs(function: Function, count: int, *, seed: int = 1) -> dict[str, Tensor]:

@@ -4,20 +4,26 @@ Paper: Szegedy et al. 2016, "Rethinking the Inception Architecture", arXiv 1512.
 Heusel et al. 2017, arXiv 1706.08500, judge generated pictures by such features.
 
     L = -sum_k q_k log p_k(x),    q_k = (1 - s) [k = label] + s / K,    s = label_smoothing
+    balanced:        p = softmax(z + log n),   n_k items of class k      (Ren et al. 2020, arXiv 2007.10740)
+    sam_radius r:    L at w + r g / |g|,       g = dL / dw               (Foret et al. 2021, arXiv 2010.01412)
+
+The last two are for teachers of long-tailed data: rare classes count as much as others, and the minimum is flat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torch.func import functional_call
 
 from distill_core.config import DataTable
 from distill_core.data import Source, build_source
+from distill_core.data.classes import class_counts
 from distill_core.errors import ConfigError, DataError, nearest
 from distill_core.method import Batch, Method, MethodConfig, Update
 from distill_core.metrics.classification import accuracy, calibration_error, negative_log_likelihood
@@ -31,12 +37,22 @@ class Config(MethodConfig):
     shift: int = Field(0, ge=0, le=64)  # random translation, pixels to each side; the border is repeated
     flip: bool = False  # random mirror image: right for photographs, wrong for digits
     noise: float = Field(0.0, ge=0, le=10)  # standard deviation of added noise, in data units
+    balanced: bool = False  # whether rare classes are to count as much as others
+    sam_radius: float = Field(0.0, ge=0, le=1)  # of sharpness-aware minimisation, e.g. 0.05; 0: off
     held_out: DataTable = {}  # what to change in [data] to get unseen data, e.g. { split = "test" }
 
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy with label smoothing, mean over the batch. `logits` (B, K), `labels` (B,)."""
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+
+def moved_uphill(loss: Tensor, weights: Mapping[str, Tensor], radius: float) -> dict[str, Tensor]:
+    """`weights` by name, moved by `radius` in the direction in which `loss` grows most; gradients go to the weights."""
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    norm = torch.stack([value.square().sum() for value in gradients]).sum().sqrt()
+    step = radius / (norm + 1e-12)
+    return {name: value + step * up for (name, value), up in zip(weights.items(), gradients)}
 
 
 def shifted(x: Tensor, shift: int) -> Tensor:
@@ -63,12 +79,22 @@ class ClassifierTraining(Method):
         self.data = data
         self.classifier = Classifier(_network_config(network, data))
         self.held_out = _held_out(data, config.held_out)
+        self.priors = class_counts(data).log() if config.balanced else torch.zeros(())
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         x, labels = self.augmented(batch.columns["x0"]), batch.cond["class_label"]
         logits = self.classifier(x)
-        loss = classification_loss(logits, labels, self.config.label_smoothing)
+        loss = self.loss(logits, labels)
+        if self.config.sam_radius:
+            weights = moved_uphill(loss, dict(self.classifier.named_parameters()), self.config.sam_radius)
+            loss = self.loss(functional_call(self.classifier, weights, (x,)), labels)
         yield Update("classifier", loss, {"train_accuracy": (logits.argmax(1) == labels).float().mean()})
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss (scalar) of logits (B, K) and labels (B,)."""
+        if self.config.balanced:
+            logits = logits + self.priors.to(logits)
+        return classification_loss(logits, labels, self.config.label_smoothing)
 
     def augmented(self, x0: Tensor) -> Tensor:
         x = shifted(x0, self.config.shift)

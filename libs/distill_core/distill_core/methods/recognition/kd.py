@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from distill_core.data import Source
-from distill_core.data.classes import use_class_names
-from distill_core.errors import ConfigError
 from distill_core.method import Batch, Method, MethodConfig, Update
-from distill_core.networks.predictor import check_classifier, image_classifier
-from distill_core.networks.predictors import build_network
+from distill_core.methods.recognition._students import (
+    LABELLED,
+    agreement,
+    new_classifier,
+    taught,
+    use_classes_of,
+)
 from distill_core.recipe.tables import NetworkConfig
 
 
@@ -46,33 +48,19 @@ class KD(Method):
     def __init__(self, config: Config, *, teacher: nn.Module, network: NetworkConfig, data: Source) -> None:
         super().__init__()
         self.config, self.teacher = config, teacher
-        _use_classes_of(teacher, data)
-        assert data.shape is not None  # `columns` asks for pictures
-        facts = {"shape": data.shape, "num_classes": data.num_classes, "class_names": data.class_names}
-        student = build_network(network, facts)
-        self.student = image_classifier(student, network, shape=data.shape, class_names=data.class_names)
+        use_classes_of(teacher, data, "kd")
+        self.student = new_classifier(network, data)
 
     @classmethod
     def columns(cls, config: Config) -> Mapping[str, str]:
-        return {"x0": "the views that teacher and student see", "class_label": "the cross-entropy"}
+        return LABELLED
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         x, labels, weight = batch.columns["x0"], batch.columns["class_label"], self.config.weight
         logits = self.student(x)
         loss = (1 - weight) * F.cross_entropy(logits, labels)
         if weight:
-            with torch.no_grad():
-                taught = self.teacher.call("predict", {"image": x})["logits"]  # type: ignore[operator]
-            loss = loss + weight * soft_cross_entropy(logits, taught, self.config.temperature)
-        yield Update("student", loss, {"train_accuracy": (logits.argmax(1) == labels).float().mean()})
-
-
-def _use_classes_of(teacher: nn.Module, data: Source) -> None:
-    names = teacher.card().class_names if getattr(teacher, "kind", "") == "predictor" else ()  # type: ignore[operator]
-    if not names:
-        raise ConfigError(
-            "kd needs a classifier that names its classes as teacher, e.g. teacher.recipe = 'judge_digits'",
-            field="teacher",
-        )
-    use_class_names(data, names)
-    check_classifier(teacher, data.shape or (), "the teacher", field="teacher")
+            loss = loss + weight * soft_cross_entropy(
+                logits, taught(self.teacher, x), self.config.temperature
+            )
+        yield Update("student", loss, agreement(logits, labels))

@@ -1,0 +1,63 @@
+"""What students of classifiers share: how they are made, and how their teachers are asked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distill_core.data import Source
+from distill_core.data.classes import use_class_names
+from distill_core.errors import ConfigError
+from distill_core.networks.predictor import Predictor, check_classifier, image_classifier
+from distill_core.networks.predictors import build_network
+from distill_core.recipe.tables import NetworkConfig
+
+LABELLED = {"x0": "the views that teacher and student see", "class_label": "the cross-entropy"}
+
+
+def new_classifier(
+    network: NetworkConfig, data: Source, *, class_names: tuple[str, ...] = (), field: str = "network"
+) -> Predictor:
+    """A classifier with fresh weights of the data's pictures, and of its classes or of those that are given."""
+    assert data.shape is not None  # `columns` asks for pictures
+    names = class_names or data.class_names
+    facts = {"shape": data.shape, "num_classes": len(names), "class_names": names}
+    built = build_network(network, facts, field=field)
+    return image_classifier(built, network, shape=data.shape, class_names=names)
+
+
+def use_classes_of(teacher: nn.Module, data: Source, method: str) -> None:
+    """Make the labels of `data` those of the teacher.
+
+    Raises:
+        ConfigError: the teacher is no classifier, or does not know a class of the data.
+    """
+    use_class_names(data, classes_of(teacher, data, method))
+
+
+def classes_of(teacher: nn.Module, data: Source, method: str, *, field: str = "teacher") -> tuple[str, ...]:
+    """The classes that the teacher tells apart in pictures of `data`, by name.
+
+    Raises:
+        ConfigError: it is no classifier, or takes other pictures.
+    """
+    names: tuple[str, ...] = teacher.card().class_names if getattr(teacher, "kind", "") == "predictor" else ()  # type: ignore[operator]
+    if not names:
+        raise ConfigError(
+            f"{method} needs a classifier that names its classes as teacher, e.g. teacher.recipe = 'judge_digits'",
+            field=field,
+        )
+    check_classifier(teacher, data.shape or (), "the teacher", field=field)
+    return names
+
+
+@torch.no_grad()
+def taught(teacher: nn.Module, x0: Tensor) -> Tensor:
+    """The teacher's logits (B, K) for pictures (B, C, H, W)."""
+    logits: Tensor = teacher.call("predict", {"image": x0})["logits"]  # type: ignore[operator]
+    return logits
+
+
+def agreement(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What a step of a classifier logs: its accuracy on the batch."""
+    return {"train_accuracy": (logits.argmax(1) == labels).float().mean()}
