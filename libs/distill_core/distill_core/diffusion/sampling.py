@@ -9,6 +9,7 @@ arrays (the server's ONNX backend). All noise levels are standard deviations in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -35,6 +36,9 @@ class SamplerSpec(Config):
     sigma_max: float = Field(80.0, gt=0)  # heun, euler: first level
     rho: float = Field(7.0, gt=0)  # heun, euler: Karras et al. 2022, Eq. 5
     noise_scale: float = Field(gt=0)  # the first x is noise_scale * unit noise
+    eta: float = Field(
+        1.0, ge=0, le=1
+    )  # few_step: share of fresh noise at each next level; 0 is the ODE's chain
     num_steps: int = Field(ge=1, le=10**6)  # default
     max_steps: int = Field(ge=1, le=10**6)
     guidance: float = 1.0  # default; 1 is off
@@ -139,7 +143,7 @@ def sample(
         levels, denoise = init_image.levels(levels), init_image.held(denoise)
         x = init_image.start(draw(0), levels[0])
     if spec.kind == "few_step":
-        return few_step(denoise, x, levels, draw)
+        return few_step(denoise, x, levels, draw, spec.eta)
     return (heun if spec.kind == "heun" else euler)(denoise, x, levels)
 
 
@@ -148,11 +152,21 @@ def clamped(denoise: Denoise, limit: float) -> Denoise:
     return lambda x_sigma, sigma: denoise(x_sigma, sigma).clip(-limit, limit)
 
 
-def few_step(denoise: Denoise, x: Array, levels: list[float], draw: Callable[[int], Array]) -> Array:
-    """Stochastic multi-step sampling of a one-step student: predict x0, re-noise to the next level, repeat."""
+def few_step(
+    denoise: Denoise, x: Array, levels: list[float], draw: Callable[[int], Array], eta: float = 1.0
+) -> Array:
+    """Multi-step sampling of a few-step student: predict x0, go to the next level with noise, repeat.
+
+    The noise is fresh (`eta` = 1, consistency models), what the student saw (0, DDIM), or both, by variance.
+    """
     x0 = denoise(x, levels[0])
-    for k, sigma in enumerate(levels[1:], start=1):
-        x0 = denoise(x0 + draw(k) * sigma, sigma)
+    for k, (last, sigma) in enumerate(pairwise(levels), start=1):
+        if eta == 1:
+            x = x0 + draw(k) * sigma
+        else:
+            x = x0 + (x - x0) * ((1 - eta**2) ** 0.5 * sigma / last)
+            x = x + draw(k) * (eta * sigma) if eta else x
+        x0 = denoise(x, sigma)
     return x0
 
 
