@@ -65,9 +65,24 @@ def student_levels(
     return levels
 
 
-def level_grid(teacher: Denoiser, count: int) -> LevelGrid:
-    """`count` intervals from the teacher's own start down to 0."""
-    return LevelGrid((*student_levels(teacher, count=count), 0.0))
+def level_grid(teacher: Denoiser, count: int, *, start: float | None = None) -> LevelGrid:
+    """`count` intervals from `start`, or the teacher's own start, down to 0, evenly on the teacher's schedule.
+
+    Raises:
+        ConfigError: a start above the teacher's highest level, or more intervals than it has timesteps.
+    """
+    if start is None:
+        start = teacher.sampler.start
+    else:
+        (start,) = student_levels(teacher, (start,), field="config.start")
+    with real_tensors():
+        levels = teacher.schedule.spread(start, count)
+    if len(set(levels)) < count:
+        raise ConfigError(
+            f"{count} levels fall on {len(set(levels))} of the teacher's timesteps; ask for fewer",
+            field="config",
+        )
+    return LevelGrid((*levels, 0.0))
 
 
 def few_step_sampler(
