@@ -23,7 +23,8 @@ class TargetNetwork(nn.Module):
         super().__init__()
         self.decay = decay
         self.network = copy.deepcopy(student).requires_grad_(False)
-        self._seen = -1  # version of the student's weights: micro-batches of one step move it once
+        self._followed = -1  # the last step: micro-batches of one step move it once
+        self.register_load_state_dict_post_hook(_forget)
 
     @torch.no_grad()
     def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
@@ -31,10 +32,14 @@ class TargetNetwork(nn.Module):
         return self.network(x_sigma, sigma, cond)
 
     @torch.no_grad()
-    def follow(self, student: Denoiser) -> None:
-        """Move towards `student`, if it has changed since the last call."""
-        trained = list(student.parameters())
-        version = trained[0]._version  # grows with each step of an optimiser
-        if version != self._seen:
-            self._seen = version
+    def follow(self, student: Denoiser, step: int) -> None:
+        """Move towards `student`, which training step `step` has changed; once a step."""
+        if step != self._followed:
+            self._followed = step
+            trained = list(student.parameters())
             torch._foreach_lerp_(list(self.network.parameters()), trained, 1 - self.decay)
+
+
+def _forget(target: TargetNetwork, keys: object) -> None:
+    """With other weights in place, the step may be taken again: a trial step was rolled back."""
+    target._followed = -1
