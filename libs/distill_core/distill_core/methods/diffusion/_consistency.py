@@ -69,6 +69,8 @@ class ConsistencyDistillation(Method):
     def __init__(self, config: ConsistencyConfig, *, teacher: Denoiser, student: Denoiser) -> None:
         super().__init__()
         self.config, self.teacher, self.student = config, teacher, student
+        if config.guidance != 1:  # what the student is measured beside
+            teacher.sampler = teacher.sampler.model_copy(update={"guidance": config.guidance})
         self.grid = level_grid(teacher, config.num_levels, start=config.start)
         self.target = TargetNetwork(student, config.target_decay)
         levels = self.grid.coarse(config.step_counts[-1]).levels[:-1]

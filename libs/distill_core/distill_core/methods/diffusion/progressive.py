@@ -52,6 +52,8 @@ class Progressive(Method):
     def __init__(self, config: Config, *, teacher: Denoiser, student: Denoiser) -> None:
         super().__init__()
         self.config, self.teacher, self.student = config, teacher, student
+        if config.guidance != 1:  # what the student is measured beside
+            teacher.sampler = teacher.sampler.model_copy(update={"guidance": config.guidance})
         self.former = copy.deepcopy(student).requires_grad_(False)
         self.finest = level_grid(teacher, 2 * config.start_steps, start=config.start)
         self.grid = self._made_for(config.start_steps)
