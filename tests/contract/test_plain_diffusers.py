@@ -36,6 +36,12 @@ METHODS = {  # a shipped recipe, and what of it cannot be said of these teachers
     "pg_sb": {},
     "nasa": {"config.negative_prompts": []},
     "tsm": {"student": {}},
+    "progressive": {"config.start_steps": 4, "config.end_steps": 4},
+    "consistency": {},
+    "lcm": {"config.start": None, "config.guidance": 3.0},
+    "tscd": {},
+    "mlcm": {},
+    "scott": {},
 }
 TUNED = {
     "pso": {},

@@ -41,6 +41,9 @@ class SamplerSpec(Config):
     sigma_max: float = Field(80.0, gt=0)  # heun, euler: first level; scheduler: that students begin at
     rho: float = Field(7.0, gt=0)  # heun, euler: Karras et al. 2022, Eq. 5
     noise_scale: float = Field(gt=0)  # the first x is noise_scale * unit noise
+    eta: float = Field(
+        1.0, ge=0, le=1
+    )  # few_step: share of fresh noise at each next level; 0 is the ODE's chain
     num_steps: int = Field(ge=1, le=10**6)  # default
     max_steps: int = Field(ge=1, le=10**6)
     guidance: float = 1.0  # default; 1 is off
@@ -132,7 +135,8 @@ class SamplerSpec(Config):
             self.check_steps(num_steps)
             return schedulers.path(self.scheduler, num_steps, size, first)
         levels = [(sigma, None) for sigma in self.levels(num_steps, size)[first:]]
-        return Path(self.noise_scale, (renoised if self.kind == "few_step" else euler_steps)(levels))
+        steps = renoised(levels, self.eta) if self.kind == "few_step" else euler_steps(levels)
+        return Path(self.noise_scale, steps)
 
     def check_guidance(self, guidance: float) -> None:
         """Refuse a guidance scale that this model cannot honour."""
@@ -191,9 +195,14 @@ def _settled(clip: float | None, init_image: InitImage | None) -> Callable[[Arra
     return clamp if init_image is None else lambda x0: init_image.restore(clamp(x0))
 
 
-def few_step(denoise: Denoise, x: Array, levels: list[float], draw: Callable[[int], Array]) -> Array:
-    """Stochastic multi-step sampling of a one-step student: predict x0, re-noise to the next level, repeat."""
-    return follow(denoise, x, renoised([(sigma, None) for sigma in levels]), draw)
+def few_step(
+    denoise: Denoise, x: Array, levels: list[float], draw: Callable[[int], Array], eta: float = 1.0
+) -> Array:
+    """Multi-step sampling of a few-step student: predict x0, go to the next level with noise, repeat.
+
+    The noise is fresh (`eta` = 1, consistency models), what the student saw (0, DDIM), or both, by variance.
+    """
+    return follow(denoise, x, renoised([(sigma, None) for sigma in levels], eta), draw)
 
 
 def heun(denoise: Denoise, x: Array, levels: list[float]) -> Array:

@@ -73,10 +73,16 @@ def _sum(coefficients: Sequence[float], values: Sequence[Array]) -> Array:
     return total
 
 
-def renoised(levels: Sequence[tuple[float, float | None]]) -> list[Step]:
-    """Few-step sampling of a student: predict x0, noise it again to the next level, repeat."""
-    after = [sigma for sigma, _ in levels[1:]]
-    return [Step(sigma, time, (0, 1, 0, 0), noise) for (sigma, time), noise in zip(levels, [*after, 0.0])]
+def renoised(levels: Sequence[tuple[float, float | None]], eta: float = 1.0) -> list[Step]:
+    """Few-step sampling of a student: predict x0, noise it to the next level, repeat.
+
+    The noise is fresh (`eta` = 1), what the student saw (0, the ODE's chain), or both, by variance.
+    """
+    steps = []
+    for (sigma, time), following in zip(levels, [*(sigma for sigma, _ in levels[1:]), 0.0]):
+        seen = (1 - eta**2) ** 0.5 * following / sigma
+        steps.append(Step(sigma, time, (seen, 1 - seen, 0, 0), eta * following))
+    return steps
 
 
 def euler(levels: Sequence[tuple[float, float | None]], last: float = 0.0) -> list[Step]:

@@ -1,6 +1,7 @@
 """Sampling of a saved denoiser in plain diffusers: the scheduler that its folder keeps, and the call that uses it.
 
     few steps, vp      LCMScheduler: x0, noise again to the next level, x0 …; what `diffusion.sampling.few_step` does
+      without noise    DDIMScheduler with trailing spacing, for numbers of steps that divide the timesteps
     Euler, vp          EulerDiscreteScheduler on Karras' levels
     few steps, flow    FlowMatchEulerDiscreteScheduler, not shifted and stochastic: x0, noise again to the next level …
     a folder's own     the scheduler that it came with
@@ -65,7 +66,9 @@ def plain_use(
         scheduler = _finite(scheduler, schedule)
     if schedule.kind == "vp" and spec.kind == "few_step":
         timesteps = _timesteps(schedule, spec)
-        if timesteps is not None:
+        if timesteps is not None and spec.eta == 0 and len(spec.sigmas) > 1:
+            return _chain(scheduler, PREDICTIONS[parameterisation], timesteps)
+        if timesteps is not None and (spec.eta == 1 or len(spec.sigmas) == 1):
             return _consistency(scheduler, spec, PREDICTIONS[parameterisation], timesteps)
         if len(spec.sigmas) == 1 and pipeline in SCALING_PIPELINES:  # between two timesteps
             return PlainUse(_euler(scheduler, spec, PREDICTIONS[parameterisation]), {1: ()})
@@ -150,6 +153,25 @@ def _consistency(
             best = candidate
     assert best is not None
     return best
+
+
+def _chain(scheduler: Any, prediction: str, timesteps: dict[int, tuple[int, ...]]) -> PlainUse:
+    """The DDIMScheduler that walks the chains whose timesteps its trailing spacing finds."""
+    total = int(scheduler.config.num_train_timesteps)
+    new = _like(
+        diffusers.DDIMScheduler,
+        scheduler,
+        prediction_type=prediction,
+        clip_sample=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+    found = {
+        count: ()
+        for count, times in timesteps.items()
+        if times == tuple(range(total - 1, -1, -(total // count))) and total % count == 0
+    }
+    return PlainUse(new, found)
 
 
 def _spaced(total: int, original: int, count: int) -> tuple[int, ...]:

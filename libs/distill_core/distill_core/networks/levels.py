@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel
 
+from distill_core.diffusion.grids import LevelGrid
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ConfigError
 from distill_core.networks.denoiser import Denoiser
@@ -64,9 +65,30 @@ def student_levels(
     return levels
 
 
+def level_grid(teacher: Denoiser, count: int, *, start: float | None = None) -> LevelGrid:
+    """`count` intervals from `start`, or the teacher's own start, down to 0, evenly on the teacher's schedule.
+
+    Raises:
+        ConfigError: a start above the teacher's highest level, or more intervals than it has timesteps.
+    """
+    if start is None:
+        start = teacher.sampler.start
+    else:
+        (start,) = student_levels(teacher, (start,), field="config.start")
+    with real_tensors():
+        levels = teacher.schedule.spread(start, count)
+    if len(set(levels)) < count:
+        raise ConfigError(
+            f"{count} levels fall on {len(set(levels))} of the teacher's timesteps; ask for fewer",
+            field="config",
+        )
+    return LevelGrid((*levels, 0.0))
+
+
 def few_step_sampler(
-    student: Denoiser, levels: tuple[float, ...], step_counts: tuple[int, ...] = ()
+    student: Denoiser, levels: tuple[float, ...], step_counts: tuple[int, ...] = (), *, eta: float = 1.0
 ) -> SamplerSpec:
-    """The sampler of `student`, distilled at `levels`."""
+    """The sampler of `student`, distilled at `levels`; `eta` is its share of fresh noise from step to step."""
     scale: Any = student.schedule.start_scale(levels[0])
-    return SamplerSpec.few_step(levels, noise_scale=scale, step_counts=step_counts)
+    spec = SamplerSpec.few_step(levels, noise_scale=scale, step_counts=step_counts)
+    return spec if eta == 1 else spec.model_copy(update={"eta": eta})

@@ -123,7 +123,7 @@ class Index:
 
     @property
     def changes_scheduler(self) -> bool:
-        """Whether the pipeline, when it is made, switches a scheduler's clamping of x0 off and sets steps_offset = 1."""
+        """Whether the pipeline sets its scheduler's clip_sample to false and steps_offset to 1 when it is made."""
         return self.pipeline.startswith("StableDiffusion") and "XL" not in self.pipeline
 
 
