@@ -108,8 +108,7 @@ def theirs(pipeline, denoiser, latents, steps, guidance, negative="", prompt=PRO
         width=width,
         latents=latents,
         output_type="pt",
-        **negatives,
-        **{**scales, **denoiser.family.options, **told},
+        **{**scales, **denoiser.family.options, **negatives, **told},
     ).images
 
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+
 import diffusers
 import pytest
 import torch
 
 from distill_core import api
 from distill_core.artifacts import ArtifactStore
+from distill_core.diffusion.sampling import sample
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.diffusers_io import load_denoiser
+from distill_core.networks.diffusers_new import build_like
 from distill_core.networks.fake_score import FakeScore
 from distill_core.networks.families import FAMILIES
 from distill_core.networks.foreign.networks import NETWORKS
 from distill_core.networks.generation import generate
+from distill_core.networks.levels import few_step_sampler, student_levels
 from distill_core.recipe import load_recipe
-from distill_core.recipe.tables import LoraConfig
+from distill_core.recipe.tables import LoraConfig, NetworkConfig
 from distill_core.running.plan import plan
+from tests.helpers import edited
 from tests.tiny_pipelines import BUILDERS
 
 METHODS = {
@@ -76,7 +84,7 @@ def test_a_training_step_is_planned_without_reading_weights(name, folders, tmp_p
     parts = {part.name: part for part in planned.parts}
     denoiser = load_denoiser(folders[name])
     assert parts["student"].parameters == sum(value.numel() for value in denoiser.network.parameters())
-    encoders = sum(part.weights for key, part in parts.items() if "text encoder" in key)
+    encoders = sum(part.weights for part in planned.parts if "text encoder" in part.name)
     held = {id(value): value.nbytes for model in denoiser.text.models for value in model.parameters()}
     assert 0.9 * sum(held.values()) <= encoders <= 1.1 * sum(held.values())
 
@@ -111,6 +119,60 @@ def test_an_encoder_reads_as_its_pipelines_and_its_null_condition_is_the_empty_p
         assert value.shape == (3, *empty[key].shape[1:])
         if name != "sdxl":  # whose null condition is zeros
             assert torch.equal(value[1:2], empty[key])
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS.keys() - {"sd"}))
+def test_a_smaller_network_may_stand_in_for_it(name, folders):
+    teacher = load_denoiser(folders[name])
+    config = {key: value for key, value in teacher.network.config.items() if not key.startswith("_")}
+    fewer = {key: 1 for key in ("num_layers", "n_layers", "layers_per_block") if key in config}
+    own = {
+        key: value
+        for key, value in config.items()
+        if key not in teacher.family.interface and value is not None
+    }
+    smaller = build_like(teacher, NetworkConfig(name=teacher.family.network, args={**own, **fewer}))
+    x, sigma = torch.randn(1, teacher.image.channels, 8, 12), torch.tensor([2.0])
+    with torch.no_grad():
+        assert smaller(x, sigma, teacher.encode_prompts(["a cat"])).shape == x.shape
+
+
+def test_a_network_reads_as_many_tokens_as_its_folder_says(folders, tmp_path):
+    shutil.copytree(folders["flux"], tmp_path / "short")
+    edited(tmp_path / "short", ".", "distillery.json", cond={**_cond(folders["flux"]), "max_tokens": 256})
+    assert load_denoiser(tmp_path / "short").encode_prompts(["a cat"])["prompt_embeds"].shape == (1, 256, 24)
+
+
+def _cond(folder):
+    return json.loads((folder / "distillery.json").read_text())["cond"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", sorted(BUILDERS.keys() - {"sd", "sdxl"}))
+def test_a_students_picture_is_the_same_in_plain_diffusers(name, count, folders, tmp_path):
+    denoiser = load_denoiser(folders[name])
+    denoiser.sampler = few_step_sampler(denoiser, student_levels(denoiser, count=count))
+    denoiser.save(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```", (tmp_path / "README.md").read_text(), re.M | re.S)
+    code = code.replace('from_pretrained(".")', f'from_pretrained("{tmp_path}")').replace(
+        "images[0]", "images"
+    )
+    variables: dict[str, object] = {}
+    torch.manual_seed(6)
+    exec(compile(code.replace("**options", '**options, output_type="pt"'), "README.md", "exec"), variables)
+    image, drawn = denoiser.image, torch.Generator().manual_seed(0)
+    z = torch.randn(1, image.channels, image.height, image.width, generator=drawn)
+    cond = denoiser.encode_prompts(["a photograph"])
+    torch.manual_seed(6)
+
+    def denoise(x, sigma):
+        return denoiser(x, x.new_full((1,), sigma), cond)
+
+    with torch.no_grad():
+        x0 = sample(denoise, denoiser.sampler, lambda k: torch.randn_like(z) if k else z, count)
+        wanted = (denoiser.decode(x0) / 2 + 0.5).clamp(0, 1)
+    assert wanted.std() > 0.01, "a constant picture would hide every mistake"
+    assert (variables["picture"] - wanted).abs().mean() * 255 <= 0.1
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))

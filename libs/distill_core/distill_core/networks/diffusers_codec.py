@@ -72,12 +72,14 @@ def _measured(codec: Any) -> tuple[Tensor, Tensor]:
 def _patches_as_channels(latent: Tensor) -> Tensor:
     """(B, C, 2 h, 2 w) as (B, 4 C, h, w)."""
     patches = latent.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
-    return patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    channels: Tensor = patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    return channels
 
 
 def _channels_as_patches(x: Tensor) -> Tensor:
     """(B, 4 C, h, w) as (B, C, 2 h, 2 w)."""
-    return x.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+    latent: Tensor = x.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+    return latent
 
 
 def has_frames(config: Any) -> bool:

@@ -18,7 +18,7 @@ from distill_core.networks.diffusers_schedule import (
 )
 from distill_core.networks.families import family_of
 from distill_core.networks.foreign.index import Index
-from distill_core.networks.foreign.samplers import scheduler_spec
+from distill_core.networks.foreign.samplers import folder_sampler, scheduler_spec
 from distill_core.networks.prompts import PromptEncoder
 
 
@@ -57,8 +57,6 @@ def derived_sidecar(
     (channels, _), (height, width) = family.channels(config), family.size(path, config)
     factor = factor_of(codec.config) if codec is not None else 1
     colours = colours_of(codec.config) if codec is not None else channels
-    # Stable Diffusion's pipelines switch a scheduler's clamping off when they are made: latents are larger.
-    unclamped = index.unclamps if index is not None else text is not None and text.pooled_dim is None
     return Sidecar(
         image=ImageSpec(
             channels=channels,
@@ -67,27 +65,31 @@ def derived_sidecar(
             picture=(colours, height * factor, width * factor),
         ),
         cond=family.cond(config, text),
-        sampler=_sampler(network, scheduler, text, None if unclamped else clip_of(scheduler)),
+        sampler=_sampler(network, scheduler, index, text, (height, width)),
         parameterisation=parameterisation_of(scheduler),
     )
 
 
-def _sampler(network: Any, scheduler: Any, text: PromptEncoder | None, clip: float | None) -> SamplerSpec:
-    """The scheduler's own steps, where the family's one pipeline takes these and there is a sampler of them."""
-    family, schedule, steps = family_of(network), schedule_of(scheduler), None
-    if family.pipeline:
-        patch = family.patch(network.config)
-        steps = scheduler_spec(scheduler, even_levels=family.even_levels, patch=patch)
-        steps = steps and steps.model_copy(update={"mu": family.mu})
-    sigma_max = INFINITE if steps and schedule.kind == "flow" else min(schedule.sigma_max, 80.0)
-    return SamplerSpec(
-        kind="euler" if steps is None else "scheduler",
-        scheduler=steps,
-        sigma_min=max(schedule.sigma_min, 0.002),
-        sigma_max=sigma_max,
-        noise_scale=schedule.start_scale(sigma_max),
-        num_steps=30,
-        max_steps=1000,
-        guidance=family.usual_guidance(network.config, text),
-        clip=clip,
+def _sampler(
+    network: Any, scheduler: Any, index: Index | None, text: PromptEncoder | None, size: tuple[int, int]
+) -> SamplerSpec:
+    """The scheduler's own steps, as the folder's pipeline takes them."""
+    config, family, schedule = network.config, family_of(network), schedule_of(scheduler)
+    spec = scheduler_spec(scheduler, even_levels=family.even_levels, patch=family.patch(config))
+    # Stable Diffusion's pipelines change a scheduler when they are made: no clamping, as latents are larger, and
+    # timesteps from 1 on.
+    alone = text is not None and text.pooled_dim is None and not family.pipeline
+    changed = index.changes_scheduler if index is not None else alone
+    if spec is not None:
+        spec = spec.model_copy(update={"mu": family.mu, **({"steps_offset": 1} if changed else {})})
+    sampler = folder_sampler(
+        scheduler,
+        schedule,
+        size=size,
+        guidance=family.usual_guidance(config, text) if text is not None else 1.0,
+        clip=None if changed else clip_of(scheduler),
+        network=config,
+        spec=spec,
     )
+    noise = family.pipeline and schedule.kind == "flow"  # where these pipelines begin, and their students
+    return sampler.model_copy(update={"sigma_max": INFINITE}) if noise else sampler

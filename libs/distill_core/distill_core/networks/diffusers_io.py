@@ -84,6 +84,8 @@ def load_denoiser(
     try:
         check_fit(folder / slot / CONFIG, network, scheduler, **shared)
         sidecar = sidecar or derived_sidecar(folder / slot / CONFIG, network, scheduler, index, **shared)
+        if shared["text"] is not None and sidecar.cond.max_tokens:
+            shared["text"].read_tokens(sidecar.cond.max_tokens)
         denoiser = DiffusersDenoiser(network, scheduler, sidecar, **shared)
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
         raise ArtifactError(

@@ -87,6 +87,9 @@ class PromptEncoder(abc.ABC):
         """The condition (1, ...) that means "none"."""
         return self.encode([""], negative=True)
 
+    def read_tokens(self, count: int) -> None:  # noqa: B027
+        """Read as many tokens of a prompt as a network was trained with, where that is a choice."""
+
     def cuts(self, prompt: str) -> bool:
         """Whether the prompt has more tokens than are read, so that `encode` leaves its end out."""
         most = max(self.limits.values())

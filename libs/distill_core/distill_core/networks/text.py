@@ -107,7 +107,7 @@ def _zero_null(folder: Path) -> bool:
         raise ArtifactError(f"{index} is damaged: {error}") from None
 
 
-def check_text(config: Any, text: TextEncoder) -> None:
+def check_text(config: Any, text: PromptEncoder) -> None:
     """Refuse a network, by its config, that is told more than `text` gives and a size, as SDXL's refiner is.
 
     Raises:

@@ -6,6 +6,7 @@ Code holds numbers and class names alone; nothing that a user wrote.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from distill_core.artifacts import SamplerSpec
 from distill_core.artifacts.model_card import USAGE
@@ -35,7 +36,7 @@ def usage(
         code, notes = _by_pipeline(denoiser, use, pipeline, _opened(parts, place))
     elif place.adapter:  # diffusers loads adapters into its text-to-image networks alone
         code, notes = [], ["The folder `adapter/` is in peft's format; put it over the network of its base."]
-    elif getattr(denoiser, "family", None) and denoiser.family.pipeline:  # type: ignore[attr-defined]
+    elif getattr(getattr(denoiser, "family", None), "pipeline", ""):
         code, notes = [], ["No pipeline of diffusers takes the steps of this model's sampler."]
     else:
         code, notes = _by_hand(denoiser, parts, place.inside)
@@ -85,6 +86,11 @@ def _opened(parts: dict[str, str], place: Place) -> list[str]:
     ]
 
 
+def _family(denoiser: Denoiser) -> Any:
+    """The family of a network in a folder of diffusers: others have no card of this kind."""
+    return denoiser.family
+
+
 def _by_pipeline(
     denoiser: Denoiser, use: PlainUse, pipeline: str, opened: list[str]
 ) -> tuple[list[str], list[str]]:
@@ -96,15 +102,13 @@ def _by_pipeline(
     if pipeline in UNCONDITIONAL:
         code.append(f"picture = pipeline({count}, {RANDOM}).images[0]")
     else:
-        told = denoiser.cond.embedded_guidance
-        guidance = f"guidance_scale={spec.guidance if told is None else told:g}"
-        family = getattr(denoiser, "family", None)
-        more = (
-            "" if family is None else "".join(f', "{key}": {value}' for key, value in family.options.items())
-        )
+        told, family = denoiser.cond.embedded_guidance, _family(denoiser)
+        scale = family.plain_guidance(spec.guidance) if told is None else told
+        guidance = f"{family.guidance_word}={scale:g}"
+        more = "".join(f', "{key}": {value!r}' for key, value in family.options.items())
         code += [
             f"latents = torch.randn(1, {image.channels}, {image.height}, {image.width}, {RANDOM})",
-            *(() if family is None else family.plain_latents(image)),
+            *family.plain_latents(image),
             f'options = {{"height": {image.picture[1]}, "width": {image.picture[2]}, "latents": latents{more}}}',
             f'picture = pipeline("a photograph", {count}, {guidance}{eta}, **options).images[0]',
         ]

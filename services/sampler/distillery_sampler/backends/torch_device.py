@@ -14,6 +14,7 @@ from distill_core.method import Cond
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 
 MAX_GRAPHS = 16  # recorded, of one model
+TIMES = ("timestep", "t")  # names of the time that a network is told
 WARM_UPS = 3  # eager calls before a recording, as torch's documentation asks for
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,14 @@ def _in_bf16(
 ) -> tuple[Any, dict[str, Any]]:
     """All but the time, which the network embeds in float32 by itself."""
     first, *rest = args
-    return (_cast(first), *rest), {k: v if k == "timestep" else _cast(v) for k, v in kwargs.items()}
+    return (_cast(first), *rest), {k: v if k in TIMES else _cast(v) for k, v in kwargs.items()}
 
 
 def _cast(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _cast(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_cast(item) for item in value]
     return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

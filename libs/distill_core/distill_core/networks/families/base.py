@@ -33,6 +33,8 @@ class Family(abc.ABC):
     index: ClassVar[dict[str, Any]] = {}  # see `index_of`
     options: ClassVar[dict[str, Any]] = {}
     """Options of the pipeline's call that make it answer in the size that was asked for, to the prompt as it is."""
+    guidance_word: ClassVar[str] = "guidance_scale"
+    """The pipeline's argument for the scale of guidance."""
     guidance: ClassVar[float] = 1.0
     """Usual scale of classifier-free guidance; 1 is off."""
     even_levels: ClassVar[bool] = False
@@ -90,6 +92,10 @@ class Family(abc.ABC):
         """Entries of the pipeline's index beside the parts that are there."""
         return self.index
 
+    def plain_guidance(self, guidance: float) -> float:
+        """The pipeline's own number for a scale of guidance."""
+        return guidance
+
     def plain_latents(self, image: ImageSpec) -> list[str]:
         """Code that makes the pipeline's own `latents` of a variable of that name (1, C, h, w)."""
         return []
@@ -127,7 +133,8 @@ class Family(abc.ABC):
 
 def token_map(tokens: Tensor, x: Tensor, patch: int) -> Tensor:
     """Tokens (B, N, D) of patches, row by row, as (B, D, h', w')."""
-    return tokens.transpose(1, 2).unflatten(2, (x.shape[2] // patch, x.shape[3] // patch))
+    grid: Tensor = tokens.transpose(1, 2).unflatten(2, (x.shape[2] // patch, x.shape[3] // patch))
+    return grid
 
 
 def without_variance(output: Tensor, x: Tensor) -> Tensor:

@@ -45,6 +45,9 @@ class FluxText(PromptEncoder):
             "tokenizer_2": self.max_tokens,
         }
 
+    def read_tokens(self, count: int) -> None:
+        self.max_tokens = count
+
     def _answer(self, prompt: str, negative: bool) -> Cond:
         limits = self.limits
         clip = self._tokenized(self.parts["tokenizer"], prompt, limits["tokenizer"])
@@ -119,13 +122,15 @@ class Flux(Prompted):
 def packed(x: Tensor) -> Tensor:
     """Latents (B, C, h, w) as tokens (B, h w / 4, 4 C) of 2 x 2 patches, row by row; channel before place in each."""
     patches = x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # (B, C, h/2, 2, w/2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    tokens: Tensor = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return tokens
 
 
 def unpacked(tokens: Tensor, x: Tensor) -> Tensor:
     """Tokens (B, h w / 4, 4 C) as latents of the height and width of `x`."""
     grid = tokens.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (x.shape[2] // PATCH, x.shape[3] // PATCH))
-    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    latents: Tensor = grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return latents
 
 
 def packing_code(image: ImageSpec) -> list[str]:

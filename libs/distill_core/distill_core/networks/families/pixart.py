@@ -35,6 +35,9 @@ class PixArtText(PromptEncoder):
     def embed_dim(self) -> int:
         return int(self.parts["text_encoder"].config.d_model)
 
+    def read_tokens(self, count: int) -> None:
+        self.max_tokens = count
+
     def _answer(self, prompt: str, negative: bool) -> Cond:
         tokens = self._tokenized(self.parts["tokenizer"], prompt.lower().strip())
         states = self.parts["text_encoder"](tokens.input_ids, attention_mask=tokens.attention_mask)[0]

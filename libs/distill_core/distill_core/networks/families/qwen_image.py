@@ -62,6 +62,8 @@ class QwenImage(Prompted):
         "joint_attention_dim",
         "patch_size",
     )
+    options: ClassVar[dict[str, Any]] = {"negative_prompt": ""}
+    guidance_word: ClassVar[str] = "true_cfg_scale"
     guidance: ClassVar[float] = 4.0
     image_stream: ClassVar[int] = 1
     even_levels: ClassVar[bool] = True

@@ -57,7 +57,8 @@ class ZImage(Prompted):
         prompt, mask = cond["prompt_embeds"].to(x.dtype), cond["prompt_mask"]
         counts = [prompt.shape[1]] * len(x) if is_faked() else mask.sum(1).tolist()  # a plan has no values
         prompts = [states[:count] for states, count in zip(prompt, counts, strict=True)]
-        answers = network(list(x[:, :, None]), 1 - time / 1000, prompts, return_dict=False)[0]
+        told = {"t": 1 - time / 1000, "cap_feats": prompts, "return_dict": False}
+        answers = network(list(x[:, :, None]), **told)[0]
         return -torch.stack(list(answers))[:, :, 0]
 
     def trunk(self, network: Any) -> nn.Module:
@@ -75,6 +76,9 @@ class ZImage(Prompted):
 
     def patch(self, config: Any) -> int:
         return PATCH
+
+    def plain_guidance(self, guidance: float) -> float:
+        return guidance - 1
 
     def read_text(self, folder: Path, config: Mapping[str, Any]) -> PromptEncoder:
         return ZImageText(
