@@ -8,6 +8,7 @@ import shutil
 
 import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image
@@ -101,10 +102,10 @@ def student_of(name, teacher, data, root, **changes):
     return folder
 
 
-def difference(folder, num_steps=None):
+def difference(folder, num_steps=None, pipeline=None):
     """The mean difference, of 255, of the pictures of plain diffusers and of the sampler; and the pipeline."""
     denoiser = load_denoiser(folder)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline = pipeline or diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     spec, image = denoiser.sampler, denoiser.image
     count, guidance = num_steps or spec.num_steps, min(spec.guidance, 1.0)
@@ -167,6 +168,25 @@ def test_a_student_that_is_tuned_further_keeps_its_picture(name, kind, teachers,
     folder = root / "students" / f"{kind}-{name}"
     method.main.save(folder)
     assert difference(folder)[0] <= 0.1
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_an_lcm_lora_over_its_base_is_sampled_by_plain_diffusers_lcm_scheduler(
+    kind, teachers, pictures, root
+):
+    changes = {"data": pictures, "config.start": None, "teacher.path": str(teachers[kind])}
+    method, _ = build(load_recipe("lcm", {**ALWAYS, **changes}), tiny_context(root))
+    torch.manual_seed(0)
+    for factor in method.student.parameters():  # as if it had been trained
+        torch.nn.init.normal_(factor, std=0.2)
+    folder = root / "students" / f"{kind}-lcm-lora"
+    method.main.save(folder)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(teachers[kind])
+    pipeline.scheduler = diffusers.LCMScheduler.from_pretrained(folder / "scheduler")
+    without, _ = difference(folder, 4, pipeline)
+    pipeline.unet = peft.PeftModel.from_pretrained(pipeline.unet, folder / "adapter")
+    assert difference(folder, 4, pipeline)[0] <= 0.1
+    assert without > 1
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
