@@ -3,7 +3,8 @@
     W = W0 + s D,    D = B A of rank r,    and over one base    W = W0 + a D1 + b D2
 
 `strength` is s. `combined` makes the adapter of a sum; `merged` adds an adapter into a copy of the base.
-A saved adapter is a folder `adapter/` that peft opens, with `base.json` beside: what it adapts.
+A saved adapter is a folder `adapter/` that peft opens, with `base.json` in it: what it adapts. Pipelines of diffusers
+want a file beside that folder with other names for the same factors, and text-to-image adapters have both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -27,6 +28,10 @@ from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_tensors import is_faked
 from distill_core.recipe.tables import LoraConfig
+
+if TYPE_CHECKING:
+    from distill_core.networks.lora_formats.writing import Style
+    from distill_core.networks.peft_io import Factors
 
 ADAPTER, BASE = "adapter", "base.json"  # in a model's folder; beside peft's files
 
@@ -75,6 +80,13 @@ class LoraDenoiser(Denoiser):
         if sidecar := read_sidecar(folder):
             new.image, new.cond, new.sampler = sidecar.image, sidecar.cond, sidecar.sampler
         return new
+
+    @classmethod
+    def of_factors(cls, base: Denoiser, factors: Factors) -> LoraDenoiser:
+        """The adapter over `base` with these factors, at strength 1."""
+        from distill_core.networks.peft_io import with_factors
+
+        return cls._of(base.ref, *with_factors(base, factors))
 
     @classmethod
     def _of(cls, base_ref: str, twin: Denoiser, factors: dict[str, nn.Parameter]) -> LoraDenoiser:
@@ -163,6 +175,21 @@ class LoraDenoiser(Denoiser):
             folder.mkdir(parents=True, exist_ok=True)
             self._described().save_description(folder)  # type: ignore[operator]
         self.save_adapter(folder / ADAPTER)
+        if self.cond.kind == "prompt":  # what else there is no pipeline of diffusers loads adapters into
+            from distill_core.networks.lora_formats.writing import DIFFUSERS_FILE
+
+            self.export(folder / DIFFUSERS_FILE)
+
+    def export(self, file: Path, *, style: Style = "diffusers") -> None:
+        """Write the factors, at their strength, as one file with the keys of other programs.
+
+        Raises:
+            ConfigError: keys that have no names for this network's layers.
+        """
+        from distill_core.networks.lora_formats.writing import write_lora
+        from distill_core.networks.peft_io import factors_of
+
+        write_lora(factors_of(self.adapted), self.base(), file, style=style)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the factors in peft's format, and what they are over."""
@@ -206,7 +233,7 @@ def combined(terms: Sequence[tuple[LoraDenoiser, float]]) -> LoraDenoiser:
     Raises:
         ConfigError: no terms, or adapters over different weights.
     """
-    from distill_core.networks.peft_io import factors_of, with_factors
+    from distill_core.networks.peft_io import factors_of
 
     if not terms:
         raise ConfigError("there is nothing to combine; give at least one adapter")
@@ -224,7 +251,7 @@ def combined(terms: Sequence[tuple[LoraDenoiser, float]]) -> LoraDenoiser:
         name: (torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1))
         for name, pairs in parts.items()
     }
-    total = LoraDenoiser._of(first.base_ref, *with_factors(first.base(), factors))
+    total = LoraDenoiser.of_factors(first.base(), factors)
     total.image, total.cond, total.sampler = first.image, first.cond, first.sampler
     return total
 
