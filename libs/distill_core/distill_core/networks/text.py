@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -84,6 +85,10 @@ class TextEncoder:
         self.model.save_pretrained(folder / "text_encoder")
         return {"tokenizer": self.tokenizer, "text_encoder": self.model}
 
+    def copied(self) -> TextEncoder:
+        """The same encoder with weights of its own."""
+        return TextEncoder(self.tokenizer, copy.deepcopy(self.model))
+
     def to(self, device: torch.device | str) -> TextEncoder:
         self.model.to(device)
         self._embedded.cache_clear()
@@ -148,6 +153,12 @@ class DualTextEncoder(TextEncoder):
         self.tokenizer_2.save_pretrained(folder / "tokenizer_2")
         self.model_2.save_pretrained(folder / "text_encoder_2")
         return {**super().save(folder), "tokenizer_2": self.tokenizer_2, "text_encoder_2": self.model_2}
+
+    def copied(self) -> TextEncoder:
+        models = copy.deepcopy(self.model), copy.deepcopy(self.model_2)
+        return DualTextEncoder(
+            self.tokenizer, models[0], self.tokenizer_2, models[1], zero_null=self.zero_null
+        )
 
     def to(self, device: torch.device | str) -> TextEncoder:
         self.model_2.to(device)

@@ -88,6 +88,12 @@ def parsed(keys: Iterable[str], where: str) -> dict[str, Key]:
     return {key: meaning for key, meaning in meanings.items() if meaning is not None}
 
 
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys is meant as a LoRA, or as an adapter of another kind."""
+    ends = tuple(end for end in ENDINGS if end != ".alpha")
+    return any(key.endswith(ends) or any(kind.search(key) for kind in OTHERS.values()) for key in keys)
+
+
 def _refuse_others(keys: list[str], where: str) -> None:
     for kind, ending in OTHERS.items():
         layers = {ending.sub("", key) for key in keys if ending.search(key)}

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 Names = Mapping[str, tuple[str, ...]]  # a written name -> the layers whose rows it holds, in order
 
 RESNET = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
@@ -20,6 +22,7 @@ RESNET = {
 }
 UNET = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
