@@ -9,18 +9,23 @@ from distill_core.methods import family, find_method, method_names, needs
 from distill_core.recipe import load_recipe, recipe_names
 from distill_core.running.check import check
 from distill_core.running.evaluate import Evaluation, evaluate
-from distill_core.running.models import load, merge_adapters
+from distill_core.running.importing import Imported, Wish, import_model
+from distill_core.running.models import export_adapter, load, merge_adapters
 from distill_core.running.plan import plan, untrained
 from distill_core.running.publish import publish
 from distill_core.running.train import Result, context, prepare, train
 
 __all__ = [
     "Evaluation",
+    "Imported",
     "Result",
+    "Wish",
     "check",
     "context",
     "describe_methods",
     "evaluate",
+    "export_adapter",
+    "import_model",
     "load",
     "merge_adapters",
     "plan",

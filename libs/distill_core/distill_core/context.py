@@ -15,7 +15,7 @@ from distill_core.artifacts import ArtifactStore
 from distill_core.cache_keys import cache_key, pairs_key
 from distill_core.errors import ConfigError, NotFound
 from distill_core.files.paths import there, user_path
-from distill_core.kinds.loading import load_model
+from distill_core.kinds.loading import adapted, load_model
 from distill_core.recipe import Recipe, load_recipe
 from distill_core.recipe.tables import ModelSource
 
@@ -46,12 +46,17 @@ class Context:
         return self._trained(source.recipe)
 
     def load(self, source: ModelSource) -> Any:
-        """The model that a source names; an adapter over its base from the store."""
+        """The model that a source names; an adapter over its base from the store.
+
+        Raises:
+            ConfigError: adapters that cannot be added to it.
+        """
         if source.scene is not None:
             from distill_core.radiance.analytic.closed_form import closed_form_scene
 
             return closed_form_scene(source.scene)
-        return load_model(self.folder(source), models=self)
+        model = load_model(self.folder(source), models=self)
+        return adapted(model, source.adapters, self) if source.adapters else model
 
     def artifact(self, ref: str, *, device: str = "cpu") -> Any:
         """The model of a store reference."""

@@ -11,7 +11,7 @@ import typer
 from distill_core.errors import DISTRIBUTION
 from distillery_cli import reference
 from distillery_cli.jobs import compare, listing, operations, submit
-from distillery_cli.models import adapters, generate, predict, store
+from distillery_cli.models import adapters, generate, imports, predict, store
 from distillery_cli.scenes import convert_field, export, render, view
 from distillery_cli.stack import demo, doctor, health, up
 from distillery_cli.terminal.output import results
@@ -59,6 +59,7 @@ for _module in (
     reference,
     store,
     adapters,
+    imports,
     generate,
     predict,
     render,

@@ -504,4 +504,5 @@ def test_every_command_that_reads_a_store_takes_another():
         " ".join(path) for path, command in COMMANDS.items() if "store" in {p.name for p in command.params}
     }
     reads = "adapter merge,alias,check,convert-field,demo,doctor,export-scene,models,render,train,up,view"
+    reads += ",export-adapter,import"
     assert takes == set(reads.split(","))

@@ -100,6 +100,7 @@ class Manifest(Config):
     title: str = ""
     licence: str = ""  # unset: nobody has chosen one
     parents: tuple[str, ...] = ()  # artifacts it was made from, as name@version
+    imported: dict[str, str] = {}  # files of other programs that it was made from, by name: their SHA-256
     job: str = ""  # that made it, or what stands for a run without a queue
     recipe_sha256: str = ""
     step: int = 0

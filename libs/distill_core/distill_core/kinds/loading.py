@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from distill_core.artifacts import ArtifactStore
-from distill_core.errors import ArtifactError
+from distill_core.errors import ArtifactError, ConfigError
 from distill_core.files.json_tables import read_table
 from distill_core.kinds import find_kind, kind_names
 from distill_core.kinds.base import Kind, Models
-from distill_core.recipe.tables import ModelSource
+from distill_core.recipe.tables import AdapterTerm, ModelSource
 
 Load = Callable[[str], Any]  # the model of a store reference
 
@@ -61,6 +61,49 @@ def load_model(folder: Path, *, device: str = "cpu", models: Models | None = Non
 def load_artifact(store: ArtifactStore, ref: str, cache: Path, *, device: str = "cpu") -> Any:
     """The model of a store reference; an adapter over its base from the same store."""
     return StoreModels(store, cache).artifact(ref, device=device)
+
+
+def adapted(model: Any, terms: Sequence[AdapterTerm], models: Models) -> Any:
+    """A plain denoiser: `model` with the adapters of store references added in, at their scales.
+
+    It remembers what it was made of, so that an adapter over it can be published as one over `model`.
+
+    Raises:
+        ConfigError: `model` is no denoiser, or a reference holds no adapter, or one for another model.
+    """
+    from distill_core.networks.adapters import (
+        ADAPTER,
+        LoraDenoiser,
+        combined,
+        has_adapter,
+        plain,
+        read_base,
+        weights_sha256,
+    )
+    from distill_core.networks.denoiser import Denoiser
+    from distill_core.networks.fake_tensors import is_faked
+
+    base = plain(model)
+    if not isinstance(base, Denoiser):
+        raise ConfigError(
+            "adapters are added to a denoiser, and this is none; leave them out", field="adapters"
+        )
+    if is_faked():  # a plan: the sum has the shapes of the base
+        return base
+    found = []
+    for term in terms:
+        folder = models.folder(ModelSource(artifact=term.ref))
+        if not has_adapter(folder):
+            raise ConfigError(f"{term.ref} holds no adapter; name a LoRA of the store", field="adapters")
+        over = read_base(folder / ADAPTER)
+        if over is not None and over.sha256 != weights_sha256(base):
+            raise ConfigError(
+                f"{term.ref} adapts {over.ref or 'another model'}, and is to be added to {base.ref or 'one'} with "
+                "other weights; name adapters of this model",
+                field="adapters",
+            )
+        found.append((LoraDenoiser.load(base, folder), term.scale))
+    return combined(found).over(base)
 
 
 def config_kind(folder: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,6 +62,15 @@ class AdapterConfig(Config):
     bias: Literal["none"] = "none"
     init_lora_weights: bool | str = True
 
+    def rank_of(self, layer: str) -> int:
+        """Rank of a layer's factors."""
+        return int(_of_layer(self.rank_pattern, layer, self.r))
+
+    def scale_of(self, layer: str) -> float:
+        """Factor of a layer's product: alpha / r, or alpha / sqrt(r)."""
+        rank, alpha = self.rank_of(layer), float(_of_layer(self.alpha_pattern, layer, self.lora_alpha))
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
     def for_peft(self) -> dict[str, Any]:
         """The arguments of a `peft.LoraConfig` that puts factors in the same places and leaves the base alone."""
         values = self.model_dump(exclude={"fan_in_fan_out", "init_lora_weights"}, exclude_none=True)
@@ -74,19 +85,30 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     """
     try:
         values = read_table(path)
-        kind = values.pop("peft_type")
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         raise ArtifactError(f"{path} is damaged: {type(error).__name__} {error}") from None
+    if "peft_type" not in values:
+        raise ArtifactError(f"{path} is damaged: KeyError 'peft_type'")
+    return adapter_config_of(values, path)
+
+
+def adapter_config_of(values: dict[str, Any], path: Path | str) -> AdapterConfig:
+    """The configuration in the table that `path` holds; of plain LoRA if it does not say of what.
+
+    Raises:
+        ArtifactError: of another kind than LoRA, or with a key that is not understood and not neutral.
+    """
+    kind = values.get("peft_type", "LORA")
     if kind != "LORA":
         raise ArtifactError(f"{path} says peft_type = {_shown(kind)}, which is no plain LoRA; {PLAIN}")
     known = AdapterConfig.model_fields.keys()
-    for key in sorted(values.keys() - known - IGNORED):
+    for key in sorted(values.keys() - known - IGNORED - {"peft_type"}):
         if values[key]:  # None, false, 0 and all that is empty leave peft's layers as they are
             raise ArtifactError(f"{path} says {key} = {_shown(values[key])}, which is no plain LoRA; {PLAIN}")
     return _checked(path, {key: value for key, value in values.items() if key in known})
 
 
-def _checked(path: Path, values: dict[str, Any]) -> AdapterConfig:
+def _checked(path: Path | str, values: dict[str, Any]) -> AdapterConfig:
     if values.get("bias", "none") != "none":
         raise ArtifactError(f"{path} says bias = {_shown(values['bias'])}, which is no plain LoRA; {PLAIN}")
     try:
@@ -97,6 +119,14 @@ def _checked(path: Path, values: dict[str, Any]) -> AdapterConfig:
     if init not in (*KEEP_BASE, *CHANGE_BASE):
         raise ArtifactError(f"{path} says init_lora_weights = {_shown(init)}: {CONVERT}")
     return config
+
+
+def _of_layer(patterns: dict[str, Any] | None, layer: str, otherwise: float) -> float:
+    """Value of the first pattern, in peft's order, that the end of the layer's name matches."""
+    fitting = (
+        value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", layer)
+    )
+    return float(next(fitting, otherwise))
 
 
 def _shown(value: Any) -> str:

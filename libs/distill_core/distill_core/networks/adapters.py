@@ -3,7 +3,8 @@
     W = W0 + s D,    D = B A of rank r,    and over one base    W = W0 + a D1 + b D2
 
 `strength` is s. `combined` makes the adapter of a sum; `merged` adds an adapter into a copy of the base.
-A saved adapter is a folder `adapter/` that peft opens, with `base.json` beside: what it adapts.
+A saved adapter is a folder `adapter/` that peft opens, with `base.json` in it: what it adapts. Pipelines of diffusers
+want a file beside that folder with other names for the same factors, and text-to-image adapters have both.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -28,6 +30,11 @@ from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_tensors import is_faked
 from distill_core.recipe.tables import LoraConfig
 
+Factors = dict[str, tuple[Tensor, Tensor]]  # as `peft_io` has them
+
+if TYPE_CHECKING:
+    from distill_core.networks.lora_formats.writing import Style
+
 ADAPTER, BASE = "adapter", "base.json"  # in a model's folder; beside peft's files
 
 
@@ -38,6 +45,14 @@ class AdapterBase(Config):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # of the network's weights
 
 
+@dataclass(frozen=True)
+class Beneath:
+    """Origin of a base that is itself a sum: of another base, and of factors."""
+
+    base: AdapterBase
+    factors: Factors
+
+
 class LoraDenoiser(Denoiser):
     """`base` with low-rank factors: the same weights in memory, and only the factors as parameters and state.
 
@@ -46,12 +61,16 @@ class LoraDenoiser(Denoiser):
 
     form: Literal["merged", "adapter"] = "merged"  # what `save` writes; "adapter": without the base
     base_ref: str = ""  # the base's name@version in the store, if it came from there
+    beneath: Beneath | None = (
+        None  # what the base itself was made of; files then hold both, over that one's base
+    )
 
     def __init__(self, base: Denoiser, config: LoraConfig) -> None:
         from distill_core.networks.peft_io import with_lora  # peft takes seconds to import
 
         super().__init__()
-        self.base_ref = base.ref
+        self.beneath = getattr(base, "beneath", None)
+        self.base_ref = self.beneath.base.ref if self.beneath else base.ref
         self._take(*with_lora(base, rank=config.rank, alpha=config.alpha, targets=config.layers))
 
     @classmethod
@@ -75,6 +94,13 @@ class LoraDenoiser(Denoiser):
         if sidecar := read_sidecar(folder):
             new.image, new.cond, new.sampler = sidecar.image, sidecar.cond, sidecar.sampler
         return new
+
+    @classmethod
+    def of_factors(cls, base: Denoiser, factors: Factors) -> LoraDenoiser:
+        """The adapter over `base` with these factors, at strength 1."""
+        from distill_core.networks.peft_io import with_factors
+
+        return cls._of(base.ref, *with_factors(base, factors))
 
     @classmethod
     def _of(cls, base_ref: str, twin: Denoiser, factors: dict[str, nn.Parameter]) -> LoraDenoiser:
@@ -160,6 +186,27 @@ class LoraDenoiser(Denoiser):
         plain = copy.deepcopy(self._described())
         return merge_lora(plain).requires_grad_(False)
 
+    def over(self, base: Denoiser) -> Denoiser:
+        """As `merged`, sampled as `base` is, and with the memory of what it was made of."""
+        from distill_core.networks.peft_io import factors_of
+
+        whole = self.merged()
+        whole.image, whole.cond, whole.sampler = base.image, base.cond, base.sampler
+        known = AdapterBase(ref=base.ref, sha256=weights_sha256(base))
+        factors = {name: (down.cpu(), up.cpu()) for name, (down, up) in factors_of(self.adapted).items()}
+        whole.beneath = Beneath(known, factors)  # type: ignore[assignment]
+        return whole
+
+    def factors(self) -> Factors:
+        """What files hold: the factors at their strength, with those that the base itself was made with."""
+        from distill_core.networks.peft_io import factors_of
+
+        own = factors_of(self.adapted)
+        if self.beneath is None:
+            return own
+        here = {name: (down.cpu(), up.cpu()) for name, (down, up) in own.items()}
+        return added([(self.beneath.factors, 1.0), (here, 1.0)])
+
     def save(self, folder: Path) -> None:
         """Write `adapter/`, and as `form` says a whole diffusers folder with the factors merged in."""
         if self.form == "merged":
@@ -168,13 +215,28 @@ class LoraDenoiser(Denoiser):
             folder.mkdir(parents=True, exist_ok=True)
             self._described().save_description(folder)  # type: ignore[operator]
         self.save_adapter(folder / ADAPTER)
+        if self.cond.kind == "prompt":  # what else there is no pipeline of diffusers loads adapters into
+            from distill_core.networks.lora_formats.writing import DIFFUSERS_FILE
+
+            self.export(folder / DIFFUSERS_FILE)
+
+    def export(self, file: Path, *, style: Style = "diffusers") -> None:
+        """Write the factors, at their strength, as one file with the keys of other programs.
+
+        Raises:
+            ConfigError: keys that have no names for this network's layers.
+        """
+        from distill_core.networks.lora_formats.writing import write_lora
+
+        write_lora(self.factors(), self.base(), file, style=style)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the factors in peft's format, and what they are over."""
-        from distill_core.networks.peft_io import factors_of, save_peft
+        from distill_core.networks.peft_io import save_peft
 
-        save_peft(factors_of(self.adapted), folder, base=self.base_ref)
-        base = AdapterBase(ref=self.base_ref, sha256=weights_sha256(self.adapted))
+        save_peft(self.factors(), folder, base=self.base_ref)
+        own = AdapterBase(ref=self.base_ref, sha256=weights_sha256(self.adapted))
+        base = own if self.beneath is None else self.beneath.base
         (folder / BASE).write_text(base.model_dump_json(indent=1), encoding="utf-8")
 
     def card(self) -> Card:
@@ -201,7 +263,7 @@ class LoraDenoiser(Denoiser):
         twin = copy.deepcopy(self._described(), memo)
         copied = {name.replace("/", "."): memo[id(value)] for name, value in self.lora.items()}
         new = LoraDenoiser._of(self.base_ref, twin, copied)
-        new.form, new._strength = self.form, self._strength
+        new.form, new._strength, new.beneath = self.form, self._strength, self.beneath
         return new
 
 
@@ -211,7 +273,7 @@ def combined(terms: Sequence[tuple[LoraDenoiser, float]]) -> LoraDenoiser:
     Raises:
         ConfigError: no terms, or adapters over different weights.
     """
-    from distill_core.networks.peft_io import factors_of, with_factors
+    from distill_core.networks.peft_io import factors_of
 
     if not terms:
         raise ConfigError("there is nothing to combine; give at least one adapter")
@@ -221,17 +283,22 @@ def combined(terms: Sequence[tuple[LoraDenoiser, float]]) -> LoraDenoiser:
         for other, _ in terms
     ):
         raise ConfigError("adapters of different bases cannot be combined; choose adapters of one model")
+    factors = added([(factors_of(adapter.adapted), weight) for adapter, weight in terms])
+    total = LoraDenoiser.of_factors(first.base(), factors)
+    total.image, total.cond, total.sampler = first.image, first.cond, first.sampler
+    return total
+
+
+def added(terms: Sequence[tuple[Factors, float]]) -> Factors:
+    """The factors of a weighted sum of products; the rank of each layer is the sum of its ranks."""
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for adapter, weight in terms:
-        for name, (down, up) in factors_of(adapter.adapted).items():
+    for factors, weight in terms:
+        for name, (down, up) in factors.items():
             parts.setdefault(name, []).append((down, weight * up))
-    factors = {
+    return {
         name: (torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1))
         for name, pairs in parts.items()
     }
-    total = LoraDenoiser._of(first.base_ref, *with_factors(first.base(), factors))
-    total.image, total.cond, total.sampler = first.image, first.cond, first.sampler
-    return total
 
 
 def has_adapter(folder: Path) -> bool:

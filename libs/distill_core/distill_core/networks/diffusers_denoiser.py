@@ -82,6 +82,10 @@ class DiffusersDenoiser(Denoiser):
         """`network` in the place of this one's, with its schedule, encoder and decoder."""
         return DiffusersDenoiser(network, self.scheduler, self._sidecar(), **self._companions)
 
+    def with_text(self, text: PromptEncoder) -> DiffusersDenoiser:
+        """The same network with `text` in the place of its text encoder."""
+        return DiffusersDenoiser(self.network, self.scheduler, self._sidecar(), codec=self.codec, text=text)
+
     @property
     def codec(self) -> ModelMixin | None:
         codec: ModelMixin | None = self._companions["codec"]

@@ -58,7 +58,7 @@ def with_lora(
 
 def with_factors(denoiser: Denoiser, factors: Factors) -> tuple[Denoiser, dict[str, nn.Parameter]]:
     """As `with_lora`, with these factors."""
-    factors = _one_rank(factors)
+    factors = one_rank(factors)
     twin, parameters = _adapted(denoiser, _config(factors))
     for name, (down, up) in factors.items():
         parameters[f"{name}.lora_A.weight"].data.copy_(down)
@@ -88,7 +88,7 @@ def without_lora(denoiser: Denoiser) -> Denoiser:
 
 def save_peft(factors: Factors, folder: Path, *, base: str = "") -> None:
     """Write peft's own two files. The scale is inside the factors, so that alpha = rank and no reader can miss it."""
-    factors = _one_rank(factors)
+    factors = one_rank(factors)
     config = _config(factors)
     config.base_model_name_or_path = base or None
     config.inference_mode = True
@@ -262,7 +262,7 @@ def _config(factors: Factors) -> peft.LoraConfig:
     return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(factors))
 
 
-def _one_rank(factors: Factors) -> Factors:
+def one_rank(factors: Factors) -> Factors:
     """The same products with one rank for all layers: shorter factors end in zeros."""
     rank = max(down.shape[0] for down, _ in factors.values())
     return {name: (_longer(down, 0, rank), _longer(up, 1, rank)) for name, (down, up) in factors.items()}

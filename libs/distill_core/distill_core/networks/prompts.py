@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
+import copy
 import functools
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,10 @@ class PromptEncoder(abc.ABC):
         self.parts = dict(parts)
         for model in self.models:
             model.eval().requires_grad_(False)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin with no prompt kept."""
         kept = CACHE_BYTES // (4 * self.max_tokens * self.embed_dim)
         self._embedded = functools.lru_cache(maxsize=min(kept, MAX_CACHED))(self._embed)
 
@@ -103,6 +108,16 @@ class PromptEncoder(abc.ABC):
         for name, part in self.parts.items():
             part.save_pretrained(folder / name)
         return self.parts
+
+    def copied(self) -> Self:
+        """The same encoder with weights of its own."""
+        other = copy.copy(self)
+        other.parts = {
+            name: copy.deepcopy(part) if isinstance(part, nn.Module) else part
+            for name, part in self.parts.items()
+        }
+        other._forget()
+        return other
 
     def to(self, device: torch.device | str) -> PromptEncoder:
         """Move the models."""

@@ -26,9 +26,16 @@ class TextEncoder(PromptEncoder):
     """A tokenizer with its CLIP text model: the last hidden states are `prompt_embeds` (B, T, D)."""
 
     def __init__(self, tokenizer: Any, model: Any, **more: Any) -> None:
-        self.tokenizer, self.model = tokenizer, model
         self.max_tokens = min(int(tokenizer.model_max_length), int(model.config.max_position_embeddings))
         super().__init__({"tokenizer": tokenizer, "text_encoder": model, **more})
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.parts["tokenizer"]
+
+    @property
+    def model(self) -> Any:
+        return self.parts["text_encoder"]
 
     @property
     def embed_dim(self) -> int:
@@ -54,9 +61,16 @@ class DualTextEncoder(TextEncoder):
     def __init__(
         self, tokenizer: Any, model: Any, tokenizer_2: Any, model_2: Any, *, zero_null: bool
     ) -> None:
-        self.tokenizer_2, self.model_2 = tokenizer_2, model_2
         self.zero_null, self.pooled_dim = zero_null, int(model_2.config.projection_dim)
         super().__init__(tokenizer, model, tokenizer_2=tokenizer_2, text_encoder_2=model_2)
+
+    @property
+    def tokenizer_2(self) -> Any:
+        return self.parts["tokenizer_2"]
+
+    @property
+    def model_2(self) -> Any:
+        return self.parts["text_encoder_2"]
 
     @property
     def embed_dim(self) -> int:

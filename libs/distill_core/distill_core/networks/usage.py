@@ -68,8 +68,7 @@ def _opened(parts: dict[str, str], place: Place) -> list[str]:
             f"from diffusers import DiffusionPipeline, {scheduler}",
             "",
             'pipeline = DiffusionPipeline.from_pretrained("BASE")  # the folder of the model that this adapts',
-            'weights = {"prefix": "base_model.model", "weight_name": "adapter_model.safetensors"}',
-            f'pipeline.{slot}.load_lora_adapter("adapter", **weights)',
+            'pipeline.load_lora_weights(".")  # this folder',
             f'pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")',
         ]
     if place.inside:

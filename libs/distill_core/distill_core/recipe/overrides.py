@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from distill_core.errors import ConfigError
 from distill_core.recipe.tables import ModelSource
 
-MODEL_SOURCES = frozenset(ModelSource.model_fields)
+MODEL_SOURCES = frozenset(ModelSource.model_fields) - {"adapters"}  # of which there is one at a time
 STUDENT_SOURCES = ("artifact", "path", "recipe", "network")
 MADE_OF = (
     "data",
@@ -77,8 +77,9 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(nested, dict):
             raise ConfigError(f"cannot set {key}: {parent} is a value, not a table", field=key)
         table = nested
-    if last in MODEL_SOURCES and table.keys() <= MODEL_SOURCES:
-        table.clear()  # one source replaces the other
+    if last in MODEL_SOURCES and table.keys() <= MODEL_SOURCES | {"adapters"}:
+        for other in MODEL_SOURCES:  # one source replaces the other
+            table.pop(other, None)
     if parents == ["network"] and last == "name" and table.get("name") != value:
         table.pop("args", None)  # they were those of another class
     if parents == ["student"] and last in STUDENT_SOURCES:

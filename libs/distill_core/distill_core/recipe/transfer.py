@@ -49,7 +49,7 @@ def suited(recipe: Recipe, models: Models, former: Former) -> Recipe:
     with (
         _shapes_alone() if whole else contextlib.nullcontext()
     ):  # only diffusers' folders load without weights
-        teacher = models.load(recipe.teacher)
+        teacher = models.load(recipe.teacher.model_copy(update={"adapters": None}))  # they change no schedule
     if not isinstance(teacher, Denoiser):
         return recipe
     if not any(key == "data" or key.startswith("data.") for key in given):

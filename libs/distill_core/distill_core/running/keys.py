@@ -28,8 +28,11 @@ def parents(method: Method, recipe: Recipe, context: Context) -> tuple[str, ...]
     loaded = getattr(getattr(method, "teacher", None), "ref", ""), base
     named = [loaded[0] or teacher, loaded[1] or student]  # an alias may have moved since it was loaded
     named += [source.artifact for source in recipe.teachers.values()]
+    sources = [recipe.teacher, *recipe.teachers.values()]
+    named += [term.ref for source in sources if source for term in source.adapters or ()]
     named += [one.value for one in references(recipe, {"data"}) if one.what == "artifact"]
-    return tuple("@".join(map(str, context.store.resolve(ref))) for ref in dict.fromkeys(named) if ref)
+    resolved = ("@".join(map(str, context.store.resolve(ref))) for ref in dict.fromkeys(named) if ref)
+    return tuple(dict.fromkeys(resolved))
 
 
 def move_alias(manifest: Manifest, recipe: Recipe, context: Context, key: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_core.context import Context
 from distill_core.errors import ConfigError
@@ -12,6 +12,9 @@ from distill_core.kinds.loading import load_model
 from distill_core.networks.adapters import ADAPTER, LoraDenoiser, combined, has_adapter, plain, read_base
 from distill_core.networks.denoiser import Denoiser
 from distill_core.recipe.tables import ModelSource
+
+if TYPE_CHECKING:
+    from distill_core.networks.lora_formats.writing import Style
 
 
 def load(ref: str, context: Context, *, device: str = "cpu") -> Any:
@@ -50,6 +53,24 @@ def merge_adapters(
     if not isinstance(model, Denoiser):
         raise ConfigError(f"{base} is no denoiser; give the model that the adapters adapt", field="base")
     return combined([(LoraDenoiser.load(model, folders[ref]), weight) for ref, weight in terms])
+
+
+def export_adapter(
+    ref: str, context: Context, file: Path, *, style: Style = "diffusers", base: str | None = None
+) -> LoraDenoiser:
+    """Write the adapter of a store reference or folder as one safetensors file with the keys of other programs.
+
+    Raises:
+        ConfigError: a model without an adapter, a base that nobody names, a file that exists or has another ending, or
+            keys that have no names for the network's layers.
+    """
+    if file.suffix != ".safetensors":
+        raise ConfigError(f"{file} is refused: give a file that ends in .safetensors", field="out")
+    if file.exists():
+        raise ConfigError(f"{file} exists; give a new file", field="out")
+    lora = merge_adapters([(ref, 1.0)], context, base=base)
+    lora.export(file, style=style)
+    return lora
 
 
 def _folder(ref: str, context: Context) -> Path:

@@ -1,4 +1,4 @@
-"""`distillery adapter merge`: weighted sums of LoRA students over one base."""
+"""`distillery adapter merge` and `export-adapter`: sums of LoRA students, and their files for other programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from distill_core.config import check_name
-from distill_core.errors import ConfigError
+from distill_core.errors import ConfigError, nearest
 from distill_core.kinds.cards import described
 from distillery_cli.terminal.output import AsJson, StoreUrl, emit_json, results, waiting
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distill_core.context import Context
     from distill_core.networks.adapters import LoraDenoiser
 
+KEYS = ("diffusers", "kohya", "comfyui")
 Term = tuple[str, float]  # a reference or folder, and its weight
 
 adapter_app = typer.Typer(no_args_is_help=True)
@@ -27,6 +28,11 @@ adapter_app = typer.Typer(no_args_is_help=True)
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.add_typer(adapter_app, name="adapter", help="Work with LoRA students: merge several over one base.")
+    app.command(
+        "export-adapter",
+        epilog="Examples: distillery export-adapter my-style@2 --keys kohya --out my-style.safetensors  ·  "
+        "distillery export-adapter fast --out fast.safetensors",
+    )(export_adapter)
 
 
 @adapter_app.command(
@@ -74,6 +80,31 @@ def merge(
         shown = {"artifact": manifest.ref} if publish is not None else {"model": str(out)}
         return emit_json({**shown, "base": total.base_ref, "form": total.form})
     return results.print(f"published: {manifest.ref}" if publish is not None else f"model: {out}")
+
+
+def export_adapter(
+    ref: Annotated[str, typer.Argument(help="name@version or a model folder, of a LoRA student.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="A new .safetensors file.")],
+    keys: Annotated[
+        str, typer.Option(help="diffusers, kohya or comfyui: whose programs read it.")
+    ] = "diffusers",
+    base: Annotated[
+        str | None, typer.Option(help="The model it adapts, for an adapter that does not name it.")
+    ] = None,
+    store: StoreUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a student's LoRA as one file for diffusers, kohya's scripts (and what reads their files), or ComfyUI."""
+    if keys not in KEYS:
+        raise ConfigError(f"--keys {keys} is unknown{nearest(keys, KEYS)}", field="keys")
+    with waiting("writing the adapter"):
+        from distill_core import api
+        from distillery_cli.training.train import local_context
+
+        lora = api.export_adapter(ref, local_context(store), out, style=keys, base=base)  # type: ignore[arg-type]
+    if as_json:
+        return emit_json({"file": str(out), "keys": keys, "base": lora.base_ref})
+    return results.print(f"written: {out}")
 
 
 def _term(text: str) -> Term:
