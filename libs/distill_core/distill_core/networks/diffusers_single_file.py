@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distill_core.errors import ArtifactError
 from distill_core.files.json_tables import read_table
-from distill_core.networks.foreign.index import INDEX, PARTS
+from distill_core.networks.foreign.index import INDEX, SLOTS
 from distill_core.networks.foreign.weights import opened_safetensors
 from distill_core.networks.foreign_configs import check_numbers
 from distill_core.networks.single_file_names import (
@@ -188,7 +188,7 @@ def _copy(config: Path, folder: Path, own: Collection[str]) -> None:
     for name in (INDEX, SIDECAR):
         if (config / name).is_file():
             shutil.copy(config / name, folder / name)
-    for part in ("scheduler", *PARTS):
+    for part in ("scheduler", *SLOTS):
         if part in own:
             if not (config / part / "config.json").is_file():
                 raise ArtifactError(
