@@ -44,6 +44,8 @@ def usage(
         notes.append(
             "This is the expert of part 0; `partition` in manifest.json says which conditions are whose."
         )
+    if denoiser.sampler.assumed:
+        notes.append(f"Assumed when its folder was read: {denoiser.sampler.assumed}.")
     if denoiser.sampler.step_counts:
         counts = ", ".join(map(str, denoiser.sampler.step_counts))
         notes.append(f"It was trained for these numbers of steps: {counts}.")
