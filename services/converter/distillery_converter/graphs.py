@@ -158,7 +158,7 @@ def load_graphs(folder: Path, manifest: Manifest, models: Models | None = None) 
     if denoiser.codec is not None:
         ends = functools.lru_cache(maxsize=2)(functools.partial(_ends, graphs[0]))
         graphs += [decoder_graph(denoiser, ends), encoder_graph(denoiser, ends)]
-    if denoiser.text is not None:
+    if isinstance(denoiser.text, TextEncoder):
         graphs.append(text_graph(denoiser.text, denoiser.cond.examples))
         tokenizer = folder / "tokenizer" / "tokenizer.json"  # the form that is read without transformers
         if not tokenizer.is_file():
@@ -330,6 +330,7 @@ def served_condition(
             prompts = [examples[index % len(examples)] if examples else "" for index in range(count)]
             embeds = denoiser.encode_prompts(prompts)["prompt_embeds"]
         else:
+            assert isinstance(text, TextEncoder), "others have no graph: `why_not_exported`"
             tokens = fixed_tokens(count, text.max_tokens, text.model.config.vocab_size)
             embeds = text.model(torch.from_numpy(tokens))[0]
     # A plain request's negative prompt counts nothing, as the sampler feeds it.

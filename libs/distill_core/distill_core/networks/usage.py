@@ -111,7 +111,7 @@ def _by_pipeline(
             f"latents = torch.randn(1, {image.channels}, {image.height}, {image.width}, {RANDOM})",
             *family.plain_latents(image),
             f'options = {{"height": {image.picture[1]}, "width": {image.picture[2]}, "latents": latents{more}}}',
-            f'picture = pipeline("a photograph", {count}, {guidance}{eta}, **options).images[0]',
+            f'picture = pipeline(prompt="a photograph", {count}, {guidance}{eta}, **options).images[0]',
         ]
     if not steps:
         return code, ["These are diffusers' own steps; Distillery's sampler takes others, to other pictures."]
