@@ -12,7 +12,7 @@ from distill_core.kinds.cards import described, generator_card
 from distill_core.networks.adapters import LoraDenoiser, plain
 from distill_core.networks.diffusers_new import build_denoiser
 from distill_core.recipe import load_recipe, parse_overrides
-from distill_core.recipe.tables import LoraConfig, ModelSource, NetworkConfig
+from distill_core.recipe.tables import LoraConfig, NetworkConfig, TeacherSource
 from tests.helpers import TINY
 
 DIT = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 4}
@@ -83,7 +83,7 @@ def assert_alike(found, expected) -> None:
 
 
 def test_the_teacher_is_the_base_plus_its_adapters_times_their_scales(where):
-    teacher = where.load(ModelSource(artifact="base@1", adapters=TERMS))
+    teacher = where.load(TeacherSource(artifact="base@1", adapters=TERMS))
     assert_alike(weights(teacher), summed(where))
     assert teacher.ref == "", "no version has these weights"
     assert teacher.sampler == where.artifact("base").sampler
@@ -91,7 +91,7 @@ def test_the_teacher_is_the_base_plus_its_adapters_times_their_scales(where):
         torch.equal(one, other)
         for one, other in zip(
             where.artifact("base").parameters(),
-            where.load(ModelSource(artifact="base")).parameters(),
+            where.load(TeacherSource(artifact="base")).parameters(),
             strict=True,
         )
     )
@@ -142,7 +142,7 @@ def test_recipes_without_adapters_are_what_they_were():
 )
 def test_adapters_that_do_not_belong_to_the_base_are_refused(where, source, said):
     with pytest.raises(ConfigError, match=said):
-        where.load(ModelSource(artifact="base@1", **source))
+        where.load(TeacherSource(artifact="base@1", **source))
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
@@ -153,4 +153,4 @@ def test_a_scale_that_is_no_number_is_refused(scale):
 
 def test_a_scene_takes_no_adapters():
     with pytest.raises(ConfigError, match="a scene has no weights that adapters could be added to"):
-        ModelSource.parse({"scene": "alcove", "adapters": [{"ref": "bold@1"}]})
+        TeacherSource.parse({"scene": "alcove", "adapters": [{"ref": "bold@1"}]})

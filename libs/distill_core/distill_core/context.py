@@ -17,7 +17,7 @@ from distill_core.errors import ConfigError, NotFound
 from distill_core.files.paths import there, user_path
 from distill_core.kinds.loading import adapted, load_model
 from distill_core.recipe import Recipe, load_recipe
-from distill_core.recipe.tables import ModelSource
+from distill_core.recipe.tables import ModelSource, TeacherSource
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ class Context:
 
             return closed_form_scene(source.scene)
         model = load_model(self.folder(source), models=self)
-        return adapted(model, source.adapters, self) if source.adapters else model
+        adapters = source.adapters if isinstance(source, TeacherSource) else None
+        return adapted(model, adapters, self) if adapters else model
 
     def artifact(self, ref: str, *, device: str = "cpu") -> Any:
         """The model of a store reference."""

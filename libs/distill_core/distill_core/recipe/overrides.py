@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from distill_core.errors import ConfigError
 from distill_core.recipe.tables import ModelSource
 
-MODEL_SOURCES = frozenset(ModelSource.model_fields) - {"adapters"}  # of which there is one at a time
+MODEL_SOURCES = frozenset(ModelSource.model_fields)  # of which there is one at a time
 STUDENT_SOURCES = ("artifact", "path", "recipe", "network")
 MADE_OF = (
     "data",

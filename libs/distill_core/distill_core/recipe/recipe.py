@@ -29,6 +29,7 @@ from distill_core.recipe.tables import (
     ReplacedTeacher,
     StageConfig,
     StudentConfig,
+    TeacherSource,
 )
 
 
@@ -58,8 +59,8 @@ class Recipe(Config):
     keep_checkpoints: int = Field(2, ge=1)
     config: Annotated[dict[str, Any], TableMark("method")] = {}
     data: DataTable | None = None  # `[data.NAME]` within it are further data sets
-    teacher: ModelSource | None = None
-    teachers: dict[str, ModelSource] = {}  # further ones, by the names that the method gives them
+    teacher: TeacherSource | None = None
+    teachers: dict[str, TeacherSource] = {}  # further ones, by the names that the method gives them
     student: StudentConfig = StudentConfig()
     pairs: PairsConfig | None = None
     extractor: ModelSource | None = None  # frozen; what a loss or a reward reads pictures with

@@ -25,13 +25,6 @@ from distill_core.config import (
 )
 
 
-class AdapterTerm(Config):
-    """An adapter that is added to a model, times `scale`."""
-
-    ref: ArtifactRef  # name@version or name@alias in the artifact store
-    scale: float = 1.0
-
-
 class ModelSource(Config):
     """Source of a frozen model: one of a store artifact, a folder, a recipe that trains it, a formula."""
 
@@ -39,12 +32,28 @@ class ModelSource(Config):
     path: DataPath | None = None  # a diffusers folder or an artifact folder on disk
     recipe: RecipeName | None = None  # trained once, then cached under the recipe's content
     scene: Literal["procedural", "alcove"] | None = None  # a radiance field in closed form, without training
-    adapters: tuple[AdapterTerm, ...] | None = None  # of a denoiser: LoRA of the store that are added to it
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
         if sum(value is not None for value in (self.artifact, self.path, self.recipe, self.scene)) != 1:
             raise ValueError("give exactly one of artifact, path, recipe, scene")
+        return self
+
+
+class AdapterTerm(Config):
+    """An adapter that is added to a model, times `scale`."""
+
+    ref: ArtifactRef  # name@version or name@alias in the artifact store
+    scale: float = 1.0  # factor of what it adds
+
+
+class TeacherSource(ModelSource):
+    """Source of a teacher: a model, and for a denoiser the adapters that are added to it."""
+
+    adapters: tuple[AdapterTerm, ...] | None = None  # LoRA of the store, over this model
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> Self:
         if self.adapters is not None and self.scene is not None:
             raise ValueError("a scene has no weights that adapters could be added to; leave adapters out")
         return self
