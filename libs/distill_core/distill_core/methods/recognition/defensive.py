@@ -28,7 +28,7 @@ from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 class Config(MethodConfig):
     temperature: float = Field(20.0, ge=1)  # of both trainings; 20 to 100 are usual, 1 is no defence
     teacher_steps: int = Field(400, ge=1)  # in which the teacher is trained, the rest are the student's
-    attacks: AttackConfig = AttackConfig()
+    attacks: AttackConfig = AttackConfig()  # budgets of the attacks that the student is measured under
 
 
 class Defensive(Method):

@@ -42,7 +42,7 @@ class Config(MethodConfig):
         0.92, gt=0, le=1
     )  # share of the steps before re-weighting; the paper's 1100 of 1200 epochs
     beta: float = Field(0.9999, ge=0, lt=1)  # of the effective number of items; 0: all classes alike
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)  # of the labels while pictures are mixed
     mixup: float = Field(0.8, ge=0, le=8)  # alpha of its Beta distribution; 0: off
     cutmix: float = Field(1.0, ge=0, le=8)  # the same
     teacher_sees: Literal["mixed", "clean"] = "mixed"  # clean: the pictures before they are mixed
