@@ -35,6 +35,7 @@ PHASES = (
     "regression_steps",
     "warmup_steps",
     "record_steps",
+    "reflow_steps",
 )  # config keys: steps in which not every role is trained
 
 
