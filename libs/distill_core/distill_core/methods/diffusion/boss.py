@@ -33,7 +33,7 @@ from distill_core.recipe.tables import EvaluateConfig
 class Config(MethodConfig):
     walk_steps: int = Field(100, ge=2, le=1000)  # K; official: 100
     num_steps: int = Field(4, ge=1, le=1000)  # n, of the student; official: 2 to 10
-    grid: Literal["bellman", "even"] = "bellman"
+    grid: Literal["bellman", "even"] = "bellman"  # even: as many steps, of equal numbers of intervals
     probes: int = Field(100, ge=1)  # noises whose walks decide the grid; official: 100
     guidance: float = 1.0  # of the teacher; 1 = off
     held_out: int = Field(256, ge=1)  # the last noises, for the figures alone

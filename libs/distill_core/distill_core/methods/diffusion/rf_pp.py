@@ -30,7 +30,7 @@ ENDS = (0.02, 0.95)  # times near the lines' ends, where the held-out error is t
 
 
 class Config(FlowConfig):
-    times: Times = "u_shaped"
+    times: Times = "u_shaped"  # law of t: more towards both ends, or the same everywhere
     steepness: float = Field(4.0, gt=0, le=50)  # a; official: 4
     distance: Distance = "huber_norm"  # official; "l2": plain reflow, without the factor 1 - t
     features: Literal["off", "even", "inverse"] = "inverse"  # w(t): 1 / t as config F, 1 as config E

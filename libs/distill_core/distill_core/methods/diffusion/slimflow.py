@@ -30,7 +30,7 @@ FLOW_STEPS = 8  # Euler's, at which the small flow is measured
 
 
 class Config(FlowConfig):
-    reflow_steps: int = Field(1500, ge=1)
+    reflow_steps: int = Field(1500, ge=1)  # of the small flow, before one step is distilled from it
     anneal_steps: int = Field(
         900, ge=0
     )  # over which b falls to 0; official: 300k of up to 1.3M; 0: a cold start
