@@ -15,6 +15,7 @@ from distill_core.data.pairs import build_pairs
 from distill_core.data.shards import filling
 from distill_core.diffusion.sampling import SamplerSpec
 from distill_core.errors import ConfigError, DataError
+from distill_core.networks.fake_tensors import fake_tensors
 from distill_core.networks.generation import generate
 from distill_core.recipe import Recipe, load_recipe
 from distill_core.recipe.tables import PairsConfig
@@ -243,3 +244,10 @@ def test_a_pair_is_the_same_row_whether_it_is_drawn_or_all_are_read(tmp_path, mo
     pairs = make(tmp_path)
     chosen = torch.tensor([39, 0, 6, 7, 13, 14, 7])
     assert torch.equal(pairs.at(chosen).x0, pairs.x0[chosen])
+
+
+def test_a_plan_draws_pairs_that_nobody_made(tmp_path):
+    with fake_tensors():
+        drawn = make(tmp_path / "never").draw(5)
+        assert drawn.x0.shape == drawn.z.shape == (5, 1, 2, 2)
+    assert not (tmp_path / "never").exists()

@@ -51,7 +51,7 @@ class Shards:
     def at(self, name: str, indices: Tensor) -> Tensor:
         """The rows `indices` (B,) of a value, on the CPU."""
         found = []
-        for index in indices.tolist():
+        for index in map(int, indices):  # also of fake tensors, whose values are 0
             shard = bisect_right(self.starts, index) - 1
             found.append(self.values[shard][name][index - self.starts[shard]])
         return torch.stack(found)

@@ -9,7 +9,7 @@ k is the sampler's own scale of the unit noise z: at the first level the line st
 from __future__ import annotations
 
 import copy
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -51,7 +51,7 @@ class RectifiedFlow(Method):
     """A variant says what a step learns, in `updates`."""
 
     roles = ("student",)
-    held: ClassVar[tuple[str, ...]] = ("flow",)
+    flow: Denoiser  # of a variant whose later stage learns from what the student was
 
     def __init__(
         self, config: FlowConfig, *, teacher: Denoiser, student: Denoiser, pairs: Pairs | None
@@ -68,7 +68,10 @@ class RectifiedFlow(Method):
         (self.level,) = student_levels(teacher)
         self.noise_scale = student.schedule.start_scale(self.level)
         student.sampler = few_step_sampler(student, (self.level,))
-        self.flow = copy.deepcopy(student).requires_grad_(False)  # what the student was when a stage ended
+
+    def copied(self) -> Denoiser:
+        """A frozen copy of the student as it is."""
+        return copy.deepcopy(self.student).requires_grad_(False)
 
     def keep_flow(self) -> None:
         """Take the student as the flow that the next stage learns from: its raw weights, their rate fallen to 0."""

@@ -41,6 +41,7 @@ class InstaFlow(RectifiedFlow):
         "arXiv 2309.06380"
     )
     config: Config
+    held = ("flow",)
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class InstaFlow(RectifiedFlow):
         super().__init__(config, teacher=teacher, student=student, pairs=pairs)
         self.features = None if config.l2_steps is None else FeatureDistance(extractor, student.image.picture)
         levels = student_levels(teacher, count=config.flow_steps)
+        self.flow = self.copied()
         self.flow.sampler = few_step_sampler(student, levels, eta=0.0)
         self._own: Pairs | None = (
             None  # a function of the flow's weights: made or found again after a resumption

@@ -10,7 +10,7 @@ The student begins as the teacher: on these lines any denoiser is the same veloc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -41,7 +41,6 @@ class Config(FlowConfig):
 class RFPP(RectifiedFlow):
     paper = "Lee et al. 2024, Improving the Training of Rectified Flows, arXiv 2405.20320"
     config: Config
-    held: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

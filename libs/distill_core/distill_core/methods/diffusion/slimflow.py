@@ -44,6 +44,7 @@ class SlimFlow(RectifiedFlow):
         "arXiv 2407.12718"
     )
     config: Config
+    held = ("flow",)
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class SlimFlow(RectifiedFlow):
         extractor: nn.Module | None = None,
     ) -> None:
         super().__init__(config, teacher=teacher, student=student, pairs=pairs)
+        self.flow = self.copied()
         self.features = FeatureDistance(extractor, student.image.picture) if config.features else None
 
     @classmethod
