@@ -37,13 +37,19 @@ PHASES = (
     "distil_steps",
     "teacher_steps",
     "record_steps",
+    "reflow_steps",
 )  # config keys: steps in which not every role is trained
+
+SOLVERS = {"flow_steps": 2, "walk_steps": 6, "probes": 8}  # config keys: how finely paths are followed
 
 
 def tiny_recipe(name: str, **changes: object) -> Recipe:
     """A shipped recipe at its smallest: two steps of eight items, nothing published, a first phase of one step."""
     recipe = load_recipe(name)
     phases = {f"config.{key}": 1 for key in PHASES if recipe.config.get(key)}
+    phases |= {f"config.{key}": few for key, few in SOLVERS.items() if recipe.config.get(key)}
+    if recipe.pairs is not None and "pairs" not in changes:
+        phases["pairs.num_steps"] = 2
     recipe = recipe.override({**TINY, **phases, **changes})
     return recipe.model_copy(
         update={

@@ -14,9 +14,16 @@ from distill_core.recipe import load_recipe
 from tests.helpers import recipe_of, tiny_text_to_image, tiny_trainer
 
 IMAGE_FREE = ["pg_sb", "swiftbrush"]
+ROLLED_OUT = [
+    "boot",
+    "boss",
+    "instaflow",
+    "rf_pp",
+    "slimflow",
+]  # from noise, whose pictures the teacher makes
 
 
-@pytest.mark.parametrize("name", IMAGE_FREE)
+@pytest.mark.parametrize("name", [*IMAGE_FREE, *ROLLED_OUT])
 def test_an_image_free_method_asks_for_no_data_and_trains_on_class_labels(name, context, tmp_path):
     assert name in method_names()
     assert "data" not in needs(find_method(name))

@@ -30,7 +30,12 @@ UNET = {
 METHODS = {
     "dmd2": {"critic_steps": 1, "guidance": 3.0, "levels": [14.0]},
     "swiftbrush": {"lora": {"rank": 2}, "condition_dropout": 0.5},
+    "boot": {"num_jumps": 3, "guidance": 3.0},
+    "boss": {"num_steps": 1, "walk_steps": 4, "probes": 3, "held_out": 2, "guidance": 3.0},
+    "instaflow": {"reflow_steps": 1, "flow_steps": 2, "held_out": 2},
+    "slimflow": {"reflow_steps": 1, "anneal_steps": 1, "held_out": 2},
 }
+PAIRED = "boss", "instaflow", "slimflow"  # by stored pairs of noise and picture
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,7 @@ def folders(tmp_path_factory):
 def distilled(folder, method, tmp_path, **changes):
     values = {
         "method": method,
-        "steps": 1,
+        "steps": 2 if method in ("instaflow", "slimflow") else 1,  # of each stage one
         "batch_size": 2,
         "threads": 1,
         "teacher": {"path": str(folder)},
@@ -54,6 +59,8 @@ def distilled(folder, method, tmp_path, **changes):
         "config": METHODS.get(method, {}),
         "publish": {"name": "student"},
     }
+    if method in PAIRED:
+        values["pairs"] = {"count": 5, "num_steps": 2, "guidance": 3.0}
     where = api.context(tmp_path / "store", tmp_path / "cache")
     return api.train(load_recipe(values | changes), tmp_path / "run", where, job="job-1")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill_core import api, building
-from distill_core.data import pairs
+from distill_core.data import pairs, shards
 from distill_core.data.pairs import Pairs
 from distill_core.diffusion.sampling import heun
 from distill_core.errors import ConfigError, DistilleryError
@@ -152,7 +152,7 @@ def test_pairs_are_what_the_teacher_makes_of_their_noise_and_are_made_once(built
 
 @pytest.mark.slow
 def test_a_kill_costs_one_shard_of_pairs(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(pairs, "SHARD", 4)
+    monkeypatch.setattr(shards, "SHARD", 4)
     whole = built(pairs={"count": 10, "num_steps": 1}).pairs
     (shard,) = tmp_path.glob("cache/pairs/*/000000004.safetensors")
     shard.unlink()

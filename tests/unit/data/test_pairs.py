@@ -12,7 +12,10 @@ import torch
 from distill_core.context import Context
 from distill_core.data import build_source
 from distill_core.data.pairs import build_pairs
+from distill_core.data.shards import filling
 from distill_core.diffusion.sampling import SamplerSpec
+from distill_core.errors import ConfigError, DataError
+from distill_core.networks.fake_tensors import fake_tensors
 from distill_core.networks.generation import generate
 from distill_core.recipe import Recipe, load_recipe
 from distill_core.recipe.tables import PairsConfig
@@ -120,9 +123,9 @@ def test_other_data_another_teacher_or_another_table_are_other_pairs(folder_of):
 MAKER = """
 import sys, time
 from pathlib import Path
-import distill_core.data.pairs as pairs
+import distill_core.data.pairs as pairs, distill_core.data.shards as shards
 from tests.unit.data.test_pairs import make
-pairs.SHARD = 10
+shards.SHARD = 10
 honest = pairs.generate_x0
 def slow(*given, **named):
     print("batch", flush=True)
@@ -156,7 +159,7 @@ def test_a_killed_maker_leaves_whole_shards_that_the_next_one_goes_on_from(tmp_p
     process.wait()
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
     assert len(kept) == 2
-    monkeypatch.setattr("distill_core.data.pairs.SHARD", 10)
+    monkeypatch.setattr("distill_core.data.shards.SHARD", 10)
     resumed = make(tmp_path, batch_size=10)
     assert all(file.stat().st_mtime_ns == made for file, made in kept.items())
     assert torch.equal(resumed.x0, make(tmp_path.parent / "straight", batch_size=10).x0)
@@ -168,3 +171,83 @@ def test_two_makers_at_once_make_every_shard_once(tmp_path):
     told = [process.communicate()[0] for process in makers]
     assert [process.returncode for process in makers] == [0, 0]
     assert sum(text.count("batch") for text in told) == 4
+
+
+def test_a_model_that_is_being_trained_makes_pairs_of_the_same_noise_that_equal_weights_find_again(tmp_path):
+    pairs = make(tmp_path / "made")
+    other = pairs.remade(AffineDenoiser(-0.2, 0.7), num_steps=8)
+    assert torch.equal(other.at(torch.arange(40)).z, pairs.at(torch.arange(40)).z)
+    assert float((other.x0 - pairs.x0).abs().mean()) > 0.2
+    written = {file: file.stat().st_mtime_ns for file in other.folder.glob("*.safetensors")}
+    again = pairs.remade(AffineDenoiser(-0.2, 0.7), num_steps=8)
+    assert again.folder == other.folder
+    assert {file: file.stat().st_mtime_ns for file in again.folder.glob("*.safetensors")} == written
+    folders = {pairs.folder, other.folder}
+    folders.add(pairs.remade(AffineDenoiser(-0.2, 0.7000001), num_steps=8).folder)
+    folders.add(pairs.remade(AffineDenoiser(-0.2, 0.7), num_steps=9).folder)
+    folders.add(pairs.remade(AffineDenoiser(-0.2, 0.7), num_steps=8, guidance=2.5).folder)
+    assert len(folders) == 5
+
+
+def test_pairs_of_another_teacher_are_refused_by_name_wherever_they_come_from(tmp_path):
+    make(tmp_path / "stale", AffineDenoiser(-0.2, 0.7))
+    make(tmp_path / "now")
+    (tmp_path / "stale" / "000000000.safetensors").replace(tmp_path / "now" / "000000000.safetensors")
+    with pytest.raises(
+        DataError, match=r"000000000.safetensors .* made by another model, .* \(stale\)"
+    ) as told:
+        make(tmp_path / "now")
+    assert told.value.field == "pairs"
+
+
+def test_damaged_and_short_files_of_pairs_are_refused_by_name(tmp_path):
+    file = tmp_path / "000000000.safetensors"
+    make(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    with pytest.raises(DataError, match="is damaged"):
+        make(tmp_path)
+    file.write_bytes(whole)
+    with pytest.raises(DataError, match="does not hold the 41 items"):
+        make(tmp_path, count=41)
+
+
+def test_more_pairs_than_the_disk_was_given_are_refused_before_one_is_made(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"3000 items of shape \(1, 2, 2\) take 4.47e-05 GiB .* allows 4e-05"
+    ) as told:
+        make(tmp_path / "never", count=3000, max_gib=4e-5)
+    assert told.value.field == "pairs.count"
+    assert not (tmp_path / "never").exists()
+
+
+def test_who_listens_hears_of_each_shard_and_may_stop_between_two(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill_core.data.shards.SHARD", 15)
+    heard = []
+
+    def listen(made: int, count: int, left_s: float) -> None:
+        heard.append((made, count))
+        if made == 30:
+            raise KeyboardInterrupt
+
+    token = filling.set(listen)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path)
+    filling.reset(token)
+    assert heard == [(15, 40), (30, 40)]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert len(make(tmp_path)) == 40
+
+
+def test_a_pair_is_the_same_row_whether_it_is_drawn_or_all_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill_core.data.shards.SHARD", 7)
+    pairs = make(tmp_path)
+    chosen = torch.tensor([39, 0, 6, 7, 13, 14, 7])
+    assert torch.equal(pairs.at(chosen).x0, pairs.x0[chosen])
+
+
+def test_a_plan_draws_pairs_that_nobody_made(tmp_path):
+    with fake_tensors():
+        drawn = make(tmp_path / "never").draw(5)
+        assert drawn.x0.shape == drawn.z.shape == (5, 1, 2, 2)
+    assert not (tmp_path / "never").exists()

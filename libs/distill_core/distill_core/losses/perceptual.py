@@ -33,3 +33,20 @@ def _similarity(a: Tensor, b: Tensor) -> Tensor:
     texture = (2 * mean_a * mean_b + STABILISER) / (mean_a**2 + mean_b**2 + STABILISER)
     structure = (2 * covariance + STABILISER) / (var_a + var_b + STABILISER)
     return (texture + structure).mean() / 2
+
+
+def unit_feature_distance(maps: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Distance (B,) of two lists of feature maps (B, D, h, w): LPIPS without its learned weights (arXiv 1801.03924).
+
+    Over the channels of each place the features have the length 1; squared differences are summed over the channels,
+    averaged over the places and summed over the layers.
+    """
+    layers = [
+        (_unit(a.float()) - _unit(b.float())).square().sum(1).flatten(1).mean(1)
+        for a, b in zip(maps, targets, strict=True)
+    ]
+    return torch.stack(layers).sum(0)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return features / (features.square().sum(1, keepdim=True) + STABILISER).sqrt()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from distill_core.errors import ConfigError
-from distill_core.losses.perceptual import structure_texture_distance
+from distill_core.losses.perceptual import structure_texture_distance, unit_feature_distance
 from distill_core.networks.classifier import Classifier
 
 
@@ -44,3 +44,10 @@ class FeatureDistance(nn.Module):
     def forward(self, pictures: Tensor, targets: Tensor) -> Tensor:
         """Distance (scalar) of pictures (B, C, H, W) in [-1, 1]; differentiable."""
         return structure_texture_distance(self.maps(pictures), self.maps(targets))
+
+    def items(self, pictures: Tensor, targets: Tensor) -> Tensor:
+        """Distance (B,) of each picture from its target as LPIPS has it, in the classifier's maps; differentiable."""
+        maps = [
+            self.maps(side)[1:] for side in (pictures, targets)
+        ]  # pixels of one channel have no direction
+        return unit_feature_distance(*maps)

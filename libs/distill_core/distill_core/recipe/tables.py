@@ -119,6 +119,7 @@ class PairsConfig(Config):
     guidance: float | None = None  # unset: the teacher's own
     seed: Seed = 0
     batch_size: int = Field(128, ge=1, le=4096)
+    max_gib: float = Field(64.0, gt=0)  # on disk; more is refused before the first pair is made
 
 
 class ParameterGroup(Config):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from distill_core.data.shards import filling
 from distill_core.recipe import Recipe
 from distill_core.training.run_folder import Listener
 
@@ -24,13 +25,25 @@ class StoppedWhilePreparing(Exception):
 
 @contextlib.contextmanager
 def listening(listener: Listener | None, should_stop: Callable[[], bool]) -> Iterator[None]:
-    """Tell `listener`, and ask `should_stop`, of everything that is trained inside."""
+    """Tell `listener`, and ask `should_stop`, of everything that is trained or rolled out inside."""
     stop_token, listener_token = current_should_stop.set(should_stop), current_listener.set(listener)
+    filling_token = filling.set(_rolling_out)
     try:
         yield
     finally:
+        filling.reset(filling_token)
         current_should_stop.reset(stop_token)
         current_listener.reset(listener_token)
+
+
+def _rolling_out(made: int, count: int, left_s: float) -> None:
+    """Tell of pairs or trajectories that have to be there first, and stop between two shards of them."""
+    listener = current_listener.get()
+    if listener is not None:
+        event = {"event": "preparing", "model": "pairs of noise and picture"}
+        listener({**event, "step": made, "steps": count, "eta_s": left_s})
+    if current_should_stop.get()():
+        raise StoppedWhilePreparing
 
 
 def preparing(recipe: Recipe) -> Listener | None:

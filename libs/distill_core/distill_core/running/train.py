@@ -17,7 +17,6 @@ from distill_core.running.keys import MEASURED_WITH, move_alias, run_key
 from distill_core.running.listeners import (
     StoppedWhilePreparing,
     cpu_threads,
-    current_listener,
     current_should_stop,
     listening,
     preparing,
@@ -97,12 +96,9 @@ def prepare(
 
 def missing_first(recipe: Recipe, context: Context, listener: Listener | None) -> None:
     """Train what `recipe` and its evaluation need and the cache does not have."""
-    token = current_listener.set(listener)
-    try:
+    with listening(listener, current_should_stop.get()):
         method, source = build(recipe, context)
         evaluator_of(method, source, recipe, context)
-    finally:
-        current_listener.reset(token)
 
 
 def _train(recipe: Recipe, run: Run, context: Context, should_stop: Callable[[], bool], job: str) -> Result:
