@@ -44,6 +44,8 @@ class Config(MethodConfig):
 class Labels(nn.Module):
     """What is kept of N items with n crops and k classes each; `done` (N,) says which have been labelled."""
 
+    done: Tensor
+
     def __init__(self, items: int, crops: int, top: int) -> None:
         super().__init__()
         kept = {
