@@ -133,7 +133,7 @@ class Hint(nn.Module):
     def forward(self, own: Tensor, other: Tensor) -> Tensor:
         """(B,) mean squared distance on the coarser of both grids."""
         ours, theirs = self.project(as_map(own)), as_map(other)
-        size = [min(a, b) for a, b in zip(ours.shape[2:], theirs.shape[2:])]
+        size = min(ours.shape[2], theirs.shape[2]), min(ours.shape[3], theirs.shape[3])
         ours, theirs = (F.adaptive_avg_pool2d(value, size) for value in (ours, theirs))
         return (ours - theirs).square().mean((1, 2, 3))
 
@@ -146,7 +146,7 @@ def as_map(features: Tensor) -> Tensor:
         return features[:, :, None, None]
     side = math.isqrt(features.shape[1])
     grid = features[:, features.shape[1] - side**2 :]
-    return grid.transpose(1, 2).unflatten(2, (side, side))
+    return grid.transpose(1, 2).reshape(len(grid), -1, side, side)
 
 
 def _channels(shape: Shape) -> int:

@@ -156,7 +156,8 @@ def packed_bits(codes: np.ndarray, bits: int) -> np.ndarray:
 def unpacked_bits(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     """The `count` codes, uint8, in bytes that `packed_bits` made."""
     each = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
-    return (each << np.arange(bits)).sum(1).astype(np.uint8)
+    codes: np.ndarray = (each << np.arange(bits)).sum(1).astype(np.uint8)
+    return codes
 
 
 def _rows(flat: Tensor, bucket: int) -> Tensor:

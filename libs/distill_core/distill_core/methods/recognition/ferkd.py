@@ -118,7 +118,8 @@ class FerKD(Method):
         """Each crop with a box of the next crop of the same picture; labels and weights mixed by area."""
 
         def of_next(values: Tensor) -> Tensor:
-            return values.unflatten(0, (-1, self.config.num_crops)).roll(1, 1).flatten(0, 1)
+            crops = values.reshape(-1, self.config.num_crops, *values.shape[1:])
+            return crops.roll(1, 1).flatten(0, 1)
 
         box = random_box(x0.shape[2], x0.shape[3], 1 - random_share(1.0))
         mixed, share = pasted(x0, of_next(x0), box)

@@ -24,6 +24,7 @@ from distill_core.method import Batch, Method, MethodConfig, Model, Update
 from distill_core.methods.recognition._soft_labels import CLASSES, CROP, FLIP, VALUES, compressed
 from distill_core.methods.recognition._students import LABELLED, classes_of, taught, use_classes_of
 from distill_core.recipe.tables import EvaluateConfig
+from distill_core.reductions import of_all_processes
 
 
 class Config(MethodConfig):
@@ -43,6 +44,8 @@ class Config(MethodConfig):
 class Labels(nn.Module):
     """What is kept of N items with n crops and k classes each; `done` (N,) says which have been labelled."""
 
+    done: Tensor
+
     def __init__(self, items: int, crops: int, top: int) -> None:
         super().__init__()
         kept = {
@@ -56,11 +59,13 @@ class Labels(nn.Module):
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
     def put(self, index: Tensor, **values: Tensor) -> None:
-        """Keep `values` of the items `index` (B,)."""
+        """Keep `values` of the items `index` (B,), and those of other processes."""
+        index = of_all_processes(index.to(self.done.device))
         for name, value in values.items():
             kept = self.get_parameter(name)
-            kept[index.to(kept.device)] = value.to(kept)
-        self.done[index.to(self.done.device)] = True
+            found = value.to(kept.device, torch.uint8 if kept.dtype == torch.bool else kept.dtype)
+            kept[index] = of_all_processes(found).to(kept.dtype)
+        self.done[index] = True
 
 
 class FKDLabels(Method):
