@@ -5,7 +5,6 @@ Guidance keeps, in each patch, the length of the velocity with the condition (`d
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from distill_core.artifacts import CondSpec, ImageSpec
 from distill_core.method import Cond
+from distill_core.networks.diffusers_words import qwen_image_template
 from distill_core.networks.families.base import refuse_steering, token_map
 from distill_core.networks.families.flux import PATCH, SIDE, packed, packing_code, unpacked
 from distill_core.networks.families.prompted import Prompted, check_width
@@ -22,16 +22,6 @@ from distill_core.networks.text_parts import load_text_model, load_tokenizer
 
 TOKENS = 512  # that the network reads by default
 READ = 1024  # that the text model does, beside the template
-
-
-@functools.cache
-def template() -> tuple[str, int]:
-    """What the pipeline puts a prompt into, and the number of the template's first tokens that it leaves out."""
-    from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
-
-    parts: dict[str, Any] = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
-    pipeline: Any = QwenImagePipeline(**parts)
-    return pipeline.prompt_template_encode, pipeline.prompt_template_encode_start_idx
 
 
 class QwenImageText(PromptEncoder):
@@ -45,7 +35,7 @@ class QwenImageText(PromptEncoder):
         return int(self.parts["text_encoder"].config.get_text_config().hidden_size)
 
     def _answer(self, prompt: str, negative: bool) -> Cond:
-        words, dropped = template()
+        words, dropped = qwen_image_template()
         tokens = self._unpadded(self.parts["tokenizer"], words.format(prompt), READ + dropped)
         answer = self.parts["text_encoder"](**tokens, output_hidden_states=True)
         return filled(answer.hidden_states[-1][:, dropped : dropped + TOKENS], TOKENS)

@@ -6,8 +6,6 @@ condition `embedded_guidance` (B,). Its trigonometric flow is the plain one: x0 
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from distill_core.artifacts import CondSpec, ImageSpec
 from distill_core.method import Cond
+from distill_core.networks.diffusers_words import sana_instruction
 from distill_core.networks.families.base import refuse_steering, without_variance
 from distill_core.networks.families.prompted import Prompted, check_width
 from distill_core.networks.prompts import PromptEncoder
@@ -24,15 +23,6 @@ from distill_core.networks.text_parts import load_text_model, load_tokenizer
 
 TOKENS = 300
 EMBEDDED = 4.5  # usual embedded guidance
-
-
-@functools.cache
-def instruction() -> str:
-    """What the pipeline puts before each prompt, and before no negative one: diffusers' own default."""
-    from diffusers.pipelines.sana.pipeline_sana import SanaPipeline
-
-    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-    return "\n".join(lines)
 
 
 class SanaText(PromptEncoder):
@@ -57,7 +47,7 @@ class SanaText(PromptEncoder):
         return {"tokenizer": TOKENS - 1}  # the instruction's last token may join with the prompt's first
 
     def _answer(self, prompt: str, negative: bool) -> Cond:
-        before = "" if negative else instruction()
+        before = "" if negative else sana_instruction()
         tokenizer = self.parts["tokenizer"]
         length = TOKENS if negative else len(tokenizer.encode(before)) + TOKENS - 2
         tokens = self._tokenized(tokenizer, before + prompt.lower().strip(), length)
