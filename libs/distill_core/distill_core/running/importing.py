@@ -136,18 +136,16 @@ def check_finite(model: Any) -> None:
         ArtifactError: the first of them by name.
     """
     text = getattr(model, "text", None)
-    modules = {
-        "": getattr(model, "adapted", model),
-        "vae.": getattr(model, "codec", None),
-        "text_encoder.": getattr(text, "model", None),
-        "text_encoder_2.": getattr(text, "model_2", None),
-    }
+    modules = {"": getattr(model, "adapted", model), "vae": getattr(model, "codec", None)}
+    modules |= {} if text is None else text.parts
     for part, module in modules.items():
         if not isinstance(module, torch.nn.Module):
             continue
         for name, value in module.state_dict().items():
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise ArtifactError(f"the weights are damaged: {part}{name} has values that are not finite")
+                raise ArtifactError(
+                    f"the weights are damaged: {part}{'.' if part else ''}{name} has values that are not finite"
+                )
 
 
 def _adjust(model: Any, wish: Wish, found: _Found) -> None:
@@ -312,9 +310,8 @@ def _with_text(base: Any, lora: Any) -> Denoiser:
     """A plain denoiser with the factors of its network and its text encoders added in."""
     text = base.text.copied()
     for part, factors in lora.text.items():
-        model = text.model if part == "text_encoder" else text.model_2
         for name, (down, up) in factors.items():
-            weight = model.get_submodule(name).weight
+            weight = text.parts[part].get_submodule(name).weight
             weight.data += (up.flatten(1) @ down.flatten(1)).reshape(weight.shape).to(weight)
     whole: Any = LoraDenoiser.of_factors(base, lora.network).merged() if lora.network else base
     merged: Denoiser = whole.with_text(text)

@@ -18,7 +18,7 @@ from distill_core.errors import ArtifactError
 from distill_core.networks.adapter_configs import AdapterConfig, adapter_config_of
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.foreign.weights import read_safetensors
-from distill_core.networks.lora_formats.keys import NETWORK, TEXT, Key, Role, parsed
+from distill_core.networks.lora_formats.keys import NETWORK, Key, Role, parsed
 from distill_core.networks.lora_formats.names import SWAPPED, Names, names_of, text_names
 from distill_core.networks.peft_io import PAIRED, Factors
 
@@ -67,8 +67,8 @@ class Lora:
 def parts_of(base: Denoiser) -> dict[str, Part]:
     """What of a denoiser a LoRA can adapt: its network, and its text encoders."""
     text = getattr(base, "text", None)
-    models = {TEXT: getattr(text, "model", None), f"{TEXT}_2": getattr(text, "model_2", None)}
-    encoders = {name: Part.of(model, text=True) for name, model in models.items() if model is not None}
+    models = {} if text is None else {n: m for n, m in text.parts.items() if isinstance(m, nn.Module)}
+    encoders = {name: Part.of(model, text=True) for name, model in models.items()}
     return {NETWORK: Part.of(getattr(base, "network", base)), **encoders}
 
 
