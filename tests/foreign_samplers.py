@@ -21,12 +21,16 @@ SEED = 11
 SHAPE = (4, 8, 8)
 
 
-def tiny_pipeline(folder: Path, *, prediction: str = "epsilon") -> Path:
-    """The folder, with weights that make a prompt seen in the picture: fresh ones draw the same grey for all."""
+def tiny_pipeline(folder: Path, *, prediction: str = "epsilon", **unet: object) -> Path:
+    """The folder, with weights that make a prompt seen in the picture: fresh ones draw the same grey for all.
+
+    `unet` are arguments of its network.
+    """
     tiny_text_to_image(folder, tokens=16, prediction=prediction)
     random = torch.Generator().manual_seed(2)
     for part, cls, std in (("unet", "UNet2DConditionModel", 0.12), ("vae", "AutoencoderKL", 0.2)):
-        network = getattr(diffusers, cls).from_pretrained(folder / part)
+        made = getattr(diffusers, cls)
+        network = made.from_config({**made.load_config(folder / part), **(unet if part == "unet" else {})})
         for parameter in network.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=std, generator=random)

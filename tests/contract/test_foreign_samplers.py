@@ -78,6 +78,19 @@ def test_a_schedule_that_ends_without_signal_is_drawn_too(name, v_folder, monkey
     compared(under(v_folder, name, **ZERO), monkeypatch, {}, WITHOUT_SIGNAL[name])
 
 
+def test_a_latent_consistency_model_is_told_its_guidance_as_a_number(root, monkeypatch):
+    folder = under(tiny_pipeline(root / "lcm", time_cond_proj_dim=12), "LCM", **SD)
+    denoiser = load_denoiser(folder)
+    assert (denoiser.sampler.num_steps, denoiser.sampler.guidance) == (4, 1.0)
+    cond = denoiser.encode_prompts(PROMPTS)
+    pictures = {}
+    for scale, told in ((8.5, {}), (3.7, {"embedded_guidance": torch.full((2,), 3.7)})):
+        made = generate(denoiser, {**cond, **told}, 2, seed=SEED)
+        pictures[scale] = drawn_by_diffusers(folder, 4, scale, monkeypatch)
+        assert psnr((made.numpy() + 1) / 2, pictures[scale]) >= 90
+    assert psnr(pictures[3.7], pictures[8.5]) < 60
+
+
 def test_fresh_noise_of_a_step_is_an_images_own(folder):
     denoiser = load_denoiser(under(folder, "EulerAncestralDiscrete", **TRAILING))
     cond = denoiser.encode_prompts(PROMPTS)

@@ -164,7 +164,6 @@ def test_a_projecting_text_encoder_is_not_taken_for_a_plain_one(sd):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"time_cond_proj_dim": 16},
         {"class_embed_type": "timestep"},
         {"num_class_embeds": 7},
         {"encoder_hid_dim": 24},

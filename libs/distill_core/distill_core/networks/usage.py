@@ -148,7 +148,10 @@ def _by_hand(denoiser: Denoiser, parts: dict[str, str], inside: str) -> tuple[li
             'truncation=True, return_tensors="pt")',
             'encoder = CLIPTextModel.from_pretrained(".", subfolder="text_encoder")',
         ]
-    code += [*_denoise(denoiser, slot, text), "", *_sampled(denoiser)]
+    if stepped:
+        code += _stepped(denoiser, _arguments(denoiser, slot, text), slot)
+    else:
+        code += [*_denoise(denoiser, slot, text), "", *_sampled(denoiser)]
     if codec is not None:
         code += [
             f'codec = {parts[codec]}.from_pretrained(".", subfolder="{codec}")',

@@ -1,10 +1,15 @@
-"""UNets of diffusers: of pixels or latents with classes or nothing, and of Stable Diffusion 1.x, 2.x and XL."""
+"""UNets of diffusers: of pixels or latents with classes or nothing, and of Stable Diffusion 1.x, 2.x and XL.
+
+A latent consistency model (Luo et al. 2023, arXiv 2310.04378) is told a guidance scale as a number, less one: the
+condition `embedded_guidance` (B,).
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, ImageSpec
@@ -16,6 +21,8 @@ from distill_core.networks.prompts import PromptEncoder
 from distill_core.networks.steering import make_steerable
 from distill_core.networks.text import check_text, text_for
 from distill_core.recipe.tables import NetworkConfig
+
+LCM_GUIDANCE = 8.5  # usual scale of latent consistency models, as their pipeline has it; 3 to 13 are meant
 
 
 class UNet2D(Family):
@@ -47,7 +54,7 @@ class UNet2DCondition(UNet2D):
     interface: ClassVar[tuple[str, ...]] = (
         *UNet2D.interface,
         *("cross_attention_dim", "encoder_hid_dim", "addition_embed_type", "addition_time_embed_dim"),
-        "projection_class_embeddings_input_dim",
+        *("projection_class_embeddings_input_dim", "time_cond_proj_dim"),
     )
 
     guidance: ClassVar[float] = 7.5
@@ -65,6 +72,11 @@ class UNet2DCondition(UNet2D):
         if "nasa_scale" in cond:
             steering = ("negative_prompt_embeds", "nasa_scale")
             extras["cross_attention_kwargs"] = {name: cond[name] for name in steering}
+        width = network.config.time_cond_proj_dim
+        if width is not None:
+            scale = 1000 * (cond["embedded_guidance"] - 1)
+            embedded = get_timestep_embedding(scale, width, flip_sin_to_cos=False, downscale_freq_shift=1)
+            extras["timestep_cond"] = embedded.to(x.dtype)
         prompt = cond["prompt_embeds"].to(x.dtype)
         return without_variance(network(x, time, encoder_hidden_states=prompt, **extras).sample, x)
 
@@ -91,7 +103,11 @@ class UNet2DCondition(UNet2D):
     def cond(self, config: Any, text: PromptEncoder | None) -> CondSpec:
         if text is None:
             raise ArtifactError("this network is conditioned on text, and its folder has no text_encoder/")
-        return text.cond()
+        embedded = None if config.time_cond_proj_dim is None else LCM_GUIDANCE
+        return text.cond().model_copy(update={"embedded_guidance": embedded})
+
+    def usual_guidance(self, config: Any, text: PromptEncoder | None) -> float:
+        return self.guidance if config.time_cond_proj_dim is None else 1.0
 
     def new_text(self, network: NetworkConfig, prompts: list[str] | None) -> PromptEncoder:
         return text_for(network, prompts)

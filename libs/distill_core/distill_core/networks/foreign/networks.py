@@ -15,7 +15,6 @@ _BLOCKS = names(
     """
 )
 _WHY = {
-    "time_cond_proj_dim": "guidance is embedded in the network, as latent consistency models are",
     "class_embed_type": "the network is told numbers beside the noise level",
     "num_class_embeds": "the network is told a class beside the prompt",
     "class_embeddings_concat": "the network is told a class beside the prompt",
@@ -44,7 +43,7 @@ _UNET_2D_CONDITION = (_BLOCKS - _PROMPTED) | names(
     """
     cross_attention_dim transformer_layers_per_block reverse_transformer_layers_per_block use_linear_projection
     upcast_attention resnet_skip_time_act resnet_out_scale_factor time_embedding_type time_embedding_act_fn
-    timestep_post_act conv_in_kernel conv_out_kernel mid_block_only_cross_attention
+    time_cond_proj_dim timestep_post_act conv_in_kernel conv_out_kernel mid_block_only_cross_attention
     addition_embed_type addition_time_embed_dim projection_class_embeddings_input_dim
     """
 )  # the last line is for `text.check_text`
