@@ -89,9 +89,14 @@ class Denoiser(nn.Module, abc.ABC):
     def guided(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None, guidance: float | Tensor) -> Tensor:
         """x0 under classifier-free guidance, both halves in one pass; `guidance` is one scale or one per sample (B,).
 
-        The number 1 costs one evaluation. A negative prompt in `cond` takes the null condition's place, unless it
-        steers the attention (`nasa_scale`): then it does so in the half with the condition alone.
+        The number 1 costs one evaluation, and where the network is told its guidance, any does. A negative prompt in
+        `cond` takes the null condition's place, unless it steers the attention (`nasa_scale`): then it does so in the
+        half with the condition alone.
         """
+        if self.sampler.guidance_range is not None:
+            scale = guidance if isinstance(guidance, Tensor) else sigma.new_full((len(x_sigma),), guidance)
+            told: Tensor = self(x_sigma, sigma, {**(cond or self.null_cond(len(x_sigma))), "guidance": scale})
+            return told
         if not cond or (not isinstance(guidance, Tensor) and guidance == 1):
             return self(x_sigma, sigma, cond)
         both = self._both_halves(cond, len(x_sigma))

@@ -7,7 +7,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -27,6 +27,7 @@ from distill_core.networks.diffusers_codec import decode_latent, to_latent, unsc
 from distill_core.networks.diffusers_plain import opens, pipeline_class, plain_use
 from distill_core.networks.diffusers_schedule import schedule_of
 from distill_core.networks.fake_tensors import real_tensors
+from distill_core.networks.scalar_conditions import add_scalars, packed, save_scalars, without_scalars
 from distill_core.networks.steering import make_steerable
 from distill_core.networks.text import TextEncoder
 from distill_core.networks.tileable import decode_wrapped, wrap_around
@@ -42,6 +43,9 @@ class Sidecar(Config):
     cond: CondSpec
     sampler: SamplerSpec
     parameterisation: Parameterisation
+    scalars: tuple[
+        Literal["guidance", "gamma"], ...
+    ] = ()  # what the network is told beside level and condition
 
 
 class DiffusersDenoiser(Denoiser):
@@ -64,6 +68,7 @@ class DiffusersDenoiser(Denoiser):
         self.schedule = schedule_of(scheduler)
         self.image, self.cond, self.sampler = sidecar.image, sidecar.cond, sidecar.sampler
         self.parameterisation: Parameterisation = sidecar.parameterisation
+        self.scalars = sidecar.scalars
         # Frozen companions live outside the module tree: they are not trained, copied per role, or averaged.
         self._companions: dict[str, Any] = {"codec": codec, "text": text}
         if isinstance(network, diffusers.UNet2DConditionModel):
@@ -162,7 +167,12 @@ class DiffusersDenoiser(Denoiser):
     def save(self, folder: Path) -> None:
         """Write a folder that plain diffusers opens, with our `distillery.json` and words on its use beside."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.network.save_pretrained(folder / self._slot())
+        if self.scalars:
+            with without_scalars(self.network) as projections:
+                self.network.save_pretrained(folder / self._slot())
+            save_scalars(projections, folder)
+        else:
+            self.network.save_pretrained(folder / self._slot())
         self.save_description(folder, self.save_companions(folder))
 
     def save_description(
@@ -181,7 +191,7 @@ class DiffusersDenoiser(Denoiser):
             use = plain_use(self.scheduler, self.schedule, self.sampler, self.parameterisation, pipeline)
         use.scheduler.save_pretrained(folder / "scheduler")
         parts["scheduler"] = use.scheduler
-        if pipeline is not None and not opens(use, self.sampler, pipeline):
+        if pipeline is not None and (self.scalars or not opens(use, self.sampler, pipeline)):
             pipeline = None
         if pipeline is not None and companions is not None:  # else the folder opens part by part
             options = {} if self.text is None else self.text.options
@@ -218,8 +228,21 @@ class DiffusersDenoiser(Denoiser):
 
     def _sidecar(self) -> Sidecar:
         return Sidecar(
-            image=self.image, cond=self.cond, sampler=self.sampler, parameterisation=self.parameterisation
+            image=self.image,
+            cond=self.cond,
+            sampler=self.sampler,
+            parameterisation=self.parameterisation,
+            scalars=self.scalars,
         )
+
+    def tell(self, *names: Literal["guidance", "gamma"]) -> None:
+        """Give the network further inputs, which change nothing until they are trained."""
+        new = tuple(name for name in names if name not in self.scalars)
+        if new and self.scalars:
+            raise ConfigError(f"this model is told {self.scalars[0]} already, and takes no further input")
+        if new:
+            add_scalars(self.network, new)
+            self.scalars = new
 
     def card(self) -> Card:
         """Facts that the manifest keeps."""
@@ -241,7 +264,10 @@ class DiffusersDenoiser(Denoiser):
     def _call(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         if isinstance(self.network, diffusers.UNet2DConditionModel):
             prompt = cond["prompt_embeds"].to(x.dtype)
-            output = self.network(x, time, encoder_hidden_states=prompt, **self._text_extras(x, cond)).sample
+            extras = self._text_extras(x, cond)
+            if self.scalars:
+                extras["class_labels"] = packed(self.scalars, None, cond, x)
+            output = self.network(x, time, encoder_hidden_states=prompt, **extras).sample
             return _predicted(output, x)
         if "nasa_scale" in cond:
             raise ConfigError(
@@ -253,6 +279,9 @@ class DiffusersDenoiser(Denoiser):
         if self._slot() == "transformer":
             if labels is None:  # a DiT always has a label table; unconditional ones use their only row
                 labels = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+        if self.scalars:
+            labels = packed(self.scalars, labels, cond, x)
+        if self._slot() == "transformer":
             return _predicted(self.network(x, timestep=time, class_labels=labels).sample, x)
         return _predicted(self.network(x, time, class_labels=labels).sample, x)
 

@@ -23,6 +23,7 @@ from distill_core.networks.foreign.networks import CODECS, NETWORKS
 from distill_core.networks.foreign.schedulers import SCHEDULERS
 from distill_core.networks.foreign.weights import variant_of
 from distill_core.networks.foreign_configs import check_numbers
+from distill_core.networks.scalar_conditions import load_scalars
 from distill_core.networks.text import load_text_encoder
 
 CONFIG, SCHEDULER_CONFIG = "config.json", "scheduler_config.json"
@@ -72,6 +73,8 @@ def load_denoiser(
         check_fit(folder / slot / CONFIG, network, scheduler, **shared)
         sidecar = sidecar or derived_sidecar(folder / slot / CONFIG, network, scheduler, index, **shared)
         denoiser = DiffusersDenoiser(network, scheduler, sidecar, **shared)
+        if sidecar.scalars:
+            load_scalars(network, sidecar.scalars, folder)
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
         raise ArtifactError(
             f"{folder} is damaged: its settings do not fit together: {_reason(error)}"
