@@ -43,6 +43,7 @@ METHODS = {  # a shipped recipe, and what of it cannot be said of these teachers
     "tscd": {},
     "mlcm": {},
     "scott": {},
+    "slam": {},
 }
 TUNED = {
     "pso": {},

@@ -191,7 +191,7 @@ class DiffusersDenoiser(Denoiser):
             use = plain_use(self.scheduler, self.schedule, self.sampler, self.parameterisation, pipeline)
         use.scheduler.save_pretrained(folder / "scheduler")
         parts["scheduler"] = use.scheduler
-        if pipeline is not None and (self.scalars or not opens(use, self.sampler, pipeline)):
+        if pipeline is not None and ("guidance" in self.scalars or not opens(use, self.sampler, pipeline)):
             pipeline = None
         if pipeline is not None and companions is not None:  # else the folder opens part by part
             options = {} if self.text is None else self.text.options
