@@ -48,6 +48,7 @@ METHODS = {  # a shipped recipe, and what of it cannot be said of these teachers
     "tscd": {},
     "mlcm": {},
     "scott": {},
+    "slam": {},
 }
 TUNED = {
     "pso": {},

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from distill_core.diffusion.solvers import SolverConfig, advance
-from distill_core.diffusion.trajectory import jump
+from distill_core.diffusion.trajectory import jump, renoise
 from distill_core.errors import ConfigError
 from distill_core.method import Batch
-from distill_core.methods.diffusion import consistency, lcm, mlcm, scott, tscd
-from distill_core.methods.diffusion._consistency import ConsistencyConfig
+from distill_core.methods.diffusion import consistency, lcm, mlcm, scott, slam, tscd
+from distill_core.methods.diffusion._consistency import ConsistencyConfig, Points
+from distill_core.networks.diffusers_new import build_denoiser
+from distill_core.recipe.tables import NetworkConfig
+from tests.helpers import TINY_NETWORKS
 from tests.oracles import MixtureDenoiser
 
 COND = {"class_label": torch.tensor([0, 1, 2, 1, 0, 2, 3, 1])}
@@ -146,3 +149,43 @@ def test_steps_and_segments_that_do_not_lie_on_the_grid_are_refused(module, valu
     config = getattr(module, "Config", ConsistencyConfig)
     with pytest.raises(ConfigError, match=sentence):
         config.parse(values, where="config")
+
+
+def between(count=20_000):
+    """Forward-coupled neighbours x = x' + noise, as Points."""
+    torch.manual_seed(0)
+    sigma, following = torch.full((count,), 1.9), torch.full((count,), 1.1)
+    x0 = torch.zeros(count, 1, 1, 1)
+    moved = x0 + 1.1 * torch.randn(count, 1, 1, 1)
+    x = renoise(moved, following, sigma)
+    return Points(x, moved, sigma, following, 0 * sigma, {})
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.7, 1.0])
+def test_a_point_on_the_sub_path_has_the_noise_that_its_level_says(gamma):
+    points = between()
+    x, level = slam.sub_path_point(points, torch.full_like(points.sigma, gamma))
+    assert float(x.std()) == pytest.approx(float(level[0]), rel=0.02)
+    assert (gamma == 1) == torch.equal(x, points.x)
+    assert (gamma == 1) == torch.equal(level, points.sigma)
+
+
+def test_asked_at_the_sample_alone_the_sub_path_is_plain_consistency_to_the_bit():
+    torch.manual_seed(0)
+    network = NetworkConfig(name="DiTTransformer2DModel", args=TINY_NETWORKS["DiTTransformer2DModel"])
+    teacher = build_denoiser(network, parameterisation="edm", shape=(1, 8, 8), num_classes=10)
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    options = {"num_levels": 8, "step_counts": (1, 2), "guidance": 1.0, "distance": "l2"}
+    sub = slam.SLAM(slam.Config(at_sample=1.0, **options), teacher=teacher, student=copy.deepcopy(teacher))
+    plain = consistency.Consistency(
+        ConsistencyConfig(solver=SolverConfig(), **options), teacher=teacher, student=copy.deepcopy(teacher)
+    )
+    losses = []
+    for method in (sub, plain):
+        torch.manual_seed(4)
+        data = Batch.of(8, torch.randn(8, 1, 8, 8), {"class_label": torch.arange(8)})
+        (update,) = method.updates(data, 0)
+        losses.append(update.loss)
+    assert torch.equal(losses[0], losses[1])
+    assert losses[0] > 0

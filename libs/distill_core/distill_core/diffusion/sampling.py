@@ -55,6 +55,10 @@ class SamplerSpec(Config):
     )
     assumed: str = ""  # what a foreign folder did not say and was taken for granted when it was read
 
+    guidance_range: tuple[float, float] | None = (
+        None  # the network is told its guidance, and was trained for these; one evaluation a step
+    )
+
     @model_validator(mode="after")
     def _levels(self) -> SamplerSpec:
         if self.kind == "few_step" and (
@@ -140,7 +144,14 @@ class SamplerSpec(Config):
 
     def check_guidance(self, guidance: float) -> None:
         """Refuse a guidance scale that this model cannot honour."""
-        if not self.guidable and guidance != self.guidance:
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            if not low <= guidance <= high:
+                raise ConfigError(
+                    f"guidance = {guidance:g} is not allowed: this student was distilled for {low:g} to {high:g}",
+                    field="guidance",
+                )
+        elif not self.guidable and guidance != self.guidance:
             raise ConfigError(
                 f"guidance = {guidance:g} is not allowed: this student was distilled at a fixed guidance, "
                 f"leave it out or give {self.guidance:g}",

@@ -106,9 +106,15 @@ class Denoiser(nn.Module, abc.ABC):
     ) -> Tensor:
         """x0 under classifier-free guidance, both halves in one pass; `guidance` is one scale or one per sample (B,).
 
-        The number 1 costs one evaluation. A negative prompt in `cond` takes the null condition's place, unless it
-        steers the attention (`nasa_scale`): then it does so in the half with the condition alone.
+        The number 1 costs one evaluation, and where the network is told its guidance, any does. A negative prompt in
+        `cond` takes the null condition's place, unless it steers the attention (`nasa_scale`): then it does so in the
+        half with the condition alone.
         """
+        if self.sampler.guidance_range is not None:
+            scale = guidance if isinstance(guidance, Tensor) else sigma.new_full((len(x_sigma),), guidance)
+            with_scale = {**(cond or self.null_cond(len(x_sigma))), "guidance": scale}
+            answer: Tensor = self(x_sigma, sigma, with_scale, *(() if time is None else (time,)))
+            return answer
         told = () if time is None else (time,)
         if not cond or (not isinstance(guidance, Tensor) and guidance == 1):
             return self(x_sigma, sigma, cond, *told)

@@ -7,7 +7,7 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -29,6 +29,7 @@ from distill_core.networks.diffusers_schedule import schedule_of
 from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.families import family_of
 from distill_core.networks.prompts import PromptEncoder
+from distill_core.networks.scalar_conditions import add_scalars, packed, save_scalars, without_scalars
 from distill_core.networks.tileable import decode_wrapped, wrap_around
 from distill_core.networks.usage import Place, usage
 
@@ -42,6 +43,9 @@ class Sidecar(Config):
     cond: CondSpec
     sampler: SamplerSpec
     parameterisation: Parameterisation
+    scalars: tuple[
+        Literal["guidance", "gamma"], ...
+    ] = ()  # what the network is told beside level and condition
 
 
 class DiffusersDenoiser(Denoiser):
@@ -64,6 +68,7 @@ class DiffusersDenoiser(Denoiser):
         self.schedule = schedule_of(scheduler)
         self.image, self.cond, self.sampler = sidecar.image, sidecar.cond, sidecar.sampler
         self.parameterisation: Parameterisation = sidecar.parameterisation
+        self.scalars = sidecar.scalars
         # Frozen companions live outside the module tree: they are not trained, copied per role, or averaged.
         self._companions: dict[str, Any] = {"codec": codec, "text": text}
         self.family = family_of(network)
@@ -119,6 +124,8 @@ class DiffusersDenoiser(Denoiser):
     ) -> Tensor:
         scaled = x_sigma * expand(self.schedule.scale(sigma), x_sigma)
         cond = self._with_null(cond, x_sigma.shape[0])  # len() would bake the batch into an exported graph
+        if self.scalars:
+            cond = {**cond, "class_label": packed(self.scalars, cond.get("class_label"), cond, scaled)}
         told = self.schedule.network_time(sigma) if time is None else time
         output = self.family.call(self.network, scaled, told, cond, self.image)
         x0 = to_x0(
@@ -172,7 +179,12 @@ class DiffusersDenoiser(Denoiser):
     def save(self, folder: Path) -> None:
         """Write a folder that plain diffusers opens, with our `distillery.json` and words on its use beside."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.network.save_pretrained(folder / self._slot())
+        if self.scalars:
+            with without_scalars(self.network) as projections:
+                self.network.save_pretrained(folder / self._slot())
+            save_scalars(projections, folder)
+        else:
+            self.network.save_pretrained(folder / self._slot())
         self.save_description(folder, self.save_companions(folder))
 
     def save_description(
@@ -193,7 +205,7 @@ class DiffusersDenoiser(Denoiser):
             use = plain_use(self.scheduler, self.schedule, self.sampler, self.parameterisation, pipeline)
         use.scheduler.save_pretrained(folder / "scheduler")
         parts["scheduler"] = use.scheduler
-        if pipeline is not None and not opens(use, self.sampler, pipeline):
+        if pipeline is not None and ("guidance" in self.scalars or not opens(use, self.sampler, pipeline)):
             pipeline = None
         if pipeline is not None and companions is not None:  # else the folder opens part by part
             options = {} if self.text is None else self.text.options
@@ -229,8 +241,21 @@ class DiffusersDenoiser(Denoiser):
 
     def _sidecar(self) -> Sidecar:
         return Sidecar(
-            image=self.image, cond=self.cond, sampler=self.sampler, parameterisation=self.parameterisation
+            image=self.image,
+            cond=self.cond,
+            sampler=self.sampler,
+            parameterisation=self.parameterisation,
+            scalars=self.scalars,
         )
+
+    def tell(self, *names: Literal["guidance", "gamma"]) -> None:
+        """Give the network further inputs, which change nothing until they are trained."""
+        new = tuple(name for name in names if name not in self.scalars)
+        if new and self.scalars:
+            raise ConfigError(f"this model is told {self.scalars[0]} already, and takes no further input")
+        if new:
+            add_scalars(self.network, new)
+            self.scalars = new
 
     def card(self) -> Card:
         """Facts that the manifest keeps."""

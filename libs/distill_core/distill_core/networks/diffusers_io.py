@@ -25,6 +25,7 @@ from distill_core.networks.foreign.schedulers import SCHEDULERS
 from distill_core.networks.foreign.weights import variant_of
 from distill_core.networks.foreign_configs import check_numbers
 from distill_core.networks.prompts import PromptEncoder
+from distill_core.networks.scalar_conditions import load_scalars
 from distill_core.networks.text import load_text_encoder
 
 SLOTS = ("unet", "transformer")
@@ -87,6 +88,8 @@ def load_denoiser(
         if shared["text"] is not None and sidecar.cond.max_tokens:
             shared["text"].read_tokens(sidecar.cond.max_tokens)
         denoiser = DiffusersDenoiser(network, scheduler, sidecar, **shared)
+        if sidecar.scalars:
+            load_scalars(network, sidecar.scalars, folder)
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
         raise ArtifactError(
             f"{folder} is damaged: its settings do not fit together: {_reason(error)}"

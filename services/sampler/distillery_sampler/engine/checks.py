@@ -198,9 +198,8 @@ def image_key(request: GenerateRequest, manifest: Manifest) -> ImageKey:
     guidance = spec.guidance if request.guidance is None else request.guidance
     negative = any(request.negative_prompts)
     if not spec.guidable:
-        return ImageKey(
-            num_steps, 1.0, negative="attention" if negative else ""
-        )  # it is in the weights already
+        told = guidance if spec.guidance_range is not None else 1.0  # else it is in the weights already
+        return ImageKey(num_steps, told, negative="attention" if negative else "")
     if guidance != 1 and not can_guide(manifest):
         if request.guidance is not None:
             raise ConfigError(

@@ -54,6 +54,8 @@ def facts(card: Card) -> dict[str, Any]:
 
 def why_not_exported(card: Card) -> str:
     """Why no graph is made of such a model; "" where there is one."""
+    if card.sampler is not None and card.sampler.guidance_range is not None:
+        return "students that are told their guidance have no graph yet that takes it; serve them with torch"
     cond = card.cond
     if cond is None or cond.kind != "prompt":
         return ""

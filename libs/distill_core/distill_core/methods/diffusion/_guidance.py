@@ -46,7 +46,11 @@ class GuidanceDistillation(Method):
         with torch.no_grad():
             taught = self.teacher.guided(x, sigma, batch.cond, guidance)
         answer = self.student(x, sigma, self.told(batch.cond, guidance))
-        yield Update("student", denoising_loss(answer, taught, sigma, self.teacher.schedule))
+        yield Update("student", self.loss(answer, taught, sigma))
+
+    def loss(self, answer: Tensor, taught: Tensor, sigma: Tensor) -> Tensor:
+        """The teacher's own loss (scalar) with its guided prediction in the place of the data."""
+        return denoising_loss(answer, taught, sigma, self.teacher.schedule)
 
     def guidance(self, batch: Batch) -> float | Tensor:
         """The scale of each item (B,), or of all."""
@@ -70,7 +74,7 @@ class GuidanceDistillation(Method):
         count = min(config.num_samples, COMPARED)
         for suffix, scale in self.compared().items():
             wanted = self.made(self.teacher, count, config.seed, scale)
-            answers = {
+            answers: dict[str, tuple[Denoiser, float]] = {
                 "guided_error": (self.student, self.asked(scale)),
                 "unguided_error": (self.teacher, 1.0),
             }

@@ -18,8 +18,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill_core.diffusion.grids import LevelGrid
+from distill_core.diffusion.guidance import GuidanceLaw
 from distill_core.diffusion.solvers import SolverConfig, walk
 from distill_core.diffusion.trajectory import invert_jump
+from distill_core.errors import ConfigError
 from distill_core.losses.denoising import add_noise
 from distill_core.losses.distance import l2, truncated_snr
 from distill_core.method import Batch, Cond, Method, MethodConfig, Stage, Update
@@ -52,6 +54,11 @@ class Progressive(Method):
     def __init__(self, config: Config, *, teacher: Denoiser, student: Denoiser) -> None:
         super().__init__()
         self.config, self.teacher, self.student = config, teacher, student
+        if config.guidance != 1 and teacher.sampler.guidance_range is not None:
+            raise ConfigError(
+                "this teacher is told its guidance, and all of its range is distilled; leave config.guidance out",
+                field="config.guidance",
+            )
         if config.guidance != 1:  # what the student is measured beside
             teacher.sampler = teacher.sampler.model_copy(update={"guidance": config.guidance})
         self.former = copy.deepcopy(student).requires_grad_(False)
@@ -79,11 +86,19 @@ class Progressive(Method):
         half, index = self.finest.coarse(2 * len(self.grid)), self.grid.draw(batch.size, self.device)
         levels = [half.at(2 * index + number) for number in range(3)]
         x = add_noise(self.teacher.encode(batch.columns["x0"]), levels[0])
-        target = self.target(x, levels, batch.cond)
-        error = l2(self.student(x, levels[0], batch.cond), target)
+        cond = self.told(batch)
+        target = self.target(x, levels, cond)
+        error = l2(self.student(x, levels[0], cond), target)
         yield Update(
             "student", (truncated_snr(levels[0]) * error).mean(), {"x0_error": error.detach().mean()}
         )
+
+    def told(self, batch: Batch) -> Cond:
+        """The condition of teacher and student: with a guidance of its range, where the teacher is told one."""
+        allowed = self.teacher.sampler.guidance_range
+        if allowed is None:
+            return batch.cond
+        return {**batch.cond, "guidance": GuidanceLaw(*allowed).draw(batch.index.float())}
 
     @torch.no_grad()
     def target(self, x: Tensor, levels: list[Tensor], cond: Cond) -> Tensor:
@@ -91,6 +106,9 @@ class Progressive(Method):
         first = len(self.grid) == self.config.start_steps
 
         def denoise(x_sigma: Tensor, sigma: Tensor) -> Tensor:
+            if first and "guidance" in cond:
+                told: Tensor = self.teacher(x_sigma, sigma, cond)
+                return told
             if first:
                 return self.teacher.guided(x_sigma, sigma, cond, self.config.guidance)
             answer: Tensor = self.former(x_sigma, sigma, cond)
@@ -102,5 +120,9 @@ class Progressive(Method):
     def _made_for(self, count: int) -> LevelGrid:
         """The grid of a student of `count` steps, which samples on it from now on."""
         grid = self.finest.coarse(count)
-        self.student.sampler = few_step_sampler(self.student, grid.levels[:-1], eta=0.0)
+        spec, taught = few_step_sampler(self.student, grid.levels[:-1], eta=0.0), self.teacher.sampler
+        if taught.guidance_range is not None:
+            told = {"guidance": taught.guidance, "guidance_range": taught.guidance_range}
+            spec = spec.model_copy(update=told)
+        self.student.sampler = spec
         return grid

@@ -72,6 +72,8 @@ class UNet2DCondition(UNet2D):
         if "nasa_scale" in cond:
             steering = ("negative_prompt_embeds", "nasa_scale")
             extras["cross_attention_kwargs"] = {name: cond[name] for name in steering}
+        if "class_label" in cond:  # the further scalars of `networks.scalar_conditions`
+            extras["class_labels"] = cond["class_label"]
         width = network.config.time_cond_proj_dim
         if width is not None:
             scale = 1000 * (cond["embedded_guidance"] - 1)
