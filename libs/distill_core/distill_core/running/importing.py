@@ -333,4 +333,6 @@ def _prediction(folder: Path) -> str:
         table: Mapping[str, Any] = read_table(folder / "scheduler" / "scheduler_config.json")
     except (OSError, ValueError):  # said where the folder is read
         return "what it was trained for"
+    if str(table.get("_class_name")).startswith("FlowMatch") or table.get("use_flow_sigmas"):
+        return "the velocity of a flow"
     return str(table.get("prediction_type", "epsilon"))
