@@ -227,15 +227,12 @@ def _single_file(checkpoint: Any, wish: Wish, context: Context) -> _Found:
             "of --config FOLDER, a pipeline of that kind, and --base NAME@VERSION, such a model in the store",
             field="config",
         )
+    parents: tuple[str, ...] = ()
+    config, licence = Path(str(wish.config)), ""
     if wish.base is not None:
         parent = context.store.manifest(wish.base)
-        config, parents, licence = (
-            context.folder(ModelSource(artifact=parent.ref)),
-            (parent.ref,),
-            parent.licence,
-        )
-    else:
-        config, parents, licence = Path(str(wish.config)), (), ""
+        config, licence = context.folder(ModelSource(artifact=parent.ref)), parent.licence
+        parents = (parent.ref,)
     if not (config / "unet" / "config.json").is_file():
         raise ConfigError(
             f"{config} is no pipeline's folder with a UNet; it has no unet/config.json", field="config"
