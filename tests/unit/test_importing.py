@@ -21,6 +21,7 @@ from distill_core.kinds.cards import generator_card
 from distill_core.networks.adapters import LoraDenoiser, plain
 from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.generation import generate
+from distill_core.networks.lora_formats.names import original_names
 from distill_core.networks.lora_formats.reading import parts_of
 from distill_core.networks.single_file_names import (
     clip_entries,
@@ -31,6 +32,7 @@ from distill_core.networks.single_file_names import (
 from distill_service.settings import settings
 from distillery_cli.app import main
 from tests.helpers import tiny_sdxl, tiny_text_to_image
+from tests.tiny_pipelines import tiny_flux
 
 KINDS = {"sd": tiny_text_to_image, "sdxl": tiny_sdxl}
 
@@ -377,6 +379,40 @@ def test_a_folder_with_one_lora_file_is_that_file(bases, where, cli, tmp_path):
     code, said = cli(tmp_path, "--name", "in-a-folder", "--base", bases["sd"], "--dry-run")
     assert code == 0, said
     assert said["recognised"].startswith("a LoRA in kohya keys")
+
+
+def test_a_kohya_file_of_flux_is_read_over_it_and_loads_again_in_plain_diffusers(where, cli, tmp_path):
+    folder = tiny_flux(tmp_path / "flux")
+    code, said = cli(folder, "--name", "flux")
+    assert code == 0, said
+    assert said["assumed"][0] == "it predicts the velocity of a flow, as its scheduler says"
+    base = where.artifact("flux")
+    shapes, generator = parts_of(base)["network"].shapes, torch.Generator().manual_seed(0)
+    before, expected, tensors = base.network.state_dict(), {}, {}
+    for name, layers in original_names(shapes).items():
+        rows = [shapes[layer][0] for layer in layers]
+        down = 0.1 * torch.randn(2, shapes[layers[0]][1], generator=generator)
+        up = 0.1 * torch.randn(sum(rows), 2, generator=generator)
+        key = f"lora_unet_{name.replace('.', '_')}"
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        tensors[f"{key}.alpha"] = torch.tensor(1.3)
+        product = up @ down * 1.3 / 2
+        if layers == ("norm_out.linear",):  # its shift is before its scale there
+            product = torch.cat(product.chunk(2)[::-1])
+        expected |= dict(zip(layers, product.split(rows), strict=True))
+    save_file(tensors, tmp_path / "style.safetensors")
+    code, said = cli(tmp_path / "style.safetensors", "--name", "flux-style", "--base", "flux")
+    assert code == 0, said
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(where.store.fetch("flux-style"))
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    ours = plain(where.artifact("flux-style")).network.state_dict()
+    assert len(expected) == len(shapes)
+    for state in (ours, pipeline.transformer.state_dict()):
+        for path, product in expected.items():
+            gained = state[f"{path}.weight"] - before[f"{path}.weight"]
+            torch.testing.assert_close(gained, product, atol=1e-6, rtol=1e-4, msg=path)
 
 
 # -- mistakes -----------------------------------------------------------------------------------------------

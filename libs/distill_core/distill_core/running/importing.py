@@ -227,15 +227,12 @@ def _single_file(checkpoint: Any, wish: Wish, context: Context) -> _Found:
             "of --config FOLDER, a pipeline of that kind, and --base NAME@VERSION, such a model in the store",
             field="config",
         )
+    parents: tuple[str, ...] = ()
+    config, licence = Path(str(wish.config)), ""
     if wish.base is not None:
         parent = context.store.manifest(wish.base)
-        config, parents, licence = (
-            context.folder(ModelSource(artifact=parent.ref)),
-            (parent.ref,),
-            parent.licence,
-        )
-    else:
-        config, parents, licence = Path(str(wish.config)), (), ""
+        config, licence = context.folder(ModelSource(artifact=parent.ref)), parent.licence
+        parents = (parent.ref,)
     if not (config / "unet" / "config.json").is_file():
         raise ConfigError(
             f"{config} is no pipeline's folder with a UNet; it has no unet/config.json", field="config"
@@ -333,4 +330,6 @@ def _prediction(folder: Path) -> str:
         table: Mapping[str, Any] = read_table(folder / "scheduler" / "scheduler_config.json")
     except (OSError, ValueError):  # said where the folder is read
         return "what it was trained for"
+    if str(table.get("_class_name")).startswith("FlowMatch") or table.get("use_flow_sigmas"):
+        return "the velocity of a flow"
     return str(table.get("prediction_type", "epsilon"))

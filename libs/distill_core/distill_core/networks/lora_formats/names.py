@@ -101,7 +101,7 @@ def is_sdxl(paths: Collection[str]) -> bool:
 
 
 def _flux(paths: Collection[str]) -> dict[str, tuple[str, ...]]:
-    names = {name: layers for name, layers in FLUX.items() if layers[0] in paths}
+    names: dict[str, tuple[str, ...]] = {name: layers for name, layers in FLUX.items() if layers[0] in paths}
     for ours, theirs, table in (
         ("transformer_blocks", "double_blocks", DOUBLE),
         ("single_transformer_blocks", "single_blocks", SINGLE),

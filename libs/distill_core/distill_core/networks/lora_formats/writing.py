@@ -16,8 +16,9 @@ from torch import Tensor
 
 from distill_core.errors import ConfigError, nearest
 from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.lora_formats.keys import NETWORK
 from distill_core.networks.lora_formats.names import SWAPPED, is_flux, is_sdxl, original_names
-from distill_core.networks.lora_formats.reading import NETWORK, parts_of
+from distill_core.networks.lora_formats.reading import parts_of
 from distill_core.networks.peft_io import Factors, one_rank
 
 Style = Literal["diffusers", "kohya", "comfyui"]
