@@ -155,10 +155,16 @@ def load_graphs(folder: Path, manifest: Manifest, models: Models | None = None) 
             "need the mask beside the tokens; serve it with torch",
             field="artifact",
         )
+    if denoiser.text is not None and not isinstance(denoiser.text, TextEncoder):
+        raise ArtifactError(
+            f"prompts of a {type(denoiser.network).__name__} are encoded in a way that no graph takes yet; serve it "
+            "with torch",
+            field="artifact",
+        )
     if denoiser.codec is not None:
         ends = functools.lru_cache(maxsize=2)(functools.partial(_ends, graphs[0]))
         graphs += [decoder_graph(denoiser, ends), encoder_graph(denoiser, ends)]
-    if isinstance(denoiser.text, TextEncoder):
+    if denoiser.text is not None:
         graphs.append(text_graph(denoiser.text, denoiser.cond.examples))
         tokenizer = folder / "tokenizer" / "tokenizer.json"  # the form that is read without transformers
         if not tokenizer.is_file():
@@ -330,7 +336,7 @@ def served_condition(
             prompts = [examples[index % len(examples)] if examples else "" for index in range(count)]
             embeds = denoiser.encode_prompts(prompts)["prompt_embeds"]
         else:
-            assert isinstance(text, TextEncoder), "others have no graph: `why_not_exported`"
+            assert isinstance(text, TextEncoder), "`load_graphs` has refused others"
             tokens = fixed_tokens(count, text.max_tokens, text.model.config.vocab_size)
             embeds = text.model(torch.from_numpy(tokens))[0]
     # A plain request's negative prompt counts nothing, as the sampler feeds it.
