@@ -166,7 +166,7 @@ def _chain(scheduler: Any, prediction: str, timesteps: dict[int, tuple[int, ...]
         steps_offset=1,
         timestep_spacing="trailing",
     )
-    found = {
+    found: dict[int, tuple[float, ...]] = {
         count: ()
         for count, times in timesteps.items()
         if times == tuple(range(total - 1, -1, -(total // count))) and total % count == 0
