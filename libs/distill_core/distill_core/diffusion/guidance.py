@@ -53,8 +53,10 @@ class GuidanceLaw:
 
     def draw(self, like: Array) -> float | Array:
         """The scales (B,) of the batch `like` (B, ...); a fixed law gives its number and draws no randomness."""
-        if self.low == self.high:
-            return self.low
+        return self.low if self.low == self.high else self.draw_each(like)
+
+    def draw_each(self, like: Array) -> Array:
+        """The scales (B,) of the batch `like` (B, ...), as an array whether they differ or not."""
         return like.new_empty(len(like)).uniform_(self.low, self.high)
 
     @property

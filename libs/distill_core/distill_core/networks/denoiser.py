@@ -111,8 +111,8 @@ class Denoiser(nn.Module, abc.ABC):
         half with the condition alone.
         """
         if self.sampler.guidance_range is not None:
-            scale = guidance if isinstance(guidance, Tensor) else sigma.new_full((len(x_sigma),), guidance)
-            with_scale = {**(cond or self.null_cond(len(x_sigma))), "guidance": scale}
+            asked = guidance if isinstance(guidance, Tensor) else sigma.new_full((len(x_sigma),), guidance)
+            with_scale = {**(cond or self.null_cond(len(x_sigma))), "guidance": asked}
             answer: Tensor = self(x_sigma, sigma, with_scale, *(() if time is None else (time,)))
             return answer
         told = () if time is None else (time,)

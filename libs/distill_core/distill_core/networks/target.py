@@ -24,7 +24,7 @@ class TargetNetwork(nn.Module):
         self.decay = decay
         self.network = copy.deepcopy(student).requires_grad_(False)
         self._followed = -1  # the last step: micro-batches of one step move it once
-        self.register_load_state_dict_post_hook(_forget)
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def forward(self, x_sigma: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
@@ -36,8 +36,8 @@ class TargetNetwork(nn.Module):
         """Move towards `student`, which training step `step` has changed; once a step."""
         if step != self._followed:
             self._followed = step
-            trained = list(student.parameters())
-            torch._foreach_lerp_(list(self.network.parameters()), trained, 1 - self.decay)
+            own, trained = tuple(self.network.parameters()), tuple(student.parameters())
+            torch._foreach_lerp_(own, trained, 1 - self.decay)
 
 
 def _forget(target: TargetNetwork, keys: object) -> None:

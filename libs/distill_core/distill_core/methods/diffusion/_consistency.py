@@ -11,7 +11,7 @@ At e' = e the boundary condition is exact, whatever the network's parameterisati
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -78,7 +78,7 @@ class ConsistencyDistillation(Method):
         student.sampler = few_step_sampler(student, levels, counts, eta=self.eta)
 
     @classmethod
-    def columns(cls, config: ConsistencyConfig) -> Mapping[str, str]:
+    def columns(cls, config: Any) -> Mapping[str, str]:
         return {"x0": "points on the teacher's trajectories"}
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:

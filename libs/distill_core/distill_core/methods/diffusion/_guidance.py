@@ -7,6 +7,7 @@ min E lambda(s) |D_S(x, s, c) - g(x, s, c)|^2,                          lambda o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class GuidanceDistillation(Method):
         check_guides(teacher)
 
     @classmethod
-    def columns(cls, config: MethodConfig) -> Mapping[str, str]:
+    def columns(cls, config: Any) -> Mapping[str, str]:
         return {"x0": "noised pictures, at which both are asked"}
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:

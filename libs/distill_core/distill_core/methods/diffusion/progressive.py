@@ -98,7 +98,7 @@ class Progressive(Method):
         allowed = self.teacher.sampler.guidance_range
         if allowed is None:
             return batch.cond
-        return {**batch.cond, "guidance": GuidanceLaw(*allowed).draw(batch.index.float())}
+        return {**batch.cond, "guidance": GuidanceLaw(*allowed).draw_each(batch.index.float())}
 
     @torch.no_grad()
     def target(self, x: Tensor, levels: list[Tensor], cond: Cond) -> Tensor:
