@@ -4,8 +4,8 @@
     straighten  min E |v_theta(x_a, l_a) - (x_b - x_a) / (t_b - t_a)|^2     (x_a, x_b): both ends of a step of the grid
 
 x and v are in the schedule's own form there: the error of where the step lands, over the step's share of the grid.
-One student serves one number of steps. A schedule on whose walk even steps are already the best has nothing to gain
-from the grid; straight flow times are such a one, timesteps of a DDPM are not.
+One student serves one number of steps. Where even steps are nearly the best already, as on straight flow times, the
+grid has little to gain; on the timesteps of a DDPM it has much.
 """
 
 from __future__ import annotations
