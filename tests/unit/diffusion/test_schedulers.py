@@ -95,6 +95,7 @@ def cases() -> dict[str, Case]:
         "dpm to the first timestep": (dpm, {**SD, **ends, "lower_order_final": False}, BOTH, {}),
         "dpm sde": (dpm, {**SD, **sde}, BOTH, {}),
         "dpm sde heun": (dpm, {**SD, **sde, "solver_type": "heun", "timestep_spacing": "trailing"}, BOTH, {}),
+        "unipc exponential": (unipc, {**SD, "use_exponential_sigmas": True}, BOTH, {}),
         "unipc karras": (unipc, {**SD, "use_karras_sigmas": True}, BOTH, {}),
         "lcm": (diffusers.LCMScheduler, {}, BOTH, {}),
         "lcm clip": (

@@ -40,7 +40,8 @@ def _betas(spec: SchedulerSpec) -> np.ndarray:
         return np.linspace(*ends, spec.num_train_timesteps, dtype=np.float32) ** 2
     shares = np.arange(spec.num_train_timesteps + 1) / spec.num_train_timesteps
     bars = np.cos((shares + 0.008) / 1.008 * math.pi / 2) ** 2  # Nichol & Dhariwal 2021, Eq. 17
-    return np.minimum(1 - bars[1:] / bars[:-1], MOST_BETA).astype(np.float32)
+    betas: np.ndarray = np.minimum(1 - bars[1:] / bars[:-1], MOST_BETA).astype(np.float32)
+    return betas
 
 
 @functools.lru_cache(maxsize=16)
@@ -49,7 +50,8 @@ def sigmas_of(spec: SchedulerSpec) -> np.ndarray:
     alphas = alphas_cumprod(spec).copy()
     if spec.rescale_betas_zero_snr:
         alphas[-1] = NO_SIGNAL
-    return np.sqrt((1 - alphas) / alphas)
+    sigmas: np.ndarray = np.sqrt((1 - alphas) / alphas)
+    return sigmas
 
 
 def sigma_of(alpha: float) -> float:

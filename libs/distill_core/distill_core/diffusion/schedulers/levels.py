@@ -72,7 +72,8 @@ def _multistep(spec: SchedulerSpec, num_steps: int) -> Levels:
 
 def _whole(spec: SchedulerSpec, times: np.ndarray) -> np.ndarray:
     rounds = spec.spread == "karras" and (spec.beta_schedule != "squaredcos_cap_v2" or spec.name == "unipc")
-    return np.trunc(times.round() if rounds else times)
+    whole: np.ndarray = np.trunc(times.round() if rounds else times)
+    return whole
 
 
 def _last(spec: SchedulerSpec) -> float:
@@ -97,7 +98,8 @@ def _flow_times(spec: SchedulerSpec, num_steps: int, size: Size) -> np.ndarray:
     else:
         ends = np.array([1.0, 1 / spec.num_train_timesteps])
         ends = ends if spec.use_dynamic_shifting else _shifted(ends, spec.shift)
-        times = np.linspace(*ends.astype(np.float32), num_steps)
+        high, low = (float(end) for end in ends.astype(np.float32))
+        times = np.linspace(high, low, num_steps)
     times = (
         _dynamic(spec, times, size, num_steps) if spec.use_dynamic_shifting else _shifted(times, spec.shift)
     )
@@ -135,7 +137,8 @@ def _flow(times: np.ndarray, spec: SchedulerSpec) -> Levels:
 
 def flow_sigmas(times: np.ndarray) -> np.ndarray:
     """Levels of times of flow matching; a large one stands for that of 1."""
-    return np.minimum(times / np.maximum(1 - times, 1 / (2 * INFINITE)), INFINITE)
+    sigmas: np.ndarray = np.minimum(times / np.maximum(1 - times, 1 / (2 * INFINITE)), INFINITE)
+    return sigmas
 
 
 def _integer_flow(spec: SchedulerSpec, num_steps: int) -> Levels:
