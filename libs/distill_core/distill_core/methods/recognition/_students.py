@@ -30,24 +30,32 @@ def use_classes_of(teacher: nn.Module, data: Source, method: str) -> None:
     """Make the labels of `data` those of the teacher.
 
     Raises:
-        ConfigError: the teacher is no classifier, or does not know a class of the data.
+        ConfigError: the teacher is no classifier, does not know a class of the data, or takes other pictures.
     """
-    use_class_names(data, classes_of(teacher, data, method))
+    use_class_names(data, _named_classes(teacher, method))
+    check_classifier(teacher, data.shape or (), "the teacher", field="teacher")
 
 
-def classes_of(teacher: nn.Module, data: Source, method: str, *, field: str = "teacher") -> tuple[str, ...]:
+def classes_of(teacher: nn.Module, data: Source, method: str) -> tuple[str, ...]:
     """The classes that the teacher tells apart in pictures of `data`, by name.
 
     Raises:
         ConfigError: it is no classifier, or takes other pictures.
     """
-    names: tuple[str, ...] = teacher.card().class_names if getattr(teacher, "kind", "") == "predictor" else ()  # type: ignore[operator]
+    names = _named_classes(teacher, method)
+    check_classifier(teacher, data.shape or (), "the teacher", field="teacher")
+    return names
+
+
+def _named_classes(teacher: nn.Module, method: str) -> tuple[str, ...]:
+    names: tuple[str, ...] = ()
+    if getattr(teacher, "kind", "") == "predictor":
+        names = teacher.card().class_names  # type: ignore[operator]
     if not names:
         raise ConfigError(
             f"{method} needs a classifier that names its classes as teacher, e.g. teacher.recipe = 'judge_digits'",
-            field=field,
+            field="teacher",
         )
-    check_classifier(teacher, data.shape or (), "the teacher", field=field)
     return names
 
 
