@@ -6,10 +6,11 @@ condition `embedded_guidance` (B,).
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from diffusers.models.embeddings import get_timestep_embedding
+import torch
 from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, ImageSpec
@@ -23,6 +24,14 @@ from distill_core.networks.text import check_text, text_for
 from distill_core.recipe.tables import NetworkConfig
 
 LCM_GUIDANCE = 8.5  # usual scale of latent consistency models, as their pipeline has it; 3 to 13 are meant
+
+
+def waves(values: Tensor, width: int) -> Tensor:
+    """Sines and cosines (B, width) of `values` (B,) at frequencies from 1 down to 1/10,000 (Vaswani et al. 2017)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=values.device) / (half - 1))
+    angles = values[:, None].float() * frequencies
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
 
 
 class UNet2D(Family):
@@ -76,8 +85,7 @@ class UNet2DCondition(UNet2D):
             extras["class_labels"] = cond["class_label"]
         width = network.config.time_cond_proj_dim
         if width is not None:
-            scale = 1000 * (cond["embedded_guidance"] - 1)
-            embedded = get_timestep_embedding(scale, width, flip_sin_to_cos=False, downscale_freq_shift=1)
+            embedded = waves(1000 * (cond["embedded_guidance"] - 1), width)
             extras["timestep_cond"] = embedded.to(x.dtype)
         prompt = cond["prompt_embeds"].to(x.dtype)
         return without_variance(network(x, time, encoder_hidden_states=prompt, **extras).sample, x)
