@@ -31,8 +31,8 @@ RHO = 7.0  # of the levels between two others (Karras et al. 2022, Eq. 5)
 class SolverConfig(Config):
     """A solver of the teacher's ODE or SDE, and into how many steps it parts an interval."""
 
-    kind: Literal["ddim", "heun", "dpmpp_2m", "sde"] = "ddim"
-    substeps: int = Field(1, ge=1, le=1000)
+    kind: Literal["ddim", "heun", "dpmpp_2m", "sde"] = "ddim"  # of the teacher's step
+    substeps: int = Field(1, ge=1, le=1000)  # that one step is cut into
     eta: float = Field(1.0, ge=0, le=1)  # sde: share of fresh noise
 
 

@@ -31,7 +31,8 @@ class Clip(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def image_features(self, picture: Tensor) -> Tensor:
         """(B, D) of pictures (B, 1 or 3, H, W) in [-1, 1]; differentiable in them."""
@@ -68,7 +69,8 @@ def load_clip(folder: Path, *, device: str = "cpu") -> Clip:
 
 def _preprocessing(folder: Path, model: CLIPModel) -> Preprocessing:
     """The folder's own; without one that of CLIP's training, at the size of the model."""
-    side = int(model.config.vision_config.image_size)  # type: ignore[union-attr]
+    vision: Any = model.config.vision_config
+    side = int(vision.image_size)
     ours = read_preprocessing(folder)
     if ours is None:
         return Preprocessing(resize=side, crop=(side, side), resample="bicubic", mean=MEAN, std=STD)

@@ -34,7 +34,7 @@ class ConsistencyConfig(MethodConfig):
     guidance: float = 1.0  # of the teacher, baked into the student; 1 = off
     solver: SolverConfig = SolverConfig(kind="heun")  # from one level to the next
     target_decay: float = Field(0.95, ge=0, lt=1)  # 0: the student itself, without gradient
-    distance: Distance = "l2"
+    distance: Distance = "l2"  # between the two ends, per item (`losses.distance`)
     step_counts: tuple[int, ...] = Field((1, 2), min_length=1)  # numbers of steps that the student serves
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 
 class Config(MethodConfig):
     guidance_min: float = Field(1.0, ge=0)  # paper: 1 to 5 for pixels, 3 to 15 for Stable Diffusion
-    guidance_max: float = Field(5.0, ge=0)
+    guidance_max: float = Field(5.0, ge=0)  # greatest guidance that is drawn
     told: bool = True  # False: the student is not told, and learns one guidance for all
 
     @model_validator(mode="after")

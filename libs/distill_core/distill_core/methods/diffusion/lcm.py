@@ -23,7 +23,7 @@ class Config(ConsistencyConfig):
     num_levels: int = Field(40, ge=1, le=4096)  # official: 50, of 1000 timesteps
     guidance: float = 8.5  # official: 1 + w, w uniform on 5 to 15
     solver: SolverConfig = SolverConfig(kind="ddim")
-    distance: Distance = "huber"
+    distance: Distance = "huber"  # between the two ends, per item (`losses.distance`)
     step_counts: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1)
 
 

@@ -24,7 +24,7 @@ from distill_core.networks.denoiser import Denoiser
 
 class Config(ConsistencyConfig):
     segments: tuple[int, ...] = Field((8, 4, 2), min_length=1)  # of the stages, in order
-    source: Literal["trajectory", "noised_data"] = "trajectory"
+    source: Literal["trajectory", "noised_data"] = "trajectory"  # of the points that are mapped
     states: int = Field(
         8, ge=1
     )  # of each trajectory, at random; a batch holds batch_size / states trajectories

@@ -28,7 +28,7 @@ from distill_core.recipe.tables import LoraConfig
 
 class Config(ConsistencyConfig):
     solver: SolverConfig = SolverConfig(kind="sde", substeps=4, eta=0.3)
-    distance: Distance = "huber"
+    distance: Distance = "huber"  # between the two ends, per item (`losses.distance`)
     gan_weight: float = Field(0.1, ge=0)  # w
     lora: LoraConfig = LoraConfig(rank=64, alpha=64.0)  # of the discriminator
 

@@ -27,7 +27,7 @@ class Config(ConsistencyConfig):
     num_levels: int = Field(40, ge=1, le=4096)  # official: 50, of 1000 timesteps
     guidance: float = 9.0  # official: 1 + w with w = 8
     solver: SolverConfig = SolverConfig(kind="ddim")
-    distance: Distance = "huber"
+    distance: Distance = "huber"  # between the two ends, per item (`losses.distance`)
     step_counts: tuple[int, ...] = Field((1, 2, 4), min_length=1)
     at_sample: float = Field(0.0, ge=0, le=1)  # share of items with g = 1; official 0, and 1 is LCM
 

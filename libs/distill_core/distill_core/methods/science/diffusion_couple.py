@@ -32,7 +32,7 @@ FLAT = 0.02  # of the whole difference, by which the composition may still chang
 
 
 class Config(MethodConfig):
-    relation: Literal["wagner", "den_broeder"] = "wagner"
+    relation: Literal["wagner", "den_broeder"] = "wagner"  # by volumes, or by normalised concentrations
     smoothing: Literal["gcv", "none"] = (
         "gcv"  # spline by generalised cross-validation; none: through all points
     )

@@ -12,7 +12,7 @@ from distill_core.config import Config
 class CurveArgs(Config):
     """What decides the curve's shape."""
 
-    num_knots: int = Field(ge=2, le=100_000)
+    num_knots: int = Field(ge=2, le=100_000)  # where its values are kept
 
 
 class Curve(nn.Module):
