@@ -148,8 +148,9 @@ def test_a_gate_that_fails_publishes_nothing(converted):
 
 def test_a_network_that_fixes_its_batch_is_refused(tmp_path, monkeypatch):
     denoiser = tiny_denoiser()
-    call = DiffusersDenoiser._call
-    monkeypatch.setattr(DiffusersDenoiser, "_call", lambda self, x, *rest: call(self, x, *rest) * len(x))
+    family = type(denoiser.family)
+    call = family.call
+    monkeypatch.setattr(family, "call", lambda self, net, x, *rest: call(self, net, x, *rest) * len(x))
     store = publish(tmp_path, denoiser)
     with pytest.raises(ArtifactError, match="batch"):
         convert(store, "digits", "onnx-fp32")

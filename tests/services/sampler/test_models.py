@@ -76,7 +76,7 @@ def publish_big(store: ArtifactStore, folder: Path, name: str, mib: int = 4) -> 
     return store.publish(folder / "model", draft)
 
 
-# -- the parity sample ----------------------------------------------------------------------------------------
+# -- the probe picture ----------------------------------------------------------------------------------------
 
 
 def with_parity(store: ArtifactStore, folder: Path, means: np.ndarray, *, name: str = "checked") -> Manifest:
@@ -99,7 +99,7 @@ def test_weights_swapped_under_a_rehashed_manifest_are_refused_and_the_old_versi
         assert refused.state == "failed"
         assert "answers differently than when it was published" in refused.message
         np.testing.assert_array_equal(await ask(engine, "checked"), before)
-        with pytest.raises(ArtifactError, match="parity sample is off by"):
+        with pytest.raises(ArtifactError, match="probe picture is off by"):
             await ask(engine, "checked@2")
 
     run(store, tmp_path, use)

@@ -32,7 +32,7 @@ from distillery_sampler.models.tuning import Tuned, WarmUpRequest, layouts, tune
 from distillery_sampler.settings import SamplerSettings
 
 MAX_TILES = 64  # in a batch, whose pixels are those of one full tile at most
-# of a parity sample, by precision, in [-1, 1]
+# of the probe picture, by precision, in [-1, 1]
 DIFFERENCE = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.1, "int8": 0.25}
 # A model takes no more than so many times its files and so much: what the process grew by beyond is another model's,
 # loaded at the same moment.
@@ -159,7 +159,7 @@ def _first_that_opens(
 
 
 def _warm_up_request(manifest: Manifest) -> WarmUpRequest:
-    """Request that the parity sample was made with; for older versions what it would be."""
+    """Request that the probe picture was made with; for older versions what it would be."""
     card = generator_card(manifest)
     parity, cond, sampler = manifest.parity, card.cond, card.sampler
     assert cond is not None
@@ -169,7 +169,7 @@ def _warm_up_request(manifest: Manifest) -> WarmUpRequest:
         return WarmUpRequest(ImageKey(parity.num_steps, guidance=1.0), item)
     label, prompt = (0 if cond.kind == "class_label" else None), ("" if cond.kind == "prompt" else None)
     return WarmUpRequest(
-        ImageKey(min(sampler.step_counts, default=1), guidance=1.0),
+        ImageKey(sampler.fewest_steps, guidance=1.0),
         ImageItem(SEED, class_label=label, prompt=prompt),
     )
 
@@ -204,7 +204,7 @@ def _compare(manifest: Manifest, picture: np.ndarray, allowed: float) -> None:
     difference = manifest.parity.difference(picture) if manifest.parity else 0.0
     if difference > allowed:
         raise ArtifactError(
-            f"{manifest.ref} answers differently than when it was published: its parity sample is off by "
+            f"{manifest.ref} answers differently than when it was published: its probe picture is off by "
             f"{difference:.2g}, and {allowed:g} is allowed; convert or publish it again"
         )
 
