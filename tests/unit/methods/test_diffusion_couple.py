@@ -173,6 +173,14 @@ def test_a_table_that_is_no_profile_is_refused_by_its_line(rows, said, tmp_path)
         build_source(table(tmp_path, "\n".join(rows)))
 
 
+def test_a_table_is_not_read_beyond_what_a_profile_can_have(tmp_path):
+    options = table(tmp_path, "")
+    with open(options["path"], "wb") as file:
+        file.truncate(10 * 2**30)  # sparse
+    with pytest.raises(DataError, match="has 10737418240 bytes; a table of a profile has at most"):
+        build_source(options)
+
+
 @pytest.mark.parametrize(
     ("fractions", "said"),
     [

@@ -29,6 +29,7 @@ from distill_core.files.text import lines, read_text
 Fraction = Annotated[float, Field(ge=0, le=1)]
 COLUMNS = ("distance", "fraction", "molar_volume")
 MAX_POINTS, LEAST_POINTS = 100_000, 9
+MAX_BYTES = 16 * 2**20  # of a table: 160 for each of the most points
 SIMULATED = frozenset(("ends", "molar_volume", "contraction", "noise", "points", "seed"))
 COEFFICIENT, VOLUME = 0.01, 7.0  # of the simulated couple at N = 0: um^2/s and cm^3/mol
 REACH, CELLS = 8.0, 1201  # of its grid in xi, in lengths sqrt(D t)
@@ -86,6 +87,11 @@ def read_profile(path: Path) -> dict[str, np.ndarray]:
         DataError: a missing, unknown or repeated column, no number, a fraction outside 0 to 1, distances that do not
             rise, or too few points; the sentence names the line.
     """
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise DataError(
+            f"{path} has {path.stat().st_size} bytes; a table of a profile has at most {MAX_BYTES}",
+            field="data.path",
+        )
     try:
         rows = [row for row in csv.reader(lines(read_text(path))) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:

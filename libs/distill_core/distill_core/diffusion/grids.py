@@ -61,3 +61,15 @@ class LevelGrid:
         if count < 1 or len(self) % count:
             raise ValueError(f"{len(self)} intervals do not part into {count}")
         return len(self) // count
+
+
+def check_segments(segments: tuple[int, ...], num_levels: int) -> None:
+    """Refuse numbers of segments that do not part a grid of `num_levels`, or do not fall from stage to stage.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if list(segments) != sorted(set(segments), reverse=True) or segments[-1] < 1:
+        raise ValueError("segments must be positive and strictly descending, e.g. [8, 4, 2]")
+    if any(num_levels % count for count in segments):
+        raise ValueError(f"segments must divide num_levels = {num_levels}, e.g. [8, 4, 2] and 32")

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from distill_core.diffusion.grids import check_segments
 from distill_core.diffusion.solvers import SolverConfig, walk
 from distill_core.method import Batch, Stage
 from distill_core.methods.diffusion._consistency import ConsistencyConfig, ConsistencyDistillation, Points
@@ -33,10 +34,7 @@ class Config(ConsistencyConfig):
 
     @model_validator(mode="after")
     def _segments_part_the_grid(self) -> Self:
-        if list(self.segments) != sorted(set(self.segments), reverse=True) or self.segments[-1] < 1:
-            raise ValueError("segments must be positive and strictly descending, e.g. [8, 4, 2]")
-        if any(self.num_levels % count for count in self.segments):
-            raise ValueError(f"segments must divide num_levels = {self.num_levels}, e.g. [8, 4, 2] and 32")
+        check_segments(self.segments, self.num_levels)
         return self
 
 

@@ -14,6 +14,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from distill_core.diffusion.grids import check_segments
 from distill_core.diffusion.solvers import SolverConfig
 from distill_core.method import Stage
 from distill_core.methods.diffusion._consistency import ConsistencyConfig, ConsistencyDistillation
@@ -28,10 +29,7 @@ class Config(ConsistencyConfig):
 
     @model_validator(mode="after")
     def _segments_part_the_grid(self) -> Self:
-        if list(self.segments) != sorted(set(self.segments), reverse=True) or self.segments[-1] < 1:
-            raise ValueError("segments must be positive and strictly descending, e.g. [8, 4, 2, 1]")
-        if any(self.num_levels % count for count in self.segments):
-            raise ValueError(f"segments must divide num_levels = {self.num_levels}, e.g. [8, 4, 2, 1] and 32")
+        check_segments(self.segments, self.num_levels)
         return self
 
 
