@@ -55,6 +55,7 @@ def test_a_text_to_image_folder_becomes_a_student_that_is_served_with_its_own_st
             "teacher": {"path": str(folder)},
             "data": own,
             "publish": {"name": "text-student"},
+            "evaluate": {"num_samples": 4},
             **(LORA if form == "lora" else WHOLE),
             **METHODS[name],
         }
