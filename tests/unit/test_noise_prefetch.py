@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from distill_core.diffusion.noise import unit_normal, unit_normals
-from distillery_sampler.engine.noise_prefetch import AT_ONCE, NoisePrefetch, noise
+from distill_core.diffusion.noise import noise_of, unit_normal, unit_normals
+from distillery_sampler.engine.noise_prefetch import AT_ONCE, NoisePrefetch
 from distillery_sampler.engine.requests import ImageItem
 
 
@@ -74,7 +74,7 @@ def test_who_comes_and_goes_faster_than_it_draws_fills_no_memory(monkeypatch):
         busy.wait()
         return unit_normals(images, draw, shape)
 
-    monkeypatch.setattr("distillery_sampler.engine.noise_prefetch.unit_normals", slow)
+    monkeypatch.setattr("distill_core.diffusion.noise.unit_normals", slow)
     prefetch.request([ImageItem(0)], (1, 2, 2))
     while prefetch._requests.qsize():
         time.sleep(0.001)
@@ -87,8 +87,8 @@ def test_who_comes_and_goes_faster_than_it_draws_fills_no_memory(monkeypatch):
 def test_images_with_and_without_a_draw_share_a_batch():
     items = [ImageItem(seed) for seed in range(4)]
     items[1].draws[0] = items[3].draws[0] = np.full((1, 2, 2), 5.0, np.float32)
-    first = noise(items, 0, (1, 2, 2))
+    first = noise_of(items, 0, (1, 2, 2))
     assert (first[[1, 3]] == 5.0).all()
     for number in (0, 2):
         np.testing.assert_array_equal(first[number], unit_normal(number, 0, 0, (1, 2, 2)))
-    np.testing.assert_array_equal(noise(items, 1, (1, 2, 2))[1], unit_normal(1, 0, 1, (1, 2, 2)))
+    np.testing.assert_array_equal(noise_of(items, 1, (1, 2, 2))[1], unit_normal(1, 0, 1, (1, 2, 2)))

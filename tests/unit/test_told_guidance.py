@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distill_core.artifacts import CondSpec, ImageSpec, Manifest, SamplerSpec
+from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.errors import ConfigError
 from distill_core.kinds.denoiser.card import Card, why_not_exported
 from distillery_sampler.engine.checks import image_key
@@ -21,8 +21,7 @@ def card(**sampler):
 
 
 def key(asked, **sampler):
-    manifest = Manifest(name="student", kind="denoiser", card=card(**sampler).model_dump(mode="json"))
-    return image_key(GenerateRequest("student", class_labels=(3,), guidance=asked), manifest)
+    return image_key(GenerateRequest("student", class_labels=(3,), guidance=asked), card(**sampler))
 
 
 def test_a_guidance_of_the_range_is_told_and_one_outside_is_refused_by_name():

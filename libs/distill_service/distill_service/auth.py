@@ -97,7 +97,7 @@ def _parsed(file: Path, number: int, line: str) -> tuple[str, Caller]:
     return parts[1].lower(), Caller(parts[0], "admin" if parts[2] == "admin" else "use")
 
 
-def check_scope(caller: Caller, method: str, admin_methods: frozenset[str]) -> None:
-    """Refuse a method of `admin_methods` (`/package.Service/Method`) to a caller without the admin scope."""
-    if method in admin_methods and caller.scope != "admin":
+def check_admin(caller: Caller, method: str) -> None:
+    """Refuse an admin's `method` (`/package.Service/Method`) to a caller without that scope."""
+    if caller.scope != "admin":
         raise StatusError("PERMISSION_DENIED", f"{method.rsplit('/')[-1]} needs a token of scope admin")

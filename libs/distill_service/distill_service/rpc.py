@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import structlog
@@ -29,7 +29,7 @@ from distill_core.config import Config
 from distill_core.errors import ConfigError, DistilleryError
 from distill_service.addresses import check_host, is_loopback, joined
 from distill_service.audit import AuditLog, target_of
-from distill_service.auth import CALLER, Caller, Tokens, check_scope
+from distill_service.auth import CALLER, Caller, Tokens, check_admin
 from distill_service.channels import channel, read_file
 from distill_service.status import StatusError, WireStatus, shortened, status_name, wire_status
 from distill_service.tracing import tracing
@@ -45,15 +45,19 @@ __all__ = [
     "run_until_stopped",
 ]
 OnCall = Callable[[str, str, float], None]  # (method, status name, seconds)
-Shed = Callable[
-    [str, float | None], DistilleryError | None
-]  # (method, seconds left) -> why it is refused unread
 Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
 Reader = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]  # what a servicer takes: a message, or all
 MAX_RECEIVE_BYTES = 64 * 2**20
 UNLOGGED = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")  # refusals under load: metrics count them
 HEALTH_PREFIX = "/grpc.health.v1.Health/"  # probes carry no token
 _log = structlog.get_logger("distillery.rpc")
+
+
+class Shed(NamedTuple):
+    """Calls that are refused unread: those of `methods` for which `too_late` says why, given the seconds left."""
+
+    methods: frozenset[str]
+    too_late: Callable[[float], DistilleryError | None]
 
 
 class RpcSettings(Config):
@@ -194,8 +198,10 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self._tokens and not self._tokens.knows(context.invocation_metadata() or ())
         ):
             return
-        started = time.perf_counter()
-        error = self._shed(method, context.time_remaining())
+        started, seconds_left = time.perf_counter(), context.time_remaining()
+        if seconds_left is None or method not in self._shed.methods:
+            return
+        error = self._shed.too_late(seconds_left)
         if error is None:
             return
         status = wire_status(error)
@@ -204,11 +210,13 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         await _abort(status, context)
 
     def _admit(self, method: str, request: Any, context: grpc.aio.ServicerContext, outcome: _Outcome) -> None:
-        if method in self._admin_methods:
+        is_admin = method in self._admin_methods
+        if is_admin:
             outcome.target = target_of(request)
         if self._tokens:
             CALLER.set(self._tokens.caller(context.invocation_metadata() or ()))
-        check_scope(CALLER.get(), method, self._admin_methods)
+        if is_admin:
+            check_admin(CALLER.get(), method)
 
     def _peer(self, context: grpc.aio.ServicerContext) -> Caller:
         """Caller before any token is read: the name in a client certificate, else the host."""

@@ -53,7 +53,8 @@ async def serve(shared: Settings, own: SamplerSettings) -> None:
     engine = Engine(ArtifactStore(shared.store_url), shared.cache_dir / "models", own, metrics)
     rpc = rpc_settings(shared, own)
     admin = servicer.ADMIN_METHODS | kserve.ADMIN_METHODS
-    server = build_server(rpc, admin_methods=admin, on_call=metrics.on_call, shed=shedding(engine))
+    shed = Shed(FOR_PICTURES, engine.models.too_late)
+    server = build_server(rpc, admin_methods=admin, on_call=metrics.on_call, shed=shed)
     health = add_health_and_reflection(server, SERVICES)
     add_services(server, engine, health)
     watcher = asyncio.create_task(watch_store(engine.models, own.poll_s))
@@ -68,17 +69,6 @@ async def serve(shared: Settings, own: SamplerSettings) -> None:
         with suppress(asyncio.CancelledError):
             await watcher
         await engine.close()
-
-
-def shedding(engine: Engine) -> Shed:
-    """Refuses calls for pictures that no model here would be done with in time."""
-
-    def shed(method: str, seconds_left: float | None) -> DistilleryError | None:
-        if seconds_left is None or method not in FOR_PICTURES:
-            return None
-        return engine.models.too_late(seconds_left)
-
-    return shed
 
 
 def rpc_settings(shared: Settings, own: SamplerSettings) -> RpcSettings:

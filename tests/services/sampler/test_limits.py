@@ -8,7 +8,7 @@ import pytest
 from tritonclient.grpc import InferenceServerClient, service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from distill_core.artifacts import ArtifactStore, CondSpec, ImageSpec, Manifest, SamplerSpec
+from distill_core.artifacts import ArtifactStore, CondSpec, ImageSpec, SamplerSpec
 from distill_core.errors import ConfigError
 from distill_core.kinds.denoiser.card import Card
 from distill_service.rpc import MAX_RECEIVE_BYTES
@@ -115,22 +115,18 @@ def test_the_bytes_of_a_reply(client, triton):
 
 
 def test_the_characters_of_a_prompt_and_of_a_negative_one():
-    manifest = Manifest(
-        name="prompted",
-        kind="denoiser",
-        card=Card(
-            image=ImageSpec(channels=4, height=8, width=8, picture=(3, 16, 16)),
-            cond=CondSpec(kind="prompt", max_tokens=8, embed_dim=8),
-            sampler=SamplerSpec(kind="few_step", sigmas=(10.0,), noise_scale=10.0, num_steps=1, max_steps=1),
-        ).model_dump(mode="json"),
+    card = Card(
+        image=ImageSpec(channels=4, height=8, width=8, picture=(3, 16, 16)),
+        cond=CondSpec(kind="prompt", max_tokens=8, embed_dim=8),
+        sampler=SamplerSpec(kind="few_step", sigmas=(10.0,), noise_scale=10.0, num_steps=1, max_steps=1),
     )
     limits = SamplerSettings(max_prompt_chars=20)
     with pytest.raises(ConfigError, match="a prompt of 21 characters is too long; allowed are 20") as error:
-        image_items(GenerateRequest("prompted", prompts=("x" * 21,)), manifest, limits)
+        image_items(GenerateRequest("prompted", prompts=("x" * 21,)), card, limits, "prompted@1")
     assert error.value.field == "prompts"
     request = GenerateRequest("prompted", prompts=("x" * 20,), negative_prompts=("x" * 21,))
     with pytest.raises(ConfigError, match="a negative prompt of 21 characters") as error:
-        image_items(request, manifest, limits)
+        image_items(request, card, limits, "prompted@1")
     assert error.value.field == "negative_prompts"
 
 

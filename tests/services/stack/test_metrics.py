@@ -17,7 +17,8 @@ from distill_service.metrics import SECONDS, DiskCollector, serve_metrics
 from distill_service.settings import load_settings
 from distillery_sampler.engine.engine import Engine
 from distillery_sampler.engine.requests import GenerateRequest
-from distillery_sampler.metrics import Metrics, ModelStats
+from distillery_sampler.engine.statistics import ModelStats
+from distillery_sampler.metrics import Metrics
 from distillery_sampler.settings import SamplerSettings
 from tests.services.jobs.jobs_stack import free_port
 from tests.services.sampler.helpers import publish_denoiser

@@ -20,7 +20,8 @@ from distill_service import tracing
 from distill_service.settings import load_settings
 from distillery_sampler.client import AsyncSamplerClient
 from distillery_sampler.engine.batcher import Batcher
-from distillery_sampler.metrics import Metrics, ModelStats
+from distillery_sampler.engine.statistics import ModelStats
+from distillery_sampler.metrics import Metrics
 from tests.services.sampler.helpers import SamplerProcess, publish_denoiser
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra otel is not installed")

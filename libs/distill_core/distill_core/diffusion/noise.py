@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 STEP = 2.0**-53  # between neighbouring uniforms
+
+
+class Drawn(Protocol):
+    """An image to make: what its noise depends on, and the draws of it that are made already, or given."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def draws(self) -> dict[int, np.ndarray]: ...
 
 
 def unit_normal(seed: int, index: int, draw: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -38,6 +50,22 @@ def unit_normals(images: Iterable[tuple[int, int]], draw: int, shape: tuple[int,
     np.multiply(radius, np.cos(angle), out=normal[:, :half], casting="same_kind")
     np.multiply(radius, np.sin(angle), out=normal[:, half:], casting="same_kind")
     return normal[:, :count].reshape(-1, *shape)
+
+
+def draw_first(items: Sequence[Drawn], shape: tuple[int, ...]) -> None:
+    """Draw and keep the first noise of images that were not given theirs."""
+    items = [item for item in items if 0 not in item.draws]
+    drawn = unit_normals([(item.seed, item.index) for item in items], 0, shape) if items else ()
+    for item, noise in zip(items, drawn, strict=True):
+        item.draws[0] = noise
+
+
+def noise_of(items: Sequence[Drawn], draw: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The `draw`-th noise of each image, (B, *shape)."""
+    made = [item.draws.get(draw) for item in items]
+    missing = [(item.seed, item.index) for item, there in zip(items, made, strict=True) if there is None]
+    drawn = iter(unit_normals(missing, draw, shape) if missing else ())
+    return np.stack([next(drawn) if there is None else there for there in made])
 
 
 class _Stream(threading.local):

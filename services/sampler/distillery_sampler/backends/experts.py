@@ -1,4 +1,4 @@
-"""The denoiser graphs of a model: one, or one for each part of its conditions. Imports no torch."""
+"""Denoiser graphs of a routed model, one for each part of its conditions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ import structlog
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from distill_core.artifacts import Manifest
 from distill_core.diffusion.routing import PartitionSpec, class_parts, pooled, prompt_parts
 from distill_core.errors import ArtifactError
-from distill_core.kinds.cards import generator_card
 
 Feed = dict[str, np.ndarray]
 Graph = Callable[[Feed], np.ndarray]
-DENOISER, EXPERT = "denoiser", "expert-{}"
-ONE = PartitionSpec(kind="none", parts=1)
+EXPERT = "expert-{}"
 _log = structlog.get_logger("distillery.sampler")
 
 
-class Denoisers:
-    """A batch's items are grouped by part; a part's graph in `folder` is opened when it is first asked for.
+class Experts:
+    """Graphs by part of a batch's items; that of a part, in `folder`, is opened when it is first asked for.
 
     Raises:
         ArtifactError: the default part's graph or the router is missing or damaged.
@@ -34,21 +31,26 @@ class Denoisers:
         self,
         folder: Path,
         router: Path,
-        manifest: Manifest,
+        ref: str,
+        partition: PartitionSpec,
         open_graph: Callable[[Path], Graph],
         *,
         suffix: str,
     ) -> None:
-        self._folder, self._open_graph = folder, open_graph
-        self._ref, self._spec = manifest.ref, generator_card(manifest).partition or ONE
-        self._file = (DENOISER if generator_card(manifest).partition is None else EXPERT) + suffix
-        self._table = np.array(self._spec.table)
-        self._router = _read_router(router) if self._spec.kind == "prompt" else {}
+        self._folder, self._open_graph, self._file = folder, open_graph, EXPERT + suffix
+        self._ref, self._spec = ref, partition
+        self._table = np.array(partition.table)
+        self._router = _read_router(router) if partition.kind == "prompt" else {}
         self._graphs: dict[int, Graph] = {}
         self._lock = threading.Lock()
-        self._graph(self._spec.default)
+        self._graph(partition.default)
 
-    def parts(self, cond: Feed, batch: int) -> np.ndarray:
+    def route(self, cond: Feed, batch: int) -> Graph:
+        """The graphs of `batch` items as one; a feed may repeat the items, e.g. without condition."""
+        parts = self._parts(cond, batch)
+        return lambda feed: self._run(feed, np.tile(parts, len(feed["x_sigma"]) // batch))
+
+    def _parts(self, cond: Feed, batch: int) -> np.ndarray:
         """The part (B,) of each item."""
         if not cond or self._spec.parts == 1:
             return np.full(batch, self._spec.default)
@@ -58,7 +60,7 @@ class Denoisers:
         by_prompt: np.ndarray = prompt_parts(pooled(cond["prompt_embeds"]), **self._router)
         return by_prompt
 
-    def __call__(self, feed: Feed, parts: np.ndarray) -> np.ndarray:
+    def _run(self, feed: Feed, parts: np.ndarray) -> np.ndarray:
         """x0 (B, C, H, W) of each item by its own part's graph."""
         if (parts == parts[0]).all():
             return self._graph(int(parts[0]))(feed)

@@ -11,18 +11,19 @@ import numpy as np
 from distill_core.artifacts import Manifest
 from distill_core.diffusion.guidance import guide
 from distill_core.diffusion.image_to_image import InitImage
+from distill_core.diffusion.noise import noise_of
 from distill_core.diffusion.routing import ROUTER
 from distill_core.diffusion.sampling import sample
 from distill_core.errors import ConfigError
 from distill_core.kinds.cards import generator_card
 from distillery_sampler.backends.base import Generator
-from distillery_sampler.backends.experts import Denoisers, Feed, Graph
+from distillery_sampler.backends.experts import Experts, Feed, Graph
 from distillery_sampler.backends.tokens import PromptTokens
 from distillery_sampler.engine.init_images import init_image_of, init_pictures, with_known_pixels
-from distillery_sampler.engine.noise_prefetch import noise
 from distillery_sampler.engine.requests import ImageItem, ImageKey
 
-TEXT_ENCODER, DECODER, ENCODER = "text_encoder", "decoder", "encoder"  # the latter two of latent models
+DENOISER, TEXT_ENCODER = "denoiser", "text_encoder"
+DECODER, ENCODER = "decoder", "encoder"  # of latent models
 TIME = "time"  # input of a graph whose levels have times of their own
 NEGATIVE_EMBEDS, NASA_SCALE = "negative_prompt_embeds", "nasa_scale"  # inputs of a graph that can be steered
 
@@ -58,9 +59,16 @@ class GraphGenerator(Generator):
         assert card.image and card.cond and card.sampler, "`choose` has refused others"  # noqa: PT018
         self.image, self.cond, self.sampler = card.image, card.cond, card.sampler
         self._steerable = False
-        self._denoisers = Denoisers(
-            folder, model / ROUTER, manifest, lambda path: self._steered(open_graph(path)), suffix=suffix
-        )
+
+        def open_denoiser(path: Path) -> Graph:
+            return self._steered(open_graph(path))
+
+        if card.partition is None:
+            graph = open_denoiser(folder / f"{DENOISER}{suffix}")
+            self._route: Callable[[Feed, int], Graph] = lambda _cond, _batch: graph
+        else:
+            experts = (folder, model / ROUTER, manifest.ref, card.partition, open_denoiser)
+            self._route = Experts(*experts, suffix=suffix).route
 
         def companion(stem: str) -> RunningGraph | None:
             path = folder / f"{stem}{suffix}"
@@ -76,13 +84,13 @@ class GraphGenerator(Generator):
         shape = self.image.channels, self.image.height, self.image.width
         cond = self._condition(key, items)
         null = self._null(key, items) if key.guidance != 1 and cond else None
-        parts = self._denoisers.parts(cond, len(items))
+        graph = self._route(cond, len(items))
 
         def denoise(x: np.ndarray, *level: float) -> np.ndarray:
             if null is None:
-                return self._x0(x, level, cond, parts)
+                return self._x0(graph, x, level, cond)
             both = {name: np.concatenate([value, null[name]]) for name, value in cond.items()}
-            x0 = self._x0(np.concatenate([x, x]), level, both, np.concatenate([parts, parts]))
+            x0 = self._x0(graph, np.concatenate([x, x]), level, both)
             with_cond, without = np.split(x0, 2)
             guided: np.ndarray = guide(with_cond, without, np.float32(key.guidance))
             return guided
@@ -90,7 +98,7 @@ class GraphGenerator(Generator):
         x0 = sample(
             denoise,
             self.sampler,
-            lambda draw: noise(items, draw, shape),
+            lambda draw: noise_of(items, draw, shape),
             key.num_steps,
             self._init_image(key, items),
         )
@@ -117,11 +125,11 @@ class GraphGenerator(Generator):
             y = self._encoder({"picture": y})
         return init_image_of(key.init_image, y, items)
 
-    def _x0(self, x: np.ndarray, level: Sequence[float], cond: Feed, parts: np.ndarray) -> np.ndarray:
+    def _x0(self, graph: Graph, x: np.ndarray, level: Sequence[float], cond: Feed) -> np.ndarray:
         """x0 at a level: sigma, and the time that goes with it. A graph takes it where sigma does not tell it."""
         told = dict(zip(("sigma", TIME) if self.sampler.timed else ("sigma",), level))
         levels = {name: np.full(len(x), value, dtype=np.float32) for name, value in told.items()}
-        return self._denoisers({"x_sigma": x.astype(np.float32, copy=False), **levels, **cond}, parts)
+        return graph({"x_sigma": x.astype(np.float32, copy=False), **levels, **cond})
 
     def _steered(self, graph: RunningGraph) -> Graph:
         """A denoiser's graph; where it can be steered, plain requests steer it by nothing."""

@@ -14,6 +14,7 @@ import torch
 
 from distill_core.artifacts import Manifest
 from distill_core.diffusion.image_to_image import InitImage
+from distill_core.diffusion.noise import noise_of
 from distill_core.diffusion.sampling import sample
 from distill_core.errors import ArtifactError
 from distill_core.kinds.cards import generator_card, scene_spec, served_by
@@ -33,7 +34,6 @@ from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.backends.torch_device import HostBuffers, Replayed, prepare
 from distillery_sampler.backends.torch_shared import storages, use_threads
 from distillery_sampler.engine.init_images import init_image_of, init_pictures, with_known_pixels
-from distillery_sampler.engine.noise_prefetch import noise
 from distillery_sampler.engine.requests import ImageItem, ImageKey, Rendered, Tile, View
 from distillery_sampler.models.memory import TORCH_LARGE, limit_malloc_arenas
 from distillery_sampler.settings import SamplerSettings
@@ -147,7 +147,7 @@ class TorchGenerator(Generator):
         cond = self._condition(key, items)
 
         def draw(k: int) -> torch.Tensor:
-            return torch.from_numpy(noise(items, k, shape)).to(self._device)
+            return torch.from_numpy(noise_of(items, k, shape)).to(self._device)
 
         def denoise(x: torch.Tensor, *level: float) -> torch.Tensor:
             sigma, *told = (x.new_full((len(x),), value) for value in level)

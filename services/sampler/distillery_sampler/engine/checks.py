@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from distill_core.artifacts import CondSpec, Manifest
+from distill_core.artifacts import CondSpec
 from distill_core.errors import ConfigError
-from distill_core.kinds.cards import generator_card
+from distill_core.kinds.denoiser.card import Card
 from distillery_sampler.engine.requests import Float, GenerateRequest, ImageItem, ImageKey, View
 from distillery_sampler.settings import SamplerSettings
 
@@ -20,16 +20,16 @@ NASA_SCALE = 0.2  # of students that were not trained for it, as for Stable Diff
 MAX_NASA_SCALE = 10.0
 
 
-def image_items(request: GenerateRequest, manifest: Manifest, limits: SamplerSettings) -> list[ImageItem]:
-    """The images that a request asks for.
+def image_items(request: GenerateRequest, card: Card, limits: SamplerSettings, ref: str) -> list[ImageItem]:
+    """The images that a request asks of the model `ref`.
 
     Raises:
         ConfigError: conditions the model does not take, unequal lengths, too many images.
     """
-    cond = generator_card(manifest).cond or CondSpec(kind="none")
+    cond = card.cond or CondSpec(kind="none")
     count = _count(request, limits)
-    _check_kind(request, cond, manifest.ref)
-    _check_conditions(request, cond.num_classes or 0, limits, manifest.ref)
+    _check_kind(request, cond, ref)
+    _check_conditions(request, cond.num_classes or 0, limits, ref)
     _check_seeds(request)
     labels = request.class_labels or (None,) * count
     prompts = request.prompts or (None,) * count
@@ -38,12 +38,12 @@ def image_items(request: GenerateRequest, manifest: Manifest, limits: SamplerSet
         ImageItem(*noise, label, prompt) for noise, label, prompt in zip(noises, labels, prompts, strict=True)
     ]
     if request.latents is not None:
-        _check_latents(request.latents, manifest)
+        _check_latents(request.latents, card, ref)
         items = [replace(item, draws={0: own}) for item, own in zip(items, request.latents, strict=True)]
     if not request.negative_prompts and request.negative_scale is None:
         return items
-    negatives = _negatives(request, cond, count, limits, manifest.ref)
-    scale = _negative_scale(request, manifest)
+    negatives = _negatives(request, cond, count, limits, ref)
+    scale = _negative_scale(request, card, ref)
     return [replace(item, negative=text, negative_scale=scale) for item, text in zip(items, negatives)]
 
 
@@ -69,15 +69,14 @@ def _negatives(
     return negatives * count if len(negatives) == 1 else negatives
 
 
-def _negative_scale(request: GenerateRequest, manifest: Manifest) -> float:
+def _negative_scale(request: GenerateRequest, card: Card, ref: str) -> float:
     """The strength that cross-attention turns away with; 0 where guidance does it."""
-    card = generator_card(manifest)
     assert card.sampler is not None
     assert card.cond is not None
     if card.sampler.guidable:
         if request.negative_scale is not None:
             raise ConfigError(
-                f"{manifest.ref} is guided, and guidance leads away from the negative prompt; leave "
+                f"{ref} is guided, and guidance leads away from the negative prompt; leave "
                 "negative_scale out and set guidance",
                 field="negative_scale",
             )
@@ -152,14 +151,14 @@ def _check_seeds(request: GenerateRequest) -> None:
                 raise ConfigError(f"seed {seed} is not allowed: give 0 to {MAX_SEED - 1}", field=field)
 
 
-def _check_latents(latents: Float, manifest: Manifest) -> None:
+def _check_latents(latents: Float, card: Card, ref: str) -> None:
     """Refuse what is no noise of the model's own shape."""
-    image = generator_card(manifest).image
+    image = card.image
     assert image is not None, "a denoiser without image is not loaded"
     shape = (image.channels, image.height, image.width)
     if latents.shape[1:] != shape:
         raise ConfigError(
-            f"latents of shape {list(latents.shape)} do not fit {manifest.ref}; give [B, "
+            f"latents of shape {list(latents.shape)} do not fit {ref}; give [B, "
             f"{', '.join(map(str, shape))}]",
             field="latents",
         )
@@ -171,20 +170,19 @@ def _check_latents(latents: Float, manifest: Manifest) -> None:
         )
 
 
-def can_guide(manifest: Manifest) -> bool:
+def can_guide(card: Card) -> bool:
     """Whether a model takes another guidance than its own: it was not distilled at one, and has a null condition."""
-    card = generator_card(manifest)
     spec, cond = card.sampler, card.cond or CondSpec(kind="none")
     return bool(spec and spec.guidable) and (cond.kind == "prompt" or cond.null_label is not None)
 
 
-def image_key(request: GenerateRequest, manifest: Manifest) -> ImageKey:
+def image_key(request: GenerateRequest, card: Card) -> ImageKey:
     """Steps and guidance of a request, the model's own where it says nothing.
 
     Raises:
         ConfigError: a number of steps or a guidance that the model cannot honour.
     """
-    spec = generator_card(manifest).sampler
+    spec = card.sampler
     assert spec is not None, "a denoiser without sampler is not loaded"
     num_steps = spec.num_steps if request.num_steps is None else request.num_steps
     spec.check_steps(num_steps)
@@ -200,7 +198,7 @@ def image_key(request: GenerateRequest, manifest: Manifest) -> ImageKey:
     if not spec.guidable:
         told = guidance if spec.guidance_range is not None else 1.0  # else it is in the weights already
         return ImageKey(num_steps, told, negative="attention" if negative else "")
-    if guidance != 1 and not can_guide(manifest):
+    if guidance != 1 and not can_guide(card):
         if request.guidance is not None:
             raise ConfigError(
                 "guidance needs a null condition, and this model has none; use 1", field="guidance"

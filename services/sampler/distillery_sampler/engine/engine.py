@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from distill_core.artifacts import ArtifactStore, ImageSpec, Manifest
+from distill_core.diffusion.noise import draw_first
 from distill_core.errors import ConfigError
-from distill_core.kinds.cards import generator_card, served_by
+from distill_core.kinds.cards import served_by
 from distillery_sampler.backends.base import Functions, Generator, SceneRenderer
 from distillery_sampler.engine.batcher import drop
 from distillery_sampler.engine.checks import check_reply, check_view, image_items, image_key
 from distillery_sampler.engine.init_images import decode_init_image
-from distillery_sampler.engine.noise_prefetch import QUICK_VALUES, NoisePrefetch, draw_noise
+from distillery_sampler.engine.noise_prefetch import QUICK_VALUES, NoisePrefetch
 from distillery_sampler.engine.predict import QUICK_VALUES as QUICK_INPUTS
 from distillery_sampler.engine.predict import calls_of, reply_bytes, size_of
 from distillery_sampler.engine.requests import (
@@ -63,13 +64,10 @@ class _Queued:
         self._until.__exit__(*error)
 
     def summary(self, started: float) -> Summary:
-        manifest, seconds = self.model.manifest, time.perf_counter() - started
-        backend, count = self.model.backend.name, len(self.items)
-        cond = generator_card(manifest).cond
+        ref, backend, cond = self.model.ref, self.model.backend.name, self.model.card.cond
+        seconds, count = time.perf_counter() - started, len(self.items)
         cut, tokens = self._cut_prompts(), (cond.max_tokens if cond else None) or 0
-        return Summary(
-            manifest.ref, backend, count, seconds, self.key.num_steps, self.key.guidance, cut, tokens
-        )
+        return Summary(ref, backend, count, seconds, self.key.num_steps, self.key.guidance, cut, tokens)
 
     def _cut_prompts(self) -> tuple[int, ...]:
         backend = self.model.backend
@@ -122,18 +120,17 @@ class Engine:
     async def _queued(self, request: GenerateRequest, approve: Approve | None) -> _Queued:
         with ExitStack() as until:
             model = until.enter_context(await self.models.acquire(request.model))
-            manifest = model.manifest
+            card = model.card
             if not isinstance(model.backend, Generator):
-                raise _other_kind(manifest)
-            items = image_items(request, manifest, self.settings)
-            key = image_key(request, manifest)
-            card = generator_card(manifest)
+                raise _other_kind(model.manifest)
+            items = image_items(request, card, self.settings, model.ref)
+            key = image_key(request, card)
             if approve and card.image:
                 approve(card.image, len(items))
             self._check_size(model, len(items))
             times = until.enter_context(model.stats.requests.request(len(items)))
             if request.image is not None:  # decoding takes milliseconds: not on the event loop
-                decoded, shared = await asyncio.to_thread(decode_init_image, request.image, manifest)
+                decoded, shared = await asyncio.to_thread(decode_init_image, request.image, card, model.ref)
                 items = [replace(item, init_image=decoded) for item in items]
                 key = replace(key, init_image=shared)
             times.queued()
@@ -144,15 +141,15 @@ class Engine:
         self, model: LoadedModel, key: ImageKey, items: list[ImageItem], call: Call
     ) -> list[asyncio.Future[Any]]:
         """Queue the images; their first noise is drawn while they wait, or just before where nothing runs."""
-        image = generator_card(model.manifest).image
+        image = model.card.image
         assert image is not None, "a denoiser without image is not loaded"
         shape, waits = (image.channels, image.height, image.width), model.batcher.busy
         quick = len(items) * math.prod(shape) <= QUICK_VALUES
         if quick and not waits:
-            draw_noise(items, shape)
+            draw_first(items, shape)
         futures = model.batcher.submit(key, items, **vars(call))
         if quick:
-            draw_noise(items, shape)
+            draw_first(items, shape)
         elif waits:
             self._prefetch.request(items, shape)
         return futures

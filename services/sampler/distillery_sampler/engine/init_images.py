@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from distill_core.artifacts import Manifest
 from distill_core.diffusion.image_to_image import InitImage
 from distill_core.errors import ConfigError, DataError
-from distill_core.kinds.cards import generator_card
+from distill_core.kinds.denoiser.card import Card
 from distill_core.pictures import on_white, read_image, upright_size
 from distillery_sampler.engine.requests import DecodedImage, ImageInput, ImageItem, InitImageKey
 
@@ -19,13 +18,12 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 EDIT_STRENGTH = 0.5  # unset, without a mask: half of the steps
 
 
-def decode_init_image(wish: ImageInput, manifest: Manifest) -> tuple[DecodedImage, InitImageKey]:
+def decode_init_image(wish: ImageInput, card: Card, ref: str) -> tuple[DecodedImage, InitImageKey]:
     """The decoded init image and mask of a request, and what its images share a batch by.
 
     Raises:
         ConfigError: no such kind of picture, another size than the model's, a strength out of range.
     """
-    card = generator_card(manifest)
     assert card.image is not None, "a denoiser without image is not loaded"
     channels, height, width = card.image.picture
     latent = (
@@ -45,17 +43,17 @@ def decode_init_image(wish: ImageInput, manifest: Manifest) -> tuple[DecodedImag
         )
     if channels not in MODES:
         raise ConfigError(
-            f"{manifest.ref} makes pictures of {channels} channels, which no {', '.join(KINDS)} holds; "
+            f"{ref} makes pictures of {channels} channels, which no {', '.join(KINDS)} holds; "
             "leave image out",
             field="image.image",
         )
     size = _size(wish.image, "image.image")
-    block = _enlargement(size, (width, height), manifest.ref) if wish.upscale else 1
+    block = _enlargement(size, (width, height), ref) if wish.upscale else 1
     if not wish.upscale:
-        _check_size(size, (width, height), manifest.ref, "image.image")
+        _check_size(size, (width, height), ref, "image.image")
     known = None
     if wish.mask:
-        _check_size(_size(wish.mask, "image.mask"), (width, height), manifest.ref, "image.mask")
+        _check_size(_size(wish.mask, "image.mask"), (width, height), ref, "image.mask")
         known = (_pixels(wish.mask, "L", "image.mask") < 128).astype(np.float32)
     pixels = _pixels(wish.image, MODES[channels], "image.image").astype(np.float32) / 127.5 - 1
     return DecodedImage(_enlarged(pixels, block), known), InitImageKey(

@@ -7,9 +7,7 @@ import threading
 from collections.abc import Sequence
 from queue import SimpleQueue
 
-import numpy as np
-
-from distill_core.diffusion.noise import unit_normals
+from distill_core.diffusion.noise import draw_first
 from distillery_sampler.engine.requests import ImageItem
 
 AT_ONCE = (
@@ -47,22 +45,6 @@ class NoisePrefetch:
                 requests.append(self._requests.get())
             for shape in dict.fromkeys(one[1] for one in requests if one):
                 with contextlib.suppress(MemoryError):  # then they draw in their turn
-                    draw_noise([one[0] for one in requests if one and one[1] == shape], shape)
+                    draw_first([one[0] for one in requests if one and one[1] == shape], shape)
             if None in requests:
                 return
-
-
-def draw_noise(items: Sequence[ImageItem], shape: Shape) -> None:
-    """The first noise of images that were not given theirs, here and now."""
-    items = [item for item in items if 0 not in item.draws]
-    drawn = unit_normals([(item.seed, item.index) for item in items], 0, shape) if items else ()
-    for item, noise in zip(items, drawn, strict=True):
-        item.draws[0] = noise
-
-
-def noise(items: Sequence[ImageItem], draw: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The `draw`-th noise of each item, (B, *shape)."""
-    made = [item.draws.get(draw) for item in items]
-    missing = [(item.seed, item.index) for item, there in zip(items, made, strict=True) if there is None]
-    drawn = iter(unit_normals(missing, draw, shape) if missing else ())
-    return np.stack([next(drawn) if there is None else there for there in made])

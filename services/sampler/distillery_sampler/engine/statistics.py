@@ -8,10 +8,15 @@ What a device needs to take in noise and to hand out pixels belongs to `compute_
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from distill_core.errors import ConfigError
+from distill_service.tracing import Tracing, tracing
+from distillery_sampler.engine.requests import CallKey
+from distillery_sampler.metrics import MODEL, REJECTIONS, RELEASES, Labels, Metrics
 
 MAX_SPANS = 64
 _current: ContextVar[RequestTimes | None] = ContextVar("distillery_request_times", default=None)
@@ -130,6 +135,77 @@ class _Covered:
 def current_request() -> RequestTimes | None:
     """The request that queues now."""
     return _current.get()
+
+
+@dataclass
+class ModelStats:
+    """Figures of what one loaded version did so far, for Prometheus and for KServe's ModelStatistics."""
+
+    metrics: Metrics
+    labels: Labels
+    requests: RequestStats = field(default_factory=RequestStats)
+    traced: Tracing | None = field(default_factory=tracing)
+    functions: dict[str, RequestStats] = field(default_factory=dict)  # of those that were called
+
+    def __post_init__(self) -> None:
+        """Series are looked up once, not for each image, and are there before the first one."""
+        metrics, labels = self.metrics, self.labels
+        metrics.on_loaded(labels)
+        self._queue_seconds = metrics.queue_seconds.labels(*labels)
+        self._infer_seconds = metrics.infer_seconds.labels(*labels)
+        self._batch_images = metrics.batch_images.labels(*labels)
+        self._padding = metrics.padding_images.labels(*labels)
+        self._queued = metrics.queue_images.labels(*labels)
+        self._releases = {reason: metrics.batch_release.labels(*labels, reason) for reason in RELEASES}
+        self._rejections = {reason: metrics.rejected.labels(*labels, reason) for reason in REJECTIONS}
+
+    def origin(self) -> Any:
+        """The request that queues, for its times, and its span; None without tracing."""
+        return current_request(), None if self.traced is None else self.traced.origin()
+
+    def batch(self, images: int, reason: str, waits: list[float], seconds: float, origins: list[Any]) -> None:
+        """Record a batch."""
+        self.requests.ran(images, seconds)
+        for (request, _), wait in zip(origins, waits, strict=True):
+            if request is not None:
+                request.ran(wait, seconds)
+        self._batch_images.observe(images)
+        self._releases[reason].inc()
+        self._infer_seconds.observe(seconds)
+        for wait in waits:
+            self._queue_seconds.observe(wait)
+        if self.traced is not None:
+            names = dict(zip(MODEL, self.labels, strict=True))
+            spans = [span for _, span in origins]
+            self.traced.batch(spans, waits, seconds, {**names, "images": images, "reason": reason})
+
+    def of(self, function: str) -> RequestStats:
+        """The requests of one function; "" is all of the model's."""
+        return self.functions.setdefault(function, RequestStats()) if function else self.requests
+
+    def counting(self, run: Callable[[Any, list[Any]], Any]) -> Callable[[Any, list[Any]], Any]:
+        """`run`, whose batches are recorded by the function that they call, too."""
+
+        def counted(key: Any, payloads: list[Any]) -> Any:
+            started = time.perf_counter()
+            answers = run(key, payloads)
+            if isinstance(key, CallKey):
+                self.of(key.function).ran(len(payloads), time.perf_counter() - started)
+            return answers
+
+        return counted
+
+    def padding(self, images: int) -> None:
+        """Record images that only filled a batch up to a fixed size."""
+        self._padding.inc(images)
+
+    def queue(self, images: int) -> None:
+        """Record the queue's length."""
+        self._queued.set(images)
+
+    def rejected(self, reason: str) -> None:
+        """Record work that was refused or dropped."""
+        self._rejections[reason].inc()
 
 
 class packing:  # noqa: N801 - used as a function

@@ -48,7 +48,7 @@ def inputs_of(manifest: Manifest, function: str = "") -> dict[str, TensorSpec]:
     if card.cond and card.cond.kind == "prompt":
         specs.append(TensorSpec("prompt", "BYTES", (-1, 1)))
         specs.append(TensorSpec("negative_prompt", "BYTES", (-1, 1), optional=True))
-    if can_guide(manifest):
+    if can_guide(card):
         specs.append(TensorSpec("guidance_scale", "FP32", (-1, 1), optional=True, accepts=FLOATS))
     return {spec.name: spec for spec in specs}
 

@@ -24,8 +24,9 @@ from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.engine.batcher import Batcher
 from distillery_sampler.engine.predict import cost_by, runner
 from distillery_sampler.engine.requests import ImageItem, ImageKey, ModelInfo, Orbit, Region, Tile, View
+from distillery_sampler.engine.statistics import ModelStats
 from distillery_sampler.engine.views import TILE_RAYS
-from distillery_sampler.metrics import Metrics, ModelStats
+from distillery_sampler.metrics import Metrics
 from distillery_sampler.models.memory import Held, resident, total
 from distillery_sampler.models.probing import answer_probes
 from distillery_sampler.models.tuning import Tuned, WarmUpRequest, layouts, tune, warm
@@ -63,6 +64,10 @@ class LoadedModel:
     users: int = 0
     last_used: float = field(default_factory=time.monotonic)
     _free: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        """What each request asks of the manifest is read from it once."""
+        self.ref, self.card = self.manifest.ref, generator_card(self.manifest)
 
     def __enter__(self) -> LoadedModel:
         """Keep the model alive inside the block."""

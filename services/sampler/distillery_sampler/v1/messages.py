@@ -291,7 +291,7 @@ def _generator(info: ModelInfo) -> models_pb2.GeneratorInfo | None:
         num_steps=spec.num_steps,
         max_steps=len(spec.sigmas) if spec.kind == "few_step" else spec.max_steps,
         guidance=spec.guidance,
-        guidable=can_guide(manifest),
+        guidable=can_guide(card),
     )
 
 
