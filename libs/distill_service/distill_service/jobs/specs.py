@@ -62,7 +62,8 @@ def draft_train(
     """A training job from a recipe's TOML text or its name.
 
     Raises:
-        ConfigError: the recipe is wrong, or lacks the teacher that only the user has; `field` is its key. NotFound: no recipe has that name.
+        ConfigError: the recipe is wrong, or lacks a teacher of the user's; `field` is its key. NotFound: no recipe
+            has that name.
     """
     if (toml is None) == (name is None):
         raise ConfigError("give either recipe_toml or recipe_name", field="recipe")
