@@ -124,8 +124,8 @@ def _no_batch_fits(plan: MemoryPlan, device: Device) -> str:
         "" if count is None else f"processes = {count} with sharding = 'fsdp' (as many devices like it), or "
     )
     return (
-        f"training needs {plan.total / 2**30:.1f} GiB, {plan.standing / 2**30:.1f} of them for weights, optimiser and EMA "
-        f"whatever the batch, and {device.name} has {device.memory / 2**30:.1f}; set {shared}student.lora"
+        f"training needs {plan.total / 2**30:.1f} GiB, {plan.standing / 2**30:.1f} of them for weights, optimiser and "
+        f"EMA whatever the batch, and {device.name} has {device.memory / 2**30:.1f}; set {shared}student.lora"
     )
 
 
