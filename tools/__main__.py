@@ -7,7 +7,7 @@ import sys
 import typer
 
 from distillery_cli.terminal.running import run
-from tools import claims, field_kinds
+from tools import claims, field_kinds, memory
 
 app = typer.Typer(
     name="tools",
@@ -17,7 +17,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (claims, field_kinds):
+for _module in (claims, field_kinds, memory):
     _module.register(app)
 
 

@@ -223,8 +223,16 @@ def methods_table(described: Sequence[Mapping[str, Any]], outcomes: Mapping[str,
     rows = []
     for entry in sorted(described, key=lambda entry: (entry["family"], entry["name"])):
         states = [(name, state(load_recipe(name), outcomes.get(name))) for name in entry["recipes"]]
-        rows.append([f"`{entry['name']}`", entry["family"], entry["paper"], _states(states)])
-    return markdown_table(("method", "family", "paper", "recipes and their state"), rows)
+        yours = "<br>".join(f"`{name}`: {title}" for name, title in entry["model_recipes"].items())
+        rows.append([f"`{entry['name']}`", entry["family"], entry["paper"], _states(states), yours])
+    columns = (
+        "method",
+        "family",
+        "paper",
+        "recipes and their state",
+        "with published settings for a model of yours",
+    )
+    return markdown_table(columns, rows)
 
 
 def _states(states: Sequence[tuple[str, str]]) -> str:
@@ -249,7 +257,9 @@ def evidence(described: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Outc
     rows, remarks = [], []
     for name in recipe_names():
         recipe, outcome = load_recipe(name), outcomes.get(name)
-        if recipe.method not in papers:
+        if (
+            recipe.method not in papers or recipe.for_model is not None
+        ):  # these claim nothing, and run elsewhere
             continue
         rows.append([f"`{name}`", f"`{recipe.method}`", papers[recipe.method], *_figures(recipe, outcome)])
         rows += [["", "", "", *cells] for cells in _further(recipe, outcome)]

@@ -53,3 +53,21 @@ def test_beside_a_cpu_it_is_a_warning(device, capsys):
 )
 def test_sizes_are_for_people(count, said):
     assert size(count) == said
+
+
+def test_where_weights_alone_are_too_large_the_fewest_devices_that_share_them_are_named():
+    teacher = Part("teacher", False, 9_000_000, 0, GIB, 0, 0, 0, 0)
+    plan = MemoryPlan(
+        (teacher, STUDENT), activations=3 * GIB, step=3 * GIB
+    )  # 5 GiB stay: 4 divide, 1 does not
+    each = plan.sharded(4)
+    assert each.total == (1 + (1 + 2 + 1) / 4 + 3 + 1) * GIB, "and room for one whole network"
+    assert too_large(plan, Device("Some GPU", 7 * GIB, is_gpu=True)).endswith("or student.lora")
+    said = too_large(plan, Device("Some GPU", 4.9 * GIB, is_gpu=True))
+    assert "5.0 of them for weights, optimiser and EMA whatever the batch" in said
+    assert said.endswith("set student.lora"), "not even 64 share it"
+    roomy = MemoryPlan((teacher, STUDENT), activations=0, step=GIB // 8)
+    assert roomy.processes_for(int(3.2 * GIB)) == 4
+    assert "set processes = 4 with sharding" in too_large(
+        roomy, Device("Some GPU", int(3.2 * GIB), is_gpu=True)
+    )

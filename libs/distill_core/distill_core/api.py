@@ -7,6 +7,7 @@ from typing import Any
 from distill_core.errors import DistilleryError
 from distill_core.methods import family, find_method, method_names, needs
 from distill_core.recipe import load_recipe, recipe_names
+from distill_core.recipe.published_models import PUBLISHED
 from distill_core.running.check import check
 from distill_core.running.evaluate import Evaluation, evaluate
 from distill_core.running.importing import Imported, Wish, import_model
@@ -38,10 +39,19 @@ __all__ = [
 
 
 def describe_methods() -> list[dict[str, Any]]:
-    """Name, family, paper, needs and recipes of every method there is."""
+    """Name, family, paper, needs and recipes of every method there is.
+
+    `recipes` run as they are, or on data of the user's; `model_recipes`, each with the model that it is for, have
+    published settings for a teacher of the user's.
+    """
     by_method: dict[str, list[str]] = {}
+    for_models: dict[str, dict[str, str]] = {}
     for name in recipe_names():
-        by_method.setdefault(load_recipe(name).method, []).append(name)
+        recipe = load_recipe(name)
+        if recipe.for_model is None:
+            by_method.setdefault(recipe.method, []).append(name)
+        else:
+            for_models.setdefault(recipe.method, {})[name] = PUBLISHED[recipe.for_model].title
     described = []
     for name in method_names():
         cls = find_method(name)
@@ -52,6 +62,7 @@ def describe_methods() -> list[dict[str, Any]]:
                 "paper": cls.paper,
                 "needs": needs(cls),
                 "recipes": by_method.get(name, []),
+                "model_recipes": for_models.get(name, {}),
             }
         )
     return described

@@ -24,6 +24,7 @@ from distill_core.networks.adapters import LoraDenoiser, plain
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_tensors import real_tensors
 from distill_core.recipe import Recipe
+from distill_core.recipe.published_models import check_teacher_fits, check_teacher_named
 from distill_core.recipe.tables import ModelSource, StudentConfig
 from distill_core.recipe.transfer import suited
 from distill_core.training.seeding import derive, seed_everything
@@ -35,6 +36,7 @@ def build(recipe: Recipe, context: Context) -> tuple[Method, Source]:
     Raises:
         ConfigError: the recipe lacks a table that the method needs.
     """
+    check_teacher_named(recipe)
     recipe = for_its_teacher(recipe, context)
     cls = find_method(recipe.method)
     config = cls.Config.parse(recipe.config, where="config")
@@ -141,6 +143,10 @@ def _models(recipe: Recipe, context: Context, cls: type[Method], source: Source)
     begins = recipe.student.source if "student" in wanted else None
     if "teacher" in wanted or "pairs" in wanted or begins is None:
         found["teacher"] = _teacher(recipe, context, _annotated(cls, "teacher", "student"))
+        if recipe.for_model is not None:
+            network = type(getattr(found["teacher"], "network", found["teacher"])).__name__
+            pooled = found["teacher"].cond.pooled_dim is not None
+            check_teacher_fits(recipe.for_model, network, pooled=pooled)
         fit(source, found["teacher"])
         if recipe.student.gradient_checkpointing:  # for the fake scores that are made from it
             found["teacher"].enable_gradient_checkpointing()

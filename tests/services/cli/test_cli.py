@@ -234,7 +234,10 @@ def test_methods_are_listed_as_json(capsys):
     assert listed["dmd2"]["family"] == "diffusion"
     assert listed["dmd2"]["needs"] == ["teacher", "student", "pairs"]
     assert "dmd2" in listed["dmd2"]["recipes"]
-    assert all(set(entry) == {"name", "family", "paper", "needs", "recipes"} for entry in listed.values())
+    assert all(
+        set(entry) == {"name", "family", "paper", "needs", "recipes", "model_recipes"}
+        for entry in listed.values()
+    )
 
 
 def test_the_schema_of_a_method_accepts_its_recipe_and_refuses_another_key(capsys):

@@ -46,6 +46,10 @@ class LevelGrid:
         """
         return LevelGrid(self.levels[:: self._stride(count)])
 
+    def starts(self, count: int) -> tuple[float, ...]:
+        """Levels at which `count` steps begin: every (N / count)-th, or where that is no integer the one before."""
+        return tuple(self.levels[index * len(self) // count] for index in range(count))
+
     def segment_end(self, index: Tensor, segments: int) -> Tensor:
         """Index (B,) of the level at which the segment of interval `index` (B,) ends."""
         stride = self._stride(segments)

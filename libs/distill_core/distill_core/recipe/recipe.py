@@ -20,6 +20,7 @@ from distill_core.config import (
 )
 from distill_core.recipe.claims import CheckConfig
 from distill_core.recipe.overrides import changed, dotted, without_none
+from distill_core.recipe.published_models import PublishedModel
 from distill_core.recipe.tables import (
     ModelSource,
     NetworkConfig,
@@ -38,6 +39,7 @@ class Recipe(Config):
 
     method: Words
     title: Words = ""
+    for_model: PublishedModel | None = None  # whose published settings these are; the teacher is one of yours
     seed: Seed = 0
     steps: int = Field(ge=1, le=100_000_000)
     batch_size: int = Field(

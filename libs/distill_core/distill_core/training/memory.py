@@ -55,6 +55,7 @@ class MemoryPlan:
     parts: tuple[Part, ...]
     activations: int  # the most that is alive, gradients aside, when a backward pass begins
     step: int  # the most that is alive in a step beyond the parts' weights, optimiser state and EMA
+    processes: int = 1  # among which what is trained is divided
 
     @property
     def standing(self) -> int:
@@ -65,6 +66,24 @@ class MemoryPlan:
     def total(self) -> int:
         """At the peak of a step."""
         return self.standing + self.step
+
+    def sharded(self, processes: int) -> MemoryPlan:
+        """What each of several processes needs where they divide what is trained among them (`sharding = "fsdp"`).
+
+        The step has room for one whole network, as if all its blocks were gathered at once.
+        """
+        gathered = max(part.gradients for part in self.parts)
+        divided = tuple(_divided(part, processes) for part in self.parts)
+        return MemoryPlan(divided, self.activations, self.step + gathered, processes)
+
+    def processes_for(self, memory: int) -> int | None:
+        """The fewest processes, 2 to 64, that hold it sharded in `memory` bytes each; None if none do, or it is."""
+        if self.processes > 1:
+            return None
+        return next((count for count in SHARDS if self.sharded(count).total <= memory), None)
+
+
+SHARDS = (2, 4, 8, 16, 32, 64)  # numbers of processes that are looked at
 
 
 class Unplannable(ConfigError):
@@ -91,9 +110,22 @@ def too_large(plan: MemoryPlan, device: Device) -> str | None:
     """A sentence for a plan that the device cannot hold; None for one that it can."""
     if plan.total <= device.memory:
         return None
+    if plan.standing > device.memory:
+        return _no_batch_fits(plan, device)
     return (
         f"training needs {plan.total / 2**30:.1f} GiB and {device.name} has {device.memory / 2**30:.1f}; lower "
         "batch_size, raise accumulate, set student.gradient_checkpointing = true, precision = 'bf16' or student.lora"
+    )
+
+
+def _no_batch_fits(plan: MemoryPlan, device: Device) -> str:
+    count = plan.processes_for(device.memory)
+    shared = (
+        "" if count is None else f"processes = {count} with sharding = 'fsdp' (as many devices like it), or "
+    )
+    return (
+        f"training needs {plan.total / 2**30:.1f} GiB, {plan.standing / 2**30:.1f} of them for weights, optimiser and "
+        f"EMA whatever the batch, and {device.name} has {device.memory / 2**30:.1f}; set {shared}student.lora"
     )
 
 
@@ -129,7 +161,7 @@ def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
     """The memory that training `method` as `recipe` says needs; under `fake_tensors()` it costs seconds and no memory.
 
     Takes a step of the method, so its weights change where there are any. Of several processes each has its share of
-    the batch. Where networks are sharded, the step has room for one whole, as if all its blocks were gathered at once.
+    the batch, and where networks are sharded, its share of them.
 
     Raises:
         Unplannable: the method decides by the values of tensors, which fake ones do not have.
@@ -149,12 +181,8 @@ def plan_memory(method: Method, source: Source, recipe: Recipe) -> MemoryPlan:
             _before_backward(trainer, lambda: held.append(live.now - _gradients(trainer))),
         ):
             trainer.train_step()
-    parts = tuple(_parts(trainer))
-    if recipe.sharding is None:
-        return MemoryPlan(parts, max(held, default=0), live.peak)
-    gathered = max(part.gradients for part in parts)
-    divided = tuple(_divided(part, processes) for part in parts)
-    return MemoryPlan(divided, max(held, default=0), live.peak + gathered)
+    planned = MemoryPlan(tuple(_parts(trainer)), max(held, default=0), live.peak)
+    return planned if recipe.sharding is None else planned.sharded(processes)
 
 
 def _divided(part: Part, processes: int) -> Part:

@@ -14,6 +14,7 @@ from pydantic import Field
 from distill_core.config import NAME_PATTERN, Config, check_name
 from distill_core.errors import ConfigError, DistilleryError, nearest
 from distill_core.recipe import Recipe, load_recipe
+from distill_core.recipe.published_models import check_teacher_named
 from distill_core.recipe.tables import EvaluateConfig
 from distill_service.jobs.table import Kind
 
@@ -61,11 +62,13 @@ def draft_train(
     """A training job from a recipe's TOML text or its name.
 
     Raises:
-        ConfigError: the recipe is wrong; `field` is its key. NotFound: no recipe has that name.
+        ConfigError: the recipe is wrong, or lacks a teacher of the user's; `field` is its key. NotFound: no recipe
+            has that name.
     """
     if (toml is None) == (name is None):
         raise ConfigError("give either recipe_toml or recipe_name", field="recipe")
     recipe = load_recipe(_values(toml), overrides) if toml is not None else _named(name or "", overrides)
+    check_teacher_named(recipe)
     try:
         spec = {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
     except ValueError:

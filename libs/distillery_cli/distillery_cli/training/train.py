@@ -77,12 +77,15 @@ def methods(
 
 
 def _show_methods(described: list[dict[str, Any]]) -> None:
-    rows = [
-        [e["name"], e["family"], ", ".join(e["needs"]), ", ".join(e["recipes"]), e["paper"]]
-        for e in described
-    ]
-    columns = ["method", "family", "needs", "recipes", "paper"]
-    results.print(table(columns, rows, prose=["needs", "recipes", "paper"], spare=["paper", "needs"]))
+    rows = [[e["name"], e["family"], ", ".join(e["needs"]), *_recipes(e), e["paper"]] for e in described]
+    columns = ["method", "family", "needs", "recipes", "for your model", "paper"]
+    prose = ["needs", "recipes", "for your model", "paper"]
+    results.print(table(columns, rows, prose=prose, spare=["paper", "needs"]))
+
+
+def _recipes(entry: dict[str, Any]) -> list[str]:
+    """Those that bring their teacher, and those with published settings for a teacher of the user's."""
+    return [", ".join(entry["recipes"]), ", ".join(entry["model_recipes"])]
 
 
 def _show_method(entry: dict[str, Any]) -> None:
@@ -95,6 +98,8 @@ def _show_method(entry: dict[str, Any]) -> None:
     for key in ("family", "paper", "needs", "recipes"):
         value = entry[key]
         results.print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+    for recipe, title in entry["model_recipes"].items():
+        results.print(f"for a {title} of yours: {recipe}")
 
 
 def recipe_schema(name: str) -> dict[str, Any]:

@@ -37,13 +37,21 @@ class ConsistencyConfig(MethodConfig):
     distance: Distance = "l2"  # between the two ends, per item (`losses.distance`)
     step_counts: tuple[int, ...] = Field((1, 2), min_length=1)  # numbers of steps that the student serves
 
+    rounds_steps: ClassVar[bool] = False
+    """Whether steps of unequal numbers of intervals will do: LCM's scheduler takes 4 steps of a grid of 50 so."""
+
     @model_validator(mode="after")
     def _steps_lie_on_the_grid(self) -> Self:
-        if list(self.step_counts) != sorted(set(self.step_counts)) or self.step_counts[0] < 1:
+        counts, levels = self.step_counts, self.num_levels
+        if list(counts) != sorted(set(counts)) or counts[0] < 1:
             raise ValueError("step_counts must be positive and strictly ascending, e.g. [1, 2, 4]")
-        if any(self.num_levels % count or self.step_counts[-1] % count for count in self.step_counts):
+        if self.rounds_steps and (any(counts[-1] % count for count in counts) or counts[-1] > levels):
             raise ValueError(
-                f"step_counts must divide num_levels = {self.num_levels} and the largest of them, e.g. [1, 2, 4]"
+                f"step_counts must divide the largest of them, at most num_levels = {levels}, e.g. [1, 2, 4]"
+            )
+        if not self.rounds_steps and any(levels % count or counts[-1] % count for count in counts):
+            raise ValueError(
+                f"step_counts must divide num_levels = {levels} and the largest of them, e.g. [1, 2, 4]"
             )
         return self
 
@@ -60,7 +68,7 @@ class Points(NamedTuple):
 
 
 class ConsistencyDistillation(Method):
-    """A variant overrides one of `end_of`, `move`, `points`, `output`, `further`."""
+    """A variant overrides one of `end_of`, `scale`, `points`, `output`, `further`."""
 
     roles: tuple[str, ...] = ("student",)
     held = ("target",)
@@ -73,7 +81,7 @@ class ConsistencyDistillation(Method):
             teacher.sampler = teacher.sampler.model_copy(update={"guidance": config.guidance})
         self.grid = level_grid(teacher, config.num_levels, start=config.start)
         self.target = TargetNetwork(student, config.target_decay)
-        levels = self.grid.coarse(config.step_counts[-1]).levels[:-1]
+        levels = self.grid.starts(config.step_counts[-1])
         counts = config.step_counts if len(config.step_counts) > 1 else ()
         student.sampler = few_step_sampler(student, levels, counts, eta=self.eta)
 
@@ -108,11 +116,16 @@ class ConsistencyDistillation(Method):
 
     def move(self, x: Tensor, sigma: Tensor, following: Tensor, cond: Cond) -> Tensor:
         """One step of the teacher's solver (B, C, H, W)."""
+        guidance = self.scale(x)
 
         def denoise(x_sigma: Tensor, level: Tensor) -> Tensor:
-            return self.teacher.guided(x_sigma, level, cond, self.config.guidance)
+            return self.teacher.guided(x_sigma, level, cond, guidance)
 
         return advance(denoise, x, sigma, following, self.config.solver)
+
+    def scale(self, x: Tensor) -> float | Tensor:
+        """The teacher's guidance in a step from `x` (B, C, H, W): one scale, or one for each item (B,)."""
+        return self.config.guidance
 
     def wanted(self, points: Points) -> Tensor:
         """What the student is to answer (B, C, H, W): where the target network leads from the moved point."""

@@ -9,6 +9,8 @@ first; here both have the coefficient 1. With g = 1 throughout this is LCM, and 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -29,6 +31,7 @@ class Config(ConsistencyConfig):
     solver: SolverConfig = SolverConfig(kind="ddim")
     distance: Distance = "huber"  # between the two ends, per item (`losses.distance`)
     step_counts: tuple[int, ...] = Field((1, 2, 4), min_length=1)
+    rounds_steps: ClassVar[bool] = True
     at_sample: float = Field(0.0, ge=0, le=1)  # share of items with g = 1; official 0, and 1 is LCM
 
 
