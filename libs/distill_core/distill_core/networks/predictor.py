@@ -25,6 +25,17 @@ from distill_core.recipe.tables import NetworkConfig
 from distill_core.signature import Function, FunctionName, TensorSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+IMAGE = "image"  # the input that pictures are
+
+
+def input_of(column: str) -> str:
+    """What a predictor calls its input that a column of the data is."""
+    return IMAGE if column == "x0" else column
+
+
+def column_of(name: str) -> str:
+    """The inverse of `input_of`."""
+    return "x0" if name == IMAGE else name
 
 
 class PredictorFile(Config):
