@@ -43,6 +43,7 @@ LAYERS = [
         "artifacts",
         "probe",
         "pictures",
+        "charts",
         "kinds",
         "method",
         "radiance.light.spherical_harmonics",

@@ -28,7 +28,8 @@ def test_a_teacher_is_the_same_afterwards_and_is_never_in_training_mode(name, co
     """A method that calls `train()` on itself, as wrappers do, leaves the teacher in evaluation mode."""
     trainer = tiny_trainer(recipe_of(name), context, tmp_path)
     teacher = trainer.method.teacher
-    norm = torch.nn.BatchNorm2d(1)  # which gradients that are off do not freeze
+    # BatchNorm, which gradients that are off do not freeze
+    norm = torch.nn.BatchNorm1d(2) if "iq" in trainer.source.columns else torch.nn.BatchNorm2d(1)
     teacher.add_module("norm", norm.eval())
     teacher.register_forward_pre_hook(lambda module, inputs: (module.norm(inputs[0]), *inputs[1:]))
     before = state_hash(teacher)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from distill_core.losses.distillation import (
     DIVERGENCES,
     class_of,
+    dist,
+    dkd,
     entropy,
     hard_ce,
     js,
@@ -107,3 +109,57 @@ def test_equal_predictions_cost_nothing_and_halves_are_computed_in_float32(name)
 def test_the_entropy_of_equal_logits_is_the_logarithm_of_the_classes_and_mixed_labels_have_a_class():
     assert float(entropy(torch.zeros(1, 7))) == pytest.approx(math.log(7))
     assert class_of(torch.tensor([[0.2, 0.1, 0.7]])).tolist() == [2] == class_of(torch.tensor([2])).tolist()
+
+
+LABELS = torch.tensor([2, 1])
+
+
+def test_decoupled_distillation_is_its_two_divergences_written_out():
+    p_s, p_t = probabilities(STUDENT), probabilities(TEACHER)
+    expected = []
+    for s, t, y in zip(p_s, p_t, LABELS.tolist()):
+        label = t[y] * math.log(t[y] / s[y]) + (1 - t[y]) * math.log((1 - t[y]) / (1 - s[y]))
+        others = [c for c in range(3) if c != y]
+        among = sum(t[c] / (1 - t[y]) * math.log((t[c] / (1 - t[y])) / (s[c] / (1 - s[y]))) for c in others)
+        expected.append(T**2 * (1.3 * label + 2.7 * among))
+    assert dkd(STUDENT, TEACHER, LABELS, T, (1.3, 2.7)).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_two_parts_weighted_by_the_teacher_are_the_divergence():
+    """KL = KL(b_t || b_s) + (1 - p_t,y) KL(r_t || r_s): what the paper begins with."""
+    p_label = F.softmax(TEACHER / T, 1)[torch.arange(2), LABELS]
+    label, others = dkd(STUDENT, TEACHER, LABELS, T, (1, 0)), dkd(STUDENT, TEACHER, LABELS, T, (0, 1))
+    torch.testing.assert_close(
+        label + (1 - p_label) * others, kl(STUDENT, TEACHER, T), rtol=1e-12, atol=1e-12
+    )
+    mixed = torch.tensor([[0.1, 0.2, 0.7], [0.3, 0.6, 0.1]])
+    assert torch.equal(dkd(STUDENT, TEACHER, mixed, T), dkd(STUDENT, TEACHER, LABELS, T))
+
+
+def test_a_teacher_without_a_doubt_about_its_label_leaves_the_others_to_be_learnt():
+    sure = torch.tensor([[1.0, 2.0, 90.0], [0.5, 95.0, -0.5]], dtype=torch.float64)
+    plain, decoupled = kl(TEACHER, sure), dkd(STUDENT, sure, LABELS, 1.0, (0, 1))
+    assert torch.isfinite(plain).all()
+    assert (decoupled > 0.05).all()
+
+
+def test_correlations_are_those_of_numpy_over_classes_and_over_the_batch():
+    numpy = pytest.importorskip("numpy")
+    s, t = (F.softmax(z / T, 1).numpy() for z in (STUDENT, TEACHER))
+    of_items = [1 - numpy.corrcoef(a, b)[0, 1] for a, b in zip(s, t)]
+    of_classes = numpy.mean([1 - numpy.corrcoef(a, b)[0, 1] for a, b in zip(s.T, t.T)])
+    expected = [T**2 * (value + 0.7 * of_classes) for value in of_items]
+    assert dist(STUDENT, TEACHER, T, 0.7).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_correlation_does_not_ask_for_equal_predictions_and_is_finite_for_constant_ones():
+    probabilities = F.softmax(TEACHER, 1)
+    flatter = (0.4 * probabilities + 0.2).log()  # a p + b of each item, summing to 1
+    assert dist(flatter, TEACHER, 1.0).abs().max() < 1e-12
+    assert kl(flatter, TEACHER).min() > 0.01
+    constant = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    loss = dist(constant, TEACHER, 1.0, 0.5)
+    reduced(loss).backward()
+    assert loss.tolist() == pytest.approx([1.5, 1.5])
+    assert torch.isfinite(constant.grad).all()
+    assert dist(STUDENT.bfloat16(), TEACHER.bfloat16()).dtype == torch.float32

@@ -28,6 +28,33 @@ def test_the_soft_loss_is_the_divergence_written_out():
     assert float(soft_cross_entropy(teacher, teacher, temperature)) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("loss", ["dkd", "dist"])
+def test_another_loss_takes_the_place_of_the_divergence_and_the_labels_keep_theirs(loss, context, tmp_path):
+    losses = {}
+    for name, changes in {
+        "kd": {},
+        "spelt out": {"config.loss": "kd"},
+        loss: {"config.loss": loss},
+        "labels": {"config.loss": loss, "config.weight": 0.0},
+        "labels, kd": {"config.weight": 0.0},
+    }.items():
+        trainer = tiny_trainer("kd", context, tmp_path / name, **changes)
+        losses[name] = float(trainer.train_step()["student_loss"])
+    assert losses["kd"] == losses["spelt out"] != losses[loss]
+    assert losses["labels"] == losses["labels, kd"] != losses[loss]
+
+
+def test_a_weight_of_another_loss_is_refused():
+    for given in (
+        {"others_weight": 2},
+        {"loss": "dist", "label_weight": 0.3},
+        {"loss": "dkd", "class_weight": 2},
+    ):
+        with pytest.raises(ConfigError, match=r"is of loss = '\w+', and loss is"):
+            Config.parse(given)
+    assert Config.parse(Config(loss="dkd", others_weight=2).model_dump()).others_weight == 2
+
+
 def test_without_weight_the_teacher_is_not_asked(context, tmp_path):
     trainer = tiny_trainer("kd", context, tmp_path, **{"config.weight": 0.0})
     trainer.method.teacher.call = None  # asking it would be an error

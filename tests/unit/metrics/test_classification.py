@@ -9,6 +9,7 @@ from distill_core.metrics.classification import (
     confusion_matrix,
     group_accuracy,
     negative_log_likelihood,
+    reliability,
     risk_coverage_area,
     total_variation,
     worst_class_accuracy,
@@ -98,3 +99,34 @@ def test_the_accuracy_of_a_group_is_of_its_labels_alone():
     assert group_accuracy(LOGITS, LABELS, [1]) == 0.5
     assert group_accuracy(LOGITS, torch.tensor([0, 2, 2, 1]), [0, 2]) == pytest.approx(2 / 3)
     assert math.isnan(group_accuracy(LOGITS, LABELS, [2]))
+
+
+@pytest.mark.parametrize("bins", [15, 7])
+def test_figures_are_those_of_torchmetrics(bins):
+    functional = pytest.importorskip("torchmetrics.functional.classification")
+    torch.manual_seed(5)
+    labels = torch.randint(0, 6, (500,))
+    logits = (torch.randn(500, 6) + 2 * torch.nn.functional.one_hot(labels, 6)) * torch.rand(500, 1) * 4
+    probabilities = logits.double().softmax(1)
+    theirs = functional.multiclass_calibration_error(probabilities, labels, 6, n_bins=bins, norm="l1")
+    assert calibration_error(logits, labels, bins=bins) == pytest.approx(float(theirs), abs=1e-6)
+    assert theirs > 0.02
+    for top in (1, 3):
+        theirs = functional.multiclass_accuracy(logits, labels, 6, average="micro", top_k=top)
+        assert accuracy(logits, labels, top=top) == pytest.approx(float(theirs), abs=1e-6)
+    by_class = functional.multiclass_accuracy(logits, labels, 6, average="none")
+    assert worst_class_accuracy(logits, labels) == pytest.approx(float(by_class.min()), abs=1e-6)
+    assert torch.equal(
+        confusion_matrix(logits, labels), functional.multiclass_confusion_matrix(logits, labels, 6)
+    )
+
+
+def test_the_bins_of_a_reliability_diagram_give_the_calibration_error():
+    torch.manual_seed(6)
+    logits, labels = torch.randn(300, 4) * 3, torch.randint(0, 4, (300,))
+    bins = reliability(logits, labels, bins=9)
+    assert bins.count.sum() == 300
+    gaps = (bins.accuracy - bins.confidence).abs() * bins.count
+    assert float(gaps.nansum()) / 300 == pytest.approx(calibration_error(logits, labels, bins=9), abs=1e-12)
+    assert torch.isnan(bins.accuracy[0])  # nobody is less sure than 1 / 4
+    assert ((bins.confidence * 9).int()[2:] == torch.arange(2, 9)).all()

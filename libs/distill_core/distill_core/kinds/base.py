@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 from torch import Tensor, nn
 
 from distill_core.artifacts import Manifest
@@ -36,10 +37,11 @@ class Models(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures, and in words what they rest on: by figure, or `distances` for those that compare features."""
+    """Figures, in words what they rest on (by figure, or `distances` for those that compare features), and charts."""
 
     figures: dict[str, float]
     rests_on: dict[str, str] = field(default_factory=dict)
+    pictures: Mapping[str, Image.Image] = field(default_factory=dict)  # by name, for the run folder
 
 
 class Evaluator(Protocol):

@@ -6,6 +6,9 @@
     symmetric_kl (kl + reverse_kl) / 2
     js           (T^2 / 2) [KL(p_t || m) + KL(p_s || m)],     m = (p_s + p_t) / 2;  at most T^2 ln 2
     soft_ce      -T^2 sum_c q_c log p_s                       q: target probabilities (B, K)
+    dkd          T^2 [a KL(b_t || b_s) + b KL(r_t || r_s)],   b: (p_y, 1 - p_y) of the label y, r: p among the others
+    dist         T^2 [1 - rho(p_s, p_t) + g mean_c (1 - rho_c)],   rho: Pearson's correlation over the classes,
+                                                              rho_c: over the batch, of class c
 
 Divergences are summed over the classes; `reduced` is the mean over the batch. The factor T^2 keeps the gradient's size
 as T grows (Hinton et al. 2015, section 2.1). All is computed in float32 at least, also under autocast.
@@ -54,6 +57,50 @@ def soft_ce(student: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor
 def hard_ce(student: Tensor, teacher: Tensor) -> Tensor:
     """(B,) the cross-entropy of logits (B, K) with the class that the teacher's logits (B, K) rank first."""
     return F.cross_entropy(_wide(student), teacher.argmax(1), reduction="none")
+
+
+def dkd(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    weights: tuple[float, float] = (1.0, 8.0),
+) -> Tensor:
+    """(B,) decoupled distillation of logits (B, K) and labels (B,) or mixed ones (B, K), of which the likeliest counts.
+
+    `weights` are those of the label's part and of the others' part; with 1 and 1 - p_t,y it is `kl`. Zhao et al. 2022,
+    arXiv 2203.08679, Eq. 6 and 7.
+    """
+    chosen = F.one_hot(class_of(labels), student.shape[1]).bool()
+    label_s, others_s = _decoupled(student, chosen, temperature)
+    label_t, others_t = _decoupled(teacher, chosen, temperature)
+    of_label, of_others = weights
+    return temperature**2 * (of_label * _kl(label_t, label_s) + of_others * _kl(others_t, others_s))
+
+
+def _decoupled(logits: Tensor, chosen: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the chosen class and of all others (B, 2), and of each other among these (B, K - 1)."""
+    scaled = _wide(logits) / temperature
+    others = scaled[~chosen].reshape(len(logits), -1)
+    pair = torch.stack([scaled[chosen], others.logsumexp(1)], 1)
+    return F.log_softmax(pair, dim=1), F.log_softmax(others, dim=1)
+
+
+def dist(student: Tensor, teacher: Tensor, temperature: float = 1.0, class_weight: float = 1.0) -> Tensor:
+    """(B,) one minus correlation over the classes, plus the batch's mean of the same over the items, of logits (B, K).
+
+    Predictions that are equal among themselves correlate with nothing, and cost 1. Huang et al. 2022, arXiv 2205.10536,
+    Eq. 7 to 10.
+    """
+    p_s, p_t = _log_p(student, temperature).exp(), _log_p(teacher, temperature).exp()
+    of_classes = (1 - _correlation(p_s.T, p_t.T)).mean()
+    return temperature**2 * (1 - _correlation(p_s, p_t) + class_weight * of_classes)
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation (N,) of the rows of (N, M); 0 where a row is constant."""
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    return F.cosine_similarity(a, b, dim=1, eps=1e-8)
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {

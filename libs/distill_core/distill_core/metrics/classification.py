@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,23 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> floa
     index = (confidence * bins).long().clamp_max(bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index.cpu(), (correct - confidence).cpu())
     return float(gap.abs().sum() / len(labels))
+
+
+class Reliability(NamedTuple):
+    """By equally wide bins of confidence: mean confidence, accuracy and number of the items, each (bins,) float64."""
+
+    confidence: Tensor
+    accuracy: Tensor
+    count: Tensor
+
+
+def reliability(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Reliability:
+    """What a reliability diagram shows, over the bins of `calibration_error`; NaN in a bin without items."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    index = (confidence * bins).long().clamp_max(bins - 1)
+    count = torch.bincount(index, minlength=bins).double()
+    sums = (torch.bincount(index, values, bins) for values in (confidence, (predicted == labels).double()))
+    return Reliability(*(values / count for values in sums), count)
 
 
 def risk_coverage_area(logits: Tensor, labels: Tensor) -> float:

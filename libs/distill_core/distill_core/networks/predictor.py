@@ -25,6 +25,17 @@ from distill_core.recipe.tables import NetworkConfig
 from distill_core.signature import Function, FunctionName, TensorSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+IMAGE = "image"  # the input that pictures are
+
+
+def input_of(column: str) -> str:
+    """What a predictor calls its input that a column of the data is."""
+    return IMAGE if column == "x0" else column
+
+
+def column_of(name: str) -> str:
+    """The inverse of `input_of`."""
+    return "x0" if name == IMAGE else name
 
 
 class PredictorFile(Config):
@@ -122,10 +133,21 @@ def image_classifier(
     Raises:
         ConfigError: the network cannot take such pictures, or gives something else.
     """
-    _try(network, config.name, shape, len(class_names))
     image = TensorSpec(dtype="float32", shape=shape, low=-1, high=1)
+    return classifier_of(network, config, name=IMAGE, spec=image, class_names=class_names)
+
+
+def classifier_of(
+    network: nn.Module, config: NetworkConfig, *, name: str, spec: TensorSpec, class_names: tuple[str, ...]
+) -> Predictor:
+    """A predictor of items `spec` that it calls `name`: one logit for each class.
+
+    Raises:
+        ConfigError: the network cannot take such items, or gives something else.
+    """
+    _try(network, config.name, name, spec.shape, len(class_names))
     logits = TensorSpec(dtype="float32", shape=(len(class_names),))
-    predict = Function(inputs={"image": image}, outputs={"logits": logits})
+    predict = Function(inputs={name: spec}, outputs={"logits": logits})
     args = network.args.model_dump(mode="json")  # type: ignore[operator,union-attr]
     described = PredictorFile(
         network=NetworkConfig(name=config.name, args=args),
@@ -135,43 +157,52 @@ def image_classifier(
     return Predictor(network, described)
 
 
-def check_classifier(model: Any, shape: tuple[int, ...], owner: str, *, field: str) -> None:
-    """Refuse a model that does not give logits of its classes for pictures `shape` (C, H, W).
+def check_classifier(
+    model: Any, shape: tuple[int, ...], owner: str, *, field: str, name: str = IMAGE
+) -> None:
+    """Refuse a model that does not give logits of its classes for items `shape`, which it calls `name`.
 
     Raises:
         ConfigError: it is such; `owner` is what the sentence calls it.
     """
     function = model.card().functions["predict"]
-    image, logits = function.inputs.get("image"), function.outputs.get("logits")
-    if image is None or logits is None or logits.shape != (len(model.card().class_names),):
+    taken, logits = function.inputs.get(name), function.outputs.get("logits")
+    if taken is None or logits is None or logits.shape != (len(model.card().class_names),):
         raise ConfigError(
             f"{owner} answers {', '.join(function.outputs)} to {', '.join(function.inputs)}, and a classifier "
-            "answers logits of its classes to image; choose another model",
+            f"answers logits of its classes to {name}; choose another model",
             field=field,
         )
-    if not image.fits(tuple(shape)):
+    if not taken.fits(tuple(shape)):
+        remedy = "set data.size, or choose" if name == IMAGE else "choose"
         raise ConfigError(
-            f"{owner} takes pictures {image.described}, and the data's are {tuple(shape)}; set data.size, or "
-            "choose a model or data of the other's shape",
+            f"{owner} takes {_items(name)} {taken.described}, and the data's are {tuple(shape)}; {remedy} a model or "
+            "data of the other's shape",
             field=field,
         )
+
+
+def _items(name: str) -> str:
+    return "pictures" if name == IMAGE else f"items of {name}"
 
 
 @torch.no_grad()
-def _try(network: nn.Module, name: str, shape: tuple[int, ...], num_classes: int) -> None:
+def _try(network: nn.Module, name: str, taken: str, shape: tuple[int, ...], num_classes: int) -> None:
     with evaluating(network):
         try:
             out = network(torch.zeros(1, *shape))
         except (RuntimeError, ValueError, ZeroDivisionError, IndexError) as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"{name} cannot take pictures of the shape {shape}: {said}; change network.args, or the data's size",
+                f"{name} cannot take {_items(taken)} of the shape {shape}: {said}; change network.args, or the data's "
+                "size",
                 field="network.args",
             ) from None
     if not isinstance(out, Tensor) or tuple(out.shape) != (1, num_classes):
+        item = "a picture" if taken == IMAGE else f"an item of {taken}"
         shown = f"the shape {tuple(out.shape[1:])}" if isinstance(out, Tensor) else "several tensors"
         raise ConfigError(
-            f"{name} gives {shown} for a picture, and a classifier gives {num_classes} logits; choose another network",
+            f"{name} gives {shown} for {item}, and a classifier gives {num_classes} logits; choose another network",
             field="network.name",
         )
 

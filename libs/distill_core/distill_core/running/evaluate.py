@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from distill_core.context import Context
@@ -37,7 +38,7 @@ def figures_of(method: Method, recipe: Recipe, evaluator: Any) -> Measured:
     if evaluator is None:
         return Measured(own)
     measured = evaluator.measure(method.main, method.references())
-    return Measured(own | measured.figures, measured.rests_on)
+    return replace(measured, figures=own | measured.figures)
 
 
 def evaluate(ref: str, table: dict[str, Any], data: dict[str, Any] | None, context: Context) -> Evaluation:

@@ -136,6 +136,7 @@ def _finished(
     with writing(f"the model to {run.model}", run.checkpoints):
         save_models(method, source, recipe, run)
     measured = figures_of(method, recipe, evaluator)
+    run.charts(measured.pictures)
     if skipped := getattr(source.pixels, "skipped", 0):
         measured.figures["skipped_pictures"] = float(skipped)
     metrics = measured.figures | {MEASURED_WITH + name: words for name, words in measured.rests_on.items()}

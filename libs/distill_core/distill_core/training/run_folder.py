@@ -1,4 +1,4 @@
-"""A run folder: the resolved recipe, metrics.jsonl, samples, checkpoints, the finished model."""
+"""A run folder: the resolved recipe, metrics.jsonl, samples, checkpoints, the finished model, its charts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
+from distill_core.charts import beside
 from distill_core.files.text import lines, read_text
 from distill_core.pictures import save_sheet
 from distill_core.recipe import Recipe
@@ -66,6 +68,15 @@ class Run:
         save_sheet(pictures, path)
         self.tell("sample", step=step, path=path.relative_to(self.folder).as_posix())
         return path
+
+    def charts(self, pictures: Mapping[str, Image.Image]) -> None:
+        """Save charts of the result's figures, by name, and side by side as the model's preview."""
+        folder = self.folder / "charts"
+        for name, picture in pictures.items():
+            folder.mkdir(exist_ok=True)
+            picture.save(folder / f"{name}.png")
+        if pictures:
+            beside(list(pictures.values())).save(self.model / "preview.png")
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget lines of steps that a resumed run will do again."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints
 
 from distill_core.config import Config, Words
-from distill_core.recipe.tables import EvaluateConfig
+from distill_core.recipe.tables import EvaluateConfig, ModelSource
 from distill_core.signature import Function, FunctionName, Signature
 
 SERVED = "call"
@@ -23,11 +23,29 @@ class Card(Config):
     packed_bits: int | None = Field(None, ge=1, le=8)  # of a weight on disk; unset: its file keeps floats
 
 
+class Range(Config):
+    """Items whose `column` is within `low` to `high`, both included."""
+
+    column: Words
+    low: float
+    high: float
+
+
 class Evaluate(EvaluateConfig):
     """What predictions are measured on: `data`, kept from training. Without it a run has no figures of its result."""
 
     # classes by name whose accuracy is measured apart, e.g. { tail = ["8", "9"] } gives tail_accuracy
     groups: dict[GroupName, tuple[Words, ...]] = {}
+    by: Words | None = None  # a column of numbers: accuracy at each of its values, e.g. by = "snr"
+    # items by a column's range, e.g. { clear = { column = "snr", low = 0, high = 10 } } gives clear_accuracy
+    ranges: dict[GroupName, Range] = {}
+    # further models that are measured and shown beside the result, e.g. the same student without a teacher
+    beside: dict[GroupName, ModelSource] = {}
+
+    @property
+    def sources(self) -> dict[str, ModelSource]:
+        """The models that are measured beside the result, by key."""
+        return {f"beside.{name}": source for name, source in self.beside.items()}
 
 
 def signature(card: Card) -> Signature:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 from distill_core.artifacts import Manifest
 from distill_core.data import Source, build_source
-from distill_core.data.classes import ABSENT, class_numbers, use_class_names
-from distill_core.errors import ConfigError, nearest
-from distill_core.kinds.base import PRECISIONS, Graph, Kind, Measured, Models
-from distill_core.kinds.loading import config_kind
-from distill_core.kinds.predictor.card import Card
-from distill_core.metrics.classification import (
-    accuracy,
-    calibration_error,
-    group_accuracy,
-    negative_log_likelihood,
-    risk_coverage_area,
+from distill_core.data.classes import use_class_names
+from distill_core.errors import ConfigError
+from distill_core.kinds.base import PRECISIONS, Graph, Kind, Models
+from distill_core.kinds.loading import config_kind, load_model
+from distill_core.kinds.predictor.evaluation import (
+    ClassifierEvaluator,
+    answers_of,
+    asked_of,
+    check_fits,
+    fits,
+    parts_of,
 )
+from distill_core.kinds.predictor.pictures import as_tensor, confusion
 from distill_core.networks.classifier import Classifier, load_classifier
 from distill_core.networks.clip_io import load_clip
-from distill_core.networks.modes import evaluating
 from distill_core.networks.predictor import Predictor, load_predictor
 from distill_core.networks.vision_io import is_transformers_folder, load_vision
 from distill_core.recipe.tables import EvaluateConfig
@@ -38,6 +38,7 @@ LOADERS: dict[str, Callable[..., Any]] = {  # by what config.json says that the 
     "clip": load_clip,
 }
 PROBED = 2  # items of a probe
+SHOWN = 256  # items of a preview
 EXAMPLES = 16  # items that a graph is traced, calibrated and compared with
 
 
@@ -60,11 +61,23 @@ class PredictorKind(Kind):
         card = model.card()
         field = "data" if config.data is None else "evaluate.data"
         source = source if config.data is None else build_source(config.data, folders=models)
-        takes_images = "image" in _inputs(card) and source.shape is not None
-        if not card.class_names or not takes_images or source.labels is None:
+        if asked_of(card, source) is None:
             return None
+        check_fits(card, source, "the model", field=field)
         use_class_names(source, card.class_names, owner="the model", field=field)
-        return ClassifierEvaluator(source, config, card, _numbered_groups(config, card.class_names))
+        beside = {
+            key.removeprefix("beside."): load_model(models.folder(one), models=models)
+            for key, one in config.sources.items()
+        }
+        return ClassifierEvaluator(source, config, card, parts_of(config, card, source), beside)
+
+    def preview(self, model: Any, source: Source, seed: int, references: Mapping[str, Any]) -> Tensor | None:
+        """Which classes of the data are taken for which; None for what is no classifier of this data."""
+        card = model.card()
+        if not fits(card, source) or source.class_names != card.class_names:
+            return None
+        answers = answers_of(model, source, source.picked(SHOWN), batch_size=SHOWN, timed=False)
+        return as_tensor(confusion(answers.logits, answers.labels, card.class_names, "training "))
 
     def probe(self, model: Any) -> Mapping[str, Mapping[str, np.ndarray]]:
         found = {}
@@ -119,76 +132,6 @@ def _free_axes(spec: TensorSpec) -> tuple[int, ...]:
     return tuple(axis for axis, size in enumerate(spec.shape, start=1) if size == -1)
 
 
-class ClassifierEvaluator:
-    """Accuracy, likelihood and calibration of classifiers on labelled data."""
-
-    def __init__(
-        self, source: Source, config: EvaluateConfig, card: Card, groups: Mapping[str, Collection[int]]
-    ) -> None:
-        self.source, self.config, self.card, self.groups = source, config, card, groups
-
-    def measure(
-        self,
-        model: Any,
-        references: Mapping[str, Any],
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> Measured:
-        """Figures of a classifier, and of those references that answer the same question, by their names."""
-        figures = self._figures(model)
-        for name, other in references.items():
-            if getattr(other, "kind", "") == "predictor" and self._answered_by(other):
-                figures |= {f"{name}_{key}": value for key, value in self._figures(other).items()}
-        count = len(self.source.picked(self.config.num_samples))
-        return Measured(figures, {"accuracy": f"{count} labelled items"})
-
-    def _answered_by(self, other: Any) -> bool:
-        """Whether a reference takes the same pictures and tells the same classes apart."""
-        spec, shape = _inputs(other.card()).get("image"), self.source.shape
-        fits = spec is not None and shape is not None and spec.fits(shape)
-        return fits and other.card().class_names == self.card.class_names
-
-    def _figures(self, model: Any) -> dict[str, float]:
-        with evaluating(model):
-            parts = list(self._answers(model))
-        logits, labels = (torch.cat(values) for values in zip(*parts))
-        return {
-            "accuracy": accuracy(logits, labels),
-            "negative_log_likelihood": negative_log_likelihood(logits, labels),
-            "calibration_error": calibration_error(logits, labels),
-            "risk_coverage_area": risk_coverage_area(logits, labels),
-            **{f"{name}_accuracy": group_accuracy(logits, labels, of) for name, of in self.groups.items()},
-            "parameters": float(model.card().parameters),
-        }
-
-    @torch.no_grad()
-    def _answers(self, model: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        device = next(model.parameters()).device
-        for indices in self.source.picked(self.config.num_samples).split(self.config.batch_size):
-            batch = self.source.items(indices)
-            assert batch.x0 is not None
-            logits = model.call("predict", {"image": batch.x0.to(device)})["logits"]
-            yield logits.float().cpu(), batch.columns["class_label"]
-
-
-def _numbered_groups(config: EvaluateConfig, known: tuple[str, ...]) -> dict[str, list[int]]:
-    """The numbers of the classes in each group of `[evaluate.groups]`.
-
-    Raises:
-        ConfigError: a class that the model does not know.
-    """
-    found: dict[str, list[int]] = {}
-    for group, names in getattr(config, "groups", {}).items():
-        found[group] = class_numbers(names, known)
-        if ABSENT in found[group]:
-            name = names[found[group].index(ABSENT)]
-            raise ConfigError(
-                f"evaluate.groups.{group} names a class {name!r}, and the model has none of that name"
-                f"{nearest(name, known)}",
-                field=f"evaluate.groups.{group}",
-            )
-    return found
-
-
 def example_inputs(function: Function, count: int, *, seed: int = 1) -> dict[str, Tensor]:
     """Inputs that the specifications allow: the same for the same seed; free axes are of two to five units.
 
@@ -230,11 +173,6 @@ def _called(model: Any, function: str, inputs: Mapping[str, Tensor]) -> dict[str
     device = next(model.parameters()).device
     outputs = model.call(function, {name: value.to(device) for name, value in inputs.items()})
     return {name: value.cpu().numpy() for name, value in outputs.items()}
-
-
-def _inputs(card: Card) -> dict[str, TensorSpec]:
-    function = next(iter(card.functions.values()), None)
-    return {} if function is None else function.inputs
 
 
 KIND = PredictorKind()

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from distill_core.data import Source
 from distill_core.data.classes import use_class_names
 from distill_core.errors import ConfigError
-from distill_core.networks.predictor import Predictor, check_classifier, image_classifier
-from distill_core.networks.predictors import build_network
+from distill_core.networks.new_classifier import classifier_of_column
+from distill_core.networks.predictor import Predictor, check_classifier, input_of
 from distill_core.recipe.tables import NetworkConfig
 
 LABELLED = {"x0": "the views that teacher and student see", "class_label": "the cross-entropy"}
@@ -19,21 +19,18 @@ def new_classifier(
     network: NetworkConfig, data: Source, *, class_names: tuple[str, ...] = (), field: str = "network"
 ) -> Predictor:
     """A classifier with fresh weights of the data's pictures, and of its classes or of those that are given."""
-    assert data.shape is not None  # `columns` asks for pictures
-    names = class_names or data.class_names
-    facts = {"shape": data.shape, "num_classes": len(names), "class_names": names}
-    built = build_network(network, facts, field=field)
-    return image_classifier(built, network, shape=data.shape, class_names=names)
+    return classifier_of_column(network, data, "x0", class_names=class_names, field=field)
 
 
-def use_classes_of(teacher: nn.Module, data: Source, method: str) -> None:
-    """Make the labels of `data` those of the teacher.
+def use_classes_of(teacher: nn.Module, data: Source, method: str, column: str = "x0") -> None:
+    """Make the labels of `data` those of the teacher, who is asked about the items' `column`.
 
     Raises:
-        ConfigError: the teacher is no classifier, does not know a class of the data, or takes other pictures.
+        ConfigError: the teacher is no classifier, does not know a class of the data, or takes other items.
     """
     use_class_names(data, _named_classes(teacher, method))
-    check_classifier(teacher, data.shape or (), "the teacher", field="teacher")
+    shape = data.columns[column].shape if column in data.columns else ()
+    check_classifier(teacher, shape, "the teacher", field="teacher", name=input_of(column))
 
 
 def classes_of(teacher: nn.Module, data: Source, method: str) -> tuple[str, ...]:
@@ -60,9 +57,9 @@ def _named_classes(teacher: nn.Module, method: str) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def taught(teacher: nn.Module, x0: Tensor) -> Tensor:
-    """The teacher's logits (B, K) for pictures (B, C, H, W)."""
-    logits: Tensor = teacher.call("predict", {"image": x0})["logits"]  # type: ignore[operator]
+def taught(teacher: nn.Module, items: Tensor, column: str = "x0") -> Tensor:
+    """The teacher's logits (B, K) for pictures (B, C, H, W), or for items of another column."""
+    logits: Tensor = teacher.call("predict", {input_of(column): items})["logits"]  # type: ignore[operator]
     return logits
 
 
