@@ -8,20 +8,16 @@ import torch
 from PIL import Image
 
 from distill_core import api
-from distill_core.charts import COLOURS, Axis, Plot, matrix, short
+from distill_core.charts import matrix
 from distill_core.data import build_source
 from distill_core.errors import ConfigError
 from distill_core.kinds import find_kind
-from distill_core.kinds.predictor.pictures import Answers, charts, confusion
+from distill_core.kinds.predictor.pictures import SELF, Answers, charts, confusion, reliability_diagram
+from distill_core.metrics.classification import reliability
 from tests.helpers import tiny_recipe
 from tests.unit.data.test_classes import classifier, folder
 
 CHARTS = {"confusion_matrix", "reliability", "accuracy_by_parameters", "accuracy_by_time"}
-RED = (200, 10, 10)
-
-
-def colours(picture: Image.Image) -> dict[tuple[int, ...], int]:
-    return {colour: count for count, colour in picture.getcolors(1 << 24)}
 
 
 def answers(shift: float = 0.0, parameters: int = 700) -> Answers:
@@ -42,29 +38,15 @@ def test_a_run_leaves_charts_of_what_was_measured_and_its_model_a_preview(tmp_pa
     assert not any("time" in name or "second" in name for name in result.figures), "figures repeat to the bit"
 
 
-def test_a_line_of_higher_values_lies_higher_and_equal_factors_are_equally_long():
-    plot = Plot("title", Axis("x", 1, 1e4, log=True), Axis("y", -2, 7))
-    across = [plot.place(value, 0)[0] for value in (1, 10, 100, 1000)]
-    assert np.diff(across) == pytest.approx([across[1] - across[0]] * 3)
-    assert plot.place(3, 6)[1] < plot.place(3, 5)[1]
-    plot.bar(2, 2000, 5, RED)
-    rows = np.argwhere((np.asarray(plot.picture) == RED).all(2))[:, 0]
-    assert rows.min() == pytest.approx(plot.place(2, 5)[1], abs=1)
-    assert rows.max() == pytest.approx(plot.place(2, -2)[1], abs=1)
-
-
-def test_ticks_are_round_numbers_within_the_axis_and_numbers_are_short():
-    assert Axis("y", 0, 1).ticks == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert Axis("y", -20, 18).ticks == pytest.approx([-20, -10, 0, 10])
-    assert Axis("x", 30, 2e4, log=True).ticks == pytest.approx([100, 1000, 10000])
-    assert [short(value) for value in (6186, 2.3e6, 0.0548, 0.3 - 0.1)] == ["6.19k", "2.3M", "0.0548", "0.2"]
-
-
 def test_rows_of_a_matrix_are_labels_and_the_darkest_cell_is_the_likeliest_answer():
-    picture = np.asarray(matrix("", np.array([[0, 7], [5, 2]]), ("a", "b"), "answered", "label")).sum(2)
-    side, room = 48, 32 + 7
-    corner = lambda row, column: picture[38 + side * row, room + 2 + side * column]  # noqa: E731
-    assert corner(0, 1) < corner(1, 0) < corner(1, 1) < corner(0, 0)
+    drawn = matrix("", np.array([[0, 7], [5, 2]]), ("a", "$b$"), "answered", "label")
+    np.testing.assert_allclose(drawn.get_images()[0].get_array(), [[0, 1], [5 / 7, 2 / 7]])
+    assert {text.get_text(): text.get_position() for text in drawn.texts} == {
+        "7": (1, 0),
+        "5": (0, 1),
+        "2": (1, 1),
+    }
+    assert [label.get_text() for label in drawn.get_yticklabels()] == ["a", r"\$b\$"], "names are no formulas"
 
 
 def test_of_very_many_classes_the_most_mistaken_are_shown_and_the_accuracy_is_that_of_all():
@@ -84,9 +66,24 @@ def test_accuracy_by_a_column_is_of_the_items_with_that_value():
     found = charts(own, {"teacher": answers(3.0, 9000)}, ("a", "b", "c"), "snr")
     assert set(found) == CHARTS | {"accuracy_by_snr"}
     alone = charts(own, {}, ("a", "b", "c"), None)
-    for name in ("reliability", "accuracy_by_parameters"):
-        assert colours(found[name])[COLOURS[1]] > 11 * 11, "more than its square in the legend"
-        assert COLOURS[1] not in colours(alone[name])
+    for name in ("reliability", "accuracy_by_parameters", "accuracy_by_time"):
+        assert found[name] != alone[name]
+
+
+def test_a_diagram_of_reliability_shows_each_models_bins(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("distill_core.kinds.predictor.pictures.picture", drawn.append)
+    own, teacher = answers(0.7), answers(3.0)
+    reliability_diagram({SELF: own, "teacher": teacher})
+    ((diagram),) = drawn
+    for points, one in zip(diagram.collections, (own, teacher), strict=True):
+        bins = reliability(one.logits, one.labels)
+        some = bins.count > 0
+        expected = torch.stack([bins.confidence[some], bins.accuracy[some]], 1)
+        np.testing.assert_allclose(points.get_offsets(), expected)
+    heights = [bar.get_height() for bar in diagram.patches]
+    np.testing.assert_allclose(heights, reliability(own.logits, own.labels).accuracy.nan_to_num())
+    assert [text.get_text().split(",")[0] for text in diagram.get_legend().texts] == [SELF, "teacher"]
 
 
 def test_a_model_beside_the_result_is_measured_and_one_of_other_classes_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill_core.charts import COLOURS, GREY, Axis, Plot, matrix, short
+from distill_core.charts import axes, matrix, picture, plain, short
 from distill_core.metrics.classification import accuracy, calibration_error, confusion_matrix, reliability
 
 MOST_CLASSES = 40  # rows of a confusion matrix; of more the most mistaken are shown
@@ -69,7 +69,7 @@ def confusion(logits: Tensor, labels: Tensor, names: tuple[str, ...], where: str
     """The confusion matrix; of many classes those with the most mistakes, and the rest as one."""
     title = f"{len(labels)} {where}items, accuracy {accuracy(logits, labels):.3f}"
     shown, logits, labels = _most_mistaken(logits, labels, names)
-    return matrix(title, confusion_matrix(logits, labels).numpy(), shown, "answered", "label")
+    return picture(matrix(title, confusion_matrix(logits, labels).numpy(), shown, "answered", "label"))
 
 
 def _most_mistaken(
@@ -93,57 +93,48 @@ def reliability_diagram(everyone: Mapping[str, Answers]) -> Image.Image:
 
     The area of a dot is the share of the items in its bin.
     """
-    plot = Plot("Reliability (dots: share of the items)", Axis("confidence", 0, 1), Axis("accuracy", 0, 1))
-    colours = dict(zip(everyone, _colours(len(everyone))))
+    drawn = axes("Reliability (dots: share of the items)", "confidence", "accuracy")
     own = reliability(everyone[SELF].logits, everyone[SELF].labels)
-    for place, (height, count) in enumerate(zip(own.accuracy.tolist(), own.count.tolist())):
-        if count:
-            plot.bar(place / len(own.count), (place + 1) / len(own.count), height, _pale(colours[SELF]))
-    plot.line([(0, 0), (1, 1)], GREY, marked=False)
-    for name, answers in everyone.items():
-        bins = reliability(answers.logits, answers.labels)
-        for confidence, right, count in zip(*(values.tolist() for values in bins)):
-            if count:
-                plot.dot(confidence, right, 3 + 12 * (count / len(answers.labels)) ** 0.5, colours[name])
-        plot.name(f"{name}, ECE {calibration_error(answers.logits, answers.labels):.3f}", colours[name])
-    return plot.picture
+    width = 1 / len(own.count)
+    places = np.arange(len(own.count)) * width
+    drawn.bar(places, own.accuracy.nan_to_num(), width, align="edge", color="C0", alpha=0.3)
+    drawn.axline((0, 0), slope=1, color="grey")
+    for number, (name, answers) in enumerate(everyone.items()):
+        confidence, right, count = (values.numpy() for values in reliability(answers.logits, answers.labels))
+        error = calibration_error(answers.logits, answers.labels)
+        areas = 20 + 300 * count / len(answers.labels)
+        some = count > 0
+        label = f"{plain(name)}, ECE {error:.3f}"
+        drawn.scatter(confidence[some], right[some], areas[some], color=f"C{number}", label=label)
+    drawn.set(xlim=(0, 1), ylim=(0, 1))
+    drawn.legend(loc="upper left")
+    return picture(drawn)
 
 
 def against(everyone: Mapping[str, Answers], label: str, costs: Mapping[str, float]) -> Image.Image:
     """Accuracy over a cost of each model."""
-    rights = {name: answers.accuracy for name, answers in everyone.items()}
-    low, high = min(rights.values()), max(rights.values())
-    y = Axis("accuracy", low - 0.05, high + 0.05 + 0.5 * (high - low))  # room for the names
-    x = Axis.around(label, [max(cost, 1e-9) for cost in costs.values()], log=True)
-    plot = Plot(f"Accuracy and {label.partition(',')[0]}", x, y)
-    for colour, (name, right) in zip(_colours(len(everyone)), rights.items()):
-        plot.dot(max(costs[name], 1e-9), right, 6, colour)
-        plot.name(f"{name}: {right:.3f} at {short(costs[name])}", colour)
-    return plot.picture
+    drawn = axes(f"Accuracy and {label.partition(',')[0]}", label, "accuracy")
+    for name, answers in everyone.items():
+        words = f"{plain(name)}: {answers.accuracy:.3f} at {short(costs[name])}"
+        drawn.scatter(max(costs[name], 1e-9), answers.accuracy, 80, label=words)
+    drawn.set_xscale("log")
+    drawn.margins(0.15)
+    drawn.legend()
+    return picture(drawn)
 
 
 def by_column(everyone: Mapping[str, Answers], column: str) -> Image.Image:
     """Accuracy over the values of a column, a line for each model."""
-    lines = {name: answers.by(column) for name, answers in everyone.items()}
-    values = sorted({value for line in lines.values() for value in line})
-    x = Axis(column, values[0], values[-1]) if len(values) > 1 else Axis.around(column, values)
-    plot = Plot(f"Accuracy by {column}", x, Axis("accuracy", 0, 1))
-    for colour, (name, line) in zip(_colours(len(lines)), lines.items()):
-        plot.line(list(line.items()), colour)
-        plot.name(name, colour)
-    return plot.picture
+    drawn = axes(f"Accuracy by {plain(column)}", plain(column), "accuracy")
+    for name, answers in everyone.items():
+        line = answers.by(column)
+        drawn.plot(list(line), list(line.values()), marker="o", label=plain(name))
+    drawn.set(ylim=(0, 1))
+    drawn.legend()
+    return picture(drawn)
 
 
-def as_tensor(picture: Image.Image) -> Tensor:
+def as_tensor(image: Image.Image) -> Tensor:
     """(1, 3, H, W) in [-1, 1]."""
-    values = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]
+    values = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
     return values.float() / 127.5 - 1
-
-
-def _colours(count: int) -> list[tuple[int, int, int]]:
-    return [COLOURS[place % len(COLOURS)] for place in range(count)]
-
-
-def _pale(colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    red, green, blue = (round(255 - 0.35 * (255 - value)) for value in colour)
-    return red, green, blue
