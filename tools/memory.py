@@ -169,8 +169,8 @@ how many fit. `distillery train RECIPE --dry-run` plans the same for your own mo
 
 {plans}
 
-"Frozen" are the teacher, its text encoders and its picture decoder, in float32 as they are held. A step has
-activations, gradients and temporaries at their peak.
+A recipe that is not in the table has not been planned yet. "Frozen" are the teacher, its text encoders and its picture
+decoder, in float32 as they are held. A step has activations, gradients and temporaries at their peak.
 
 ## What fits where
 
