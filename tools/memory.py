@@ -23,7 +23,9 @@ ROOM = 1.1  # what an allocator adds to a plan: a tenth
 ONCE = ("critic_steps", "fake_steps")  # updates that are alike, and each as large as the next
 LORA: Mapping[str, Any] = {"student.lora": {"rank": 64, "alpha": 64.0}}
 COLUMNS = ("recipe", "model", "trained", "frozen", "weights, optimiser, EMA", "a step", "in all")
-OTHERS = {  # a model without published settings: the few-step LoRA of docs/task_lora.md, at levels of its own schedule
+OTHERS: Mapping[
+    str, tuple[str, Mapping[str, Any]]
+] = {  # a model without published settings: the few-step LoRA of docs/task_lora.md, at levels of its own schedule
     "sd35": ("task_lora_few_steps", {"config.levels": [999.0, 3.0, 1.0, 0.333]}),
 }
 
@@ -37,12 +39,14 @@ def memory(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[RECIPE]...", help="Without any: those not planned yet.")
     ] = None,
+    run: Annotated[bool, typer.Option("--run/--no-run", help="Plan, or only write the page.")] = True,
     repository: Annotated[Path, typer.Option(help="The checkout whose page is written.")] = Path(),
 ) -> int:
     """Plan recipes at the full size of the model that they are for, and write docs/memory.md."""
     kept = repository / KEPT
     known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    for name in names or [name for name in planned_recipes() if name not in known]:
+    chosen = names or [name for name in planned_recipes() if name not in known]
+    for name in chosen if run else []:
         if name not in planned_recipes():
             raise NotFound(
                 f"no recipe for a model is called {name!r}{nearest(name, planned_recipes())}", field="names"
@@ -67,7 +71,7 @@ def planned(name: str) -> dict[str, Any]:
     recipe_name, _, other = name.partition(" on ")
     recipe = load_recipe(recipe_name, OTHERS[other][1] if other else None)
     model = other or str(recipe.for_model)
-    found = {"model": model, "plan": full_size(recipe, model)}
+    found: dict[str, Any] = {"model": model, "plan": full_size(recipe, model)}
     shared = found["plan"]["processes"][str(CARDS[-2])]
     if recipe.student.lora is None and (shared is None or shared > FEW):
         found["lora"] = full_size(recipe.override(LORA), model)
@@ -165,8 +169,8 @@ how many fit. `distillery train RECIPE --dry-run` plans the same for your own mo
 
 {plans}
 
-"Frozen" are the teacher, its text encoders and its picture decoder, in float32 as they are held. A step has
-activations, gradients and temporaries at their peak.
+A recipe that is not in the table has not been planned yet. "Frozen" are the teacher, its text encoders and its picture
+decoder, in float32 as they are held. A step has activations, gradients and temporaries at their peak.
 
 ## What fits where
 
