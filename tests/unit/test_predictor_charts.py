@@ -78,7 +78,7 @@ def test_a_diagram_of_reliability_shows_each_models_bins(monkeypatch):
     ((diagram),) = drawn
     for points, one in zip(diagram.collections, (own, teacher), strict=True):
         bins = reliability(one.logits, one.labels)
-        some = bins.count > 0
+        some = bins.items > 0
         expected = torch.stack([bins.confidence[some], bins.accuracy[some]], 1)
         np.testing.assert_allclose(points.get_offsets(), expected)
     heights = [bar.get_height() for bar in diagram.patches]

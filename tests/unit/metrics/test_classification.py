@@ -125,8 +125,8 @@ def test_the_bins_of_a_reliability_diagram_give_the_calibration_error():
     torch.manual_seed(6)
     logits, labels = torch.randn(300, 4) * 3, torch.randint(0, 4, (300,))
     bins = reliability(logits, labels, bins=9)
-    assert bins.count.sum() == 300
-    gaps = (bins.accuracy - bins.confidence).abs() * bins.count
+    assert bins.items.sum() == 300
+    gaps = (bins.accuracy - bins.confidence).abs() * bins.items
     assert float(gaps.nansum()) / 300 == pytest.approx(calibration_error(logits, labels, bins=9), abs=1e-12)
     assert torch.isnan(bins.accuracy[0])  # nobody is less sure than 1 / 4
     assert ((bins.confidence * 9).int()[2:] == torch.arange(2, 9)).all()

@@ -38,10 +38,10 @@ class Modulations(Source):
 
         name: Literal["modulations"] = "modulations"
         split: Literal["train", "test"] = "train"  # frames of one are none of the other
-        classes: tuple[Modulation, ...] = ALL
+        classes: tuple[Modulation, ...] = ALL  # modulations, in the order of the labels
         count: int = Field(4096, ge=1, le=1_000_000)
         length: int = Field(128, ge=16, le=8192)  # samples of a frame
-        samples_per_symbol: int = Field(8, ge=2, le=64)
+        samples_per_symbol: int = Field(8, ge=2, le=64)  # samples a symbol lasts; more: a narrower signal
         snr_low: float = Field(-20.0, ge=-60, le=60)  # dB
         snr_high: float = Field(18.0, ge=-60, le=60)  # dB
         snr_step: float = Field(2.0, gt=0, le=60)  # dB

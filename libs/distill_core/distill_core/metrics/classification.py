@@ -40,16 +40,17 @@ class Reliability(NamedTuple):
 
     confidence: Tensor
     accuracy: Tensor
-    count: Tensor
+    items: Tensor
 
 
 def reliability(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Reliability:
     """What a reliability diagram shows, over the bins of `calibration_error`; NaN in a bin without items."""
     confidence, predicted = logits.double().softmax(1).max(1)
     index = (confidence * bins).long().clamp_max(bins - 1)
-    count = torch.bincount(index, minlength=bins).double()
-    sums = (torch.bincount(index, values, bins) for values in (confidence, (predicted == labels).double()))
-    return Reliability(*(values / count for values in sums), count)
+    items = torch.bincount(index, minlength=bins).double()
+    right = (predicted == labels).double()
+    sums = [torch.bincount(index, values, bins) for values in (confidence, right)]
+    return Reliability(sums[0] / items, sums[1] / items, items)
 
 
 def risk_coverage_area(logits: Tensor, labels: Tensor) -> float:

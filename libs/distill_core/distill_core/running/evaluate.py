@@ -37,7 +37,7 @@ def figures_of(method: Method, recipe: Recipe, evaluator: Any) -> Measured:
     own = dict(method.figures(config))
     if evaluator is None:
         return Measured(own)
-    measured = evaluator.measure(method.main, method.references())
+    measured: Measured = evaluator.measure(method.main, method.references())
     return replace(measured, figures=own | measured.figures)
 
 

@@ -26,9 +26,9 @@ class Card(Config):
 class Range(Config):
     """Items whose `column` is within `low` to `high`, both included."""
 
-    column: Words
-    low: float
-    high: float
+    column: Words  # of the data, one number an item
+    low: float  # least value that is counted
+    high: float  # largest value that is counted
 
 
 class Evaluate(EvaluateConfig):

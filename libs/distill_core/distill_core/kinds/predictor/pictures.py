@@ -95,8 +95,8 @@ def reliability_diagram(everyone: Mapping[str, Answers]) -> Image.Image:
     """
     drawn = axes("Reliability (dots: share of the items)", "confidence", "accuracy")
     own = reliability(everyone[SELF].logits, everyone[SELF].labels)
-    width = 1 / len(own.count)
-    places = np.arange(len(own.count)) * width
+    width = 1 / len(own.items)
+    places = np.arange(len(own.items)) * width
     drawn.bar(places, own.accuracy.nan_to_num(), width, align="edge", color="C0", alpha=0.3)
     drawn.axline((0, 0), slope=1, color="grey")
     for number, (name, answers) in enumerate(everyone.items()):

@@ -19,7 +19,7 @@ from distill_core.recipe.tables import NetworkConfig
 
 class Config(MethodConfig):
     column: Words = "x0"  # of the data that the network sees: x0 for pictures, iq for radio frames
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target that is spread over all classes
 
 
 class Supervised(Method):

@@ -37,12 +37,12 @@ class ClSTArgs(SignalArgs):
 
     widths: tuple[Width, ...] = Field((32, 64), min_length=1, max_length=8)  # channels by stage
     depths: tuple[Annotated[int, Field(ge=1, le=64)], ...] = (1, 2)  # blocks by stage
-    num_heads: int = Field(4, ge=1, le=64)
+    num_heads: int = Field(4, ge=1, le=64)  # of both attentions
     strides: tuple[Annotated[int, Field(ge=1, le=64)], ...] = (
         4,
         2,
     )  # by stage: samples, then tokens, to a token
-    mlp_ratio: int = Field(2, ge=1, le=16)
+    mlp_ratio: int = Field(2, ge=1, le=16)  # hidden channels of a perceptron over its width
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
