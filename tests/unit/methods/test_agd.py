@@ -140,6 +140,14 @@ def test_a_batch_mixes_scales_and_one_is_the_base_bit_for_bit():
     torch.testing.assert_close(alone, answer[3:4])
 
 
+def test_a_network_in_half_precision_keeps_adapters_in_theirs():
+    adapter = adapted().adapters.layers[1]
+    h, told = torch.randn(3, 2, 16), torch.randn(3, 13)
+    half = adapter(h.bfloat16(), told.bfloat16())
+    assert half.dtype == torch.float32
+    assert torch.equal(half, adapter(h.bfloat16().float(), told.bfloat16().float()))
+
+
 def test_a_saved_folder_gives_the_adapters_back_and_names_a_damaged_file(tmp_path):
     student = adapted()
     student.sampler = student.sampler.model_copy(

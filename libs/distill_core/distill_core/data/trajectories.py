@@ -111,13 +111,12 @@ def build_trajectories(
         for indices in torch.arange(start, stop).split(config.batch_size):
             cond = {name: value.to(device) for name, value in pairs.conditions(indices).items()}
             z = pairs.noise(indices, shape).to(device)
-            ranged = isinstance(guidance, GuidanceLaw)
-            scale = scales(guidance, indices).to(device) if ranged else guidance
-            states, _ = recorded(model, z, cond, levels, scale)
+            told = scales(guidance, indices).to(device) if isinstance(guidance, GuidanceLaw) else guidance
+            states, _ = recorded(model, z, cond, levels, told)
             found.append(torch.stack([states[place] for place in keep], 1).cpu())
         return {"states": torch.cat(found)}
 
-    told = [guidance.low, guidance.high] if isinstance(guidance, GuidanceLaw) else guidance
-    made = {"levels": list(levels), "keep": list(keep), "guidance": told, "seed": config.seed}
+    law = [guidance.low, guidance.high] if isinstance(guidance, GuidanceLaw) else guidance
+    made = {"levels": list(levels), "keep": list(keep), "guidance": law, "seed": config.seed}
     folder = pairs.beside(model, made)
     return Trajectories(fill(folder, len(pairs), make, what="states of walks"), pairs, guidance)

@@ -44,9 +44,7 @@ class Sidecar(Config):
     cond: CondSpec
     sampler: SamplerSpec
     parameterisation: Parameterisation
-    scalars: tuple[
-        Literal["guidance", "gamma"], ...
-    ] = ()  # what the network is told beside level and condition
+    scalars: tuple[Literal["guidance", "gamma"], ...] = ()  # it is told beside level and condition
     adapters: GuidanceAdapterConfig | None = None  # beside its attention layers: `networks.diffusers_adapted`
 
 

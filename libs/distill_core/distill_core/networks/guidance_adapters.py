@@ -51,7 +51,8 @@ class LayerAdapter(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, h: Tensor, told: Tensor) -> Tensor:
-        """What is added (B, N, D) for `h` (B, N, D') and `told` (B, 1 + E)."""
+        """What is added (B, N, D) for `h` (B, N, D') and `told` (B, 1 + E), in the adapter's own precision."""
+        h, told = h.to(self.up.weight.dtype), told.to(self.up.weight.dtype)
         hidden = self.told(told[:, 1:])[:, None]
         if self.down is not None:
             hidden = hidden + self.down(h)
@@ -159,8 +160,7 @@ def _mean(cond: Cond) -> Tensor:
     if "class_label" in cond:
         return cond["class_label"]
     prompt = cond["prompt_embeds"].float()
-    mask = cond.get("prompt_mask")
-    if mask is None:
-        return prompt.mean(1)
+    mask = cond.get("prompt_mask", torch.ones(prompt.shape[:2], device=prompt.device))
     present = mask.float()[..., None]
-    return (prompt * present).sum(1) / present.sum(1).clamp_min(1)
+    mean: Tensor = (prompt * present).sum(1) / present.sum(1).clamp_min(1)
+    return mean
