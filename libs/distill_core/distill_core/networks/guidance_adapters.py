@@ -119,7 +119,8 @@ class AdaptedAttention(PlainAttention):
         out: Tensor = self.plain(attn, hidden_states, *others)
         if adapters_told is None:
             return out
-        return out + self.adapter(hidden_states, adapters_told).to(out.dtype)
+        added: Tensor = self.adapter(hidden_states, adapters_told)
+        return out + added.to(out.dtype)
 
 
 def told_to_attention(cond: Cond) -> dict[str, Any]:
