@@ -15,6 +15,7 @@ from tests.helpers import recipe_of, tiny_text_to_image, tiny_trainer
 
 IMAGE_FREE = ["pg_sb", "swiftbrush"]
 ROLLED_OUT = [
+    "agd",
     "boot",
     "boss",
     "instaflow",

@@ -48,12 +48,13 @@ class Shards:
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def at(self, name: str, indices: Tensor) -> Tensor:
-        """The rows `indices` (B,) of a value, on the CPU."""
+    def at(self, name: str, indices: Tensor, parts: Tensor | None = None) -> Tensor:
+        """The rows `indices` (B,) of a value, on the CPU; of each row only the entries `parts` (B, P), if given."""
         found = []
-        for index in map(int, indices):  # also of fake tensors, whose values are 0
+        for place, index in enumerate(map(int, indices)):  # also of fake tensors, whose values are 0
             shard = bisect_right(self.starts, index) - 1
-            found.append(self.values[shard][name][index - self.starts[shard]])
+            row = self.values[shard][name][index - self.starts[shard]]
+            found.append(row if parts is None else row[parts[place]])
         return torch.stack(found)
 
     def all(self, name: str) -> Tensor:

@@ -28,6 +28,7 @@ from distill_core.networks.diffusers_plain import opens, pipeline_class, plain_u
 from distill_core.networks.diffusers_schedule import schedule_of
 from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.families import family_of
+from distill_core.networks.guidance_adapters import GuidanceAdapterConfig
 from distill_core.networks.prompts import PromptEncoder
 from distill_core.networks.scalar_conditions import add_scalars, packed, save_scalars, without_scalars
 from distill_core.networks.tileable import decode_wrapped, wrap_around
@@ -43,9 +44,8 @@ class Sidecar(Config):
     cond: CondSpec
     sampler: SamplerSpec
     parameterisation: Parameterisation
-    scalars: tuple[
-        Literal["guidance", "gamma"], ...
-    ] = ()  # what the network is told beside level and condition
+    scalars: tuple[Literal["guidance", "gamma"], ...] = ()  # it is told beside level and condition
+    adapters: GuidanceAdapterConfig | None = None  # beside its attention layers: `networks.diffusers_adapted`
 
 
 class DiffusersDenoiser(Denoiser):
@@ -85,11 +85,14 @@ class DiffusersDenoiser(Denoiser):
 
     def with_network(self, network: ModelMixin) -> DiffusersDenoiser:
         """`network` in the place of this one's, with its schedule, encoder and decoder."""
-        return DiffusersDenoiser(network, self.scheduler, self._sidecar(), **self._companions)
+        return self._like(network, **self._companions)
 
     def with_text(self, text: PromptEncoder) -> DiffusersDenoiser:
         """The same network with `text` in the place of its text encoder."""
-        return DiffusersDenoiser(self.network, self.scheduler, self._sidecar(), codec=self.codec, text=text)
+        return self._like(self.network, codec=self.codec, text=text)
+
+    def _like(self, network: ModelMixin, **companions: Any) -> DiffusersDenoiser:
+        return DiffusersDenoiser(network, self.scheduler, self._sidecar(), **companions)
 
     @property
     def codec(self) -> ModelMixin | None:
@@ -205,7 +208,8 @@ class DiffusersDenoiser(Denoiser):
             use = plain_use(self.scheduler, self.schedule, self.sampler, self.parameterisation, pipeline)
         use.scheduler.save_pretrained(folder / "scheduler")
         parts["scheduler"] = use.scheduler
-        if pipeline is not None and ("guidance" in self.scalars or not opens(use, self.sampler, pipeline)):
+        told = self.sampler.guidance_range is not None
+        if pipeline is not None and (told or not opens(use, self.sampler, pipeline)):
             pipeline = None
         if pipeline is not None and companions is not None:  # else the folder opens part by part
             options = {} if self.text is None else self.text.options
@@ -224,7 +228,7 @@ class DiffusersDenoiser(Denoiser):
 
     def bare(self) -> DiffusersDenoiser:
         """The same network without its companions."""
-        return DiffusersDenoiser(self.network, self.scheduler, self._sidecar())
+        return self._like(self.network)
 
     def save_companions(self, folder: Path) -> dict[str, Any]:
         """Write decoder and text encoder, if there are any; the entries of the pipeline's index."""

@@ -13,6 +13,7 @@ from torch import nn
 from distill_core.errors import ArtifactError, ConfigError, NotFound
 from distill_core.files.json_tables import read_table
 from distill_core.networks.denoiser import loading
+from distill_core.networks.diffusers_adapted import load_adapted
 from distill_core.networks.diffusers_codec import check_codec
 from distill_core.networks.diffusers_denoiser import SIDECAR, DiffusersDenoiser, Sidecar
 from distill_core.networks.diffusers_fit import check_fit, derived_sidecar
@@ -90,6 +91,8 @@ def load_denoiser(
         denoiser = DiffusersDenoiser(network, scheduler, sidecar, **shared)
         if sidecar.scalars:
             load_scalars(network, sidecar.scalars, folder)
+        if sidecar.adapters:
+            denoiser = load_adapted(denoiser, sidecar.adapters, folder)
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
         raise ArtifactError(
             f"{folder} is damaged: its settings do not fit together: {_reason(error)}"

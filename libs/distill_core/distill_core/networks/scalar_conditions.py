@@ -42,21 +42,26 @@ class ScalarEmbedding(nn.Module):
         )
         for projection in self.projections.values():
             nn.init.zeros_(projection.weight)  # type: ignore[arg-type]
-        self.register_buffer(
-            "frequencies", 2 * torch.pi * torch.logspace(-6, 0, NUM_FREQUENCIES, base=2.0), persistent=False
-        )
+        self.register_buffer("frequencies", frequencies(), persistent=False)
 
     def forward(self, packed: Tensor, *others: Any) -> Tensor:
         total = sum(
-            projection(self._features(packed[:, index]))
+            projection(periodic(packed[:, index], self.frequencies))
             for index, projection in enumerate(self.projections.values(), start=1)
         )
         assert isinstance(total, Tensor)
         return total if self.inner is None else self.inner(packed[:, 0].long(), *others) + total
 
-    def _features(self, offset: Tensor) -> Tensor:
-        angle = offset[:, None] * self.frequencies
-        return torch.cat([angle.sin(), 1 - angle.cos()], 1)
+
+def frequencies() -> Tensor:
+    """The angular frequencies (F,) of `periodic`, in radians per unit."""
+    return 2 * torch.pi * torch.logspace(-6, 0, NUM_FREQUENCIES, base=2.0)
+
+
+def periodic(offset: Tensor, at: Tensor) -> Tensor:
+    """Features phi (B, 2 F) of `offset` (B,) at frequencies (F,); all are 0 where it is 0."""
+    angle = offset[:, None] * at
+    return torch.cat([angle.sin(), 1 - angle.cos()], 1)
 
 
 def add_scalars(network: nn.Module, names: tuple[str, ...]) -> None:

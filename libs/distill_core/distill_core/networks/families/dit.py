@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from distill_core.artifacts import CondSpec, ImageSpec
 from distill_core.method import Cond
 from distill_core.networks.families.base import Family, labelled, refuse_steering, without_variance
+from distill_core.networks.guidance_adapters import told_to_attention
 from distill_core.networks.prompts import PromptEncoder
 
 
@@ -25,7 +26,8 @@ class DiT(Family):
         labels = cond.get("class_label")
         if labels is None:
             labels = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        return without_variance(network(x, timestep=time, class_labels=labels).sample, x)
+        told = told_to_attention(cond)
+        return without_variance(network(x, timestep=time, class_labels=labels, **told).sample, x)
 
     def trunk(self, network: Any) -> nn.Module:
         blocks: nn.ModuleList = network.transformer_blocks

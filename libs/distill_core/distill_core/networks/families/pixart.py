@@ -16,6 +16,7 @@ from distill_core.method import Cond
 from distill_core.networks.families.base import refuse_steering, without_variance
 from distill_core.networks.families.prompted import Prompted, check_width
 from distill_core.networks.foreign.index import pipeline_of
+from distill_core.networks.guidance_adapters import told_to_attention
 from distill_core.networks.prompts import PromptEncoder
 from distill_core.networks.text_parts import load_text_model, load_tokenizer
 
@@ -65,6 +66,7 @@ class PixArt(Prompted):
             encoder_attention_mask=cond["prompt_mask"],
             timestep=time,
             added_cond_kwargs=_size(x, image) if network.use_additional_conditions else _NO_SIZE,
+            **told_to_attention(cond),
         )
         return without_variance(answer.sample, x)
 

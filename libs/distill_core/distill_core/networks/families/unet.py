@@ -18,6 +18,7 @@ from distill_core.errors import ArtifactError
 from distill_core.method import Cond
 from distill_core.networks.families.base import Family, labelled, refuse_steering, without_variance
 from distill_core.networks.foreign.keys import shown
+from distill_core.networks.guidance_adapters import told_to_attention
 from distill_core.networks.prompts import PromptEncoder
 from distill_core.networks.steering import make_steerable
 from distill_core.networks.text import check_text, text_for
@@ -72,15 +73,12 @@ class UNet2DCondition(UNet2D):
         make_steerable(network)
 
     def call(self, network: Any, x: Tensor, time: Tensor, cond: Cond, image: ImageSpec) -> Tensor:
-        extras: dict[str, Any] = {}
+        extras = told_to_attention(cond)
         if "pooled_embeds" in cond:
             _, height, width = image.picture
             size = x.new_tensor([height, width, 0, 0, height, width])  # original size, crop's corner, size
             pooled = cond["pooled_embeds"].to(x.dtype)
             extras["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": size.expand(x.shape[0], -1)}
-        if "nasa_scale" in cond:
-            steering = ("negative_prompt_embeds", "nasa_scale")
-            extras["cross_attention_kwargs"] = {name: cond[name] for name in steering}
         if "class_label" in cond:  # the further scalars of `networks.scalar_conditions`
             extras["class_labels"] = cond["class_label"]
         width = network.config.time_cond_proj_dim
