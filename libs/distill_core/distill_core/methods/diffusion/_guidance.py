@@ -76,13 +76,18 @@ class GuidanceDistillation(Method):
         for suffix, scale in self.compared().items():
             wanted = self.made(self.teacher, count, config.seed, scale)
             answers: dict[str, tuple[Denoiser, float]] = {
-                "guided_error": (self.student, self.asked(scale)),
-                "unguided_error": (self.teacher, 1.0),
+                "guided": (self.student, self.asked(scale)),
+                "unguided": (self.teacher, 1.0),
             }
             for name, (model, guidance) in answers.items():
                 made = self.made(model, count, config.seed, guidance)
-                figures[name + suffix] = float((made - wanted).square().mean())
+                compared = {"error": float((made - wanted).square().mean())} | self.distances(made, wanted)
+                figures |= {f"{name}_{key}{suffix}": value for key, value in compared.items()}
         return figures
+
+    def distances(self, made: Tensor, wanted: Tensor) -> dict[str, float]:
+        """Further distances between pictures (B, C, H, W) of the same noise, by the ends of their names."""
+        return {}
 
     def asked(self, scale: float) -> float:
         """The guidance that the student is sampled with to repeat the teacher's at `scale`: it is in its weights."""
