@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from distillery_converter.graphs import EXAMPLE_BATCH, Graph
+from distillery_converter.graph import EXAMPLE_BATCH, Graph
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LAYERS = ("MatMul", "Gemm")  # of a field

@@ -12,16 +12,16 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from distill_core.artifacts import CondSpec, ImageSpec
+from distill_core.artifacts.prompt_reading import TokenInput
 from distill_core.method import Cond
 from distill_core.networks.diffusers_words import qwen_image_template
 from distill_core.networks.families.base import refuse_steering, token_map
 from distill_core.networks.families.flux import PATCH, SIDE, packed, packing_code, unpacked
 from distill_core.networks.families.prompted import Prompted, check_width
-from distill_core.networks.prompts import PromptEncoder, filled
+from distill_core.networks.prompts import PromptEncoder, around, filled
 from distill_core.networks.text_parts import load_text_model, load_tokenizer
 
 TOKENS = 512  # that the network reads by default
-READ = 1024  # that the text model does, beside the template
 
 
 class QwenImageText(PromptEncoder):
@@ -34,11 +34,15 @@ class QwenImageText(PromptEncoder):
     def embed_dim(self) -> int:
         return int(self.parts["text_encoder"].config.get_text_config().hidden_size)
 
-    def _answer(self, prompt: str, negative: bool) -> Cond:
+    def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
         words, dropped = qwen_image_template()
-        tokens = self._unpadded(self.parts["tokenizer"], words.format(prompt), READ + dropped)
+        # The pipeline reads 1024 tokens beside the template: what stands behind those it keeps changes none of them.
+        return (self._read(length=TOKENS + dropped, masked=True, filled=False, **around(words.format)),)
+
+    def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
+        _, dropped = qwen_image_template()
         answer = self.parts["text_encoder"](**tokens, output_hidden_states=True)
-        return filled(answer.hidden_states[-1][:, dropped : dropped + TOKENS], TOKENS)
+        return filled(answer.hidden_states[-1][:, dropped:], tokens["attention_mask"][:, dropped:], TOKENS)
 
 
 class QwenImage(Prompted):

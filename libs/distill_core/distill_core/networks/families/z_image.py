@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.artifacts import ImageSpec
+from distill_core.artifacts.prompt_reading import TokenInput
 from distill_core.method import Cond
 from distill_core.networks.fake_tensors import is_faked
 from distill_core.networks.families.base import refuse_steering, token_map
 from distill_core.networks.families.flux import PATCH, SIDE
 from distill_core.networks.families.prompted import Prompted, check_width
-from distill_core.networks.prompts import PromptEncoder, filled
+from distill_core.networks.prompts import PromptEncoder, chatted, filled
 from distill_core.networks.text_parts import load_text_model, load_tokenizer
 
 TOKENS = 512
@@ -34,13 +35,13 @@ class ZImageText(PromptEncoder):
     def embed_dim(self) -> int:
         return int(self.parts["text_encoder"].config.hidden_size)
 
-    def _answer(self, prompt: str, negative: bool) -> Cond:
-        message, how = [{"role": "user", "content": prompt}], {"add_generation_prompt": True}
-        tokenizer = self.parts["tokenizer"]
-        words = tokenizer.apply_chat_template(message, tokenize=False, enable_thinking=True, **how)
-        tokens = self._unpadded(tokenizer, words, TOKENS)
+    def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
+        words = chatted(self.parts["tokenizer"], thinking=True)
+        return (self._read(masked=True, filled=False, **words),)
+
+    def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
         answer = self.parts["text_encoder"](**tokens, output_hidden_states=True)
-        return filled(answer.hidden_states[-2], TOKENS)
+        return filled(answer.hidden_states[-2], tokens["attention_mask"], TOKENS)
 
 
 class ZImage(Prompted):
