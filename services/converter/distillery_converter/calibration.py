@@ -54,9 +54,11 @@ class CalibrationTrajectory:
         guided = bool(cond) and self.sampler.guidance != 1
         null = {name: value[indices.start :] for name, value in self.null(last).items()} if guided else {}
 
+        names = ("time",) if self.sampler.timed else ()
+
         def denoise(x: np.ndarray, sigma: float, *time: float) -> np.ndarray:
             levels = np.full(len(x), sigma, np.float32)
-            told = {"time": np.full(len(x), value, np.float32) for value in time if self.sampler.timed}
+            told = {name: np.full(len(x), value, np.float32) for name, value in zip(names, time)}
             feed = {
                 "x_sigma": np.asarray(x, np.float32),
                 "sigma": levels,

@@ -39,6 +39,8 @@ class DenoiserGraph(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         x_sigma, sigma, *given = inputs
+        for value in (sigma, *given):  # said here, as the exporter has a batch of its own for each input
+            torch._check(value.shape[0] == x_sigma.shape[0])
         cond = dict(zip(self.cond, given, strict=True))
         time = cond.pop(TIME, None)
         x0: Tensor = self.denoiser(x_sigma, sigma, cond or None, time)
@@ -81,7 +83,7 @@ def load_graphs(folder: Path, manifest: Manifest, models: Models | None = None) 
     experts: list[Any] = list(model.experts) if isinstance(model, RoutedDenoiser) else [model]
     for expert in experts:
         fuse_adapters(expert.network)
-        expert.network = expert.family.exported(expert.network)
+        expert.family.export(expert.network, expert.image, expert.cond)
     graphs = denoiser_graphs(experts, manifest)
     denoiser = experts[0]  # decoder and text encoder are the same for all
     if denoiser.codec is not None:

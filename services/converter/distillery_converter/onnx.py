@@ -95,12 +95,24 @@ def _program(graph: Graph, module: torch.nn.Module, opset: int) -> torch.onnx.ON
                 optimize=False,
                 verbose=False,
             )
+            _drop_idle_squeezes(program.model)
             if not _has_tiny_terms(program.model):
                 program.optimize()
         except torch.onnx.OnnxExporterError as error:
             raise ArtifactError(f"{graph.name} cannot be exported as ONNX: {_reason(error)}") from error
     assert program is not None
     return program
+
+
+def _drop_idle_squeezes(model: onnx_ir.Model) -> None:
+    """Take out what squeezes an axis of more than one entry: torch leaves such as it is, and ONNX refuses it."""
+    for node in list(model.graph):
+        if node.op_type != "Squeeze" or node.inputs[0] is None:
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        if before is not None and after is not None and len(before) == len(after):
+            node.outputs[0].replace_all_uses_with(node.inputs[0], replace_graph_outputs=True)
+            model.graph.remove(node, safe=True)
 
 
 def _has_tiny_terms(model: onnx_ir.Model) -> bool:

@@ -28,6 +28,8 @@ class TextEncoderGraph(nn.Module):
     def forward(self, *tokens: Tensor) -> Tensor | tuple[Tensor, ...]:
         cond = self.text.conditions(dict(zip(self.names, tokens, strict=True)))
         answers = tuple(cond[name] for name in self.outputs)
+        # An output that is an input, as a mask may be, would take the input's name away.
+        answers = tuple(each.clone() if any(each is one for one in tokens) else each for each in answers)
         return answers if len(answers) > 1 else answers[0]
 
 

@@ -62,9 +62,8 @@ class Family(abc.ABC):
     def prepare(self, network: Any) -> None:  # noqa: B027
         """Change a network that was just made or read; its answers stay the same."""
 
-    def exported(self, network: Any) -> Any:
-        """A network in a form that has graphs: its answers are the same, up to rounding."""
-        return network
+    def export(self, network: Any, image: ImageSpec, cond: CondSpec) -> None:  # noqa: B027
+        """Change a network to a form that has graphs, for x of one size: its answers are the same, up to rounding."""
 
     def called_apart(self, network: Any) -> list[nn.Module]:
         """Modules called from outside the block that holds them."""
