@@ -28,6 +28,8 @@ FOOT = """
 - **torch**, **ONNX**: what the sampler service answers, from the weights and from the exported graphs.
 - **LoRA**: a published adapter, loaded by the pipeline's `load_lora_weights`, beside this library.
 
+– is a form that the pipeline has no method for, or that was not measured.
+
 Written by `python -m tools pipelines`; do not edit.
 """
 COLUMNS = ("teacher", "student", "torch", "onnx", "lora")
@@ -41,6 +43,7 @@ def register(app: typer.Typer) -> None:
 
 def pipelines(
     only: Annotated[str, typer.Option(help="Rows to measure anew; all without it.")] = "",
+    graphs: Annotated[bool, typer.Option(help="Convert them too, which takes minutes each.")] = True,
     repository: Annotated[Path, typer.Option(help="The checkout whose page is written.")] = Path(),
     as_json: AsJson = False,
 ) -> int:
@@ -54,8 +57,8 @@ def pipelines(
             field="only",
         )
     for name in chosen:
-        row = measured(name)
-        rows = {**kept(repository), name: row}  # read late: several may be measured at once
+        row, rows = measured(name, graphs), kept(repository)  # read late: several may be measured at once
+        rows[name] = {**rows.get(name, {}), **row}
         ordered = {each: rows[each] for each in BUILDERS if each in rows}
         (repository / KEPT).write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
         (repository / PAGE).write_text(page(ordered), encoding="utf-8")
@@ -83,14 +86,14 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def cells(row: Mapping[str, Any]) -> list[str]:
     """A row as the table shows it."""
-    figures = [row[column] for column in COLUMNS]
-    shown = ["not possible" if figure is None else f"{figure:.0f}" for figure in figures]
+    figures = [row.get(column) for column in COLUMNS]
+    shown = ["–" if figure is None else f"{figure:.0f}" for figure in figures]
     return [row["network"], row["pipeline"], *shown]
 
 
-def measured(name: str) -> dict[str, Any]:
-    """The row of a tiny pipeline: figures in dB, None where a form does not exist."""
+def measured(name: str, graphs: bool) -> dict[str, Any]:
+    """The row of a tiny pipeline: figures in dB, None where a form does not exist; of graphs only if so asked."""
     from tests.pipeline_rows import measured_row
 
     with tempfile.TemporaryDirectory(prefix="distillery-pipelines-") as scratch:
-        return measured_row(name, Path(scratch))
+        return measured_row(name, Path(scratch), graphs=graphs)
