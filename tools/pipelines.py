@@ -19,7 +19,7 @@ HEAD = """# Pipelines
 Text-to-image pipelines that are read as they are, and how near their pictures come to those of diffusers' own pipeline:
 the peak signal-to-noise ratio in dB, in float32, at the same latents, steps, guidance, prompt and negative prompt. Each
 was measured on a tiny pipeline of the class with random weights; pictures of another prompt are within {other:.0f} dB.
-From 60 dB on no pixel of 8 bits differs but by rounding.
+60 dB are a quarter of a grey level of 8 bits, as root mean square.
 
 """
 FOOT = """
