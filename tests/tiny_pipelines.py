@@ -103,7 +103,7 @@ def tiny_pixart(folder: Path, *, alpha: bool = False, sized: bool = False, sched
     )
     pipeline = diffusers.PixArtAlphaPipeline if alpha else diffusers.PixArtSigmaPipeline
     pipeline(
-        transformer=enlarged(network, 3.0),
+        transformer=enlarged(network, 2.0),
         scheduler=scheduler or diffusers.DPMSolverMultistepScheduler(beta_schedule="linear"),
         vae=tiny_kl(scaling_factor=0.13),
         text_encoder=tiny_t5(20),

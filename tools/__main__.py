@@ -7,7 +7,7 @@ import sys
 import typer
 
 from distillery_cli.terminal.running import run
-from tools import claims, field_kinds, memory
+from tools import claims, field_kinds, memory, pipelines
 
 app = typer.Typer(
     name="tools",
@@ -17,7 +17,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (claims, field_kinds, memory):
+for _module in (claims, field_kinds, memory, pipelines):
     _module.register(app)
 
 

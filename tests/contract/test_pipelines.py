@@ -6,9 +6,8 @@ import diffusers
 import pytest
 import torch
 
-from distill_core.diffusion.sampling import sample
 from distill_core.networks.diffusers_io import load_denoiser
-from distill_core.networks.steering import with_negative
+from tests.pipeline_pictures import NEGATIVE, OTHER, PROMPT, latents_of, ours, psnr, theirs
 from tests.tiny_pipelines import (
     tiny_flux,
     tiny_flux2,
@@ -19,7 +18,6 @@ from tests.tiny_pipelines import (
     tiny_z_image,
 )
 
-PROMPT, NEGATIVE, OTHER = "two red owls on a wall", "a dog", "snow"
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.4, "max_shift": 1.2}
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 FLOW_DPM = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -63,65 +61,6 @@ def opened(request, tmp_path_factory):
         update={"height": height, "width": width, "picture": (3, height * factor, width * factor)}
     )
     return pipeline, denoiser
-
-
-def ours(denoiser, latents, steps, guidance, negative="", prompt=PROMPT, draw=None, **told):
-    """Pictures (B, C, H, W) from 0 to 1 by our sampler."""
-    cond = {**denoiser.encode_prompts([prompt] * len(latents)), **told}
-    cond = with_negative(denoiser, cond, [negative or None] * len(latents))
-
-    def denoise(x, sigma, time=None):
-        level, times = x.new_full((len(x),), sigma), None if time is None else x.new_full((len(x),), time)
-        return denoiser.guided(x, level, cond, guidance, times)
-
-    with torch.no_grad():
-        x0 = sample(denoise, denoiser.sampler, draw or (lambda k: latents), steps)
-        return (denoiser.decode(x0) / 2 + 0.5).clamp(0, 1)
-
-
-def theirs(pipeline, denoiser, latents, steps, guidance, negative="", prompt=PROMPT, **told):
-    """The same by the pipeline's own call."""
-    scales = {"guidance_scale": guidance}
-    if isinstance(pipeline, (diffusers.FluxPipeline, diffusers.QwenImagePipeline)):
-        scales = {"guidance_scale": 3.5, "true_cfg_scale": guidance}
-        latents = pipeline._pack_latents(latents, *latents.shape)
-    if isinstance(pipeline, diffusers.QwenImagePipeline):
-        del scales["guidance_scale"]
-    if isinstance(pipeline, diffusers.ZImagePipeline):
-        scales = {"guidance_scale": guidance - 1}
-    _, height, width = denoiser.image.picture
-    negatives = {"negative_prompt": [negative] * len(latents)} if guidance != 1 else {}
-    if isinstance(pipeline, diffusers.Flux2KleinPipeline):
-        told, negatives = {**told, "prompt": [prompt] * len(latents)}, {}  # which is always the empty one
-        return pipeline(
-            num_inference_steps=steps,
-            height=height,
-            width=width,
-            latents=latents,
-            output_type="pt",
-            **{**scales, **told},
-        ).images
-    return pipeline(
-        [prompt] * len(latents),
-        num_inference_steps=steps,
-        height=height,
-        width=width,
-        latents=latents,
-        output_type="pt",
-        **{**scales, **denoiser.family.options, **negatives, **told},
-    ).images
-
-
-def psnr(one, two):
-    """Peak signal to noise in dB."""
-    error = (one.double() - two.double()).square().mean()
-    return float(-10 * torch.log10(error.clamp_min(1e-20)))
-
-
-def latents_of(denoiser):
-    image = denoiser.image
-    shape = 2, image.channels, image.height, image.width
-    return torch.randn(shape, generator=torch.Generator().manual_seed(8))
 
 
 @pytest.mark.parametrize(("steps", "guidance", "negative"), RUNS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill_core.diffusion.guidance import guide
+from distill_core.diffusion.guidance import Rule, guide_by
 from distill_core.diffusion.noise import unit_normals
 from distill_core.diffusion.sampling import SamplerSpec, sample
 
@@ -27,6 +27,7 @@ class CalibrationTrajectory:
     shape: tuple[int, int, int]  # (C, H, W) of x0
     cond: Callable[[int], Arrays]  # condition inputs of the graph for a number of pictures; {} without
     null: Callable[[int], Arrays]  # those that guidance leads away from; only called where it is on
+    rule: Rule = "linear"  # of guidance
 
     @property
     def steps(self) -> int:
@@ -53,15 +54,21 @@ class CalibrationTrajectory:
         guided = bool(cond) and self.sampler.guidance != 1
         null = {name: value[indices.start :] for name, value in self.null(last).items()} if guided else {}
 
-        names = ("sigma", "time") if self.sampler.timed else ("sigma",)
+        names = ("time",) if self.sampler.timed else ()
 
-        def denoise(x: np.ndarray, *level: float) -> np.ndarray:
-            told = {name: np.full(len(x), value, np.float32) for name, value in zip(names, level)}
-            feed = {"x_sigma": np.asarray(x, np.float32), **told, **cond}
+        def denoise(x: np.ndarray, sigma: float, *time: float) -> np.ndarray:
+            levels = np.full(len(x), sigma, np.float32)
+            told = {name: np.full(len(x), value, np.float32) for name, value in zip(names, time)}
+            feed = {
+                "x_sigma": np.asarray(x, np.float32),
+                "sigma": levels,
+                **cond,
+                **told,
+            }  # as the graph has them
             if not guided:
                 return run(feed)
-            without = run({**feed, **null})
-            x0: np.ndarray = guide(run(feed), without, np.float32(self.sampler.guidance))
+            both, scale = (run(feed), run({**feed, **null})), np.float32(self.sampler.guidance)
+            x0: np.ndarray = guide_by(self.rule, *both, scale, feed["x_sigma"], np.float32(sigma))
             return x0
 
         def draw(step: int) -> np.ndarray:

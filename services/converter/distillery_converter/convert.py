@@ -25,7 +25,7 @@ from distill_core.kinds.loading import load_artifact
 from distillery_converter import frechet, int8, onnx, parity, tensorrt
 from distillery_converter.forms import Form, write_forms
 from distillery_converter.frechet import Side
-from distillery_converter.graphs import Graph
+from distillery_converter.graph import Graph
 from distillery_converter.kinds import graphs_of
 from distillery_converter.targets import Target, find_target
 
@@ -60,7 +60,7 @@ def convert(
     """
     goal = find_target(target, tolerance=tolerance)
     source = store.manifest(ref)
-    check_convertible(source)
+    check_convertible(source, goal.name)
     versions = _tool_versions(goal)
     done = _converted(store, source, goal, versions)
     if done is not None:
@@ -137,6 +137,8 @@ def _export(
     shutil.rmtree(exports, ignore_errors=True)  # by other tool versions
     forms = write_forms(loaded, exports, goal, cache)
     for form in forms:
+        for name, text in form.graph.beside.items():
+            (exports / name).write_text(text, encoding="utf-8")
         log.info(
             "%s as %s, %s: max abs %.3g, rel-L2 %.3g",
             *(source.ref, goal.name, form.graph.name, form.parity.max_abs, form.parity.rel_l2),

@@ -19,7 +19,8 @@ from distill_core.errors import ArtifactError, ConfigError
 from distill_core.networks.fields import RadianceField
 from distill_core.radiance.scenes.scene import load_scene
 from distillery_converter.calibration import Arrays
-from distillery_converter.graphs import SEED, Graph, noise
+from distillery_converter.graph import SEED, Graph
+from distillery_converter.graphs import noise
 from distillery_converter.precision import half_field
 from distillery_converter.targets import Target
 

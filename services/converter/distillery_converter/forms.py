@@ -13,7 +13,7 @@ from distill_core.errors import ArtifactError
 from distill_core.tensorrt.building import SOURCES
 from distillery_converter import onnx, parity, tensorrt
 from distillery_converter.calibration import Run
-from distillery_converter.graphs import Graph
+from distillery_converter.graph import Graph
 from distillery_converter.int8 import quantise
 from distillery_converter.parity import Parity
 from distillery_converter.precision import lowered

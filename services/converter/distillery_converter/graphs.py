@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from distill_core.artifacts import CondSpec, Manifest
 from distill_core.diffusion.noise import unit_normals
 from distill_core.diffusion.sampling import SamplerSpec
-from distill_core.errors import ArtifactError, out_of_memory
 from distill_core.kinds.base import Models
 from distill_core.kinds.cards import generator_card
 from distill_core.kinds.loading import load_model
@@ -24,56 +22,12 @@ from distill_core.networks.adapters import plain
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser
 from distill_core.networks.routed import RoutedDenoiser
 from distill_core.networks.steering import NEGATIVE
-from distill_core.networks.text import TextEncoder
-from distillery_converter.calibration import COUNT, Arrays, CalibrationTrajectory
+from distillery_converter.calibration import Arrays, CalibrationTrajectory
+from distillery_converter.graph import SEED, Graph
+from distillery_converter.prompts import encoded, text_graph, write_tokenizers
 
-SEED = 20_260_101  # of the fixed inputs
-EXAMPLE_BATCH = 2  # to trace with: a batch of 1 would be baked in as a constant, silently
 TIME = "time"  # input of a graph whose levels have times of their own
 DATA_STD = 0.5  # of the stand-in for data that the fixed inputs are noised from, as in Karras et al. 2022
-
-EVALUATION_ERRORS = (RuntimeError, ValueError, TypeError, ArithmeticError, AttributeError, LookupError)
-
-
-@dataclass(frozen=True)
-class Graph:
-    """One network to export: `module(*inputs.values())` is one tensor, or a tuple of them; all have the batch first."""
-
-    name: str  # file stem
-    module: nn.Module
-    outputs: tuple[str, ...]
-    inputs: Callable[[int], Arrays]  # fixed inputs for a batch of this size
-    served: Callable[[int], list[Arrays]] | None = None  # see `feeds`; None: the fixed inputs are such
-    trajectory: CalibrationTrajectory | None = None  # of a denoiser
-    makes_pictures: bool = False  # the output is pixels in [-1, 1]
-    whole: nn.Module | None = None  # the network in `module` that is lowered in one; None: part by part
-    halved: Callable[[Path, Path], None] | None = None  # writes the float32 file's layers in float16
-    frees: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # see `kinds.base.Graph`
-    classes: str = ""  # the output whose largest entry is the answer
-
-    def run(self, inputs: Arrays) -> np.ndarray:
-        """The first output of `predict`."""
-        return self.predict(inputs)[0]
-
-    def predict(self, inputs: Arrays) -> tuple[np.ndarray, ...]:
-        """All outputs as PyTorch computes them, on the CPU.
-
-        Raises:
-            ArtifactError: it cannot, as the model's weights and settings do not fit together.
-        """
-        try:
-            with torch.inference_mode():
-                outputs = self.module(*tensors(inputs))
-                return tuple(one.numpy() for one in (outputs if isinstance(outputs, tuple) else (outputs,)))
-        except EVALUATION_ERRORS as error:
-            if out_of_memory(error):
-                raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ArtifactError(f"the model's {self.name} cannot be evaluated: {reason}") from error
-
-    def feeds(self, seed: int) -> list[Arrays]:
-        """Batches of `COUNT` items as serving feeds them, others for another seed."""
-        return self.served(seed) if self.served is not None else [self.inputs(COUNT)]
 
 
 class DenoiserGraph(nn.Module):
@@ -83,16 +37,10 @@ class DenoiserGraph(nn.Module):
         super().__init__()
         self.denoiser, self.cond = denoiser, tuple(cond)
 
-    def forward(
-        self,
-        x_sigma: Tensor,
-        sigma: Tensor,
-        first: Tensor | None = None,  # by name: the exporter takes no variable number of tensors
-        second: Tensor | None = None,
-        third: Tensor | None = None,
-        fourth: Tensor | None = None,
-    ) -> Tensor:
-        given = [value for value in (first, second, third, fourth) if value is not None]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        x_sigma, sigma, *given = inputs
+        for value in (sigma, *given):  # said here, as the exporter has a batch of its own for each input
+            torch._check(value.shape[0] == x_sigma.shape[0])
         cond = dict(zip(self.cond, given, strict=True))
         time = cond.pop(TIME, None)
         x0: Tensor = self.denoiser(x_sigma, sigma, cond or None, time)
@@ -123,18 +71,6 @@ class EncoderGraph(nn.Module):
         return self.encode(picture)
 
 
-class TextEncoderGraph(nn.Module):
-    """Token ids to prompt_embeds."""
-
-    def __init__(self, text: TextEncoder) -> None:
-        super().__init__()
-        self.model = text.model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        prompt_embeds: Tensor = self.model(input_ids)[0]
-        return prompt_embeds
-
-
 def load_graphs(folder: Path, manifest: Manifest, models: Models | None = None) -> list[Graph]:
     """All graphs of a model's folder: the denoiser or each expert, for text-to-image decoder, encoder and text encoder.
 
@@ -147,28 +83,15 @@ def load_graphs(folder: Path, manifest: Manifest, models: Models | None = None) 
     experts: list[Any] = list(model.experts) if isinstance(model, RoutedDenoiser) else [model]
     for expert in experts:
         fuse_adapters(expert.network)
+        expert.family.export(expert.network, expert.image, expert.cond)
     graphs = denoiser_graphs(experts, manifest)
     denoiser = experts[0]  # decoder and text encoder are the same for all
-    if denoiser.text is not None and denoiser.text.masked:
-        raise ArtifactError(
-            "models whose text_encoder/config.json says use_attention_mask are not converted yet: their graph would "
-            "need the mask beside the tokens; serve it with torch",
-            field="artifact",
-        )
-    if denoiser.text is not None and not isinstance(denoiser.text, TextEncoder):
-        raise ArtifactError(
-            f"prompts of a {type(denoiser.network).__name__} are encoded in a way that no graph takes yet; serve it "
-            "with torch",
-            field="artifact",
-        )
     if denoiser.codec is not None:
         ends = functools.lru_cache(maxsize=2)(functools.partial(_ends, graphs[0]))
         graphs += [decoder_graph(denoiser, ends), encoder_graph(denoiser, ends)]
     if denoiser.text is not None:
         graphs.append(text_graph(denoiser.text, denoiser.cond.examples))
-        tokenizer = folder / "tokenizer" / "tokenizer.json"  # the form that is read without transformers
-        if not tokenizer.is_file():
-            denoiser.text.tokenizer.save_pretrained(tokenizer.parent)
+        write_tokenizers(folder, denoiser.text)
     return graphs
 
 
@@ -214,6 +137,7 @@ def denoiser_graph(
         shape,
         lambda count: served_condition(denoiser, conditions, count, classes),
         lambda count: {name: value.cpu().numpy() for name, value in denoiser.null_cond(count).items()},
+        rule=denoiser.cond.guidance_rule,
     )
     graph = Graph(
         "denoiser",
@@ -229,10 +153,18 @@ def denoiser_graph(
 
 def condition_inputs(denoiser: DiffusersDenoiser, sampler: SamplerSpec) -> tuple[str, ...]:
     """The graph's inputs beside x_sigma and sigma; a text student's attention can turn away from a negative prompt."""
-    if denoiser.cond.kind == "prompt":
-        steered = () if sampler.guidable else (f"{NEGATIVE}prompt_embeds", "nasa_scale")
-        return ("prompt_embeds", *steered)
-    return ("class_label",) if denoiser.cond.kind == "class_label" else ()
+    spec = denoiser.cond
+    if spec.kind == "prompt":
+        steered = not sampler.guidable and denoiser.family.steerable
+        told = {
+            "pooled_embeds": spec.pooled_dim is not None,
+            "prompt_mask": spec.masked,
+            "embedded_guidance": spec.embedded_guidance is not None,
+            f"{NEGATIVE}prompt_embeds": steered,
+            "nasa_scale": steered,
+        }
+        return ("prompt_embeds", *(name for name, wanted in told.items() if wanted))
+    return ("class_label",) if spec.kind == "class_label" else ()
 
 
 def _ends(graph: Graph, seed: int) -> np.ndarray:
@@ -272,23 +204,6 @@ def encoder_graph(denoiser: DiffusersDenoiser, ends: Callable[[int], np.ndarray]
     )
 
 
-def text_graph(text: TextEncoder, examples: Sequence[str] = ()) -> Graph:
-    """The graph from token ids to prompt_embeds, for text-to-image models; `examples` are prompts of its kind."""
-    vocabulary = text.model.config.vocab_size
-
-    def served(seed: int) -> list[Arrays]:
-        if not examples:
-            return [{"input_ids": fixed_tokens(COUNT, text.max_tokens, vocabulary, seed=seed)}]
-        prompts = [examples[(index + seed) % len(examples)] for index in range(COUNT)]
-        tokens = text.tokenizer(prompts, padding="max_length", max_length=text.max_tokens, truncation=True)
-        return [{"input_ids": np.asarray(tokens["input_ids"], dtype=np.int64)}]
-
-    def inputs(batch: int) -> Arrays:
-        return {"input_ids": fixed_tokens(batch, text.max_tokens, vocabulary)}
-
-    return Graph("text_encoder", TextEncoderGraph(text), ("prompt_embeds",), inputs, served=served)
-
-
 def noise(batch: int, shape: tuple[int, ...], *, draw: int, seed: int = SEED) -> np.ndarray:
     """Unit normal float32 (batch, *shape): item i is the same in a batch of any size."""
     return unit_normals([(seed, index) for index in range(batch)], draw, shape)
@@ -317,6 +232,15 @@ def fixed_condition(name: str, cond: CondSpec, batch: int, classes: tuple[int, .
     """Class labels int64 (batch,) that run through `classes` or all, embeddings float32 (batch, T, D), or scales."""
     if name == "nasa_scale":
         return np.arange(batch, dtype=np.float32) % 3 / 2  # 0, 0.5, 1
+    if name == "embedded_guidance":
+        return np.float32(cond.embedded_guidance or 1.0) + np.arange(batch, dtype=np.float32) % 3
+    if name == "pooled_embeds":
+        return noise(batch, (cond.pooled_dim or 1,), draw=7)
+    if name == "prompt_mask":
+        tokens = cond.max_tokens or 1
+        counts = 1 + (5 * np.arange(batch)[:, None] + tokens // 3) % tokens
+        mask: np.ndarray = (np.arange(tokens) < counts).astype(np.int64)
+        return mask
     if name == "class_label":
         labels = np.asarray(classes or range(cond.num_classes or 1), dtype=np.int64)
         return labels[np.arange(batch) % len(labels)]
@@ -330,28 +254,10 @@ def served_condition(
     """Conditions of requests: every class in turn, or example prompts, or random words without them."""
     if "prompt_embeds" not in names:
         return {name: fixed_condition(name, denoiser.cond, count, classes) for name in names}
-    examples, text = denoiser.cond.examples, denoiser.text
     with torch.inference_mode():
-        if examples or text is None:
-            prompts = [examples[index % len(examples)] if examples else "" for index in range(count)]
-            embeds = denoiser.encode_prompts(prompts)["prompt_embeds"]
-        else:
-            assert isinstance(text, TextEncoder), "`load_graphs` has refused others"
-            tokens = fixed_tokens(count, text.max_tokens, text.model.config.vocab_size)
-            embeds = text.model(torch.from_numpy(tokens))[0]
+        found = encoded(denoiser.encode_prompts, denoiser.cond.examples, count)
     # A plain request's negative prompt counts nothing, as the sampler feeds it.
-    off = {f"{NEGATIVE}prompt_embeds": embeds.numpy(), "nasa_scale": np.zeros(count, np.float32)}
-    return {name: embeds.numpy() if name == "prompt_embeds" else off[name] for name in names}
-
-
-def fixed_tokens(batch: int, length: int, vocabulary: int, *, seed: int = SEED) -> np.ndarray:
-    """Token ids int64 (batch, length), spread over the vocabulary; the last one closes every prompt."""
-    uniform = np.vectorize(math.erf)(noise(batch, (length,), draw=4, seed=seed) / math.sqrt(2)) * 0.5 + 0.5
-    tokens: np.ndarray = np.minimum((uniform * vocabulary).astype(np.int64), vocabulary - 1)
-    tokens[:, -1] = vocabulary - 1
-    return tokens
-
-
-def tensors(arrays: Arrays) -> tuple[Tensor, ...]:
-    """The arrays as torch tensors, in order."""
-    return tuple(torch.from_numpy(array) for array in arrays.values())
+    found[f"{NEGATIVE}prompt_embeds"] = found["prompt_embeds"]
+    scales = {"nasa_scale": 0.0, "embedded_guidance": denoiser.cond.embedded_guidance or 0.0}
+    found |= {name: np.full(count, value, np.float32) for name, value in scales.items()}
+    return {name: found[name] for name in names}

@@ -17,7 +17,7 @@ import onnx
 
 from distill_core.errors import ArtifactError
 from distillery_converter.calibration import COUNT
-from distillery_converter.graphs import Graph
+from distillery_converter.graph import Graph
 
 CALIBRATION = "1"  # counts up when anything here changes what is written
 CALIBRATION_ITEMS = 128  # inputs that activations' ranges are read from, at least

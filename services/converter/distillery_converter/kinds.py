@@ -17,7 +17,8 @@ from distill_core.kinds.loading import StoreModels
 from distillery_converter.calibration import COUNT, Arrays
 from distillery_converter.fields import field_graphs
 from distillery_converter.frechet import real_pictures
-from distillery_converter.graphs import Graph, load_graphs
+from distillery_converter.graph import Graph
+from distillery_converter.graphs import load_graphs
 from distillery_converter.targets import TARGETS, Target
 
 Build = Callable[[Path, Manifest, Models, Target], list[Graph]]

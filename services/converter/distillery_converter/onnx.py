@@ -15,13 +15,15 @@ import torch
 from onnxscript import opset20 as op
 
 from distill_core.errors import ArtifactError
-from distillery_converter.graphs import EXAMPLE_BATCH, Graph, tensors
+from distillery_converter.graph import EXAMPLE_BATCH, Graph, tensors
 from distillery_converter.precision import widen
 
 OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}  # convolutions know bfloat16 from 22 on
 OPSET = OPSETS["fp32"]
 MAX_BATCH = 1024
 INLINE_BYTES = 1_500_000_000  # above it weights go to a side file; protobuf's own limit is 2 GiB
+
+TINY = 1e-7  # above what the optimiser takes for 0
 
 CHATTY = ("torch.onnx", "onnxscript", "onnx_ir")
 
@@ -90,12 +92,40 @@ def _program(graph: Graph, module: torch.nn.Module, opset: int) -> torch.onnx.ON
                 opset_version=opset,
                 custom_translation_table={torch.ops.aten._cdist_forward.default: _distances},
                 dynamo=True,
+                optimize=False,
                 verbose=False,
             )
+            _drop_idle_squeezes(program.model)
+            if not _has_tiny_terms(program.model):
+                program.optimize()
         except torch.onnx.OnnxExporterError as error:
             raise ArtifactError(f"{graph.name} cannot be exported as ONNX: {_reason(error)}") from error
     assert program is not None
     return program
+
+
+def _drop_idle_squeezes(model: onnx_ir.Model) -> None:
+    """Take out what squeezes an axis of more than one entry: torch leaves such as it is, and ONNX refuses it."""
+    for node in list(model.graph):
+        if node.op_type != "Squeeze" or node.inputs[0] is None:
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        if before is not None and after is not None and len(before) == len(after):
+            node.outputs[0].replace_all_uses_with(node.inputs[0], replace_graph_outputs=True)
+            model.graph.remove(node, safe=True)
+
+
+def _has_tiny_terms(model: onnx_ir.Model) -> bool:
+    """Whether it adds constants that the exporter's optimiser would take for 0 and leave out.
+
+    A denominator of linear attention is 0 without its 1e-15, where a picture has but few tokens.
+    """
+    for node in model.graph:
+        for value in node.inputs if node.op_type in ("Add", "Sub") else ():
+            constant = None if value is None else onnx_ir.convenience.get_const_tensor(value)
+            if constant is not None and constant.size == 1 and 0 < abs(float(constant.numpy())) < TINY:
+                return True
+    return False
 
 
 def _distances(x: Any, y: Any, p: float, compute_mode: int | None = None) -> Any:

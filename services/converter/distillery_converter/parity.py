@@ -13,7 +13,7 @@ import torch
 
 from distill_core.errors import ArtifactError
 from distillery_converter.calibration import Arrays, Run
-from distillery_converter.graphs import Graph
+from distillery_converter.graph import Graph
 from distillery_converter.targets import Target
 
 RunAll = Callable[[Arrays], tuple[np.ndarray, ...]]

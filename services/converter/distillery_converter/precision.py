@@ -15,9 +15,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from distillery_converter.graphs import EXAMPLE_BATCH, Graph
+from distillery_converter.graph import EXAMPLE_BATCH, Graph
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+PROMPTS = ("encoder_hidden_states", "pooled_projections")  # what networks are told of them
 LAYERS = ("MatMul", "Gemm")  # of a field
 MOVES = ("Slice", "Squeeze", "Split", "Transpose", "Reshape", "Gather")  # by which it looks up its tables
 
@@ -60,8 +61,8 @@ def _given(
     dtype: torch.dtype, _network: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The image and the prompt in `dtype`; the time is embedded in float32 by the network itself."""
-    if "encoder_hidden_states" in kwargs:
-        kwargs = {**kwargs, "encoder_hidden_states": kwargs["encoder_hidden_states"].to(dtype)}
+    read = {name: kwargs[name].to(dtype) for name in PROMPTS if name in kwargs}
+    kwargs = {**kwargs, **read}
     return (args[0].to(dtype), *args[1:]), kwargs
 
 

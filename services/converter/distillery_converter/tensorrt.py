@@ -10,7 +10,7 @@ import numpy as np
 from distill_core.tensorrt import building as engine_building
 from distill_core.tensorrt.engines import Profile, open_engine, this_host
 from distillery_converter.calibration import Arrays
-from distillery_converter.graphs import EXAMPLE_BATCH, Graph
+from distillery_converter.graph import EXAMPLE_BATCH, Graph
 
 MAX_BATCH = 32  # largest batch of the optimisation profile
 BEST_BATCH = 8  # the batch that kernels are chosen for

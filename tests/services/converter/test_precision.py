@@ -24,7 +24,9 @@ from distillery_converter import forms, frechet, int8, parity
 from distillery_converter import onnx as exporting
 from distillery_converter.convert import convert
 from distillery_converter.frechet import Real, Side
-from distillery_converter.graphs import Graph, denoiser_graph, text_graph
+from distillery_converter.graph import Graph
+from distillery_converter.graphs import denoiser_graph
+from distillery_converter.prompts import text_graph
 from distillery_converter.targets import TARGETS
 from distillery_sampler.engine.requests import GenerateRequest
 from tests.services.converter.test_converter import publish, tiny_denoiser

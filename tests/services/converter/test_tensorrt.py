@@ -16,7 +16,8 @@ from distill_core.tensorrt import building as engine_building
 from distill_core.tensorrt import engines
 from distill_core.tensorrt.engines import Host
 from distillery_converter import onnx, parity, tensorrt
-from distillery_converter.graphs import Graph, denoiser_graph
+from distillery_converter.graph import Graph
+from distillery_converter.graphs import denoiser_graph
 from distillery_converter.precision import lowered
 from distillery_converter.targets import TARGETS
 from tests.services.converter.tensorrt_stand_in import HOST, install

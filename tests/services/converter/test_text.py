@@ -19,7 +19,8 @@ from distill_core.networks.diffusers_io import load_denoiser
 from distill_core.networks.generation import generate
 from distill_core.networks.steering import with_negative
 from distillery_converter.convert import convert
-from distillery_converter.graphs import fuse_adapters, load_graphs, tensors
+from distillery_converter.graph import tensors
+from distillery_converter.graphs import fuse_adapters, load_graphs
 from distillery_converter.precision import lowered
 from distillery_sampler.engine.requests import GenerateRequest
 from tests.helpers import tiny_text_to_image

@@ -115,9 +115,12 @@ def test_a_conversion_that_cannot_succeed_is_refused_when_it_is_submitted(client
     store.publish(tmp_path, Manifest(name="wide", kind="denoiser", card=card))
     store.publish(tmp_path, Manifest(name="judge", kind="predictor"))
     before = len(client.list())
-    for name, said in (("wide", "models of the SDXL kind"), ("judge", "does not say what it takes")):
+    for name, target, said in (
+        ("wide", "trt-fp16", "an engine has one output; choose an onnx target"),
+        ("judge", "onnx-fp32", "does not say what it takes"),
+    ):
         with pytest.raises(ArtifactError, match=said):
-            client.submit(convert_spec(name, "onnx-fp32"))
+            client.submit(convert_spec(name, target))
     assert len(client.list()) == before
 
 

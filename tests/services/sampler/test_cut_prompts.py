@@ -40,8 +40,11 @@ def sampler(tmp_path_factory):
 @pytest.mark.parametrize("make", [tiny_text_to_image, tiny_sdxl])
 def test_cut_is_what_changes_nothing_of_what_is_read(make, tmp_path):
     text = load_text_encoder(make(tmp_path / "pipeline"))
-    text.tokenizer.backend_tokenizer.save(str(tmp_path / "pipeline/tokenizer/tokenizer.json"))
-    tokens = PromptTokens(tmp_path / "pipeline" / "tokenizer", text.max_tokens)
+    for each in text.reads():
+        text.parts[each.tokenizer].backend_tokenizer.save(
+            str(tmp_path / "pipeline" / each.tokenizer / "tokenizer.json")
+        )
+    tokens = PromptTokens(tmp_path / "pipeline", text.reading)
     for prompt, cut in (
         (FITS, False),
         (LONG, True),

@@ -136,6 +136,7 @@ def export_text_model(denoiser: DiffusersDenoiser, folder: Path) -> None:
             folder / f"{name}.onnx",
             dynamo=False,
             input_names=list(inputs),
+            output_names=["prompt_embeds" if name == "text_encoder" else "answer"],
             dynamic_axes={key: {0: "batch"} for key in inputs},
         )
 

@@ -58,7 +58,7 @@ def _checked(job: _Job, context: Context) -> dict[str, Any]:
     if job.kind == "evaluate":
         find_card(model.kind).Evaluate.parse(job.spec.get("evaluate", {}), where="evaluate")
     elif job.kind == "convert":
-        check_convertible(model)
+        check_convertible(model, job.spec["target"])
     return {"note": f"{model.ref} exists; its memory was not planned: only training is"}
 
 

@@ -6,7 +6,7 @@ import abc
 import copy
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from distill_core.artifacts import CondSpec
+from distill_core.artifacts.prompt_reading import PromptReading, TokenInput
+from distill_core.errors import ArtifactError
 from distill_core.method import Cond
 
 # Embeddings kept, so that no prompt in use is encoded twice: 1,100 prompts of Stable Diffusion 1.5, 400 of SDXL.
 CACHE_BYTES = 256 * 2**20
 MAX_CACHED = 16_384  # prompts, however small
+MARK = "\ue000"  # stands for a prompt in a template; no text has it
 _TOKENIZING = threading.Lock()  # a tokenizer keeps whether it cuts, from one call to the next
 
 
@@ -33,7 +36,7 @@ class PromptEncoder(abc.ABC):
     pooled_dim: int | None = None  # width of `pooled_embeds`, for encoders that give them
     gives_mask = False  # whether `prompt_mask` (B, T) int64, 1 where a token is, is among the conditions
     minds_negative = False  # whether a prompt that guidance leads away from is encoded otherwise
-    masked = False  # whether a text model that gives no mask is shown one, beyond the tokens
+    zero_null = False  # whether zeros mean "no prompt", and not the empty prompt
     max_tokens: int  # T
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
@@ -53,8 +56,19 @@ class PromptEncoder(abc.ABC):
         """D."""
 
     @abc.abstractmethod
-    def _answer(self, prompt: str, negative: bool) -> Cond:
-        """The conditions (1, ...) of a prompt; `negative`: of one that guidance leads away from."""
+    def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
+        """What is tokenized of a prompt; `negative`: of one that guidance leads away from."""
+
+    @abc.abstractmethod
+    def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
+        """The conditions (B, ...) of tokens (B, length) by the names that `reads` gives them: tensors in and out."""
+
+    @property
+    def reading(self) -> PromptReading:
+        """How its prompts become the inputs of `conditions`, in words that need no library."""
+        return PromptReading(
+            tokens=self.reads(), negative=self.reads(negative=True), zero_null=self.zero_null
+        )
 
     @property
     def models(self) -> list[nn.Module]:
@@ -132,37 +146,63 @@ class PromptEncoder(abc.ABC):
 
     def _embed(self, prompt: str, device: str, negative: bool = False) -> Cond:
         with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
-            return self._answer(prompt, negative)
+            return self.conditions(self.tokens([prompt], negative=negative))
 
-    def _tokenized(self, tokenizer: Any, prompt: str, length: int | None = None) -> Any:
-        """`input_ids` and `attention_mask` (1, length) of a prompt, padded and cut."""
-        with _TOKENIZING:
-            tokens = tokenizer(
-                [prompt],
-                padding="max_length",
-                max_length=length or self.max_tokens,
-                truncation=True,
-                return_attention_mask=True,
-                return_tensors="pt",
-            )
-        return tokens.to(next(iter(self.models)).device)
+    def tokens(
+        self, prompts: list[str], *, negative: bool = False, filled: bool = False
+    ) -> dict[str, Tensor]:
+        """The inputs of `conditions`, on the models' device.
 
-    def _unpadded(self, tokenizer: Any, prompt: str, most: int) -> Any:
-        """`input_ids` and `attention_mask` (1, T) of a prompt, cut."""
-        with _TOKENIZING:
-            tokens = tokenizer(
-                [prompt],
-                padding=False,
-                max_length=most,
-                truncation=True,
-                return_attention_mask=True,
-                return_tensors="pt",
-            )
-        return tokens.to(next(iter(self.models)).device)
+        `filled`: those that a graph is fed, all of the full length; otherwise a single prompt may be shorter.
+        """
+        device, found = next(iter(self.models)).device, {}
+        for each in self.reads(negative):
+            with _TOKENIZING:
+                tokens = self.parts[each.tokenizer](
+                    [each.worded(prompt) for prompt in prompts],
+                    padding="max_length" if filled or each.filled else False,
+                    max_length=each.length,
+                    truncation=True,
+                    return_attention_mask=True,
+                    return_tensors="pt",
+                )
+            both = tokens.input_ids, tokens.attention_mask
+            found |= {name: value.to(device) for name, value in zip(each.names, both)}
+        return found
+
+    def _read(self, tokenizer: str = "tokenizer", length: int | None = None, **how: Any) -> TokenInput:
+        limit = self.limits[tokenizer]
+        return TokenInput(tokenizer=tokenizer, length=length or self.max_tokens, limit=limit, **how)
 
 
-def filled(states: Tensor, tokens: int) -> Cond:
-    """The conditions of hidden states (1, T, D): zeros behind them, up to `tokens`, and the mask that says so."""
-    mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
-    behind = tokens - states.shape[1]
-    return {"prompt_embeds": pad(states, (0, 0, 0, behind)), "prompt_mask": pad(mask, (0, behind))}
+def filled(states: Tensor, mask: Tensor, tokens: int) -> Cond:
+    """The conditions of hidden states (B, T, D): zeros where `mask` (B, T) says 0, and behind them up to `tokens`."""
+    behind, kept = tokens - states.shape[1], states.masked_fill(mask[:, :, None] == 0, 0.0)
+    return {"prompt_embeds": pad(kept, (0, 0, 0, behind)), "prompt_mask": pad(mask, (0, behind))}
+
+
+def around(words: Callable[[str], str]) -> dict[str, str]:
+    """What a template puts `before` and `after` a prompt.
+
+    Raises:
+        ArtifactError: it changes the prompt itself.
+    """
+    before, _, after = words(MARK).partition(MARK)
+    probe = " A  b. "
+    if words(probe) != before + probe + after:
+        raise ArtifactError(
+            "the chat template in tokenizer/ changes the words of a prompt, and such are not understood; take the "
+            "template that the model was published with"
+        )
+    return {"before": before, "after": after}
+
+
+def chatted(tokenizer: Any, *, thinking: bool) -> dict[str, str]:
+    """What the tokenizer's chat template puts around the message of a user, up to where the answer begins."""
+
+    def words(prompt: str) -> str:
+        message, how = [{"role": "user", "content": prompt}], {"add_generation_prompt": True}
+        text: str = tokenizer.apply_chat_template(message, tokenize=False, enable_thinking=thinking, **how)
+        return text
+
+    return around(words)

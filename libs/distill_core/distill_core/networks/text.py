@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from distill_core.artifacts.prompt_reading import TokenInput
 from distill_core.errors import ArtifactError, ConfigError
 from distill_core.files.json_tables import read_table
 from distill_core.method import Cond
@@ -41,15 +43,13 @@ class TextEncoder(PromptEncoder):
     def embed_dim(self) -> int:
         return int(self.model.config.hidden_size)
 
-    @property
-    def masked(self) -> bool:  # type: ignore[override]
-        """Whether what pads a prompt is hidden from it: Stable Diffusion's pipelines do so where the model says."""
-        return bool(getattr(self.model.config, "use_attention_mask", False))
+    def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
+        """What pads a prompt is hidden where the model says so, as Stable Diffusion's pipelines do."""
+        return (self._read(masked=bool(getattr(self.model.config, "use_attention_mask", False))),)
 
-    def _answer(self, prompt: str, negative: bool) -> Cond:
-        tokens = self._tokenized(self.tokenizer, prompt)
-        mask = tokens.attention_mask if self.masked else None
-        return {"prompt_embeds": self.model(tokens.input_ids, attention_mask=mask)[0]}
+    def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
+        mask = tokens.get("attention_mask")
+        return {"prompt_embeds": self.model(tokens["input_ids"], attention_mask=mask)[0]}
 
 
 class DualTextEncoder(TextEncoder):
@@ -84,13 +84,12 @@ class DualTextEncoder(TextEncoder):
         empty = super().null()
         return {name: torch.zeros_like(value) for name, value in empty.items()} if self.zero_null else empty
 
-    @property
-    def masked(self) -> bool:  # type: ignore[override]
-        return False  # by SDXL's pipelines, whatever the models say
+    def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
+        return self._read(), self._read("tokenizer_2")  # no mask, whatever the models say
 
-    def _answer(self, prompt: str, negative: bool) -> Cond:
-        first = self.model(self._tokenized(self.tokenizer, prompt).input_ids, output_hidden_states=True)
-        second = self.model_2(self._tokenized(self.tokenizer_2, prompt).input_ids, output_hidden_states=True)
+    def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
+        first = self.model(tokens["input_ids"], output_hidden_states=True)
+        second = self.model_2(tokens["input_ids_2"], output_hidden_states=True)
         hidden = first.hidden_states[-2], second.hidden_states[-2]
         return {"prompt_embeds": torch.cat(hidden, dim=-1), "pooled_embeds": second.text_embeds}
 

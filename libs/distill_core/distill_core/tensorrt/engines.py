@@ -145,6 +145,10 @@ class Engine:
         self._stream.synchronize()
         return held.host.numpy().copy()
 
+    def named(self, inputs: Arrays) -> Arrays:
+        """Its one output by name."""
+        return {self._output: self(inputs)}
+
     def _prepared(self, inputs: Arrays) -> _Buffers:
         """The buffers for inputs of these shapes, told to the context."""
         shapes = tuple((name, array.shape) for name, array in inputs.items())

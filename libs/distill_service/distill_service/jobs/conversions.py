@@ -29,4 +29,4 @@ def check_conversions(drafts: Sequence[Draft], settings: Settings) -> None:
             OSError,
         ):  # published later, or a store that only the worker sees: the job says
             continue
-        check_convertible(source)
+        check_convertible(source, draft.spec["target"])

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from distill_core.artifacts import Manifest
-from distill_core.diffusion.guidance import guide
+from distill_core.diffusion.guidance import guide_by
 from distill_core.diffusion.image_to_image import InitImage
 from distill_core.diffusion.noise import noise_of
 from distill_core.diffusion.routing import ROUTER
@@ -18,7 +18,7 @@ from distill_core.errors import ConfigError
 from distill_core.kinds.cards import generator_card
 from distillery_sampler.backends.base import Generator
 from distillery_sampler.backends.experts import Experts, Feed, Graph
-from distillery_sampler.backends.tokens import PromptTokens
+from distillery_sampler.backends.tokens import PromptTokens, reading_of
 from distillery_sampler.engine.init_images import init_image_of, init_pictures, with_known_pixels
 from distillery_sampler.engine.requests import ImageItem, ImageKey
 
@@ -26,20 +26,25 @@ DENOISER, TEXT_ENCODER = "denoiser", "text_encoder"
 DECODER, ENCODER = "decoder", "encoder"  # of latent models
 TIME = "time"  # input of a graph whose levels have times of their own
 NEGATIVE_EMBEDS, NASA_SCALE = "negative_prompt_embeds", "nasa_scale"  # inputs of a graph that can be steered
+EMBEDDED_GUIDANCE = "embedded_guidance"  # input of a graph that is told a scale of guidance
 
 
 class RunningGraph(Protocol):
-    """A graph that is loaded: a function of its named inputs, batch first; its output is float32."""
+    """A graph that is loaded: a function of its named inputs, batch first; its first output is float32."""
 
     inputs: tuple[str, ...]
 
     def __call__(self, feed: Feed, /) -> np.ndarray: ...
+
+    def named(self, feed: Feed, /) -> Feed:
+        """All outputs by name, in their own types."""
 
 
 class GraphGenerator(Generator):
     """The graphs in `folder` of the denoiser whose own folder is `model`.
 
     `open_graph` loads the file of one, e.g. `decoder.onnx`; `suffix` is what such files end with.
+    `target` is the export that they were made of, where that is elsewhere.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class GraphGenerator(Generator):
         name: str,
         suffix: str,
         on_gpu: bool = False,
+        target: str = "",
     ) -> None:
         self.name, self.on_gpu = name, on_gpu
         self._files = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
@@ -78,7 +84,8 @@ class GraphGenerator(Generator):
         self._text = self._tokens = None
         if self.cond.kind == "prompt":
             self._text = open_graph(folder / f"{TEXT_ENCODER}{suffix}")
-            self._tokens = PromptTokens(model / "tokenizer", self.cond.max_tokens or 77)
+            source = model / "exports" / target if target else folder
+            self._tokens = PromptTokens(model, reading_of(source, self.cond.max_tokens or 77))
 
     def generate(self, key: ImageKey, items: Sequence[ImageItem]) -> np.ndarray:
         shape = self.image.channels, self.image.height, self.image.width
@@ -89,10 +96,11 @@ class GraphGenerator(Generator):
         def denoise(x: np.ndarray, *level: float) -> np.ndarray:
             if null is None:
                 return self._x0(graph, x, level, cond)
-            both = {name: np.concatenate([value, null[name]]) for name, value in cond.items()}
+            both = {name: np.concatenate([value, null.get(name, value)]) for name, value in cond.items()}
             x0 = self._x0(graph, np.concatenate([x, x]), level, both)
             with_cond, without = np.split(x0, 2)
-            guided: np.ndarray = guide(with_cond, without, np.float32(key.guidance))
+            rule, scale, sigma = self.cond.guidance_rule, np.float32(key.guidance), np.float32(level[0])
+            guided: np.ndarray = guide_by(rule, with_cond, without, scale, x, sigma)
             return guided
 
         x0 = sample(
@@ -148,28 +156,40 @@ class GraphGenerator(Generator):
         if self.cond.kind == "class_label":
             return {"class_label": np.array([item.class_label for item in items], dtype=np.int64)}
         if self.cond.kind == "prompt":
-            cond = {"prompt_embeds": self._embed([item.prompt or "" for item in items])}
+            cond = self._embed([item.prompt or "" for item in items])
+            if self.cond.embedded_guidance is not None:
+                told = np.full(len(items), self.cond.embedded_guidance, np.float32)
+                cond = {**cond, EMBEDDED_GUIDANCE: told}
             return {**cond, **self._steering(items)} if key.negative == "attention" else cond
         return {}
 
     def _steering(self, items: Sequence[ImageItem]) -> Feed:
         if not self._steerable:
             raise ConfigError(
-                "this export cannot turn away from a negative prompt, as it was made before that was possible; "
-                "convert the model again, or leave negative_prompts out",
+                "this export cannot turn away from a negative prompt: its network has no cross-attention for it, or "
+                "it was made before that was possible; convert the model again, or leave negative_prompts out",
                 field="negative_prompts",
             )
         scales = [item.negative_scale if item.negative else 0.0 for item in items]
-        embeds = self._embed([item.negative for item in items])
+        embeds = self._embed([item.negative for item in items])["prompt_embeds"]
         return {NEGATIVE_EMBEDS: embeds, NASA_SCALE: np.array(scales, np.float32)}
 
     def _null(self, key: ImageKey, items: Sequence[ImageItem]) -> Feed:
         if self.cond.kind == "prompt":
-            negative = key.negative == "guidance"
-            return {"prompt_embeds": self._embed([item.negative if negative else "" for item in items])}
+            prompts = [item.negative if key.negative == "guidance" else "" for item in items]
+            null = self._embed(prompts, negative=True)
+            assert self._tokens is not None
+            none = np.array([self._tokens.zero_null and not prompt for prompt in prompts])
+            return {name: _zeroed(value, none) for name, value in null.items()}
         return {"class_label": np.full(len(items), self.cond.null_label, dtype=np.int64)}
 
-    def _embed(self, prompts: list[str]) -> np.ndarray:
+    def _embed(self, prompts: list[str], *, negative: bool = False) -> Feed:
         assert self._text is not None
         assert self._tokens is not None
-        return self._text({"input_ids": self._tokens(prompts)})
+        return self._text.named(self._tokens(prompts, negative=negative))
+
+
+def _zeroed(value: np.ndarray, none: np.ndarray) -> np.ndarray:
+    """`value` (B, ...) with zeros in the items where `none` (B,) is."""
+    zeroed: np.ndarray = np.where(none.reshape(-1, *[1] * (value.ndim - 1)), value.dtype.type(0), value)
+    return zeroed

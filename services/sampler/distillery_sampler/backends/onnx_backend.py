@@ -60,15 +60,26 @@ class Session:
         self._session = open_session(path, threads, rewrite=rewrite)
         self._types = {node.name: DTYPES.get(node.type) for node in self._session.get_inputs()}
         self.inputs = tuple(self._types)
+        self.outputs = tuple(node.name for node in self._session.get_outputs())
         self._device = bound_to or ("cuda" if CUDA in self._session.get_providers() else None)
         self._bindings: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}
 
     def __call__(self, feed: Feed) -> np.ndarray:
-        inputs = {name: np.ascontiguousarray(value, self._types[name]) for name, value in feed.items()}
-        answer = self._session.run(None, inputs)[0] if self._device is None else self._bound(inputs)
-        return answer.astype(np.float32, copy=False)
+        answer: np.ndarray = self._answers(feed)[0].astype(np.float32, copy=False)
+        return answer
 
-    def _bound(self, feed: Feed) -> np.ndarray:
+    def named(self, feed: Feed) -> Feed:
+        """All outputs by name."""
+        return dict(zip(self.outputs, self._answers(feed), strict=True))
+
+    def _answers(self, feed: Feed) -> list[np.ndarray]:
+        inputs = {name: np.ascontiguousarray(value, self._types[name]) for name, value in feed.items()}
+        answers: list[np.ndarray] = (
+            self._session.run(None, inputs) if self._device is None else self._bound(inputs)
+        )
+        return answers
+
+    def _bound(self, feed: Feed) -> list[np.ndarray]:
         shapes = tuple((name, value.shape) for name, value in feed.items())
         if shapes not in self._bindings:
             if len(self._bindings) >= MAX_BINDINGS:
@@ -78,8 +89,7 @@ class Session:
         for name, value in feed.items():
             buffers[name].update_inplace(value)
         self._session.run_with_iobinding(binding)
-        output: np.ndarray = binding.get_outputs()[0].numpy()
-        return output
+        return [output.numpy() for output in binding.get_outputs()]
 
     def _bind(self, feed: Feed) -> tuple[Any, dict[str, Any]]:
         binding = self._session.io_binding()
@@ -89,7 +99,8 @@ class Session:
         }
         for name, buffer in buffers.items():
             binding.bind_ortvalue_input(name, buffer)
-        binding.bind_output(self._session.get_outputs()[0].name, self._device)
+        for name in self.outputs:
+            binding.bind_output(name, self._device)
         return binding, buffers
 
 

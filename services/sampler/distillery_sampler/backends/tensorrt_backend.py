@@ -35,5 +35,6 @@ def open_tensorrt(model: Path, folder: Path, manifest: Manifest, cache: Path | N
             name="tensorrt",
             suffix=PLAN,
             on_gpu=True,
+            target=folder.name,
         )
     )

@@ -56,12 +56,13 @@ def why_not_exported(card: Card) -> str:
     """Why no graph is made of such a model; "" where there is one."""
     if card.sampler is not None and card.sampler.guidance_range is not None:
         return "students that are told their guidance have no graph yet that takes it; serve them with torch"
-    cond = card.cond
-    if cond is None or cond.kind != "prompt":
-        return ""
-    if cond.pooled_dim is not None:
-        return "models of the SDXL kind need pooled prompts, which no graph takes yet; serve it with torch"
-    if cond.masked or cond.embedded_guidance is not None:
-        needs = "the mask of their prompts" if cond.masked else "a guidance scale"
-        return f"models of this kind need {needs}, which no graph takes yet; serve it with torch"
     return ""
+
+
+def why_no_engine(card: Card) -> str:
+    """Why TensorRT has no engines of such a model; "" where it has."""
+    cond = card.cond
+    if cond is None or cond.kind != "prompt" or (cond.pooled_dim is None and not cond.masked):
+        return ""
+    given = "a mask" if cond.masked else "a pooled prompt"
+    return f"its prompts are encoded to {given} too, and an engine has one output; choose an onnx target"

@@ -41,6 +41,8 @@ class Family(abc.ABC):
     """Whether the pipeline gives its scheduler even levels of flow time, linspace(1, 1/N, N)."""
     mu: ClassVar[Literal["line", "flux2"]] = "line"
     """How a shift that depends on the picture's size is found (`diffusion.schedulers`)."""
+    steerable: ClassVar[bool] = False
+    """Whether cross-attention can turn away from a negative prompt (`networks.steering`)."""
     variance_below: ClassVar[bool] = False
     """Whether the output may have a variance below what it predicts, whatever the scheduler says."""
 
@@ -59,6 +61,9 @@ class Family(abc.ABC):
 
     def prepare(self, network: Any) -> None:  # noqa: B027
         """Change a network that was just made or read; its answers stay the same."""
+
+    def export(self, network: Any, image: ImageSpec, cond: CondSpec) -> None:  # noqa: B027
+        """Change a network to a form that has graphs, for x of one size: its answers are the same, up to rounding."""
 
     def called_apart(self, network: Any) -> list[nn.Module]:
         """Modules called from outside the block that holds them."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distill_core.artifacts import CondSpec, ImageSpec
+from distill_core.artifacts.prompt_reading import TokenInput
 from distill_core.method import Cond
 from distill_core.networks.families.base import refuse_steering, token_map
 from distill_core.networks.families.prompted import Prompted, check_width
@@ -48,13 +49,13 @@ class FluxText(PromptEncoder):
     def read_tokens(self, count: int) -> None:
         self.max_tokens = count
 
-    def _answer(self, prompt: str, negative: bool) -> Cond:
-        limits = self.limits
-        clip = self._tokenized(self.parts["tokenizer"], prompt, limits["tokenizer"])
-        tokens = self._tokenized(self.parts["tokenizer_2"], prompt, limits["tokenizer_2"])
+    def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
+        return tuple(self._read(name, length) for name, length in self.limits.items())
+
+    def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
         return {
-            "prompt_embeds": self.parts["text_encoder_2"](tokens.input_ids)[0],
-            "pooled_embeds": self.parts["text_encoder"](clip.input_ids).pooler_output,
+            "prompt_embeds": self.parts["text_encoder_2"](tokens["input_ids_2"])[0],
+            "pooled_embeds": self.parts["text_encoder"](tokens["input_ids"]).pooler_output,
         }
 
 

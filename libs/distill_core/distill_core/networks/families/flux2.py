@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from distill_core.artifacts import ImageSpec
+from distill_core.artifacts.prompt_reading import TokenInput
 from distill_core.errors import ArtifactError
 from distill_core.method import Cond
 from distill_core.networks.families.base import refuse_steering, token_map
 from distill_core.networks.families.prompted import Prompted, check_width
 from distill_core.networks.foreign.index import entry_of
-from distill_core.networks.prompts import PromptEncoder
+from distill_core.networks.prompts import PromptEncoder, chatted
 from distill_core.networks.text_parts import load_text_model, load_tokenizer
 
 TOKENS = 512
@@ -44,11 +45,10 @@ class Flux2Text(PromptEncoder):
     def options(self) -> dict[str, Any]:
         return {"is_distilled": self.distilled}
 
-    def _answer(self, prompt: str, negative: bool) -> Cond:
-        message, how = [{"role": "user", "content": prompt}], {"add_generation_prompt": True}
-        tokenizer = self.parts["tokenizer"]
-        words = tokenizer.apply_chat_template(message, tokenize=False, enable_thinking=False, **how)
-        tokens = self._tokenized(tokenizer, words)
+    def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
+        return (self._read(masked=True, **chatted(self.parts["tokenizer"], thinking=False)),)
+
+    def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
         states = self.parts["text_encoder"](**tokens, output_hidden_states=True).hidden_states
         return {"prompt_embeds": torch.cat([states[layer] for layer in LAYERS], dim=-1)}
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from distill_core.artifacts import ImageSpec
+from distill_core.artifacts.prompt_reading import TokenInput
 from distill_core.method import Cond
 from distill_core.networks.families.base import refuse_steering, without_variance
 from distill_core.networks.families.prompted import Prompted, check_width
@@ -39,10 +40,12 @@ class PixArtText(PromptEncoder):
     def read_tokens(self, count: int) -> None:
         self.max_tokens = count
 
-    def _answer(self, prompt: str, negative: bool) -> Cond:
-        tokens = self._tokenized(self.parts["tokenizer"], prompt.lower().strip())
-        states = self.parts["text_encoder"](tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        return {"prompt_embeds": states, "prompt_mask": tokens.attention_mask}
+    def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
+        return (self._read(masked=True, tidied=True),)
+
+    def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
+        states = self.parts["text_encoder"](**tokens)[0]
+        return {"prompt_embeds": states, "prompt_mask": tokens["attention_mask"]}
 
 
 class PixArt(Prompted):

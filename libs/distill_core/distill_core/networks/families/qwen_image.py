@@ -9,19 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from distill_core.artifacts import CondSpec, ImageSpec
+from distill_core.artifacts.prompt_reading import TokenInput
 from distill_core.method import Cond
 from distill_core.networks.diffusers_words import qwen_image_template
 from distill_core.networks.families.base import refuse_steering, token_map
 from distill_core.networks.families.flux import PATCH, SIDE, packed, packing_code, unpacked
 from distill_core.networks.families.prompted import Prompted, check_width
-from distill_core.networks.prompts import PromptEncoder, filled
+from distill_core.networks.prompts import PromptEncoder, around, filled
+from distill_core.networks.rotation import Rotation, attended, projected, rotated
 from distill_core.networks.text_parts import load_text_model, load_tokenizer
 
 TOKENS = 512  # that the network reads by default
-READ = 1024  # that the text model does, beside the template
 
 
 class QwenImageText(PromptEncoder):
@@ -34,11 +36,45 @@ class QwenImageText(PromptEncoder):
     def embed_dim(self) -> int:
         return int(self.parts["text_encoder"].config.get_text_config().hidden_size)
 
-    def _answer(self, prompt: str, negative: bool) -> Cond:
+    def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
         words, dropped = qwen_image_template()
-        tokens = self._unpadded(self.parts["tokenizer"], words.format(prompt), READ + dropped)
+        # The pipeline reads 1024 tokens beside the template: what stands behind those it keeps changes none of them.
+        return (self._read(length=TOKENS + dropped, masked=True, filled=False, **around(words.format)),)
+
+    def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
+        _, dropped = qwen_image_template()
         answer = self.parts["text_encoder"](**tokens, output_hidden_states=True)
-        return filled(answer.hidden_states[-1][:, dropped : dropped + TOKENS], TOKENS)
+        return filled(answer.hidden_states[-1][:, dropped:], tokens["attention_mask"][:, dropped:], TOKENS)
+
+
+class _Positions(Rotation):
+    """Positions of x of one size and of prompts of one length, in the place of the network's own."""
+
+    def forward(self, *given: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        return self.image, self.text
+
+
+class _RealAttention:
+    """Joint attention of text and image tokens whose positions are real numbers."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+        attention_mask: None = None,
+    ) -> tuple[Tensor, Tensor]:
+        parts = []
+        for states, turn in zip((encoder_hidden_states, hidden_states), image_rotary_emb[::-1], strict=True):
+            query, key, value = projected(attn, states, added=states is encoder_hidden_states)
+            parts.append((rotated(query, turn), rotated(key, turn), value))
+        whole = torch.ones_like(hidden_states[:, :, 0], dtype=torch.bool)
+        shown = torch.cat([encoder_hidden_states_mask, whole], dim=1)
+        answer = attended(*(torch.cat(both, dim=1) for both in zip(*parts, strict=True)), shown)
+        text, image = answer.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
 
 class QwenImage(Prompted):
@@ -68,6 +104,13 @@ class QwenImage(Prompted):
             img_shapes=[[(1, x.shape[2] // PATCH, x.shape[3] // PATCH)]],  # of the batch: one is read
         )
         return unpacked(answer.sample, x)
+
+    def export(self, network: Any, image: ImageSpec, cond: CondSpec) -> None:
+        sides = [[(1, image.height // PATCH, image.width // PATCH)]]
+        places = network.pos_embed(sides, device=torch.device("cpu"), max_txt_seq_len=cond.max_tokens)
+        network.pos_embed = _Positions(image=places[0], text=places[1])
+        for block in network.transformer_blocks:
+            block.attn.processor = _RealAttention()
 
     def as_map(self, network: Any, feature: Any, x: Tensor) -> Tensor:
         return token_map(feature[self.image_stream], x, PATCH)

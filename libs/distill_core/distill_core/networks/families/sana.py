@@ -6,6 +6,7 @@ condition `embedded_guidance` (B,). Its trigonometric flow is the plain one: x0 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distill_core.artifacts import CondSpec, ImageSpec
+from distill_core.artifacts.prompt_reading import TokenInput
 from distill_core.method import Cond
 from distill_core.networks.diffusers_words import sana_instruction
 from distill_core.networks.families.base import refuse_steering, without_variance
@@ -46,15 +48,19 @@ class SanaText(PromptEncoder):
     def limits(self) -> dict[str, int]:
         return {"tokenizer": TOKENS - 1}  # the instruction's last token may join with the prompt's first
 
-    def _answer(self, prompt: str, negative: bool) -> Cond:
+    def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
         before = "" if negative else sana_instruction()
-        tokenizer = self.parts["tokenizer"]
-        length = TOKENS if negative else len(tokenizer.encode(before)) + TOKENS - 2
-        tokens = self._tokenized(tokenizer, before + prompt.lower().strip(), length)
-        states = self.parts["text_encoder"](tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        kept = torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(length - TOKENS + 1, length)])
-        kept = kept.to(states.device)
-        return {"prompt_embeds": states[:, kept], "prompt_mask": tokens.attention_mask[:, kept]}
+        length = TOKENS if negative else self._instructed + TOKENS - 2
+        return (self._read(length=length, masked=True, tidied=True, before=before),)
+
+    @functools.cached_property
+    def _instructed(self) -> int:
+        return len(self.parts["tokenizer"].encode(sana_instruction()))
+
+    def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
+        both = self.parts["text_encoder"](**tokens)[0], tokens["attention_mask"]
+        kept = (torch.cat([each[:, :1], each[:, 1 - TOKENS :]], dim=1) for each in both)
+        return dict(zip(("prompt_embeds", "prompt_mask"), kept, strict=True))
 
 
 class Sana(Prompted):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from distill_core.artifacts import ImageSpec
+from distill_core.artifacts.prompt_reading import TokenInput
 from distill_core.method import Cond
 from distill_core.networks.families.base import refuse_steering
 from distill_core.networks.families.prompted import Prompted, check_width
@@ -46,23 +47,25 @@ class SD3Text(PromptEncoder):
         clip = {"tokenizer": self.clip_tokens, "tokenizer_2": self.clip_tokens}
         return clip | ({"tokenizer_3": T5_TOKENS} if "tokenizer_3" in self.parts else {})
 
-    def _answer(self, prompt: str, negative: bool) -> Cond:
-        clips = []
-        for end in ("", "_2"):
-            tokens = self._tokenized(self.parts[f"tokenizer{end}"], prompt, self.clip_tokens)
-            clips.append(self.parts[f"text_encoder{end}"](tokens.input_ids, output_hidden_states=True))
+    def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
+        return tuple(self._read(name, length) for name, length in self.limits.items())
+
+    def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
+        clips = [
+            self.parts[f"text_encoder{end}"](tokens[f"input_ids{end}"], output_hidden_states=True)
+            for end in ("", "_2")
+        ]
         both = torch.cat([answer.hidden_states[-2] for answer in clips], dim=-1)
-        embeds = torch.cat([pad(both, (0, self.width - both.shape[-1])), self._t5(prompt, both)], dim=-2)
+        embeds = torch.cat([pad(both, (0, self.width - both.shape[-1])), self._t5(tokens, both)], dim=-2)
         return {
             "prompt_embeds": embeds,
             "pooled_embeds": torch.cat([answer.text_embeds for answer in clips], dim=-1),
         }
 
-    def _t5(self, prompt: str, like: Tensor) -> Tensor:
+    def _t5(self, tokens: Mapping[str, Tensor], like: Tensor) -> Tensor:
         if "text_encoder_3" not in self.parts:
-            return like.new_zeros(1, T5_TOKENS, self.width)
-        tokens = self._tokenized(self.parts["tokenizer_3"], prompt, T5_TOKENS)
-        states: Tensor = self.parts["text_encoder_3"](tokens.input_ids)[0]
+            return like.new_zeros(like.shape[0], T5_TOKENS, self.width)
+        states: Tensor = self.parts["text_encoder_3"](tokens["input_ids_3"])[0]
         return states
 
 

@@ -68,6 +68,7 @@ class UNet2DCondition(UNet2D):
     )
 
     guidance: ClassVar[float] = 7.5
+    steerable: ClassVar[bool] = True
 
     def prepare(self, network: Any) -> None:
         make_steerable(network)

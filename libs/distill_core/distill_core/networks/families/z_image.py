@@ -11,17 +11,22 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from distill_core.artifacts import ImageSpec
+from distill_core.artifacts import CondSpec, ImageSpec
+from distill_core.artifacts.prompt_reading import TokenInput
 from distill_core.method import Cond
 from distill_core.networks.fake_tensors import is_faked
 from distill_core.networks.families.base import refuse_steering, token_map
 from distill_core.networks.families.flux import PATCH, SIDE
 from distill_core.networks.families.prompted import Prompted, check_width
-from distill_core.networks.prompts import PromptEncoder, filled
+from distill_core.networks.prompts import PromptEncoder, chatted, filled
+from distill_core.networks.rotation import Rotation, attended, projected, rotated
 from distill_core.networks.text_parts import load_text_model, load_tokenizer
 
 TOKENS = 512
+AXES = ("prompt", "row", "column")  # of positions
+MULTIPLE = 32  # of tokens, which a prompt and a picture are filled up to each
 
 
 class ZImageText(PromptEncoder):
@@ -34,13 +39,80 @@ class ZImageText(PromptEncoder):
     def embed_dim(self) -> int:
         return int(self.parts["text_encoder"].config.hidden_size)
 
-    def _answer(self, prompt: str, negative: bool) -> Cond:
-        message, how = [{"role": "user", "content": prompt}], {"add_generation_prompt": True}
-        tokenizer = self.parts["tokenizer"]
-        words = tokenizer.apply_chat_template(message, tokenize=False, enable_thinking=True, **how)
-        tokens = self._unpadded(tokenizer, words, TOKENS)
+    def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
+        words = chatted(self.parts["tokenizer"], thinking=True)
+        return (self._read(masked=True, filled=False, **words),)
+
+    def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
         answer = self.parts["text_encoder"](**tokens, output_hidden_states=True)
-        return filled(answer.hidden_states[-2], TOKENS)
+        return filled(answer.hidden_states[-2], tokens["attention_mask"], TOKENS)
+
+
+class _RealAttention:
+    """Attention of tokens whose positions are real numbers."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: None,
+        attention_mask: Tensor | None,
+        freqs_cis: Tensor,
+    ) -> Tensor:
+        query, key, value = projected(attn, hidden_states)
+        both = rotated(query, freqs_cis), rotated(key, freqs_cis)
+        answer: Tensor = attn.to_out[0](attended(*both, value, attention_mask))
+        return answer
+
+
+def _masked_answer(network: Any, x: Tensor, time: Tensor, prompt: Tensor, mask: Tensor) -> Tensor:
+    """What the network answers (B, C, h, w) to prompts (B, T, D) that all have T tokens, some masked.
+
+    Its own form takes lists of prompts as long as they are. Each is filled up to a multiple of tokens by a learned
+    one, and the picture's positions begin behind; T is such a multiple.
+    """
+    told, order = (
+        network.t_embedder(time * network.t_scale).type_as(x),
+        torch.arange(mask.shape[1], device=x.device),
+    )
+    order = order.expand(x.shape[0], -1)
+    count = mask.sum(1, keepdim=True)
+    filled_up = (count + MULTIPLE - 1) // MULTIPLE * MULTIPLE  # (B, 1)
+    text = torch.where((order < count)[:, :, None], network.cap_embedder(prompt), network.cap_pad_token)
+    text_shown, text_turn = order < filled_up, _turn(network, 1 + order, 0 * order, 0 * order)
+    for layer in network.context_refiner:
+        text = layer(text, text_shown, text_turn)
+
+    patches = (
+        x.unflatten(3, (-1, PATCH))
+        .unflatten(2, (-1, PATCH))
+        .permute(0, 2, 4, 3, 5, 1)
+        .flatten(3)
+        .flatten(1, 2)
+    )
+    lacking = -patches.shape[1] % MULTIPLE
+    tokens = network.all_x_embedder[f"{PATCH}-1"](patches)
+    rest = network.x_pad_token.expand(x.shape[0], lacking, -1)
+    image, width = torch.cat([tokens, rest], dim=1), x.shape[3] // PATCH
+    place = torch.arange(patches.shape[1], device=x.device).expand(x.shape[0], -1)
+    axes = filled_up + 1 + 0 * place, place // width, place % width
+    image_turn = _turn(network, *(pad(axis, (0, lacking)) for axis in axes))
+    for layer in network.noise_refiner:
+        image = layer(image, None, image_turn, told)
+
+    both, turn = torch.cat([image, text], dim=1), torch.cat([image_turn, text_turn], dim=2)
+    shown = torch.cat([torch.ones_like(image[:, :, 0], dtype=torch.bool), text_shown], dim=1)
+    for layer in network.layers:
+        both = layer(both, shown, turn, told)
+    answer = network.all_final_layer[f"{PATCH}-1"](both, c=told)[:, : patches.shape[1]]
+    grid = answer.unflatten(2, (PATCH, PATCH, -1)).unflatten(1, (-1, width))  # (B, h/2, w/2, 2, 2, C)
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def _turn(network: Any, *places: Tensor) -> Tensor:
+    """Cosines and sines (2, B, N, d / 2) at places (B, N) along each axis."""
+    tables = (getattr(network.rotation, axis) for axis in AXES)
+    return torch.cat([table[:, place] for table, place in zip(tables, places, strict=True)], dim=-1)
 
 
 class ZImage(Prompted):
@@ -55,11 +127,20 @@ class ZImage(Prompted):
     def call(self, network: Any, x: Tensor, time: Tensor, cond: Cond, image: ImageSpec) -> Tensor:
         refuse_steering(cond, self.network)
         prompt, mask = cond["prompt_embeds"].to(x.dtype), cond["prompt_mask"]
+        if hasattr(network, "rotation"):
+            return -_masked_answer(network, x, 1 - time / 1000, prompt, mask)
         counts = [prompt.shape[1]] * len(x) if is_faked() else mask.sum(1).tolist()  # a plan has no values
         prompts = [states[:count] for states, count in zip(prompt, counts, strict=True)]
         told = {"t": 1 - time / 1000, "cap_feats": prompts, "return_dict": False}
         answers = network(list(x[:, :, None]), **told)[0]
         return -torch.stack(list(answers))[:, :, 0]
+
+    def export(self, network: Any, image: ImageSpec, cond: CondSpec) -> None:
+        rope = network.rope_embedder
+        factors = rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, theta=rope.theta)
+        network.rotation = Rotation(**dict(zip(AXES, factors, strict=True)))
+        for block in (*network.noise_refiner, *network.context_refiner, *network.layers):
+            block.attention.processor = _RealAttention()
 
     def trunk(self, network: Any) -> nn.Module:
         blocks: nn.ModuleList = network.layers
