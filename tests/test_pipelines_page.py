@@ -35,7 +35,5 @@ def test_every_form_is_near_enough_to_the_pipelines_own(name):
     assert all(value is None or value >= least[column] for column, value in found.items())
     assert ROWS[name]["other_prompt"] < 50
     without = {column for column, value in found.items() if value is None}
-    assert without <= (
-        {"lora", "onnx"} if name == "pixart" else {"onnx"}
-    )  # diffusers loads no LoRA of PixArt
+    assert without == ({"lora"} if name == "pixart" else set())  # diffusers loads no LoRA of PixArt
     assert len(cells(ROWS[name])) == len(COLUMNS) + 2
