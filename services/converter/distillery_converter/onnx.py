@@ -95,12 +95,12 @@ def _program(graph: Graph, module: torch.nn.Module, opset: int) -> torch.onnx.ON
                 optimize=False,
                 verbose=False,
             )
+            assert program is not None
             _drop_idle_squeezes(program.model)
             if not _has_tiny_terms(program.model):
                 program.optimize()
         except torch.onnx.OnnxExporterError as error:
             raise ArtifactError(f"{graph.name} cannot be exported as ONNX: {_reason(error)}") from error
-    assert program is not None
     return program
 
 

@@ -155,7 +155,8 @@ class PromptEncoder(abc.ABC):
 
         `filled`: those that a graph is fed, all of the full length; otherwise a single prompt may be shorter.
         """
-        device, found = next(iter(self.models)).device, {}
+        device = next(iter(self.models)).device
+        found: dict[str, Tensor] = {}
         for each in self.reads(negative):
             with _TOKENIZING:
                 tokens = self.parts[each.tokenizer](

@@ -28,9 +28,9 @@ def rotated(x: Tensor, turn: Tensor) -> Tensor:
 
 def attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of (B, N, heads, d) each to the keys where `mask` (B, N) is true, None: to all; (B, N, heads d)."""
-    each = (part.transpose(1, 2) for part in (query, key, value))
+    q, k, v = (part.transpose(1, 2) for part in (query, key, value))
     shown = None if mask is None else mask[:, None, None, :]
-    return scaled_dot_product_attention(*each, attn_mask=shown).transpose(1, 2).flatten(2)
+    return scaled_dot_product_attention(q, k, v, attn_mask=shown).transpose(1, 2).flatten(2)
 
 
 def projected(attn: Any, states: Tensor, *, added: bool = False) -> list[Tensor]:

@@ -71,7 +71,7 @@ class GuidanceDistillation(Method):
 
         `guided_error` is the student's, `unguided_error` that of the teacher without guidance.
         """
-        figures = {}
+        figures: dict[str, float] = {}
         count = min(config.num_samples, COMPARED)
         for suffix, scale in self.compared().items():
             wanted = self.made(self.teacher, count, config.seed, scale)

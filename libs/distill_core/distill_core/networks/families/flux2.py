@@ -46,7 +46,8 @@ class Flux2Text(PromptEncoder):
         return {"is_distilled": self.distilled}
 
     def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
-        return (self._read(masked=True, **chatted(self.parts["tokenizer"], thinking=False)),)
+        words: dict[str, Any] = chatted(self.parts["tokenizer"], thinking=False)
+        return (self._read(masked=True, **words),)
 
     def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
         states = self.parts["text_encoder"](**tokens, output_hidden_states=True).hidden_states

@@ -50,6 +50,9 @@ class QwenImageText(PromptEncoder):
 class _Positions(Rotation):
     """Positions of x of one size and of prompts of one length, in the place of the network's own."""
 
+    image: Tensor
+    text: Tensor
+
     def forward(self, *given: Any, **named: Any) -> tuple[Tensor, Tensor]:
         return self.image, self.text
 
@@ -72,7 +75,8 @@ class _RealAttention:
             parts.append((rotated(query, turn), rotated(key, turn), value))
         whole = torch.ones_like(hidden_states[:, :, 0], dtype=torch.bool)
         shown = torch.cat([encoder_hidden_states_mask, whole], dim=1)
-        answer = attended(*(torch.cat(both, dim=1) for both in zip(*parts, strict=True)), shown)
+        query, key, value = (torch.cat(both, dim=1) for both in zip(*parts, strict=True))
+        answer = attended(query, key, value, shown)
         text, image = answer.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 

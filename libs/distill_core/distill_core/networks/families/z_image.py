@@ -40,7 +40,7 @@ class ZImageText(PromptEncoder):
         return int(self.parts["text_encoder"].config.hidden_size)
 
     def reads(self, negative: bool = False) -> tuple[TokenInput, ...]:
-        words = chatted(self.parts["tokenizer"], thinking=True)
+        words: dict[str, Any] = chatted(self.parts["tokenizer"], thinking=True)
         return (self._read(masked=True, filled=False, **words),)
 
     def conditions(self, tokens: Mapping[str, Tensor]) -> Cond:
@@ -106,7 +106,8 @@ def _masked_answer(network: Any, x: Tensor, time: Tensor, prompt: Tensor, mask: 
         both = layer(both, shown, turn, told)
     answer = network.all_final_layer[f"{PATCH}-1"](both, c=told)[:, : patches.shape[1]]
     grid = answer.unflatten(2, (PATCH, PATCH, -1)).unflatten(1, (-1, width))  # (B, h/2, w/2, 2, 2, C)
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    made: Tensor = grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    return made
 
 
 def _turn(network: Any, *places: Tensor) -> Tensor:
