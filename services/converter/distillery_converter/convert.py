@@ -23,11 +23,11 @@ from distill_core.kinds.cards import generator_card
 from distill_core.kinds.convertible import check_convertible
 from distill_core.kinds.loading import load_artifact
 from distillery_converter import frechet, int8, onnx, parity, tensorrt
-from distillery_converter.forms import Form, write_forms
 from distillery_converter.frechet import Side
 from distillery_converter.graph import Graph
 from distillery_converter.kinds import graphs_of
 from distillery_converter.targets import Target, find_target
+from distillery_converter.writing import WrittenGraph, write_graphs
 
 OnProgress = Callable[[int, int], None]  # (steps done, steps in all)
 STEPS = 3  # fetched, exported and compared, published
@@ -135,16 +135,16 @@ def _export(
     started = time.perf_counter()
     exports = folder / "exports" / goal.name
     shutil.rmtree(exports, ignore_errors=True)  # by other tool versions
-    forms = write_forms(loaded, exports, goal, cache)
-    for form in forms:
-        for name, text in form.graph.beside.items():
+    written = write_graphs(loaded, exports, goal, cache)
+    for one in written:
+        for name, text in one.graph.beside.items():
             (exports / name).write_text(text, encoding="utf-8")
         log.info(
             "%s as %s, %s: max abs %.3g, rel-L2 %.3g",
-            *(source.ref, goal.name, form.graph.name, form.parity.max_abs, form.parity.rel_l2),
+            *(source.ref, goal.name, one.graph.name, one.parity.max_abs, one.parity.rel_l2),
         )
-        parity.require(form.parity, goal, model=source.ref, part=form.graph.name)
-    samples = _samples(forms, folder, source) if goal.lossy else None
+        parity.require(one.parity, goal, model=source.ref, part=one.graph.name)
+    samples = _samples(written, folder, source) if goal.lossy else None
     frechet.require(samples, goal, model=source.ref)
     return ExportReport(
         target=goal.name,
@@ -152,30 +152,30 @@ def _export(
             sorted(path.relative_to(folder).as_posix() for path in exports.rglob("*") if path.is_file())
         ),
         opset=onnx.OPSETS[goal.precision],
-        max_abs_difference=max(form.parity.max_abs for form in forms),
-        rel_l2=max(form.parity.rel_l2 for form in forms),
+        max_abs_difference=max(one.parity.max_abs for one in written),
+        rel_l2=max(one.parity.rel_l2 for one in written),
         tolerance=goal.max_abs,
         batches=parity.BATCHES,
         seconds=round(time.perf_counter() - started, 3),
         tool_versions=versions,
-        graphs={form.graph.name: form.report for form in forms},
+        graphs={one.graph.name: one.report for one in written},
         frechet=samples,
     )
 
 
-def _samples(forms: list[Form], folder: Path, source: Manifest) -> FrechetReport | None:
+def _samples(written: list[WrittenGraph], folder: Path, source: Manifest) -> FrechetReport | None:
     """The worst report of the model's denoisers, with its decoder; None for what is no generator."""
-    denoisers = [(form, form.graph.trajectory) for form in forms if form.graph.trajectory is not None]
+    denoisers = [(one, one.graph.trajectory) for one in written if one.graph.trajectory is not None]
     card = generator_card(source)
     if card.image is None or not denoisers:
         return None
-    decoder = next((form for form in forms if form.graph.name == "decoder"), None)
+    decoder = next((one for one in written if one.graph.name == "decoder"), None)
     # an expert draws a part of the data only
     real = frechet.real_pictures(folder, card.image.picture) if card.partition is None else None
     reports = []
-    for form, trajectory in denoisers:
-        before = Side(form.graph.run, decoder.graph.run if decoder else None)
-        after = Side(form.run, decoder.run if decoder else None)
+    for one, trajectory in denoisers:
+        before = Side(one.graph.run, decoder.graph.run if decoder else None)
+        after = Side(one.run, decoder.run if decoder else None)
         share = frechet.SECONDS / len(denoisers)
         reports.append(frechet.compare_samples(trajectory, before, after, real=real, seconds=share))
     measured = [report for report in reports if report is not None]

@@ -1,4 +1,4 @@
-"""Targets that a model can be converted to, and how closely each form must agree with PyTorch."""
+"""Targets that a model can be converted to, and how closely each must agree with PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FRECHET_RATIO = 1.05  # the Fréchet distance of converted samples over that of 
 
 
 class Target(NamedTuple):
-    """A form of the model, and its gates: the largest absolute and the relative L2 difference allowed."""
+    """What graphs are written as, and its gates: the largest absolute and the relative L2 difference allowed."""
 
     name: str
     runtime: Literal["onnx", "tensorrt"]

@@ -20,7 +20,7 @@ from distill_core.networks.generation import generate
 from distill_core.recipe import load_recipe
 from distill_service.settings import settings as service_settings
 from distillery_cli.app import main
-from distillery_converter import forms, frechet, int8, parity
+from distillery_converter import frechet, int8, parity, writing
 from distillery_converter import onnx as exporting
 from distillery_converter.convert import convert
 from distillery_converter.frechet import Real, Side
@@ -300,20 +300,20 @@ def text(width: int) -> Graph:
 
 def test_a_part_is_put_into_int8_only_where_that_saves_enough(tmp_path):
     goal = TARGETS["onnx-int8"]
-    (large,) = forms.write_forms([text(256)], tmp_path / "m/exports/onnx-int8", goal, tmp_path)
+    (large,) = writing.write_graphs([text(256)], tmp_path / "m/exports/onnx-int8", goal, tmp_path)
     assert large.precision == "int8"
     assert large.parity.snr_db > 25
     with pytest.raises(
         ArtifactError, match=r"no part of this model gains.*of its bytes in int8.*choose onnx-fp32"
     ):
-        forms.write_forms([text(4)], tmp_path / "s/exports/onnx-int8", goal, tmp_path)
+        writing.write_graphs([text(4)], tmp_path / "s/exports/onnx-int8", goal, tmp_path)
 
 
 def test_a_part_that_the_gate_refuses_stays_in_float_and_says_why(tmp_path):
     strict = TARGETS["onnx-int8"]._replace(rel_l2=1e-6)
     exports = tmp_path / "m/exports/onnx-int8"
     with pytest.raises(ArtifactError, match=r"relative L2 in int8, of 1e-06 allowed"):
-        forms.write_forms([text(256)], exports, strict, tmp_path)
+        writing.write_graphs([text(256)], exports, strict, tmp_path)
     kept = onnx.load(exports / "text_encoder.onnx")
     assert {one.data_type for one in kept.graph.initializer} <= {TensorProto.FLOAT, TensorProto.INT64}
 
@@ -325,7 +325,7 @@ def test_a_graph_without_layers_is_not_pretended_to_be_int8(tmp_path):
 
     graph = replace(text(4), module=Twice(), inputs=lambda n: {"x": np.ones((n, 3), np.float32)}, served=None)
     with pytest.raises(ArtifactError, match="no part of this model gains"):
-        forms.write_forms([graph], tmp_path / "m/exports/onnx-int8", TARGETS["onnx-int8"], tmp_path)
+        writing.write_graphs([graph], tmp_path / "m/exports/onnx-int8", TARGETS["onnx-int8"], tmp_path)
 
 
 def test_example_prompts_calibrate_a_text_encoder(tmp_path):
