@@ -39,7 +39,7 @@ class Config(MethodConfig):
     guidance_max: float = Field(6.0, ge=0)  # greatest guidance of a walk
     source: Literal["trajectory", "noised_data"] = "trajectory"  # of the points that are learnt at
     walk_steps: int = Field(32, ge=2, le=1000)  # of the teacher's walks
-    adapters: GuidanceAdapterConfig = GuidanceAdapterConfig()
+    adapters: GuidanceAdapterConfig = GuidanceAdapterConfig()  # their size
 
     @model_validator(mode="after")
     def _a_range(self) -> Self:
