@@ -64,9 +64,9 @@ def fixed_prompts(count: int, *, seed: int = SEED) -> list[str]:
     return [_words(np.random.default_rng((seed, index))) for index in range(count)]
 
 
-def _words(random: np.random.Generator) -> str:
-    lengths = random.integers(1, 8, size=random.integers(1, WORDS))
-    return " ".join("".join(random.choice(LETTERS, size=length)) for length in lengths)
+def _words(rng: np.random.Generator) -> str:
+    lengths = rng.integers(1, 8, size=rng.integers(1, WORDS))
+    return " ".join("".join(rng.choice(LETTERS, size=length)) for length in lengths)
 
 
 def write_tokenizers(folder: Path, text: PromptEncoder) -> None:

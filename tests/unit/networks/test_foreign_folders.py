@@ -133,7 +133,7 @@ def test_a_masked_text_encoder_hides_what_pads_a_prompt(sd):
     found = denoiser.encode_prompts(prompts)["prompt_embeds"]
     torch.testing.assert_close(found, embeds, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(denoiser.null_cond(3)["prompt_embeds"], null, atol=1e-5, rtol=1e-5)
-    unmasked = denoiser.text.model(denoiser.text._tokenized(denoiser.text.tokenizer, "a").input_ids)[0]
+    unmasked = denoiser.text.model(denoiser.text.tokens(["a"])["input_ids"])[0]
     assert (unmasked - found[0]).abs().max() > 0.01
 
 

@@ -72,11 +72,9 @@ class Modulations(Source):
         frames = np.empty((config.count, 2, config.length), np.float32)
         for number, name in enumerate(config.classes):
             chosen = np.flatnonzero(labels == number)
-            random = np.random.Generator(
-                np.random.Philox([config.seed, _SPLITS[config.split], ALL.index(name)])
-            )
-            signal = through_channel(waveforms(name, len(chosen), config, random), config, random)
-            frames[chosen] = unit_power(with_noise(signal, snr[chosen], random))
+            rng = np.random.Generator(np.random.Philox([config.seed, _SPLITS[config.split], ALL.index(name)]))
+            signal = through_channel(waveforms(name, len(chosen), config, rng), config, rng)
+            frames[chosen] = unit_power(with_noise(signal, snr[chosen], rng))
         super().__init__(
             config,
             size=config.count,
@@ -101,12 +99,12 @@ def constellation(name: str) -> np.ndarray:
     return scaled
 
 
-def waveforms(name: str, count: int, config: Modulations.Config, random: np.random.Generator) -> np.ndarray:
+def waveforms(name: str, count: int, config: Modulations.Config, rng: np.random.Generator) -> np.ndarray:
     """`count` frames (N, L) complex of one modulation, before any channel."""
     rate = config.samples_per_symbol
     symbols = -(-config.length // rate) + 2 * SPAN
     if name in ("cpfsk", "gfsk"):
-        bits = 2.0 * random.integers(0, 2, (count, symbols)) - 1
+        bits = 2.0 * rng.integers(0, 2, (count, symbols)) - 1
         frequency = np.repeat(bits, rate, axis=1) * FSK_INDEX / 2 / rate
         if name == "gfsk":
             frequency = convolved(frequency, gaussian_pulse(rate))
@@ -114,34 +112,30 @@ def waveforms(name: str, count: int, config: Modulations.Config, random: np.rand
     else:
         points = constellation(name)
         spread = np.zeros((count, symbols * rate), complex)
-        spread[:, ::rate] = points[random.integers(0, len(points), (count, symbols))]
+        spread[:, ::rate] = points[rng.integers(0, len(points), (count, symbols))]
         shaped = convolved(spread, root_raised_cosine(rate))
-    start = SPAN * rate // 2 + random.integers(0, rate, count)
+    start = SPAN * rate // 2 + rng.integers(0, rate, count)
     found: np.ndarray = np.take_along_axis(shaped, start[:, None] + np.arange(config.length), axis=1)
     return found
 
 
-def through_channel(
-    signal: np.ndarray, config: Modulations.Config, random: np.random.Generator
-) -> np.ndarray:
+def through_channel(signal: np.ndarray, config: Modulations.Config, rng: np.random.Generator) -> np.ndarray:
     """Frames (N, L) complex after their paths, with offset and phase of the carrier."""
     count, length = signal.shape
-    later = (
-        random.standard_normal((count, config.taps - 1, 2)) @ np.array([1, 1j]) * config.fading / np.sqrt(2)
-    )
+    later = rng.standard_normal((count, config.taps - 1, 2)) @ np.array([1, 1j]) * config.fading / np.sqrt(2)
     received = signal.copy()
     for delay in range(1, config.taps):
         received[:, delay:] += later[:, delay - 1, None] * signal[:, : length - delay]
-    offset = random.uniform(-config.frequency_offset, config.frequency_offset, (count, 1))
-    turns = offset * np.arange(length) + random.uniform(0, 1, (count, 1))
+    offset = rng.uniform(-config.frequency_offset, config.frequency_offset, (count, 1))
+    turns = offset * np.arange(length) + rng.uniform(0, 1, (count, 1))
     turned: np.ndarray = received * np.exp(2j * np.pi * turns)
     return turned
 
 
-def with_noise(signal: np.ndarray, snr: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def with_noise(signal: np.ndarray, snr: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Frames (N, L) complex with white noise at `snr` (N,) dB."""
     power = np.mean(np.abs(signal) ** 2, axis=1, keepdims=True) * 10 ** (-snr[:, None] / 10)
-    noise = random.standard_normal((*signal.shape, 2)) @ np.array([1, 1j]) * np.sqrt(power / 2)
+    noise = rng.standard_normal((*signal.shape, 2)) @ np.array([1, 1j]) * np.sqrt(power / 2)
     noisy: np.ndarray = signal + noise
     return noisy
 
