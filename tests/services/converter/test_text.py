@@ -56,6 +56,7 @@ def run(folder: Path, name: str, **inputs: np.ndarray) -> np.ndarray:
 def test_a_text_to_image_model_is_exported_as_four_graphs_and_a_tokenizer(exported):
     manifest, _, _ = exported
     files = {f"exports/onnx-fp32/{name}.onnx" for name in ("denoiser", "decoder", "encoder", "text_encoder")}
+    files.add("exports/onnx-fp32/prompts.json")  # how they are read
     assert set(manifest.exports["onnx-fp32"].files) == files <= set(manifest.files)
     assert "tokenizer/tokenizer.json" in manifest.files
 

@@ -33,7 +33,7 @@ def changes(teacher, **more):
 
 
 def test_the_loss_is_cross_entropy_and_divergence_by_their_weights(teacher, context, tmp_path):
-    method = tiny_trainer("skd", context, tmp_path, **changes(teacher)).method
+    method = tiny_trainer("skd", context, tmp_path, **changes(teacher, **{"config.weight": 0.7})).method
     frames, labels = torch.randn(5, 2, 32), torch.tensor([0, 3, 1, 7, 2])
     logits = torch.randn(5, 8)
     taught = method.teacher.call("predict", {"iq": frames})["logits"]
