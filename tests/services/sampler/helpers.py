@@ -34,7 +34,9 @@ SIZE = 8
 SPREAD2 = 0.01  # variance of the data around its class's mean
 DATA_STD = 0.5
 SLOW_STEPS = 60_000  # of the teacher: some seconds on one core, so that others queue behind it
-PATIENT_S = 3600.0  # no deadline that a machine with other work would miss: refused is what may take half of it
+PATIENT_S = (
+    3600.0  # no deadline that a machine with other work would miss: refused is what may take half of it
+)
 
 
 def class_means() -> np.ndarray:
