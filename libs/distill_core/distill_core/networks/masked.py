@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.errors import ConfigError
+from distill_core.networks.taps import tapping
 from distill_core.networks.vision import VisionNetwork
+
+PROJECTIONS = ("queries", "keys", "values")
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,16 @@ class MaskedEncoder:
 
     def __init__(self, model: nn.Module, owner: str, *, field: str) -> None:
         network = getattr(model, "network", model)
-        base = network.model.base_model if isinstance(network, VisionNetwork) else None
+        base: Any = network.model.base_model if isinstance(network, VisionNetwork) else None
         if not (hasattr(base, "embeddings") and hasattr(base, "layers") and hasattr(base, "layernorm")):
             name = type(network).__name__
             raise ConfigError(
                 f"{owner} is a {name}, and masks need a vision transformer; choose a ViT, DeiT or ViTMAE network",
                 field=field,
             )
+        self.field = field
         self.network = cast(VisionNetwork, network)
-        self.base: Any = base
+        self.base = base
         self.num_patches = int(base.embeddings.patch_embeddings.num_patches)
         self.width = int(base.config.hidden_size)
         self.patch_size = int(base.config.patch_size)
@@ -117,6 +121,19 @@ class MaskedEncoder:
         tokens = self.tokens(image)
         return tokens if mask is None else mask.select(tokens)
 
+    def with_projections(
+        self, image: Tensor, mask: TokenMask | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the encoder gives (B, P + K, D), and queries, keys and values (B, P + K, D) of its last block."""
+        paths = {name: f"layers.{self.num_layers - 1}.attention.{name[0]}_proj" for name in PROJECTIONS}
+        with tapping(self.base, tuple(paths.values()), field=self.field) as found:
+            hidden = self(image, mask)
+        return hidden, {name: found[path] for name, path in paths.items()}
+
+    def with_prefixes(self, tokens: Tensor, count: int) -> Tensor:
+        """Tokens (B, P + K, D) with no more than the last `count` before those of the patches."""
+        return tokens[:, self.prefixes - count :]
+
     @property
     def prefixes(self) -> int:
         """Tokens before those of the patches: 1, or 2 with a distillation token."""
@@ -135,6 +152,14 @@ def check_same_patches(student: MaskedEncoder, teacher: MaskedEncoder, *, field:
             f"{teacher.num_patches}; choose the network.args.patch_size that gives as many",
             field=field,
         )
+
+
+def aligned(
+    encoder: MaskedEncoder, tokens: Tensor, other: MaskedEncoder, others: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens of two encoders with as many before those of the patches, where one has a distillation token too."""
+    count = min(encoder.prefixes, other.prefixes)
+    return encoder.with_prefixes(tokens, count), other.with_prefixes(others, count)
 
 
 def new_decoder(encoder: MaskedEncoder, width: int, num_layers: int) -> nn.Module:

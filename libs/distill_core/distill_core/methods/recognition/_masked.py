@@ -28,7 +28,6 @@ WHOLE, HEAD = ("predictor.*",), ("predictor.*classifier*",)
 class MaskedConfig(MethodConfig):
     """Keys of every such student."""
 
-    mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that are hidden while it is pretrained
     pretrain_steps: int = Field(ge=0)  # of the first stage, the rest are of the second; 0: the labels alone
     head_only: bool = False  # whether the labels train the last layer alone, a linear probe of the features
 

@@ -20,6 +20,7 @@ from distill_core.methods.recognition._masked import MaskedConfig, MaskedStudent
 from distill_core.networks.masked import (
     MaskedEncoder,
     TokenMask,
+    aligned,
     hidden_pixel_loss,
     mask_of,
     new_decoder,
@@ -30,6 +31,7 @@ from distill_core.recipe.tables import EvaluateConfig, NetworkConfig
 
 
 class Config(MaskedConfig):
+    mask_ratio: float = Field(0.75, gt=0, lt=1)  # share of the patches that are hidden; the paper has to 0.98
     depth: float = Field(0.75, gt=0, le=1)  # share of the blocks below the features; the official code's
     weight: float = Field(1.0, ge=0)  # w; 0: the pixels alone, and the teacher is not run
     pixel_weight: float = Field(1.0, ge=0)  # of the first term; the official code's
@@ -45,6 +47,7 @@ def direction_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 class DMAE(MaskedStudent):
     paper = "Bai et al. 2023, Masked Autoencoders Enable Efficient Knowledge Distillers, arXiv 2208.12256"
+    config: Config
 
     def __init__(
         self, config: Config, *, teacher: nn.Module, network: NetworkConfig, data: Source, unlabelled: Source
@@ -60,23 +63,19 @@ class DMAE(MaskedStudent):
         mask = random_mask(self.encoder, x0, self.config.mask_ratio)
         decoder, projection = self.student.exits
         latent, middle = self.encoder.with_middle(x0, mask, self.blocks(self.encoder))
-        patches = latent[
-            :, self.encoder.prefixes - 1 :
-        ]  # the decoder knows one token before those of patches
-        predicted = decoder(patches, mask.restore).logits
+        predicted = decoder(self.encoder.with_prefixes(latent, 1), mask.restore).logits
         pixels = self.encoder.pixels(x0)
         error = reduced(hidden_pixel_loss(predicted, pixels, mask, self.encoder.patch_size))
         losses = {"pixel_loss": self.config.pixel_weight * error}
         if self.config.weight:
-            wanted = self.features(x0, mask)
-            kept = middle[:, self.encoder.prefixes - self.taught.prefixes :]
-            distance = direction_distance(projection(kept), wanted)
+            own, wanted = aligned(self.encoder, middle, self.taught, self.features(x0, mask))
+            distance = direction_distance(projection(own), wanted)
             losses["feature_loss"] = self.config.weight * reduced(distance)
         return losses
 
     def blocks(self, encoder: MaskedEncoder) -> int:
         """Blocks of an encoder below the features."""
-        return max(round(self.config.depth * encoder.num_layers), 1)
+        return max(int(self.config.depth * encoder.num_layers + 0.5), 1)
 
     @torch.no_grad()
     def features(self, x0: Tensor, mask: TokenMask) -> Tensor:
