@@ -79,6 +79,7 @@ class MaskedEncoder:
         self.width = int(base.config.hidden_size)
         self.patch_size = int(base.config.patch_size)
         self.num_layers = len(base.layers)
+        self.num_heads = int(base.config.num_attention_heads)
 
     def pixels(self, image: Tensor) -> Tensor:
         """Pictures as the network sees them."""
@@ -133,6 +134,18 @@ class MaskedEncoder:
     def with_prefixes(self, tokens: Tensor, count: int) -> Tensor:
         """Tokens (B, P + K, D) with no more than the last `count` before those of the patches."""
         return tokens[:, self.prefixes - count :]
+
+    def check_heads(self, count: int, *, field: str) -> None:
+        """Refuse a number of heads into which the width does not divide.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self.width % count:
+            raise ConfigError(
+                f"{field} is {count}, and tokens of {self.width} values do not divide into so many; choose a divisor",
+                field=field,
+            )
 
     @property
     def prefixes(self) -> int:
