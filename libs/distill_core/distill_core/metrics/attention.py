@@ -19,7 +19,8 @@ def heads_of(tokens: Tensor, count: int) -> Tensor:
 def attention_maps(queries: Tensor, keys: Tensor, count: int) -> Tensor:
     """(B, heads, T, T) shares of each query's attention, of queries and keys (B, T, D)."""
     q, k = heads_of(queries.float(), count), heads_of(keys.float(), count)
-    return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)
+    scores: Tensor = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+    return scores.softmax(3)
 
 
 def head_similarity(maps: Tensor) -> float:

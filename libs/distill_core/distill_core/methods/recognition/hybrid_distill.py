@@ -3,8 +3,8 @@
     L = a mean_(X in Q, K, V) KL(R_t^X || R_s^X) + b smooth_l1(W f_s, norm(f_c)),    R^X = softmax(X X^T / sqrt(d))
 
 Q, K, V (B, heads, T, d): queries, keys and values of the last blocks of the masked teacher t and of the student,
-cut into as many heads; f: tokens that the encoders of the second teacher c and of the student give; norm has no weights, W is
-one linear layer. While it is pretrained, more and more of the patches that are most like the others are left out, of
+cut into as many heads; f: tokens that the encoders of the second teacher c and of the student give; norm has no
+weights, W is one linear layer. While it is pretrained, more and more of the patches that are most like the others are left out, of
 all three: the masked teacher's keys say which. The paper gives its structure; relations' blocks are assumed.
 """
 
@@ -56,7 +56,8 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int) -> Tensor:
 
 def _log_relations(tokens: Tensor, heads: int) -> Tensor:
     split = heads_of(tokens.float(), heads)
-    return (split @ split.transpose(2, 3) / split.shape[3] ** 0.5).log_softmax(3)
+    scores: Tensor = split @ split.transpose(2, 3) / split.shape[3] ** 0.5
+    return scores.log_softmax(3)
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
