@@ -4,8 +4,9 @@
 
 Q, K, V (B, heads, T, d): queries, keys and values of the last blocks of the masked teacher t and of the student,
 cut into as many heads; f: tokens that the encoders of the second teacher c and of the student give; norm has no
-weights, W is one linear layer. While it is pretrained, more and more of the patches that are most like the others are left out, of
-all three: the masked teacher's keys say which. The paper gives its structure; relations' blocks are assumed.
+weights, W is one linear layer. While it is pretrained, more and more of the patches that are most like the others are
+left out, of all three: the masked teacher's keys say which. The paper gives this structure; that relations are of the
+last blocks is assumed.
 """
 
 from __future__ import annotations
