@@ -38,6 +38,7 @@ PHASES = (
     "teacher_steps",
     "record_steps",
     "reflow_steps",
+    "pretrain_steps",
 )  # config keys: steps in which not every role is trained
 
 SOLVERS = {"flow_steps": 2, "walk_steps": 6, "probes": 8}  # config keys: how finely paths are followed

@@ -6,7 +6,8 @@ before anything is trained: a path that is not there, or that gives no features,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,13 +27,27 @@ def tapped(
     Raises:
         ConfigError: a path that the network does not have (the nearest is named), or that `x` does not reach.
     """
+    with tapping(network, paths, field=field) as found:
+        out: Tensor = network(x)
+    return out, {path: found[path] for path in paths}
+
+
+@contextmanager
+def tapping(
+    network: nn.Module, paths: Sequence[str], *, field: str = "config.taps"
+) -> Iterator[dict[str, Tensor]]:
+    """The outputs of the modules at these paths, by path, as they run in the block.
+
+    Raises:
+        ConfigError: as `tapped`.
+    """
     found: dict[str, Tensor] = {}
     modules = dict(network.named_modules())
     handles = []
     try:
         for path in paths:
             handles.append(_module(modules, path, field).register_forward_hook(_keeping(found, path)))
-        out: Tensor = network(x)
+        yield found
     finally:
         for handle in handles:
             handle.remove()
@@ -41,7 +56,6 @@ def tapped(
             f"{field} names {missed[0]!r}, which gives no tensor when the network runs; choose another module",
             field=field,
         )
-    return out, {path: found[path] for path in paths}
 
 
 @torch.no_grad()

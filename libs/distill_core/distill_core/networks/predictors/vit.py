@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_core.networks.foreign.keys import names
 from distill_core.networks.vision import (
@@ -49,6 +49,18 @@ class EncoderArgs(PatchArgs):
     qkv_bias: bool = True
 
 
+def check_places(key: str, width: int) -> None:
+    """Refuse a width that does not hold sines and cosines of two coordinates.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if width % 4:
+        raise ValueError(
+            f"{key} = {width} is not allowed: sines and cosines of two coordinates need a multiple of 4"
+        )
+
+
 class ViTArgs(EncoderArgs, ClassifierArgs):
     """What decides the shape of a ViT or DeiT."""
 
@@ -77,10 +89,19 @@ class DeiTForImageClassificationWithTeacher(DeiTForImageClassification):
         return out.cls_logits, out.distillation_logits
 
 
+class MAEEncoderArgs(EncoderArgs):
+    """What decides the encoder of a masked autoencoder."""
+
+    @model_validator(mode="after")
+    def _places_fit(self) -> Self:
+        check_places("hidden_size", self.hidden_size)
+        return self
+
+
 class ViTMAEModel(VisionNetwork):
     """Encoder of a masked autoencoder (He et al. 2022), which sees the whole picture -> embedding (B, D)."""
 
-    Args = EncoderArgs
+    Args = MAEEncoderArgs
     model_type = "vit_mae"
     idle = names(
         """
@@ -90,22 +111,79 @@ class ViTMAEModel(VisionNetwork):
     )  # of its training
     sized = True
 
+    def __init__(self, args: VisionArgs) -> None:
+        super().__init__(args)
+        assert isinstance(args, EncoderArgs)
+        self.place(self.model.base_model.embeddings.position_embeddings, args)
+
+    @torch.no_grad()
+    def place(self, positions: Tensor, args: EncoderArgs) -> None:
+        """Write the fixed sines and cosines of each patch's place into positions (1, 1 + N, D).
+
+        A model of transformers without a file has zeros there, which no training changes.
+        """
+        from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
+
+        height, width = (side // args.patch_size for side in args.size)
+        rows, columns = build_2d_sinusoidal_position_embedding(
+            height, width, positions.shape[-1], cls_token=True
+        ).chunk(2, dim=1)
+        positions.copy_(torch.cat([columns, rows], dim=1))  # the order of published weights
+
     @classmethod
     def config(cls, args: VisionArgs) -> dict[str, Any]:
         return {**super().config(args), "mask_ratio": 0.0}
 
     def forward(self, image: Tensor) -> Tensor:
-        assert isinstance(self.args, EncoderArgs)
         pixels = self.preprocess(image)
-        height, width = (side // self.args.patch_size for side in self.args.size)
-        places = torch.arange(height * width, device=pixels.device, dtype=torch.float32)
-        noise = places.expand(len(pixels), -1)  # what patches are sorted by: they stay where they are
-        out: Tensor = self.model(pixel_values=pixels, noise=noise).last_hidden_state[:, 0]
+        encoder = self.model.base_model
+        out: Tensor = encoder(pixel_values=pixels, noise=self.in_order(len(pixels))).last_hidden_state[:, 0]
         return out
+
+    def in_order(self, count: int) -> Tensor:
+        """What patches are sorted by (B, N): they stay where they are."""
+        assert isinstance(self.args, EncoderArgs)
+        height, width = (side // self.args.patch_size for side in self.args.size)
+        device = next(self.parameters()).device
+        return torch.arange(height * width, device=device, dtype=torch.float32).expand(count, -1)
 
     def outputs(self) -> dict[str, TensorSpec]:
         assert isinstance(self.args, EncoderArgs)
         return {"embedding": TensorSpec(dtype="float32", shape=(self.args.hidden_size,))}
+
+
+class MAEArgs(MAEEncoderArgs):
+    """What decides a masked autoencoder."""
+
+    decoder_hidden_size: Width = 32
+    decoder_num_hidden_layers: Count = 2
+    decoder_num_attention_heads: Count = 4
+    decoder_intermediate_size: Width = 64
+
+    @model_validator(mode="after")
+    def _decoder_fits(self) -> Self:
+        check_heads([self.decoder_hidden_size], [self.decoder_num_attention_heads])
+        check_places("decoder_hidden_size", self.decoder_hidden_size)
+        if self.size[0] != self.size[1]:
+            raise ValueError(
+                f"a masked autoencoder takes square pictures, and these are {self.size[1]} x {self.size[0]}"
+            )
+        return self
+
+
+class ViTMAEForPreTraining(ViTMAEModel):
+    """A masked autoencoder (He et al. 2022) with its decoder, which `predict` does not run -> embedding (B, D)."""
+
+    Args = MAEArgs
+    idle = frozenset({"mask_ratio", "norm_pix_loss"})  # of its training
+
+    def __init__(self, args: VisionArgs) -> None:
+        super().__init__(args)
+        assert isinstance(args, MAEArgs)
+        self.place(self.model.decoder.decoder_pos_embed, args)
+        deviation = self.model.config.initializer_range
+        for token in (self.model.vit.embeddings.cls_token, self.model.decoder.mask_token):
+            nn.init.normal_(token, std=deviation)  # zeros in transformers
 
 
 class CLIPVisionArgs(PatchArgs):
@@ -147,6 +225,7 @@ NETWORKS = {
         DeiTForImageClassification,
         DeiTForImageClassificationWithTeacher,
         ViTMAEModel,
+        ViTMAEForPreTraining,
         CLIPVisionModelWithProjection,
     )
 }
