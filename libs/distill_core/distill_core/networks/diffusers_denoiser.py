@@ -20,7 +20,7 @@ from distill_core.artifacts.model_card import CARD
 from distill_core.config import Config
 from distill_core.diffusion.levels import expand
 from distill_core.diffusion.schedule import Parameterisation, to_x0
-from distill_core.diffusion.super_resolution import LOW_RESOLUTION, enlarge, small_shape
+from distill_core.diffusion.super_resolution import LOW_RESOLUTION, small_shape
 from distill_core.errors import ConfigError
 from distill_core.kinds.denoiser.card import Card
 from distill_core.method import Cond
@@ -28,6 +28,7 @@ from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_codec import decode_latent, to_latent, unscaled
 from distill_core.networks.diffusers_plain import opens, pipeline_class, plain_use
 from distill_core.networks.diffusers_schedule import schedule_of
+from distill_core.networks.enlarging import enlarge
 from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.families import family_of
 from distill_core.networks.guidance_adapters import GuidanceAdapterConfig

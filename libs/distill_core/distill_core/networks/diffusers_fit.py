@@ -37,8 +37,8 @@ def check_fit(
     if given != taken and not (halves and given == 2 * taken):
         raise ArtifactError(
             f"{path} says in_channels = {taken + beside} and out_channels = {given}; a network that is shown more than "
-            "the noised sample, or answers more than one prediction, is not supported (twice as many may come out where "
-            "the scheduler's variance_type is learned or learned_range)"
+            "the noised sample, or answers more than one prediction, is not supported (twice as many may come out "
+            "where the scheduler's variance_type is learned or learned_range)"
         )
     if codec is not None and latent_channels(codec.config) != taken:
         raise ArtifactError(

@@ -117,16 +117,18 @@ def _count(request: GenerateRequest, limits: SamplerSettings) -> int:
 
 def _check_kind(request: GenerateRequest, cond: CondSpec, ref: str) -> None:
     """Refuse a condition that the model does not take, and the lack of one that it needs."""
-    takes = {"class_label": "class_labels", "prompt": "prompts"}.get(cond.kind)
+    takes = {"class_label": "class_labels", "prompt": "prompts", "low_resolution": "image"}.get(cond.kind)
     for field in ("class_labels", "prompts"):
         if field != takes and getattr(request, field):
             wants = f"give {takes}" if takes else "it takes no condition, give count"
             raise ConfigError(f"{ref} takes no {field}; {wants}", field=field)
     if takes and not getattr(request, takes):
-        what = (
-            f"class labels from 0 to {(cond.num_classes or 0) - 1}" if takes == "class_labels" else "prompts"
-        )
-        raise ConfigError(f"{takes} is empty: {ref} needs {what}, one an image", field=takes)
+        what = {
+            "class_labels": f"class labels from 0 to {(cond.num_classes or 0) - 1}, one an image",
+            "prompts": "prompts, one an image",
+            "image": f"a small picture, which it enlarges {cond.factor} times",
+        }[takes]
+        raise ConfigError(f"{takes} is empty: {ref} needs {what}", field=takes)
 
 
 def _check_conditions(request: GenerateRequest, classes: int, limits: SamplerSettings, ref: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from distill_core.artifacts import SamplerSpec
 from distill_core.data import Source, build_source
 from distill_core.data.classes import answers_in_order, check_classes, class_names, in_order
-from distill_core.diffusion.super_resolution import LOW_RESOLUTION, enlarge, shrink
+from distill_core.diffusion.super_resolution import LOW_RESOLUTION, shrink
 from distill_core.errors import ArtifactError, ConfigError, NotFound
 from distill_core.kinds.base import Measured, Models
 from distill_core.kinds.denoiser.card import Evaluate
@@ -34,6 +34,7 @@ from distill_core.metrics.judge import Judge, load_judge
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.classifier import Classifier
 from distill_core.networks.denoiser import Denoiser
+from distill_core.networks.enlarging import enlarge
 from distill_core.networks.generation import default_cond, generate_x0, true_pictures
 from distill_core.recipe.tables import ModelSource
 
