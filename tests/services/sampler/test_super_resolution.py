@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 import torch
+from tritonclient.grpc import service_pb2
 
 from distill_core.artifacts import ArtifactStore, Manifest
 from distill_core.diffusion.super_resolution import LOW_RESOLUTION
@@ -17,10 +20,21 @@ from distill_core.networks.generation import generate
 from distill_core.networks.levels import few_step_sampler, student_levels
 from distill_core.recipe.tables import NetworkConfig
 from distillery_converter.convert import convert
+from distillery_sampler.engine.engine import Engine
 from distillery_sampler.engine.image_formats import encode, to_uint8
-from distillery_sampler.engine.requests import GenerateRequest, ImageInput
-from tests.helpers import TINY_NETWORKS
+from distillery_sampler.engine.requests import Call, GenerateRequest, ImageInput
+from distillery_sampler.kserve.servicer import KserveServicer
+from distillery_sampler.metrics import Metrics
+from distillery_sampler.settings import SamplerSettings
 from tests.services.sampler.helpers import answer
+
+NETWORK = {
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +42,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     denoiser = build_denoiser(
-        NetworkConfig(name="UNet2DModel", args=TINY_NETWORKS["UNet2DModel"]),
+        NetworkConfig(name="UNet2DModel", args=NETWORK),
         parameterisation="v",
         shape=(3, 16, 8),
         num_classes=None,
@@ -36,7 +50,7 @@ def folder(tmp_path_factory):
     )
     denoiser.sampler = few_step_sampler(denoiser, student_levels(denoiser))
     for value in denoiser.parameters():
-        torch.nn.init.normal_(value, std=0.1)
+        torch.nn.init.normal_(value, std=0.3)
     folder = tmp_path_factory.mktemp("enlarging") / "model"
     denoiser.save(folder)
     return folder
@@ -111,3 +125,36 @@ def test_a_request_without_its_picture_or_with_what_it_does_not_take_is_refused(
     with pytest.raises(ConfigError, match=said) as refused:
         answer(store, tmp_path, request_)
     assert refused.value.field == field
+
+
+def infer(store, cache, small: np.ndarray) -> service_pb2.ModelInferResponse:
+    """What KServe v2 answers to pictures uint8 (B, h, w, C)."""
+    request = service_pb2.ModelInferRequest(model_name="large", model_version="1")
+    for name, datatype, values in (
+        ("low_resolution", "UINT8", small),
+        ("seed", "UINT64", np.array([[5], [7]], np.uint64)),
+    ):
+        request.inputs.add(name=name, datatype=datatype, shape=values.shape)
+        request.raw_input_contents.append(values.tobytes())
+
+    async def run() -> service_pb2.ModelInferResponse:
+        engine = Engine(store, cache, SamplerSettings(instances=1, max_batch=8), Metrics())
+        try:
+            return await KserveServicer(engine, lambda: True)._infer(request, Call())
+        finally:
+            await engine.close()
+
+    return asyncio.run(run())
+
+
+def test_kserve_takes_a_picture_for_each_image_as_a_tensor(store, folder, tmp_path):
+    pictures = np.stack([picture(seed=seed)[0] for seed in (0, 1)])
+    reply = infer(store, tmp_path, np.stack([to_uint8(one) for one in pictures]))
+    shown = np.frombuffer(reply.raw_output_contents[0], np.uint8).reshape(tuple(reply.outputs[0].shape))
+    for row, seed in enumerate((5, 7)):
+        cond = {LOW_RESOLUTION: torch.from_numpy(pictures[row])[None]}
+        wanted = to_uint8(generate(load_denoiser(folder), cond, 1, seed=seed)[0].numpy())
+        assert np.abs(shown[row].astype(int) - wanted).max() <= 1
+    with pytest.raises(ConfigError, match=r"wanted is UINT8 \[-1, 4, 2, 3\]") as refused:
+        infer(store, tmp_path, np.zeros((2, 5, 2, 3), np.uint8))
+    assert refused.value.field == "inputs.low_resolution"
