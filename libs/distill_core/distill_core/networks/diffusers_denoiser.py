@@ -113,6 +113,11 @@ class DiffusersDenoiser(Denoiser):
         codec: ModelMixin | None = self._companions["codec"]
         return codec
 
+    def own_codec(self) -> Any:
+        """A copy of the codec, which takes the place of the one that is shared with other models."""
+        self._companions["codec"] = copy.deepcopy(self.codec)
+        return self.codec
+
     @property
     def text(self) -> PromptEncoder | None:
         text: PromptEncoder | None = self._companions["text"]
