@@ -87,6 +87,17 @@ def test_a_factor_that_does_not_divide_the_pictures_is_refused_by_its_name(digit
         small_shape((1, 12, 24), 5)
 
 
+def test_a_model_that_enlarges_is_not_guided():
+    denoiser, cond = made(), {LOW_RESOLUTION: torch.randn(2, 1, 4, 4)}
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 2.0])
+    assert torch.equal(denoiser.guided(x, sigma, cond, 1.0), denoiser(x, sigma, cond))
+    with pytest.raises(ConfigError, match="a model that enlarges pictures has none") as refused:
+        denoiser.guided(x, sigma, cond, 1.7)
+    assert refused.value.field == "guidance"
+    with pytest.raises(ConfigError, match="guidance"):
+        denoiser.sampler.check_guidance(1.7)
+
+
 def test_a_class_that_reads_prompts_cannot_enlarge():
     network = NetworkConfig(name="UNet2DConditionModel")
     with pytest.raises(ConfigError, match="cannot enlarge pictures") as refused:
