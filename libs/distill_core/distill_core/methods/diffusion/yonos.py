@@ -45,7 +45,7 @@ class Yonos(Method):
         "Noroozi et al. 2024, You Only Need One Step: Fast Super-Resolution with Stable Diffusion via Scale "
         "Distillation, arXiv 2401.17258"
     )
-    roles = ("student",)
+    roles: tuple[str, ...] = ("student",)
     held = ("former",)  # the student of the stage before
 
     def __init__(
