@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save, save_file
 
 from distill_core.config import Config
+from distill_core.diffusion.noise import unit_normals
 from distill_core.errors import ArtifactError
 
 PROBE = "probe.safetensors"  # beside the weights: `FUNCTION/inputs.NAME` and `FUNCTION/outputs.NAME`
@@ -66,6 +67,12 @@ def _cells(picture: np.ndarray) -> tuple[tuple[int, int, int], tuple[float, ...]
     )
     channels, height, width = means.shape
     return (channels, height, width), tuple(means.ravel().tolist()), tuple(spreads.ravel().tolist())
+
+
+def probe_picture(shape: tuple[int, int, int]) -> np.ndarray:
+    """The fixed small picture (C, h, w) in [-1, 1], float32, that a model which enlarges makes its probe of."""
+    picture: np.ndarray = np.tanh(unit_normals([(SEED, 0)], 1, shape)[0]).astype(np.float32)
+    return picture
 
 
 class Probe(NamedTuple):

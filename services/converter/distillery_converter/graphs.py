@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distill_core.artifacts import CondSpec, Manifest
 from distill_core.diffusion.noise import unit_normals
 from distill_core.diffusion.sampling import SamplerSpec
+from distill_core.diffusion.super_resolution import LOW_RESOLUTION, small_shape
 from distill_core.kinds.base import Models
 from distill_core.kinds.cards import generator_card
 from distill_core.kinds.loading import load_model
@@ -128,7 +129,7 @@ def denoiser_graph(
         x_sigma = DATA_STD * noise(batch, shape, draw=0) + sigma.reshape(-1, 1, 1, 1) * noise(
             batch, shape, draw=1
         )
-        cond = {name: fixed_condition(name, denoiser.cond, batch, classes) for name in conditions}
+        cond = fixed_conditions(denoiser, conditions, batch, classes)
         told = {TIME: times} if sampler.timed else {}
         return {"x_sigma": x_sigma, "sigma": sigma, **cond, **told}
 
@@ -164,7 +165,7 @@ def condition_inputs(denoiser: DiffusersDenoiser, sampler: SamplerSpec) -> tuple
             "nasa_scale": steered,
         }
         return ("prompt_embeds", *(name for name, wanted in told.items() if wanted))
-    return ("class_label",) if spec.kind == "class_label" else ()
+    return (spec.kind,) if spec.kind in ("class_label", LOW_RESOLUTION) else ()
 
 
 def _ends(graph: Graph, seed: int) -> np.ndarray:
@@ -228,6 +229,19 @@ def fixed_levels(
     return np.asarray(sigmas, np.float32), np.asarray(times, np.float32)
 
 
+def fixed_conditions(
+    denoiser: DiffusersDenoiser, names: Sequence[str], batch: int, classes: tuple[int, ...] = ()
+) -> Arrays:
+    """Conditions by name, always the same; of a model that enlarges small pictures (batch, C, h, w) of noise."""
+    found = {
+        name: fixed_condition(name, denoiser.cond, batch, classes) for name in names if name != LOW_RESOLUTION
+    }
+    if LOW_RESOLUTION in names and denoiser.cond.factor is not None:
+        shape = small_shape(denoiser.image.picture, denoiser.cond.factor)
+        found[LOW_RESOLUTION] = np.tanh(noise(batch, shape, draw=8))
+    return found
+
+
 def fixed_condition(name: str, cond: CondSpec, batch: int, classes: tuple[int, ...] = ()) -> np.ndarray:
     """Class labels int64 (batch,) that run through `classes` or all, embeddings float32 (batch, T, D), or scales."""
     if name == "nasa_scale":
@@ -253,7 +267,7 @@ def served_condition(
 ) -> Arrays:
     """Conditions of requests: every class in turn, or example prompts, or random words without them."""
     if "prompt_embeds" not in names:
-        return {name: fixed_condition(name, denoiser.cond, count, classes) for name in names}
+        return fixed_conditions(denoiser, names, count, classes)
     with torch.inference_mode():
         found = encoded(denoiser.encode_prompts, denoiser.cond.examples, count)
     # A plain request's negative prompt counts nothing, as the sampler feeds it.

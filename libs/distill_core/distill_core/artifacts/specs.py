@@ -32,7 +32,7 @@ class ImageSpec(Config):
 class CondSpec(Config):
     """Condition of a generator."""
 
-    kind: Literal["none", "class_label", "prompt"]
+    kind: Literal["none", "class_label", "prompt", "low_resolution"]
     num_classes: int | None = None
     null_label: int | None = None  # the class index that means "no condition"
     class_names: tuple[str, ...] = ()
@@ -46,6 +46,17 @@ class CondSpec(Config):
         None  # prompt: usual strength of a negative prompt in attention; unset: in guidance
     )
     examples: tuple[str, ...] = ()  # prompt: some that the model was trained on, for previews
+    factor: int | None = Field(
+        None, ge=2, le=256
+    )  # low_resolution: a side of the picture over one of the small
+
+    @model_validator(mode="after")
+    def _enlarges(self) -> CondSpec:
+        if (self.kind == "low_resolution") != (self.factor is not None):
+            raise ValueError(
+                "a model that enlarges has the condition low_resolution and a factor, others neither"
+            )
+        return self
 
 
 class SceneSpec(Config):

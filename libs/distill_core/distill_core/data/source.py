@@ -20,6 +20,7 @@ from distill_core.config import Config as SourceConfig
 from distill_core.config import PathMark
 from distill_core.data.augmentation import ViewConfig, augment, draw_views
 from distill_core.data.order import Order, OrderConfig, permutation
+from distill_core.diffusion.super_resolution import LOW_RESOLUTION, shrink, small_shape
 from distill_core.errors import ConfigError, DataError, nearest
 from distill_core.files.paths import files_below, there, user_path
 from distill_core.method import Batch, Cond
@@ -108,6 +109,7 @@ class Source:
         self.arrays = dict(arrays or {})  # further columns by name, (N, …)
         self.order, self.view = Order(OrderConfig(), size, labels), ViewConfig()
         self._encode: Callable[[list[str]], Cond] | None = None
+        self._factor: int | None = None  # of the small pictures that the items are conditioned on
         self._kept: list[str] = []  # digests of what `keep` chose
 
     @classmethod
@@ -121,6 +123,15 @@ class Source:
         if self.prompts is None:
             raise DataError("this data has no prompts to encode; choose data that has", field="data.name")
         self._encode = encode
+
+    def shrink_by(self, factor: int) -> None:
+        """Condition the items on their own pictures, `factor` times smaller, from now on."""
+        if self.shape is None:
+            raise DataError(
+                "this data has no pictures to enlarge; choose data with pictures", field="data.name"
+            )
+        small_shape(self.shape, factor, field="data.size")
+        self._factor = factor
 
     @property
     def encodes(self) -> bool:
@@ -203,6 +214,8 @@ class Source:
 
     def conditioned(self, batch: Batch) -> Batch:
         """The batch with what its items are conditioned on; a model may encode here, so in the main thread alone."""
+        if self._factor is not None and batch.x0 is not None:
+            return replace(batch, cond={LOW_RESOLUTION: shrink(batch.x0, self._factor)})
         return replace(batch, cond=self.conditions(batch.index))
 
     def conditions(self, indices: Tensor) -> Cond:

@@ -137,6 +137,11 @@ class Denoiser(nn.Module, abc.ABC):
 
     def _both_halves(self, cond: Cond, batch: int) -> Cond:
         """`cond`, and below it the condition that guidance leads away from."""
+        if self.cond.factor is not None:
+            raise ConfigError(
+                "guidance needs a null condition, and a model that enlarges pictures has none; use guidance = 1",
+                field="guidance",
+            )
         null = self.null_cond(batch)
         others = {name: value for name, value in cond.items() if name not in null}
         if "nasa_scale" in cond:

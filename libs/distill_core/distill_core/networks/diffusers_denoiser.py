@@ -12,6 +12,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
@@ -19,6 +20,7 @@ from distill_core.artifacts.model_card import CARD
 from distill_core.config import Config
 from distill_core.diffusion.levels import expand
 from distill_core.diffusion.schedule import Parameterisation, to_x0
+from distill_core.diffusion.super_resolution import LOW_RESOLUTION, small_shape
 from distill_core.errors import ConfigError
 from distill_core.kinds.denoiser.card import Card
 from distill_core.method import Cond
@@ -26,6 +28,7 @@ from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_codec import decode_latent, to_latent, unscaled
 from distill_core.networks.diffusers_plain import opens, pipeline_class, plain_use
 from distill_core.networks.diffusers_schedule import schedule_of
+from distill_core.networks.enlarging import enlarge
 from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.families import family_of
 from distill_core.networks.guidance_adapters import GuidanceAdapterConfig
@@ -46,6 +49,17 @@ class Sidecar(Config):
     parameterisation: Parameterisation
     scalars: tuple[Literal["guidance", "gamma"], ...] = ()  # it is told beside level and condition
     adapters: GuidanceAdapterConfig | None = None  # beside its attention layers: `networks.diffusers_adapted`
+
+    @model_validator(mode="after")
+    def _divides(self) -> Sidecar:
+        if self.cond.factor is not None:
+            small_shape(self.image.picture, self.cond.factor, field="cond.factor")
+        return self
+
+    @property
+    def beside(self) -> int:
+        """Channels that the network is shown beside the noised sample: the enlarged small picture's, or 0."""
+        return 0 if self.cond.factor is None else self.image.channels
 
 
 class DiffusersDenoiser(Denoiser):
@@ -99,6 +113,11 @@ class DiffusersDenoiser(Denoiser):
         codec: ModelMixin | None = self._companions["codec"]
         return codec
 
+    def own_codec(self) -> Any:
+        """A copy of the codec, which takes the place of the one that is shared with other models."""
+        self._companions["codec"] = copy.deepcopy(self.codec)
+        return self.codec
+
     @property
     def text(self) -> PromptEncoder | None:
         text: PromptEncoder | None = self._companions["text"]
@@ -130,7 +149,8 @@ class DiffusersDenoiser(Denoiser):
         if self.scalars:
             cond = {**cond, "class_label": packed(self.scalars, cond.get("class_label"), cond, scaled)}
         told = self.schedule.network_time(sigma) if time is None else time
-        output = self.family.call(self.network, scaled, told, cond, self.image)
+        shown = self._beside(scaled, cond)
+        output = self.family.call(self.network, shown, told, cond, self.image)
         x0 = to_x0(
             output.float(), x_sigma, expand(sigma, x_sigma), self.parameterisation, self.schedule.sigma_data
         )
@@ -147,6 +167,12 @@ class DiffusersDenoiser(Denoiser):
         device = next(self.network.parameters()).device
         if self.cond.kind == "none":
             return {}
+        if self.cond.factor is not None:  # grey: no small picture means "none", and guidance is refused
+            return {
+                LOW_RESOLUTION: torch.zeros(
+                    batch, *small_shape(self.image.picture, self.cond.factor), device=device
+                )
+            }
         if self.cond.kind == "prompt":
             null = self.encode_prompts([""]) if self.text is None else self.text.null()  # kept by the encoder
             return {name: value.to(device).expand(batch, *value.shape[1:]) for name, value in null.items()}
@@ -274,6 +300,13 @@ class DiffusersDenoiser(Denoiser):
 
     def _slot(self) -> str:
         return self.family.slot
+
+    def _beside(self, x: Tensor, cond: Cond) -> Tensor:
+        """What the network is shown: x (B, C, H, W), and below it the small picture, enlarged and encoded."""
+        if self.cond.factor is None:
+            return x
+        large = self.encode(enlarge(cond[LOW_RESOLUTION], self.image.picture))
+        return torch.cat([x, large.to(x)], 1)
 
     def _with_null(self, cond: Cond | None, batch: int) -> Cond:
         cond, usual = cond or self.null_cond(batch), self.cond.embedded_guidance

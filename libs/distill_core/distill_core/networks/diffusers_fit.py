@@ -22,20 +22,23 @@ from distill_core.networks.foreign.samplers import folder_sampler, scheduler_spe
 from distill_core.networks.prompts import PromptEncoder
 
 
-def check_fit(path: Path, network: Any, scheduler: Any, codec: Any, text: PromptEncoder | None) -> None:
-    """Refuse parts that do not fit, by the network's config at `path`.
+def check_fit(
+    path: Path, network: Any, scheduler: Any, codec: Any, text: PromptEncoder | None, *, beside: int = 0
+) -> None:
+    """Refuse parts that do not fit, by the network's config at `path`; it is shown `beside` channels of a condition.
 
     Raises:
         ArtifactError: they do not; the sentence names the key.
     """
     config, family = network.config, family_of(network)
     taken, given = family.channels(config)
-    halves = learns_variance(scheduler) or family.variance_below
+    taken -= beside
+    halves = not beside and (learns_variance(scheduler) or family.variance_below)
     if given != taken and not (halves and given == 2 * taken):
         raise ArtifactError(
-            f"{path} says in_channels = {taken} and out_channels = {given}; a network that is shown more than the "
-            "noised sample, or answers more than one prediction, is not supported (twice as many may come out where "
-            "the scheduler's variance_type is learned or learned_range)"
+            f"{path} says in_channels = {taken + beside} and out_channels = {given}; a network that is shown more than "
+            "the noised sample, or answers more than one prediction, is not supported (twice as many may come out "
+            "where the scheduler's variance_type is learned or learned_range)"
         )
     if codec is not None and latent_channels(codec.config) != taken:
         raise ArtifactError(

@@ -84,7 +84,8 @@ def load_denoiser(
     shared = companions or load_companions(folder)
     sidecar = read_sidecar(folder)
     try:
-        check_fit(folder / slot / CONFIG, network, scheduler, **shared)
+        beside = 0 if sidecar is None else sidecar.beside
+        check_fit(folder / slot / CONFIG, network, scheduler, **shared, beside=beside)
         sidecar = sidecar or derived_sidecar(folder / slot / CONFIG, network, scheduler, index, **shared)
         if shared["text"] is not None and sidecar.cond.max_tokens:
             shared["text"].read_tokens(sidecar.cond.max_tokens)

@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from distill_core.artifacts import CondSpec, ImageSpec, SamplerSpec
 from distill_core.diffusion.schedule import Parameterisation
+from distill_core.diffusion.super_resolution import small_shape
 from distill_core.errors import ConfigError, nearest, out_of_memory
 from distill_core.networks.diffusers_denoiser import DiffusersDenoiser, Sidecar
 from distill_core.networks.diffusers_schedule import schedule_of
@@ -19,6 +20,8 @@ from distill_core.networks.families import FAMILIES
 from distill_core.networks.foreign.keys import defaults_of, not_understood
 from distill_core.networks.foreign.networks import NETWORKS
 from distill_core.recipe.tables import NetworkConfig
+
+ENLARGING = ("UNet2DModel", "DiTTransformer2DModel")  # their inputs may have more channels than their answers
 
 
 def build_denoiser(
@@ -32,11 +35,13 @@ def build_denoiser(
     scheduler: dict[str, Any] | None = None,
     num_steps: int = 32,
     codec: ModelMixin | None = None,
+    low_resolution: int | None = None,
 ) -> DiffusersDenoiser:
     """A new network for images of `shape` (C, H, W), or for their latents by `codec`; no `num_classes`: unconditional.
 
     The null class has the index `num_classes`. A UNet2DConditionModel is conditioned on text instead, by an encoder
-    made from the words of `prompts`. `scheduler` are arguments of the diffusers scheduler.
+    made from the words of `prompts`. `scheduler` are arguments of the diffusers scheduler. With `low_resolution` the
+    network enlarges pictures so many times, and is told nothing else.
 
     Raises:
         ConfigError: an unknown network class, arguments that it refuses, or data without pictures or prompts.
@@ -53,8 +58,13 @@ def build_denoiser(
             field="data.name",
         )
     channels, height, width = shape if codec is None else latent_shape(codec, shape)
+    if low_resolution is not None:
+        small_shape(shape, low_resolution, field="config.factor")
+        _check_told_nothing(network)
+        num_classes, prompts = None, None
     text = family.new_text(network, prompts)
-    args = {"in_channels": channels, "out_channels": channels, "sample_size": height, **network.args}
+    shown = channels if low_resolution is None else 2 * channels
+    args = {"in_channels": shown, "out_channels": channels, "sample_size": height, **network.args}
     args |= family.new_args(num_classes, text)
     module = _constructed(network.name, args)
     noise = _new_scheduler(parameterisation, scheduler or {})
@@ -66,10 +76,13 @@ def build_denoiser(
         noise_scale=schedule.start_scale(min(schedule.sigma_max, 80.0)),
         num_steps=num_steps,
         max_steps=1000,
+        guidable=low_resolution is None,
     )
     image = ImageSpec(channels=channels, height=height, width=width, picture=shape)
     cond = CondSpec(kind="none")
-    if text is not None:
+    if low_resolution is not None:
+        cond = CondSpec(kind="low_resolution", factor=low_resolution)
+    elif text is not None:
         cond = text.cond()
     elif num_classes is not None:
         cond = CondSpec(
@@ -77,6 +90,15 @@ def build_denoiser(
         )
     sidecar = Sidecar(image=image, cond=cond, sampler=sampler, parameterisation=parameterisation)
     return _tried(DiffusersDenoiser(module, noise, sidecar, codec=codec, text=text))
+
+
+def _check_told_nothing(network: NetworkConfig) -> None:
+    """Refuse a class that cannot be shown a picture beside its own: those that always read prompts."""
+    if network.name not in ENLARGING:
+        raise ConfigError(
+            f"network.name = {network.name!r} cannot enlarge pictures; choose one of {', '.join(ENLARGING)}",
+            field="network.name",
+        )
 
 
 def build_codec(args: dict[str, Any], shape: tuple[int, int, int] | None) -> AutoencoderKL:

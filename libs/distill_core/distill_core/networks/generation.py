@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from distill_core.artifacts import CondSpec, SamplerSpec
+from distill_core.data.source import Source
 from distill_core.diffusion.levels import expand
 from distill_core.diffusion.noise import unit_normals
 from distill_core.diffusion.sampling import sample
+from distill_core.diffusion.super_resolution import LOW_RESOLUTION, shrink
+from distill_core.errors import DataError
 from distill_core.method import Cond
 from distill_core.networks.denoiser import Denoiser
 
@@ -18,13 +21,36 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
     return torch.arange(count) % num_classes
 
 
-def default_cond(spec: CondSpec, count: int, denoiser: Denoiser) -> Cond:
-    """Conditions for `count` pictures when the caller has no wish: balanced classes, example prompts, or none."""
+def default_cond(spec: CondSpec, count: int, denoiser: Denoiser, source: Source | None = None) -> Cond:
+    """Conditions for `count` pictures when the caller has no wish: balanced classes, example prompts, or none.
+
+    A model that enlarges is shown small pictures of `source`'s items.
+    """
+    if spec.factor is not None and source is not None:
+        return small_pictures(spec.factor, source, range(count))
     if spec.kind == "class_label" and spec.num_classes:
         return {"class_label": balanced_labels(count, spec.num_classes)}
     if spec.examples:
         return denoiser.encode_prompts([spec.examples[i % len(spec.examples)] for i in range(count)])
     return denoiser.null_cond(count)
+
+
+def small_pictures(factor: int, source: Source, indices: range, limit: int | None = None) -> Cond:
+    """`low_resolution` (B, C, h, w) of the items of `source.picked(limit)` at `indices`, over and over."""
+    return {LOW_RESOLUTION: shrink(true_pictures(source, indices, limit), factor)}
+
+
+def true_pictures(source: Source, indices: range, limit: int | None = None) -> Tensor:
+    """Pictures (B, C, H, W) of the items of `source.picked(limit)` at `indices`, over and over.
+
+    Raises:
+        DataError: data without pictures.
+    """
+    picked = source.picked(limit)
+    x0 = source.items(picked[torch.tensor(list(indices)) % len(picked)]).x0
+    if x0 is None:
+        raise DataError("this data has no pictures to enlarge; choose data with pictures", field="data.name")
+    return x0
 
 
 def generate(
@@ -79,15 +105,19 @@ def generate_x0(
     return x0
 
 
-def preview(denoiser: Denoiser, seed: int, count: int = 40) -> Tensor:
-    """A sheet of samples, classes in turn."""
-    return generate(denoiser, default_cond(denoiser.cond, count, denoiser), count, seed=seed)
+def preview(denoiser: Denoiser, seed: int, count: int = 40, *, source: Source | None = None) -> Tensor:
+    """A sheet of samples, classes in turn, or what a model that enlarges makes of `source`'s pictures."""
+    return generate(denoiser, default_cond(denoiser.cond, count, denoiser, source), count, seed=seed)
 
 
 def drop_condition(cond: Cond, denoiser: Denoiser, share: float) -> Cond:
     """The condition with a random `share` of the items, their class or prompt, replaced by none, for guidance."""
     spec = denoiser.cond
-    if not cond or spec.kind == "none" or (spec.kind == "class_label" and spec.null_label is None):
+    if (
+        not cond
+        or spec.kind in ("none", "low_resolution")
+        or (spec.kind == "class_label" and spec.null_label is None)
+    ):
         return cond
     batch = len(next(iter(cond.values())))
     null, device = denoiser.null_cond(batch), next(iter(cond.values())).device

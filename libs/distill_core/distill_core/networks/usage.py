@@ -10,6 +10,7 @@ from typing import Any
 
 from distill_core.artifacts import SamplerSpec
 from distill_core.artifacts.model_card import USAGE
+from distill_core.diffusion.super_resolution import small_shape
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.diffusers_plain import PlainUse
 
@@ -189,7 +190,7 @@ def _denoise(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
         "flow": ("x / (1 + sigma)", "1000 * sigma / (1 + sigma)", "(x - sigma * output) / (1 + sigma)"),
         "vp": ("x / (1 + sigma**2) ** 0.5", "timestep_of(sigma)", _vp_answer(denoiser)),
     }[kind]
-    code = _labels(denoiser, arguments)
+    code = [*_labels(denoiser, arguments), *_small_pictures(denoiser)]
     if kind == "vp":
         code += [
             "levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5",
@@ -214,7 +215,8 @@ def _denoise(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
 
 
 def _arguments(denoiser: Denoiser, slot: str, text: bool) -> list[str]:
-    arguments = ["x_scaled", "timestep=time"]
+    shown = "x_scaled" if denoiser.cond.factor is None else "torch.cat([x_scaled, large], 1)"
+    arguments = [shown, "timestep=time"]
     if denoiser.cond.kind == "class_label" or slot == "transformer":
         arguments.append("class_labels=labels")
     if text:
@@ -230,6 +232,18 @@ def _answer(slot: str, x: str) -> str:
 def _labels(denoiser: Denoiser, arguments: list[str]) -> list[str]:
     classes = denoiser.cond.num_classes or 1
     return [f"labels = torch.arange(4) % {classes}"] if "class_labels=labels" in arguments else []
+
+
+def _small_pictures(denoiser: Denoiser) -> list[str]:
+    """Pictures to enlarge, and what the network is shown of them."""
+    if denoiser.cond.factor is None:
+        return []
+    channels, height, width = small_shape(denoiser.image.picture, denoiser.cond.factor)
+    size = f"({denoiser.image.picture[1]}, {denoiser.image.picture[2]})"
+    return [
+        f"small = torch.zeros(4, {channels}, {height}, {width})  # pictures to enlarge, in [-1, 1]",
+        f'large = torch.nn.functional.interpolate(small, size={size}, mode="bilinear", align_corners=False)',
+    ]
 
 
 def _stepped(denoiser: Denoiser, arguments: list[str], slot: str) -> list[str]:

@@ -71,7 +71,8 @@ def generate(
         float | None, typer.Option(help="Of --negative, in a student; unset: the model's own.")
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="Begin from this picture, of the model's size, instead of noise.")
+        Path | None,
+        typer.Option(help="Begin from this picture, of the model's size; or the small one, to enlarge."),
     ] = None,
     mask: Annotated[
         Path | None, typer.Option(help="With --image: white is made anew, black stays as it is.")

@@ -14,6 +14,7 @@ from distill_core.diffusion.image_to_image import InitImage
 from distill_core.diffusion.noise import noise_of
 from distill_core.diffusion.routing import ROUTER
 from distill_core.diffusion.sampling import sample
+from distill_core.diffusion.super_resolution import LOW_RESOLUTION
 from distill_core.errors import ConfigError
 from distill_core.kinds.cards import generator_card
 from distillery_sampler.backends.base import Generator
@@ -161,6 +162,8 @@ class GraphGenerator(Generator):
                 told = np.full(len(items), self.cond.embedded_guidance, np.float32)
                 cond = {**cond, EMBEDDED_GUIDANCE: told}
             return {**cond, **self._steering(items)} if key.negative == "attention" else cond
+        if self.cond.kind == LOW_RESOLUTION:
+            return {LOW_RESOLUTION: init_pictures(items)}
         return {}
 
     def _steering(self, items: Sequence[ImageItem]) -> Feed:

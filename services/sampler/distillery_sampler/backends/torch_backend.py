@@ -16,6 +16,7 @@ from distill_core.artifacts import Manifest
 from distill_core.diffusion.image_to_image import InitImage
 from distill_core.diffusion.noise import noise_of
 from distill_core.diffusion.sampling import sample
+from distill_core.diffusion.super_resolution import LOW_RESOLUTION
 from distill_core.errors import ArtifactError
 from distill_core.kinds.cards import generator_card, scene_spec, served_by
 from distill_core.kinds.loading import load_model
@@ -178,6 +179,8 @@ class TorchGenerator(Generator):
         if kind == "prompt":
             cond = self._denoiser.encode_prompts([item.prompt or "" for item in items])
             return self._with_negative(key, items, cond) if key.negative else cond
+        if kind == LOW_RESOLUTION:
+            return {LOW_RESOLUTION: torch.from_numpy(init_pictures(items)).to(self._device)}
         return {}
 
     def _with_negative(

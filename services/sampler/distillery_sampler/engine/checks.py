@@ -10,7 +10,14 @@ import numpy as np
 from distill_core.artifacts import CondSpec
 from distill_core.errors import ConfigError
 from distill_core.kinds.denoiser.card import Card
-from distillery_sampler.engine.requests import Float, GenerateRequest, ImageItem, ImageKey, View
+from distillery_sampler.engine.requests import (
+    DecodedImage,
+    Float,
+    GenerateRequest,
+    ImageItem,
+    ImageKey,
+    View,
+)
 from distillery_sampler.settings import SamplerSettings
 
 MAX_SEED = 2**63
@@ -40,6 +47,9 @@ def image_items(request: GenerateRequest, card: Card, limits: SamplerSettings, r
     if request.latents is not None:
         _check_latents(request.latents, card, ref)
         items = [replace(item, draws={0: own}) for item, own in zip(items, request.latents, strict=True)]
+    if request.low_resolution is not None:
+        small = [DecodedImage(picture, None) for picture in request.low_resolution]
+        items = [replace(item, init_image=picture) for item, picture in zip(items, small, strict=True)]
     if not request.negative_prompts and request.negative_scale is None:
         return items
     negatives = _negatives(request, cond, count, limits, ref)
@@ -98,6 +108,7 @@ def _count(request: GenerateRequest, limits: SamplerSettings) -> int:
         "prompts": len(request.prompts),
         "seeds": len(request.seeds),
         "latents": 0 if request.latents is None else len(request.latents),
+        "low_resolution": 0 if request.low_resolution is None else len(request.low_resolution),
         "count": request.count,
     }
     counts = {name: number for name, number in lengths.items() if number}
@@ -117,16 +128,20 @@ def _count(request: GenerateRequest, limits: SamplerSettings) -> int:
 
 def _check_kind(request: GenerateRequest, cond: CondSpec, ref: str) -> None:
     """Refuse a condition that the model does not take, and the lack of one that it needs."""
-    takes = {"class_label": "class_labels", "prompt": "prompts"}.get(cond.kind)
+    takes = {"class_label": "class_labels", "prompt": "prompts", "low_resolution": "image"}.get(cond.kind)
     for field in ("class_labels", "prompts"):
         if field != takes and getattr(request, field):
             wants = f"give {takes}" if takes else "it takes no condition, give count"
             raise ConfigError(f"{ref} takes no {field}; {wants}", field=field)
-    if takes and not getattr(request, takes):
-        what = (
-            f"class labels from 0 to {(cond.num_classes or 0) - 1}" if takes == "class_labels" else "prompts"
-        )
-        raise ConfigError(f"{takes} is empty: {ref} needs {what}, one an image", field=takes)
+    if request.low_resolution is not None and takes != "image":
+        raise ConfigError(f"{ref} enlarges no pictures; leave low_resolution out", field="low_resolution")
+    if takes and not getattr(request, takes) and request.low_resolution is None:
+        what = {
+            "class_labels": f"class labels from 0 to {(cond.num_classes or 0) - 1}, one an image",
+            "prompts": "prompts, one an image",
+            "image": f"a small picture, which it enlarges {cond.factor} times",
+        }[takes]
+        raise ConfigError(f"{takes} is empty: {ref} needs {what}", field=takes)
 
 
 def _check_conditions(request: GenerateRequest, classes: int, limits: SamplerSettings, ref: str) -> None:

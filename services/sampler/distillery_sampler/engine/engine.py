@@ -17,18 +17,22 @@ from distill_core.artifacts import ArtifactStore, ImageSpec, Manifest
 from distill_core.diffusion.noise import draw_first
 from distill_core.errors import ConfigError
 from distill_core.kinds.cards import served_by
+from distill_core.kinds.denoiser.card import Card
 from distillery_sampler.backends.base import Functions, Generator, SceneRenderer
 from distillery_sampler.engine.batcher import drop
 from distillery_sampler.engine.checks import check_reply, check_view, image_items, image_key
-from distillery_sampler.engine.init_images import decode_init_image
+from distillery_sampler.engine.init_images import decode_init_image, decode_small_picture
 from distillery_sampler.engine.noise_prefetch import QUICK_VALUES, NoisePrefetch
 from distillery_sampler.engine.predict import QUICK_VALUES as QUICK_INPUTS
 from distillery_sampler.engine.predict import calls_of, reply_bytes, size_of
 from distillery_sampler.engine.requests import (
     Call,
+    DecodedImage,
     GenerateRequest,
+    ImageInput,
     ImageItem,
     ImageKey,
+    InitImageKey,
     Picture,
     PredictRequest,
     Rendered,
@@ -130,7 +134,7 @@ class Engine:
             self._check_size(model, len(items))
             times = until.enter_context(model.stats.requests.request(len(items)))
             if request.image is not None:  # decoding takes milliseconds: not on the event loop
-                decoded, shared = await asyncio.to_thread(decode_init_image, request.image, card, model.ref)
+                decoded, shared = await asyncio.to_thread(_decoded, request.image, card, model.ref)
                 items = [replace(item, init_image=decoded) for item in items]
                 key = replace(key, init_image=shared)
             times.queued()
@@ -211,6 +215,13 @@ class Engine:
                 f"{count} {what} are more than the queue of {model.batcher.max_queue}; send fewer",
                 field=field,
             )
+
+
+def _decoded(wish: ImageInput, card: Card, ref: str) -> tuple[DecodedImage, InitImageKey | None]:
+    """The picture of a request, and how sampling starts from it; a model that enlarges starts from noise."""
+    if card.cond is not None and card.cond.factor is not None:
+        return decode_small_picture(wish, card, ref), None
+    return decode_init_image(wish, card, ref)
 
 
 def _other_kind(manifest: Manifest) -> ConfigError:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from distill_core.diffusion.image_to_image import InitImage
+from distill_core.diffusion.super_resolution import small_shape
 from distill_core.errors import ConfigError, DataError
 from distill_core.kinds.denoiser.card import Card
 from distill_core.pictures import on_white, read_image, upright_size
@@ -41,12 +42,7 @@ def decode_init_image(wish: ImageInput, card: Card, ref: str) -> tuple[DecodedIm
             f"strength = {strength:g} is not allowed: give a share of the steps above 0, up to 1",
             field="image.strength",
         )
-    if channels not in MODES:
-        raise ConfigError(
-            f"{ref} makes pictures of {channels} channels, which no {', '.join(KINDS)} holds; "
-            "leave image out",
-            field="image.image",
-        )
+    mode = _mode(channels, ref)
     size = _size(wish.image, "image.image")
     block = _enlargement(size, (width, height), ref) if wish.upscale else 1
     if not wish.upscale:
@@ -55,10 +51,41 @@ def decode_init_image(wish: ImageInput, card: Card, ref: str) -> tuple[DecodedIm
     if wish.mask:
         _check_size(_size(wish.mask, "image.mask"), (width, height), ref, "image.mask")
         known = (_pixels(wish.mask, "L", "image.mask") < 128).astype(np.float32)
-    pixels = _pixels(wish.image, MODES[channels], "image.image").astype(np.float32) / 127.5 - 1
+    pixels = _pixels(wish.image, mode, "image.image").astype(np.float32) / 127.5 - 1
     return DecodedImage(_enlarged(pixels, block), known), InitImageKey(
         strength, known is not None, 1 if latent else block
     )
+
+
+def decode_small_picture(wish: ImageInput, card: Card, ref: str) -> DecodedImage:
+    """The decoded picture of a request to a model that enlarges: its condition, no place where sampling starts.
+
+    Raises:
+        ConfigError: no such kind of picture, another size than the model enlarges, or a wish that it cannot honour.
+    """
+    assert card.image is not None, "a denoiser without image is not loaded"
+    assert card.cond is not None
+    assert card.cond.factor is not None
+    channels, height, width = small_shape(card.image.picture, card.cond.factor)
+    for field, given in (
+        ("mask", wish.mask),
+        ("strength", wish.strength is not None),
+        ("upscale", wish.upscale),
+    ):
+        if given:
+            raise ConfigError(
+                f"{ref} enlarges the picture by itself and makes all of it anew; leave image.{field} out",
+                field=f"image.{field}",
+            )
+    mode = _mode(channels, ref)
+    size = _size(wish.image, "image.image")
+    if size != (width, height):
+        raise ConfigError(
+            f"image.image is {size[0]} x {size[1]} pixels, and {ref} enlarges {width} x {height} to "
+            f"{width * card.cond.factor} x {height * card.cond.factor}; send that size",
+            field="image.image",
+        )
+    return DecodedImage(_pixels(wish.image, mode, "image.image").astype(np.float32) / 127.5 - 1, None)
 
 
 def init_image_of(key: InitImageKey, y: np.ndarray, items: Sequence[ImageItem]) -> InitImage:
@@ -90,6 +117,16 @@ def with_known_pixels(pictures: np.ndarray, items: Sequence[ImageItem]) -> np.nd
     """Finished pictures (B, C, H, W) whose known pixels are the given ones, to the bit."""
     known = known_pixels(items)
     return pictures if known is None else np.where(known > 0, init_pictures(items), pictures)
+
+
+def _mode(channels: int, ref: str) -> str:
+    if channels not in MODES:
+        raise ConfigError(
+            f"{ref} makes pictures of {channels} channels, which no {', '.join(KINDS)} holds; "
+            "leave image out",
+            field="image.image",
+        )
+    return MODES[channels]
 
 
 def _size(data: bytes, field: str) -> tuple[int, int]:

@@ -48,6 +48,7 @@ class GenerateRequest:
     negative_prompts: tuple[str, ...] = ()  # one for all, or one an image; "" is none
     negative_scale: float | None = None
     latents: Float | None = field(default=None, compare=False)  # (B, C, H, W): the first draw, given
+    low_resolution: Float | None = field(default=None, compare=False)  # (B, C, h, w) in [-1, 1]: to enlarge
     call: Call = Call()
 
 

@@ -7,6 +7,7 @@ import math
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from distill_core.artifacts import Manifest
+from distill_core.diffusion.super_resolution import LOW_RESOLUTION, small_shape
 from distill_core.kinds.cards import generator_card, served_by
 from distillery_sampler.backends.opening import check_kind
 from distillery_sampler.engine.checks import can_guide
@@ -48,6 +49,9 @@ def inputs_of(manifest: Manifest, function: str = "") -> dict[str, TensorSpec]:
     if card.cond and card.cond.kind == "prompt":
         specs.append(TensorSpec("prompt", "BYTES", (-1, 1)))
         specs.append(TensorSpec("negative_prompt", "BYTES", (-1, 1), optional=True))
+    if card.image and card.cond and card.cond.factor:
+        channels, height, width = small_shape(card.image.picture, card.cond.factor)
+        specs.append(TensorSpec(LOW_RESOLUTION, "UINT8", (-1, height, width, channels)))
     if can_guide(card):
         specs.append(TensorSpec("guidance_scale", "FP32", (-1, 1), optional=True, accepts=FLOATS))
     return {spec.name: spec for spec in specs}

@@ -1,12 +1,13 @@
 """KServe v2, `inference.GRPCInferenceService`, with the messages that tritonclient ships.
 
-A generator takes `class_label` INT64 [B,1] or `prompt` BYTES [B,1] if it is conditional, and all else if the caller
-likes: `seed` UINT64 [B,1], without which a picture is that of seed 0 and its place, `latents` FP32 [B,C,H,W], which are
-its first noise, `negative_prompt` BYTES [B,1], `guidance_scale` FP32 [B,1], equal for all. It answers `images` UINT8
-[B,H,W,C]. A scene takes `pose` FP32 [B,4,4] and `intrinsics` FP32 [B,4] and answers `rgb` and `depth`; a picture is
-twice its principal point in size, unless the parameters `width` and `height` say otherwise. What is called by its
-signature takes and answers what that names: see `kserve.functions`. Parameters of any request: `priority` (from 2 on:
-bulk), `timeout` (microseconds); of generators: `num_steps`, `guidance`, `negative_scale`.
+A generator takes `class_label` INT64 [B,1] or `prompt` BYTES [B,1] if it is conditional, `low_resolution` UINT8
+[B,h,w,C] if it enlarges, and all else if the caller likes: `seed` UINT64 [B,1], without which a picture is that of
+seed 0 and its place, `latents` FP32 [B,C,H,W], which are its first noise, `negative_prompt` BYTES [B,1],
+`guidance_scale` FP32 [B,1], equal for all. It answers `images` UINT8 [B,H,W,C]. A scene takes `pose` FP32 [B,4,4] and
+`intrinsics` FP32 [B,4] and answers `rgb` and `depth`; a picture is twice its principal point in size, unless the
+parameters `width` and `height` say otherwise. What is called by its signature takes and answers what that names: see
+`kserve.functions`. Parameters of any request: `priority` (from 2 on: bulk), `timeout` (microseconds); of generators:
+`num_steps`, `guidance`, `negative_scale`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from grpc.aio import ServicerContext
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from distill_core.artifacts import ImageSpec
+from distill_core.diffusion.super_resolution import LOW_RESOLUTION
 from distill_core.errors import ArtifactError, ConfigError, DistilleryError, NotFound
 from distill_core.kinds.cards import served_by
 from distill_service.status import StatusError, shortened
@@ -256,6 +258,7 @@ class KserveServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             model=ref,
             seeds=tuple(int(seed) for seed in inputs.get("seed", nothing).ravel()),
             latents=inputs.get("latents"),
+            low_resolution=_small_pictures(inputs),
             class_labels=tuple(int(label) for label in inputs.get("class_label", nothing).ravel()),
             prompts=tuple(inputs.get("prompt", nothing).ravel()),
             negative_prompts=tuple(inputs.get("negative_prompt", nothing).ravel()),
@@ -350,6 +353,12 @@ def _parts(model: LoadedModel, function: str, *, every: bool) -> list[str]:
 
 def _stacked(pictures: list[Picture]) -> dict[str, np.ndarray]:
     return {"images": np.stack([to_uint8(picture.pixels) for picture in pictures])}
+
+
+def _small_pictures(inputs: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Pictures to enlarge (B, C, h, w) in [-1, 1], of bytes (B, h, w, C)."""
+    given = inputs.get(LOW_RESOLUTION)
+    return None if given is None else given.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
 
 
 def _seen(views: list[Rendered]) -> dict[str, np.ndarray]:

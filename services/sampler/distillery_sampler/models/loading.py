@@ -14,16 +14,27 @@ import numpy as np
 import structlog
 
 from distill_core.artifacts import ArtifactStore, Manifest
+from distill_core.diffusion.super_resolution import small_shape
 from distill_core.errors import ArtifactError, DistilleryError, Unavailable, out_of_memory
 from distill_core.kinds.cards import generator_card
-from distill_core.probe import SEED, VIEW_DEGREES, VIEW_SIDE
+from distill_core.kinds.denoiser.card import Card
+from distill_core.probe import SEED, VIEW_DEGREES, VIEW_SIDE, probe_picture
 from distillery_sampler.backends.base import Backend, Functions, Generator, SceneRenderer
 from distillery_sampler.backends.fixed import Padded, PaddedFunctions
 from distillery_sampler.backends.opening import Choice, choices, open_backend
 from distillery_sampler.backends.shared import SharedWeights
 from distillery_sampler.engine.batcher import Batcher
 from distillery_sampler.engine.predict import cost_by, runner
-from distillery_sampler.engine.requests import ImageItem, ImageKey, ModelInfo, Orbit, Region, Tile, View
+from distillery_sampler.engine.requests import (
+    DecodedImage,
+    ImageItem,
+    ImageKey,
+    ModelInfo,
+    Orbit,
+    Region,
+    Tile,
+    View,
+)
 from distillery_sampler.engine.statistics import ModelStats
 from distillery_sampler.engine.views import TILE_RAYS
 from distillery_sampler.metrics import Metrics
@@ -169,14 +180,23 @@ def _warm_up_request(manifest: Manifest) -> WarmUpRequest:
     parity, cond, sampler = manifest.parity, card.cond, card.sampler
     assert cond is not None
     assert sampler is not None
+    small = _probe_image(card)
     if parity is not None:
-        item = ImageItem(parity.seed, class_label=parity.class_label, prompt=parity.prompt)
+        item = ImageItem(parity.seed, class_label=parity.class_label, prompt=parity.prompt, init_image=small)
         return WarmUpRequest(ImageKey(parity.num_steps, guidance=1.0), item)
     label, prompt = (0 if cond.kind == "class_label" else None), ("" if cond.kind == "prompt" else None)
     return WarmUpRequest(
         ImageKey(sampler.fewest_steps, guidance=1.0),
-        ImageItem(SEED, class_label=label, prompt=prompt),
+        ImageItem(SEED, class_label=label, prompt=prompt, init_image=small),
     )
+
+
+def _probe_image(card: Card) -> DecodedImage | None:
+    """The small picture that a model which enlarges makes its probe of; None for others."""
+    if card.cond is None or card.cond.factor is None:
+        return None
+    assert card.image is not None, "a denoiser without image is not loaded"
+    return DecodedImage(probe_picture(small_shape(card.image.picture, card.cond.factor)), None)
 
 
 def _first_image(backend: Generator, request: WarmUpRequest, manifest: Manifest) -> np.ndarray:

@@ -21,6 +21,7 @@ from torch import Tensor
 from distill_core.artifacts import SamplerSpec
 from distill_core.data import Source, build_source
 from distill_core.data.classes import answers_in_order, check_classes, class_names, in_order
+from distill_core.diffusion.super_resolution import LOW_RESOLUTION, shrink
 from distill_core.errors import ArtifactError, ConfigError, NotFound
 from distill_core.kinds.base import Measured, Models
 from distill_core.kinds.denoiser.card import Evaluate
@@ -28,14 +29,17 @@ from distill_core.method import Cond
 from distill_core.metrics.classification import worst_class_accuracy
 from distill_core.metrics.extractors import ClipScorer, VisionExtractor, load_extractor, load_scorer
 from distill_core.metrics.frechet import FeatureSet, set_figures
+from distill_core.metrics.image import psnr
 from distill_core.metrics.judge import Judge, load_judge
 from distill_core.networks.adapters import LoraDenoiser
 from distill_core.networks.classifier import Classifier
 from distill_core.networks.denoiser import Denoiser
-from distill_core.networks.generation import default_cond, generate_x0
+from distill_core.networks.enlarging import enlarge
+from distill_core.networks.generation import default_cond, generate_x0, true_pictures
 from distill_core.recipe.tables import ModelSource
 
 log = logging.getLogger(__name__)
+LIKENESS = ("psnr", "enlarged_psnr")  # of models that enlarge
 SCORES = {"clip": "clip_score", "preference": "preference_score"}  # key of [evaluate] -> figure
 
 
@@ -68,7 +72,8 @@ class Evaluator:
     ) -> dict[str, float]:
         """Figures of `num_samples` pictures, and milliseconds per picture; noise is that of `config.seed`.
 
-        Classes are balanced; prompts are the data's, those of the real pictures where it has both.
+        Classes are balanced; prompts are the data's, those of the real pictures where it has both. A model that
+        enlarges is given the real pictures, made small, and compared with them.
         """
         self._move_to(next(denoiser.parameters()).device)
         cond = (
@@ -78,14 +83,18 @@ class Evaluator:
         seconds = 0.0
         for indices in self._batches():
             prompts = self._prompts(denoiser, indices)
+            truth = self._truth(denoiser, indices)
             batch_cond = denoiser.encode_prompts(prompts) if prompts else _part(cond, indices)
+            if truth is not None and denoiser.cond.factor is not None:
+                batch_cond = {LOW_RESOLUTION: shrink(truth, denoiser.cond.factor)}
             began = time.perf_counter()
             pictures = _pictures(denoiser, batch_cond, indices, self.config.seed, sampler, num_steps)
             seconds += time.perf_counter() - began
-            for name, value in self._read(pictures, prompts).items():
+            seen = self._read(pictures, prompts) | _likeness(pictures, truth, batch_cond)
+            for name, value in seen.items():
                 collected.setdefault(name, []).append(value)
-        seen = {name: torch.cat(values) for name, values in collected.items()}
-        figures = self._figures(seen, self._labels(denoiser, cond))
+        joined = {name: torch.cat(values) for name, values in collected.items()}
+        figures = self._figures(joined, self._labels(denoiser, cond))
         return {**figures, "ms_per_image": 1000 * seconds / self.config.num_samples}
 
     def measure(
@@ -143,6 +152,12 @@ class Evaluator:
         size, count = self.config.batch_size, self.config.num_samples
         yield from (range(start, min(start + size, count)) for start in range(0, count, size))
 
+    def _truth(self, denoiser: Denoiser, indices: range) -> Tensor | None:
+        """The real pictures (B, C, H, W) that a model which enlarges is to make; None for others."""
+        if denoiser.cond.factor is None:
+            return None
+        return true_pictures(self.source, indices, self.config.num_samples)
+
     def _prompted(self, denoiser: Denoiser) -> bool:
         return denoiser.cond.kind == "prompt" and self.source.prompts is not None
 
@@ -165,8 +180,8 @@ class Evaluator:
         return seen | {name: scorer.cosines(pictures, prompts) for name, scorer in self.scorers.items()}
 
     def _labels(self, denoiser: Denoiser, cond: Cond) -> Tensor | None:
-        """The classes asked for (N,): of the condition, or of the items whose prompts were given, if they have any."""
-        if not self._prompted(denoiser) or self.judge is None:
+        """The classes asked for (N,): of the condition, or of the items that were given, if they have any."""
+        if not (self._prompted(denoiser) or denoiser.cond.factor) or self.judge is None:
             return cond.get("class_label")
         if self.source.labels is None or not answers_in_order(self.judge.classifier, self.source.class_names):
             return None
@@ -178,6 +193,7 @@ class Evaluator:
         if self.judge is not None and labels is not None:
             figures["accuracy"] = self.judge.accuracy(seen["logits"], labels)
             figures["worst_class_accuracy"] = worst_class_accuracy(seen["logits"], labels.cpu())
+        figures |= {name: float(seen[name].double().mean()) for name in LIKENESS if name in seen}
         return figures | {name: 100 * float(seen[name].double().mean()) for name in self.scorers}
 
     def _move_to(self, device: torch.device) -> None:
@@ -197,6 +213,20 @@ def _pictures(
 ) -> Tensor:
     x0 = generate_x0(denoiser, cond, indices, seed=seed, sampler=sampler, num_steps=num_steps)
     return denoiser.decode(x0).clamp(-1, 1).float().cpu()
+
+
+def _likeness(pictures: Tensor, truth: Tensor | None, cond: Cond) -> dict[str, Tensor]:
+    """PSNR (B,) of enlarged pictures in [-1, 1], in dB, and of the plain enlargement of what they were made from."""
+    if truth is None:
+        return {}
+    channels, height, width = truth.shape[1:]
+    plain = enlarge(cond[LOW_RESOLUTION], (channels, height, width))
+    return {"psnr": _psnr(pictures, truth), "enlarged_psnr": _psnr(plain, truth)}
+
+
+def _psnr(pictures: Tensor, truth: Tensor) -> Tensor:
+    pairs = (((each.permute(0, 2, 3, 1) + 1) / 2).numpy() for each in (pictures, truth))
+    return torch.tensor([psnr(made, real) for made, real in zip(*pairs, strict=True)])
 
 
 def _part(cond: Cond, indices: range) -> Cond:
@@ -227,7 +257,8 @@ def load_evaluator(config: Evaluate, denoiser: Denoiser, source: Source, models:
     evaluator = Evaluator(source, config, judge=judge, extractor=extractor, scorers=scorers)
     if extractor is not None and source.shape is None:
         log.warning("evaluate.extractor has no real pictures to compare with: set evaluate.data")
-    return evaluator if evaluator.measures else None
+    enlarges = denoiser.cond.factor is not None and source.shape is not None
+    return evaluator if evaluator.measures or enlarges else None
 
 
 _Model = TypeVar("_Model", Judge, VisionExtractor, ClipScorer)
@@ -282,7 +313,7 @@ def _in_asked_order(classifier: Classifier, denoiser: Denoiser, source: Source) 
     if denoiser.cond.kind == "class_label":
         names = class_names(denoiser.cond)
         return in_order(classifier, names, what="evaluate.judge", field="evaluate.judge")
-    if denoiser.cond.kind == "prompt" and source.labels is not None:
+    if denoiser.cond.kind in ("prompt", "low_resolution") and source.labels is not None:
         try:
             return in_order(classifier, source.class_names, what="evaluate.judge", field="evaluate.judge")
         except ConfigError as error:

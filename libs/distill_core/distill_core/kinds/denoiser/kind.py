@@ -15,6 +15,7 @@ from distill_core.artifacts import MANIFEST
 from distill_core.data import Source
 from distill_core.data.classes import use_classes_of
 from distill_core.data.posed import SceneSource
+from distill_core.diffusion.super_resolution import LOW_RESOLUTION, small_shape
 from distill_core.errors import ArtifactError, ConfigError, DataError, NotFound
 from distill_core.files.json_tables import read_table
 from distill_core.kinds.base import Kind, Models
@@ -25,7 +26,7 @@ from distill_core.networks.adapters import ADAPTER, LoraDenoiser, has_adapter, p
 from distill_core.networks.denoiser import Denoiser
 from distill_core.networks.fake_tensors import real_tensors
 from distill_core.networks.generation import generate, preview
-from distill_core.probe import SEED, ImageProbe
+from distill_core.probe import SEED, ImageProbe, probe_picture
 from distill_core.recipe.tables import EvaluateConfig
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class DenoiserKind(Kind):
                 use_classes_of(source, model.cond)
         if model.cond.kind == "prompt":
             _encode_prompts(model, source)
+        if model.cond.factor is not None:
+            source.shrink_by(model.cond.factor)
 
     def evaluator(
         self, model: Denoiser, source: Source, config: EvaluateConfig, models: Models
@@ -72,7 +75,7 @@ class DenoiserKind(Kind):
     def preview(
         self, model: Denoiser, source: Source, seed: int, references: Mapping[str, Any]
     ) -> Tensor | None:
-        return preview(model, seed)
+        return preview(model, seed, source=source)
 
     def image_probe(self, model: Denoiser) -> ImageProbe | None:
         device = next(model.parameters()).device
@@ -88,6 +91,9 @@ class DenoiserKind(Kind):
                 cond = model.encode_prompts([prompt])
             except ConfigError:  # without a text encoder
                 return None
+        if model.cond.factor is not None:
+            small = probe_picture(small_shape(model.image.picture, model.cond.factor))
+            cond = {LOW_RESOLUTION: torch.from_numpy(small)[None].to(device)}
         (picture,) = generate(model, cond, 1, seed=SEED, num_steps=num_steps, guidance=1.0)
         return ImageProbe.of(
             picture.numpy(), seed=SEED, num_steps=num_steps, class_label=label, prompt=prompt

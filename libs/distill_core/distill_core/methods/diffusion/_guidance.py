@@ -102,7 +102,7 @@ class GuidanceDistillation(Method):
 
 def check_guides(teacher: Denoiser) -> None:
     """Refuse a teacher that has no condition to be guided to, or none to be guided away from."""
-    if teacher.cond.kind == "none" or (
+    if teacher.cond.kind in ("none", "low_resolution") or (
         teacher.cond.kind == "class_label" and teacher.cond.null_label is None
     ):
         raise ConfigError(

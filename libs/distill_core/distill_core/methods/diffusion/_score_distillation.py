@@ -122,9 +122,9 @@ class ScoreDistillation(Method):
 
     def _check_null_condition(self) -> None:
         guided = not self.law.is_off or self.config.fake_guidance not in (None, 1)
-        if self.teacher.cond.kind == "none" and guided:
+        if self.teacher.cond.kind in ("none", "low_resolution") and guided:
             raise ConfigError(
-                "guidance needs a conditional teacher, and this one takes no condition; use guidance 1",
+                "guidance needs a conditional teacher, of classes or prompts, and this one is none; use guidance 1",
                 field="config.guidance",
             )
         if guided or self.config.condition_dropout:

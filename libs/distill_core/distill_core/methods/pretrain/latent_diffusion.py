@@ -29,6 +29,7 @@ class Config(FlowConfig):
     warmup_steps: int = Field(500, ge=1)  # in which only the codec learns
     kl_weight: float = Field(1e-4, ge=0)  # per pixel value; the paper's is 1e-6 per latent, for larger codecs
     codec: NetworkArgs = {}  # arguments of diffusers' AutoencoderKL
+    factor: int | None = Field(None, ge=2, le=256)  # it enlarges so many times, told nothing else; unset: off
 
 
 def codec_loss(codec: Any, x: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
@@ -58,6 +59,7 @@ class LatentDiffusion(Method):
             class_names=data.class_names,
             prompts=data.prompts,
             codec=self.codec,
+            low_resolution=config.factor,
         )
         self.scale = torch.ones(())  # of the latents; known once the codec is
 
