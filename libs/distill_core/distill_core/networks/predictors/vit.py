@@ -155,10 +155,10 @@ class ViTMAEModel(VisionNetwork):
 class MAEArgs(MAEEncoderArgs):
     """What decides a masked autoencoder."""
 
-    decoder_hidden_size: Width = 32
-    decoder_num_hidden_layers: Count = 2
-    decoder_num_attention_heads: Count = 4
-    decoder_intermediate_size: Width = 64
+    decoder_hidden_size: Width = 32  # values of a token in the decoder
+    decoder_num_hidden_layers: Count = 2  # blocks of the decoder
+    decoder_num_attention_heads: Count = 4  # attention heads of each of these
+    decoder_intermediate_size: Width = 64  # values inside the perceptron of each of these
 
     @model_validator(mode="after")
     def _decoder_fits(self) -> Self:
