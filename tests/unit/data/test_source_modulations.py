@@ -112,7 +112,13 @@ def test_items_follow_from_the_seed_and_the_split_and_the_level_tells_nothing():
     [
         ({"classes": ["qpsk"]}, "at least two"),
         ({"snr_low": 5, "snr_high": 4}, "snr_low = 5 is above snr_high = 4"),
-        ({"count": 1_000_000, "length": 8192}, "count \\* length is at most"),
+        (
+            {"count": 1_000_000, "length": 8192},
+            "count = 1000000 frames of this length are too many; at most 8058",
+        ),
+        ({"count": 1_000_000, "length": 16, "samples_per_symbol": 64}, "at most 60787 are made"),
+        ({"length": 17, "taps": 18}, "taps = 18 are more than the 17 samples of a frame"),
+        ({"snr_step": 1e-9}, "snr_step"),
     ],
 )
 def test_what_cannot_be_made_is_refused(changes, said):

@@ -7,14 +7,15 @@ from pydantic import Field
 from distill_core.config import Config
 
 PROMPTS = "prompts.json"  # beside the graphs
+MAX_TOKENS = 2**16
 
 
 class TokenInput(Config):
     """Tokens of a prompt by one tokenizer: `input_ids` int64 (B, length), filled up behind and cut."""
 
     tokenizer: str = Field("tokenizer", pattern="^tokenizer(_[2-9])?$")  # sub-folder of the model
-    length: int = Field(ge=1)
-    limit: int = Field(ge=1)  # tokens of the bare prompt that are read
+    length: int = Field(ge=1, le=MAX_TOKENS)
+    limit: int = Field(ge=1, le=MAX_TOKENS)  # tokens of the bare prompt that are read
     masked: bool = False  # whether the graph is told which tokens are the prompt's, as `attention_mask`
     before: str = ""  # words around the prompt
     after: str = ""

@@ -23,7 +23,7 @@ SPAN = 8  # symbols that a pulse extends over
 ROLL_OFF = 0.35  # of the root-raised-cosine pulse
 FSK_INDEX = 0.5  # half of the phase, in turns, that one symbol of a frequency shift keying adds
 GAUSS = 0.35  # bandwidth of GFSK's filter, in symbol rates
-MAX_VALUES = 2**27  # of all frames
+MAX_SAMPLES = 2**26  # complex, of all frames and of what is made around them
 _SPLITS = {"train": 0, "test": 1}
 
 
@@ -44,7 +44,7 @@ class Modulations(Source):
         samples_per_symbol: int = Field(8, ge=2, le=64)  # samples a symbol lasts; more: a narrower signal
         snr_low: float = Field(-20.0, ge=-60, le=60)  # dB
         snr_high: float = Field(18.0, ge=-60, le=60)  # dB
-        snr_step: float = Field(2.0, gt=0, le=60)  # dB
+        snr_step: float = Field(2.0, ge=0.01, le=60)  # dB
         frequency_offset: float = Field(0.01, ge=0, le=0.5)  # largest, cycles per sample, to both sides
         taps: int = Field(3, ge=1, le=32)  # paths of the channel, a sample apart; 1: a single one
         fading: float = Field(0.3, ge=0, le=2)  # standard deviation of a later path, the first being 1
@@ -61,8 +61,13 @@ class Modulations(Source):
         def _sizes(self) -> Self:
             if self.snr_low > self.snr_high:
                 raise ValueError(f"snr_low = {self.snr_low:g} is above snr_high = {self.snr_high:g}")
-            if 2 * self.count * self.length > MAX_VALUES:
-                raise ValueError(f"count * length is at most {MAX_VALUES // 2}")
+            if self.taps > self.length:
+                raise ValueError(f"taps = {self.taps} are more than the {self.length} samples of a frame")
+            around = (2 * SPAN + 1) * self.samples_per_symbol
+            if (most := MAX_SAMPLES // (self.length + around)) < self.count:
+                raise ValueError(
+                    f"count = {self.count} frames of this length are too many; at most {most} are made"
+                )
             return self
 
     def __init__(self, config: Config) -> None:

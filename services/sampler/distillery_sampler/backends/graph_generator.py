@@ -86,7 +86,7 @@ class GraphGenerator(Generator):
         if self.cond.kind == "prompt":
             self._text = open_graph(folder / f"{TEXT_ENCODER}{suffix}")
             source = model / "exports" / target if target else folder
-            self._tokens = PromptTokens(model, reading_of(source, self.cond.max_tokens or 77))
+            self._tokens = PromptTokens(model, reading_of(source, self.cond))
 
     def generate(self, key: ImageKey, items: Sequence[ImageItem]) -> np.ndarray:
         shape = self.image.channels, self.image.height, self.image.width

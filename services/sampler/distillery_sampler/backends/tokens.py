@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from distill_core.artifacts import CondSpec
 from distill_core.artifacts.prompt_reading import PROMPTS, PromptReading, TokenInput
 from distill_core.errors import ArtifactError, missing_package
 
@@ -43,15 +44,17 @@ class PromptTokens:
         return any(tokenizer.count(prompt) > self._most for tokenizer in self._longest)
 
 
-def reading_of(folder: Path, max_tokens: int) -> PromptReading:
+def reading_of(folder: Path, cond: CondSpec) -> PromptReading:
     """How the text graph in `folder` reads prompts; exports of before the file existed read CLIP's tokens.
 
     Raises:
-        ArtifactError: the file is damaged.
+        ArtifactError: the file is damaged, or missing where prompts are more than such tokens.
     """
     path = folder / PROMPTS
     if not path.is_file():
-        plain = TokenInput(length=max_tokens, limit=max_tokens)
+        if cond.masked or cond.pooled_dim is not None:
+            raise ArtifactError(f"{PROMPTS} is missing beside the graphs; convert the model again")
+        plain = TokenInput(length=cond.max_tokens or 77, limit=cond.max_tokens or 77)
         return PromptReading(tokens=(plain,), negative=(plain,))
     try:
         return PromptReading.model_validate_json(path.read_bytes())
